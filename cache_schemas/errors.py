@@ -1,0 +1,71 @@
+"""The errors a person may meet, and the exit code each one means.
+
+One idea: an error says what was found, what was expected, where, and what to do about it.
+Programming mistakes are not here: those stay ordinary Python exceptions with a traceback.
+"""
+
+EXIT_USER_ERROR = 2
+EXIT_INCOMPLETE = 3
+
+
+class StillroomError(Exception):
+    """A mistake in the input or the surroundings that a person can put right.
+
+    Args:
+        found: what is wrong, in one clause.
+        expected: what would have been right.
+        where: the file, key, example or argument that holds the mistake.
+        remedy: what to do next, as an imperative sentence.
+    """
+
+    exit_code = EXIT_USER_ERROR
+
+    def __init__(self, found: str, *, expected: str = "", where: str = "", remedy: str = ""):
+        self.found, self.expected, self.where, self.remedy = found, expected, where, remedy
+        super().__init__(self._sentence())
+
+    def _sentence(self) -> str:
+        text = f"{self.where}: {self.found}" if self.where else self.found
+        if self.expected:
+            text += f"; expected {self.expected}"
+        if self.remedy:
+            text += f". {self.remedy}"
+        return text
+
+
+class ConfigError(StillroomError):
+    """A TOML file or a flag that cannot mean what it says."""
+
+
+class CorpusError(StillroomError):
+    """Source text, images or a prepared corpus that cannot be used."""
+
+
+class TeacherError(StillroomError):
+    """A teacher that cannot be loaded, served or trusted."""
+
+
+class StudentError(StillroomError):
+    """A student, checkpoint or objective that does not fit the cache."""
+
+
+class CacheError(StillroomError):
+    """A cache that cannot be read as what it claims to be."""
+
+
+class PlanMismatch(CacheError):
+    """Two identities that must be equal are not (teacher, tokenizer, corpus, plan)."""
+
+
+class ShardCorrupt(CacheError):
+    """Bytes of a finished shard are not the bytes its receipt names."""
+
+
+class FormatTooNew(CacheError):
+    """A manifest, receipt or record of a format version this release cannot read."""
+
+
+class CacheIncomplete(CacheError):
+    """Shards are still missing; the same command run again continues."""
+
+    exit_code = EXIT_INCOMPLETE

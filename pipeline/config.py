@@ -1,0 +1,239 @@
+"""A run: one TOML file, read strictly.
+
+One idea: every table is a frozen pydantic model that forbids what it does not know, and an
+unknown key is refused with the nearest key that exists. `dump` writes the resolved run beside
+its result. Flags never appear here: a flag is for an operation, a key for what a run means.
+"""
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cache_schemas.errors import ConfigError
+
+
+class Table(BaseModel):
+    """A TOML table: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Table):
+    """One `[[prepare.source]]`: where text or chats come from."""
+
+    name: str
+    """Label kept with every example; `subset` and per-source weights select by it."""
+    kind: Literal["pydoc_topics", "text", "jsonl", "parquet", "hub", "images"]
+    path: str = ""
+    """File, glob or directory (`text`, `jsonl`, `parquet`, `images`), or hub data set id (`hub`)."""
+    split: str = "train"
+    text_column: str = "text"
+    messages_column: str = ""
+    """Column of chat messages; when set the chat template is applied and `text_column` unused."""
+    image_column: str = ""
+    limit: int = 0
+    """Keep at most this many documents; 0 keeps all."""
+
+
+class Prepare(Table):
+    """Corpus: tokenised, windowed, split by document."""
+
+    source: tuple[Source, ...]
+    tokenizer: str = ""
+    """HF directory or hub id; empty takes the teacher's."""
+    window: int = Field(default=512, ge=2)
+    """Tokens in one example, at most."""
+    overlap: int = Field(default=0, ge=0)
+    """Tokens repeated from the window before, as context whose rows are not kept."""
+    min_tokens: int = Field(default=2, ge=2)
+    """Windows shorter than this are dropped and counted."""
+    heldout: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of documents held out."""
+    seed: int = 0
+
+
+class Teacher(Table):
+    """The model that is run once."""
+
+    model: str
+    """HF directory or hub id."""
+    revision: str = ""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: str = ""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Any further vLLM engine argument, passed on as it stands."""
+
+
+class Capture(Table):
+    """What is kept of the teacher's answers. Everything here changes meaning, so it is in the plan."""
+
+    k: int = Field(default=64, ge=1, le=512)
+    tail_draws: int = Field(default=0, ge=0, le=512)
+    """Draws from the tail per row, in proportion to p; 0 keeps only the tail's mass."""
+    temperatures: tuple[float, ...] = (1.0,)
+    """Log-sum-exps are kept at each; 1.0 is always among them."""
+    entropy: bool = True
+    moments: bool = False
+    """Logit mean, standard deviation and z-score log-sum-exp (LLaVADI's `norm_logits`)."""
+    hidden_layers: tuple[int | Literal["final"], ...] = ()
+    """Blocks (1-based) whose output is kept; "final" is the state after the final norm."""
+    hidden_rows: Literal["all", "answer"] = "all"
+    hidden_stride: int = Field(default=1, ge=1)
+    hidden_codec: Literal["bf16", "fp16", "int8", "fp8", "step"] = "step"
+    hidden_step: float = Field(default=0.05, gt=0)
+    """Step of the RMS-scaled integers of codec `step`; normalised squared error is step^2/12."""
+    profile: Literal["small", "strict", "exact", "portable"] = "small"
+    """Codec profile of the top-k records (see FORMAT.md)."""
+    score_images: bool = False
+    """Also keep rows at image placeholder positions."""
+    examples_per_shard: int = Field(default=16, ge=1)
+    seed: int = 0
+
+
+class Student(Table):
+    """Where the student's first weights come from."""
+
+    init: Literal["prune_layers", "prune_width", "config", "model"] = "prune_layers"
+    model: str = ""
+    """HF directory or hub id for `model`, JSON config for `config`; empty takes the teacher."""
+    keep_every: int = Field(default=3, ge=1)
+    """`prune_layers`: keep blocks 0, n, 2n, ..."""
+    keep_layers: tuple[int, ...] = ()
+    """`prune_layers`: keep exactly these blocks (0-based) instead."""
+
+
+class Objective(Table):
+    """One `[[objective]]`: a loss, its weight and its options."""
+
+    name: str
+    weight: float = 1.0
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Train(Table):
+    """The student's training."""
+
+    cache: str = ""
+    """Directory or URL of the cache; empty takes `<directory>/cache`."""
+    steps: int = Field(default=100, ge=1)
+    batch_tokens: int = Field(default=2048, ge=2)
+    """Tokens of one microbatch on one rank."""
+    accumulate: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=6e-4, gt=0)
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    checkpoint_every: int = Field(default=50, ge=1)
+    keep_last: int = Field(default=2, ge=1)
+    log_every: int = Field(default=1, ge=1)
+
+
+class Evaluate(Table):
+    """Held-out measurement."""
+
+    students: dict[str, str] = Field(default_factory=dict)
+    """Label -> HF directory; empty takes this run's student."""
+    examples: int = Field(default=0, ge=0)
+    """Held-out examples to use; 0 takes all."""
+
+
+class Run(Table):
+    """A whole TOML file. Stages read the tables they need; all tables are checked by all stages."""
+
+    name: str
+    directory: str
+    """Where results go, relative to the working directory."""
+    prepare: Prepare | None = None
+    teacher: Teacher | None = None
+    capture: Capture | None = None
+    student: Student | None = None
+    objective: tuple[Objective, ...] = ()
+    train: Train | None = None
+    evaluate: Evaluate | None = None
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the run's directory."""
+        return Path(self.directory, *parts)
+
+
+def load(path: str | Path) -> Run:
+    """Read a run.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or has a key or value that is not allowed.
+    """
+    return parse(_read_toml(Path(path)), where=str(path))
+
+
+def parse(data: dict[str, Any], where: str) -> Run:
+    """Validate a parsed TOML document; `where` names it in errors."""
+    try:
+        return Run.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def require(table: Any, name: str, where: str) -> Any:
+    """A table that this stage cannot do without."""
+    if table is None:
+        raise ConfigError(f"table [{name}] is missing", where=where, remedy=f"Add a [{name}] table.")
+    return table
+
+
+def dump(run: Table, path: str | Path) -> None:
+    """Write the resolved run as JSON (every default spelled out) beside its result."""
+    text = json.dumps(run.model_dump(mode="json"), indent=2, sort_keys=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text + "\n")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("no such file", where=str(path), remedy="Check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read ({error})", where=str(path)) from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"is not TOML: {error}", where=str(path)) from None
+
+
+def _explain(error: ValidationError, where: str) -> ConfigError:
+    """The first problem, in words, with the nearest known key for a misspelt one."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        hint = f"Did you mean '{near[0]}'?" if near else ""
+        return ConfigError(f"unknown key '{key}'", where=where, remedy=hint)
+    found = f"'{key}': {first['msg']}"
+    if first["type"] != "missing":
+        found += f" (found {first['input']!r})"
+    return ConfigError(found, where=where)
+
+
+def _known_keys(location: tuple) -> list[str]:
+    """Keys of the table at a location in the document."""
+    model: Any = Run
+    for part in location:
+        if isinstance(part, str):
+            model = _inner_model(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _inner_model(annotation: Any) -> Any:
+    """The Table class inside `Table | None` or `tuple[Table, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Table):
+        return annotation
+    inner = (_inner_model(a) for a in getattr(annotation, "__args__", ()))
+    return next((model for model in inner if model is not None), None)
