@@ -3,3 +3,7 @@
 One idea: plain functions and small classes that a program can call. No command line and no
 terminal drawing here; those live in `stages`.
 """
+
+from pipeline import cpu_wheels
+
+cpu_wheels.install()
