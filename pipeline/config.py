@@ -5,21 +5,16 @@ unknown key is refused with the nearest key that exists. `dump` writes the resol
 its result. Flags never appear here: a flag is for an operation, a key for what a run means.
 """
 
-import difflib
 import json
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from cache_schemas.errors import ConfigError
-
-
-class Table(BaseModel):
-    """A TOML table: immutable, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from pipeline.strict import Table, validate
+from pipeline.training_tables import Evaluate, Objective, Student, Train
 
 
 class Source(Table):
@@ -94,58 +89,6 @@ class Capture(Table):
     seed: int = 0
 
 
-class Student(Table):
-    """Where the student's first weights come from."""
-
-    init: Literal["prune_layers", "prune_width", "config", "model"] = "prune_layers"
-    model: str = ""
-    """HF directory or hub id for `model`, JSON config for `config`; empty takes the teacher."""
-    keep_every: int = Field(default=3, ge=1)
-    """`prune_layers`: keep blocks 0, n, 2n, ..."""
-    keep_layers: tuple[int, ...] = ()
-    """`prune_layers`: keep exactly these blocks (0-based) instead."""
-
-
-class Objective(Table):
-    """One `[[objective]]`: a loss, its weight and its options."""
-
-    name: str
-    weight: float = 1.0
-    options: dict[str, Any] = Field(default_factory=dict)
-
-
-class Train(Table):
-    """The student's training."""
-
-    cache: str = ""
-    """Directory or URL of the cache; empty takes `<directory>/cache`."""
-    steps: int = Field(default=100, ge=1)
-    batch_tokens: int = Field(default=2048, ge=2)
-    """Tokens of one microbatch on one rank."""
-    accumulate: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=6e-4, gt=0)
-    warmup: float = Field(default=0.1, ge=0, le=1)
-    """Share of the steps."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-    checkpoint_every: int = Field(default=50, ge=1)
-    keep_last: int = Field(default=2, ge=1)
-    log_every: int = Field(default=1, ge=1)
-
-
-class Evaluate(Table):
-    """Held-out measurement."""
-
-    students: dict[str, str] = Field(default_factory=dict)
-    """Label -> HF directory; empty takes this run's student."""
-    examples: int = Field(default=0, ge=0)
-    """Held-out examples to use; 0 takes all."""
-
-
 class Run(Table):
     """A whole TOML file. Stages read the tables they need; all tables are checked by all stages."""
 
@@ -176,10 +119,7 @@ def load(path: str | Path) -> Run:
 
 def parse(data: dict[str, Any], where: str) -> Run:
     """Validate a parsed TOML document; `where` names it in errors."""
-    try:
-        return Run.model_validate(data)
-    except ValidationError as error:
-        raise _explain(error, where) from None
+    return validate(Run, data, where)
 
 
 def require(table: Any, name: str, where: str) -> Any:
@@ -205,35 +145,3 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot be read ({error})", where=str(path)) from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"is not TOML: {error}", where=str(path)) from None
-
-
-def _explain(error: ValidationError, where: str) -> ConfigError:
-    """The first problem, in words, with the nearest known key for a misspelt one."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
-        hint = f"Did you mean '{near[0]}'?" if near else ""
-        return ConfigError(f"unknown key '{key}'", where=where, remedy=hint)
-    found = f"'{key}': {first['msg']}"
-    if first["type"] != "missing":
-        found += f" (found {first['input']!r})"
-    return ConfigError(found, where=where)
-
-
-def _known_keys(location: tuple) -> list[str]:
-    """Keys of the table at a location in the document."""
-    model: Any = Run
-    for part in location:
-        if isinstance(part, str):
-            model = _inner_model(model.model_fields[part].annotation)
-    return list(model.model_fields)
-
-
-def _inner_model(annotation: Any) -> Any:
-    """The Table class inside `Table | None` or `tuple[Table, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, Table):
-        return annotation
-    inner = (_inner_model(a) for a in getattr(annotation, "__args__", ()))
-    return next((model for model in inner if model is not None), None)

@@ -1,0 +1,70 @@
+"""Strict tables: pydantic models that refuse what they do not know and name the nearest key.
+
+One idea: a misspelt key, option or value is found before any work is done, with one sentence that
+says where it is and what was probably meant. This module knows no table of its own.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cache_schemas.errors import ConfigError
+
+
+class Table(BaseModel):
+    """A TOML table: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+T = TypeVar("T", bound=Table)
+
+
+def validate(model: type[T], data: Any, where: str) -> T:
+    """Build a table from plain data.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is not allowed; `where` is named.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _explain(model, error, where) from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint naming the known word that looks most like `word`; empty when nothing is known."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
+    return f"Did you mean '{near[0]}'?" if near else ""
+
+
+def _explain(model: type[Table], error: ValidationError, where: str) -> ConfigError:
+    """The first problem, in words, with the nearest known key for a misspelt one."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        hint = nearest(str(first["loc"][-1]), _known_keys(model, first["loc"][:-1]))
+        return ConfigError(f"unknown key '{key}'", where=where, remedy=hint)
+    found = f"'{key}': {first['msg']}"
+    if first["type"] != "missing":
+        found += f" (found {first['input']!r})"
+    return ConfigError(found, where=where)
+
+
+def _known_keys(root: type[Table], location: tuple) -> list[str]:
+    """Keys of the table at a location in the document."""
+    model: Any = root
+    for part in location:
+        if isinstance(part, str):
+            model = _inner_model(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _inner_model(annotation: Any) -> Any:
+    """The Table class inside `Table | None` or `tuple[Table, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Table):
+        return annotation
+    inner = (_inner_model(a) for a in getattr(annotation, "__args__", ()))
+    return next((model for model in inner if model is not None), None)

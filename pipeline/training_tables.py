@@ -1,0 +1,130 @@
+"""The tables of stage two: `[student]`, `[[objective]]`, `[train]`, `[evaluate]`.
+
+One idea: a key is here only if it changes what the student learns or how it is measured, so that
+the same file gives the same student on any number of ranks. Objectives bring their own options,
+checked by `pipeline.objectives.registry`.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pipeline.strict import Table
+
+
+class Student(Table):
+    """Where the student's first weights come from."""
+
+    init: Literal["prune_layers", "prune_width", "config", "model"] = "prune_layers"
+    model: str = ""
+    """HF directory or hub id for `model`, JSON config for `config`; empty takes the teacher."""
+    keep_every: int = Field(default=3, ge=1)
+    """`prune_layers`: keep blocks 0, n, 2n, ..."""
+    keep_layers: tuple[int, ...] = ()
+    """`prune_layers`: keep exactly these blocks (0-based) instead."""
+    keep_intermediate: float = Field(default=0.5, gt=0, le=1)
+    """`prune_width`: share of each MLP's inner units that stays, those of largest weight norm."""
+    keep_heads: float = Field(default=1.0, gt=0, le=1)
+    """`prune_width`: share of key/value head groups that stays."""
+    seed: int = 0
+    """Seed of fresh weights (`config`)."""
+
+
+class Lora(Table):
+    """Low-rank adapters in place of full training (PEFT); merged into the result."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = 32.0
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class Objective(Table):
+    """One `[[objective]]`: a loss, its weight, the rows it is about and its own options."""
+
+    name: str
+    weight: float = 1.0
+    final_weight: float | None = None
+    """Weight at the last step; the weight moves to it linearly. Unset keeps `weight`."""
+    mask: Literal["answer", "all", "text", "image"] = "answer"
+    """`answer`: predictions of tokens under the loss mask; `all`: every scored row; `text` and
+    `image`: rows outside and inside image spans."""
+    reduction: Literal["token", "sample"] = "token"
+    """`token`: mean over rows of the whole step; `sample`: mean over examples of their row means
+    (as LLaVADI does)."""
+    cache: str = ""
+    """Name of one of `[train.caches]`; empty takes `train.cache`."""
+    source_weights: dict[str, float] = Field(default_factory=dict)
+    """Corpus source -> factor on its rows; sources not named keep 1."""
+    curriculum: Literal["none", "easy_first", "hard_first"] = "none"
+    """Keep rows of low (high) teacher entropy at first and all of them at the end."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of this objective; see the runbook on objectives."""
+
+
+class Train(Table):
+    """The student's training."""
+
+    cache: str = ""
+    """Directory or URL of the cache; empty takes `<directory>/cache`."""
+    caches: dict[str, str] = Field(default_factory=dict)
+    """Further caches of the same corpus, by name: other teachers, other signals."""
+    steps: int = Field(default=100, ge=1)
+    batch_tokens: int = Field(default=2048, ge=2)
+    """Tokens of one microbatch, padding included."""
+    accumulate: int = Field(default=1, ge=1)
+    """Microbatches of one step over all ranks together; a multiple of the number of ranks."""
+    sequence_length: int = Field(default=0, ge=0)
+    """Tokens of one packed row; 0 takes the longest example of the cache."""
+    shuffle_shards: int = Field(default=16, ge=1)
+    """Shards that are shuffled together; bounds how far apart a step's reads lie."""
+    learning_rate: float = Field(default=6e-4, gt=0)
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay: float = Field(default=0.2, ge=0, le=1)
+    """`wsd`: share of the steps at the end in which the rate falls."""
+    final_rate: float = Field(default=0.0, ge=0, le=1)
+    """Rate at the last step, as a share of `learning_rate`."""
+    weight_decay: float = 0.0
+    clip: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16`: autocast over fp32 master weights."""
+    lora: Lora | None = None
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of an average of the weights, which is then what is exported; 0 keeps none."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    """`flash_attention_2` trains padding-free: rows are laid end to end without padding."""
+    activation_checkpointing: bool = False
+    compile: bool = False
+    kernel: Literal["chunked", "eager", "triton"] = "chunked"
+    """Implementation of the divergences; one that cannot run here is an error."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several ranks share the work."""
+    workers: int = Field(default=1, ge=0)
+    """Processes that decode ahead of training; 0 decodes between steps."""
+    seed: int = 0
+    checkpoint_every: int = Field(default=50, ge=1)
+    async_checkpoint: bool = False
+    """Write checkpoints while training goes on."""
+    keep_last: int = Field(default=2, ge=1)
+    log_every: int = Field(default=1, ge=1)
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps between measurements on `heldout_cache`; 0 measures only with `stillroom evaluate`."""
+    heldout_cache: str = ""
+    """Cache of the held-out split, for measurement during training."""
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """A second place for the curves, beside TensorBoard."""
+
+
+class Evaluate(Table):
+    """Held-out measurement."""
+
+    students: dict[str, str] = Field(default_factory=dict)
+    """Label -> HF directory, beside this run's student before and after training."""
+    examples: int = Field(default=0, ge=0)
+    """Held-out examples to use; 0 takes all."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward passes; log-probabilities are always fp32."""
