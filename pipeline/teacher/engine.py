@@ -1,0 +1,143 @@
+"""The door to a teacher: one protocol, two implementations, one contract suite.
+
+One idea: an engine takes Examples and yields TeacherRecords in the order given; which library runs
+the model behind it is the caller's explicit choice and changes nothing in the record but noise.
+`vllm` is the one to run; `reference` (transformers, one example at a time) is the truth it is
+tested against. Nothing falls back from one to the other.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from cache_schemas.errors import ConfigError, TeacherError
+from pipeline.config import Capture, Teacher
+from pipeline.record import Example, TeacherRecord
+from pipeline.teacher.facts import ModelShape, model_shape
+
+EngineName = Literal["vllm", "reference"]
+MAX_DRAWS = 1024  # the draw counter has ten bits
+
+
+class TeacherEngine(Protocol):
+    """A running teacher."""
+
+    shape: ModelShape
+
+    def score(self, examples: Sequence[Example]) -> Iterator[TeacherRecord]:
+        """One record per example, in the order given.
+
+        Raises:
+            RejectedExample: the teacher has no answer for one example; the rest are unharmed.
+        """
+        ...
+
+    def facts(self) -> dict:
+        """Name and versions of what runs the model; part of a plan."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and processes."""
+        ...
+
+
+class RejectedExample(TeacherError):
+    """One example that the teacher cannot answer (too long, wrong ids, NaN logits).
+
+    Attributes:
+        example: the example.
+    """
+
+    def __init__(self, example: Example, found: str, **more: str):
+        self.example = example
+        super().__init__(found, where=f"example {example.example_id}", **more)
+
+
+def open_engine(name: EngineName, teacher: Teacher, capture: Capture) -> TeacherEngine:
+    """Load a teacher.
+
+    Raises:
+        ConfigError: the [capture] table asks what this teacher does not have.
+        TeacherError: the model cannot be loaded or served.
+    """
+    check_request(capture, model_shape(teacher))
+    if name == "reference":
+        from pipeline.teacher.reference import ReferenceEngine
+
+        return ReferenceEngine(teacher, capture)
+    if name == "vllm":
+        from pipeline.teacher.vllm import VllmEngine
+
+        return VllmEngine(teacher, capture)
+    raise ConfigError(f"unknown engine '{name}'", expected="'vllm' or 'reference'")
+
+
+def check_request(capture: Capture, shape: ModelShape) -> None:
+    """Refuse a [capture] table that this model cannot fulfil."""
+    if capture.k >= shape.vocab_size:
+        raise ConfigError(
+            f"k = {capture.k} of a vocabulary of {shape.vocab_size}",
+            expected=f"k < {shape.vocab_size}",
+            where="[capture] k",
+            remedy="Choose a smaller k.",
+        )
+    if any(not t > 0 or not np.isfinite(t) for t in capture.temperatures):
+        raise ConfigError("a temperature is not positive", where="[capture] temperatures")
+    for layer in capture.hidden_layers:
+        if layer != "final" and not 1 <= layer <= shape.num_layers:
+            raise ConfigError(
+                f"hidden layer {layer} of a model of {shape.num_layers} blocks",
+                expected=f"1 to {shape.num_layers}, or 'final'",
+                where="[capture] hidden_layers",
+            )
+
+
+def check_example(example: Example, shape: ModelShape, context: int) -> None:
+    """Refuse an example that this model cannot read."""
+    length = len(example.token_ids)
+    if length < 2 or not example.loss_mask[1:].any():
+        raise RejectedExample(example, "has no token to predict", remedy="Prepare again.")
+    if length > context:
+        raise RejectedExample(
+            example,
+            f"{length} tokens, longer than the teacher can score",
+            expected=f"at most {context} tokens",
+            remedy="Prepare with a smaller window.",
+        )
+    largest = int(example.token_ids.max())
+    if largest >= shape.vocab_size or int(example.token_ids.min()) < 0:
+        raise RejectedExample(
+            example,
+            f"token id {largest} is outside the teacher's vocabulary",
+            expected=f"ids from 0 to {shape.vocab_size - 1}",
+            remedy="The corpus was made with another tokenizer: prepare again with the teacher's.",
+        )
+
+
+def check_finite(example: Example, first_row: int, signals: dict[str, np.ndarray]) -> None:
+    """Refuse an answer with NaN or infinite logits, naming the position."""
+    bad = ~np.isfinite(signals["lse"]).all(axis=1) | ~np.isfinite(signals["token_logprob"])
+    bad |= ~np.isfinite(signals["topk_logprobs"]).all(axis=1)
+    if bad.any():
+        position = first_row + int(np.argmax(bad))
+        raise RejectedExample(
+            example,
+            f"NaN or infinite logits at position {position}",
+            remedy="Check the weights; try dtype = 'float32' or 'bfloat16' under [teacher].",
+        )
+
+
+def hidden_positions(example: Example, capture: Capture) -> np.ndarray:
+    """int32 [P]: positions whose hidden states are kept.
+
+    They are scored rows, because row t and the state at t predict the same token: all of them, or
+    (`answer`) those that predict a token under the loss mask, then every `hidden_stride`-th.
+    """
+    if not capture.hidden_layers:
+        return np.empty(0, dtype=np.int32)
+    if capture.hidden_rows == "answer":
+        rows = np.flatnonzero(example.loss_mask[1:])
+    else:
+        rows = np.arange(example.first_row, len(example.token_ids) - 1)
+    return rows[:: capture.hidden_stride].astype(np.int32)

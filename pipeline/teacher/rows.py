@@ -1,0 +1,108 @@
+"""Which numbers a teacher gives for one row, and how they are laid out while they travel.
+
+One idea: everything said about a row fits in two matrices, one int32 and one float32, with fixed
+columns. Sweeps fill them, engines move them, `unpack` turns them into named signals; so a
+transport (vLLM's worker-to-driver path, a queue) never needs to know a signal's name.
+
+Layout (R rows, K top ids, D draws, T temperatures):
+    ints   [R, K + 2D + 1]   topk_ids | draw_ids | draw_counts | token_rank
+    floats [R, K + 2 + T + E + 3M]
+           topk_logprobs | tail_logprob | token_logprob | lse | entropy? | mean, std, zscore_lse?
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from pipeline.config import Capture
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpec:
+    """What is asked of every scored row.
+
+    Attributes:
+        k: ids kept exactly.
+        draws: draws from the tail, with replacement, in proportion to p.
+        temperatures: rising; a log-sum-exp is kept at each, 1.0 among them.
+        entropy, moments: whether these scalars are kept.
+        seed: of the draws.
+    """
+
+    k: int
+    draws: int
+    temperatures: tuple[float, ...]
+    entropy: bool
+    moments: bool
+    seed: int
+
+    @classmethod
+    def of(cls, capture: Capture) -> "RowSpec":
+        """The part of a run's [capture] table that concerns rows."""
+        return cls(
+            capture.k,
+            capture.tail_draws,
+            kept_temperatures(capture),
+            capture.entropy,
+            capture.moments,
+            capture.seed,
+        )
+
+    @classmethod
+    def from_json(cls, data: dict) -> "RowSpec":
+        """The inverse of `to_json`."""
+        return cls(**data | {"temperatures": tuple(data["temperatures"])})
+
+    def to_json(self) -> dict:
+        """Plain JSON, for the trip into another process."""
+        return asdict(self) | {"temperatures": list(self.temperatures)}
+
+    @property
+    def int_columns(self) -> int:
+        """Width of the int32 matrix."""
+        return self.k + 2 * self.draws + 1
+
+    @property
+    def float_columns(self) -> int:
+        """Width of the float32 matrix."""
+        return self.k + 2 + len(self.temperatures) + self.entropy + 3 * self.moments
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes of one row in both matrices."""
+        return 4 * (self.int_columns + self.float_columns)
+
+    def unpack(self, ints: np.ndarray, floats: np.ndarray) -> dict[str, np.ndarray]:
+        """Named signals (see `cache_schemas.signals`) from the two matrices."""
+        k, draws, num_temperatures = self.k, self.draws, len(self.temperatures)
+        id_parts = np.split(ints, [k, k + draws, k + 2 * draws], axis=1)
+        parts = np.split(floats, [k, k + 1, k + 2, k + 2 + num_temperatures], axis=1)
+        signals = {
+            "topk_ids": id_parts[0],
+            "topk_logprobs": parts[0],
+            "tail_logprob": parts[1][:, 0],
+            "token_logprob": parts[2][:, 0],
+            "token_rank": id_parts[3][:, 0],
+            "lse": parts[3],
+        }
+        if draws:
+            signals |= {"draw_ids": id_parts[1], "draw_counts": id_parts[2]}
+        rest = parts[4]
+        if self.entropy:
+            signals["entropy"], rest = rest[:, 0], rest[:, 1:]
+        if self.moments:
+            names = ("logit_mean", "logit_std", "zscore_lse")
+            signals |= {name: rest[:, i] for i, name in enumerate(names)}
+        return {name: np.ascontiguousarray(array) for name, array in signals.items()}
+
+
+def kept_temperatures(capture: Capture) -> tuple[float, ...]:
+    """The temperatures of a run, rising, each once, always with 1.0."""
+    return tuple(sorted({1.0, *(float(t) for t in capture.temperatures)}))
+
+
+def draw_key(seed: int, example_id: str) -> int:
+    """63-bit key of an example's draws: a hash, so that no example shares another's draws."""
+    digest = hashlib.sha256(f"{seed}:{example_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

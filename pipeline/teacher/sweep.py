@@ -1,0 +1,119 @@
+"""All logit signals of a block of rows, in plain torch: the definition that fast paths must meet.
+
+One idea: each signal is the line of torch that its meaning says, over [R, V] logits, on any device.
+Callers hand in blocks small enough for their memory; `pipeline.teacher.sweep_cpu` computes the
+same two matrices in one pass over the vocabulary and is tested against this file.
+"""
+
+import torch
+
+from pipeline.teacher.rows import RowSpec
+
+_MASK32 = 0xFFFFFFFF
+_GAMMA = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as int64
+_MIX1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+_MIX2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+
+
+def sweep(
+    logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, key: int, spec: RowSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signals of R rows.
+
+    Args:
+        logits: [R, V], any float dtype; only real vocabulary columns.
+        targets: int64 [R], the token that follows each row.
+        positions: int64 [R], row index in the example: with `key` it fixes the draws.
+        key: see `rows.draw_key`.
+        spec: what is asked.
+
+    Returns:
+        int32 [R, spec.int_columns] and float32 [R, spec.float_columns], see `rows`.
+    """
+    z = logits.float()
+    temperatures = spec.temperatures
+    lse = torch.stack([torch.logsumexp(z / t, -1) for t in temperatures], 1)
+    lse_1 = lse[:, temperatures.index(1.0), None]
+    top_ids = top_k(z, spec.k)
+    tail = z.scatter(1, top_ids, -torch.inf)
+    token = z.gather(1, targets[:, None])
+    rank = 1 + (z > token).sum(1, keepdim=True)
+    draws = draw_tail(tail, positions, key, spec.draws)
+    floats = [z.gather(1, top_ids) - lse_1, torch.logsumexp(tail, 1, keepdim=True) - lse_1]
+    floats += [token - lse_1, lse, *_scalars(z, lse_1, spec)]
+    ints = torch.cat([top_ids, *draws, rank], 1)
+    return ints.to(torch.int32), torch.cat(floats, 1)
+
+
+def _scalars(z: torch.Tensor, lse_1: torch.Tensor, spec: RowSpec) -> list[torch.Tensor]:
+    out = []
+    if spec.entropy:
+        logp = z - lse_1
+        out.append(-(logp.exp() * logp).sum(1, keepdim=True))
+    if spec.moments:
+        mean, std = z.mean(1, keepdim=True), z.std(1, correction=0, keepdim=True)
+        scaled = (z - mean) / (1e-7 + std)  # LLaVADI's norm_logits
+        out += [mean, std, torch.logsumexp(scaled, 1, keepdim=True)]
+    return out
+
+
+def top_k(z: torch.Tensor, k: int) -> torch.Tensor:
+    """int64 [R, k]: ids by falling logit, ties by rising id (`torch.topk` leaves ties open)."""
+    bits = (z + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 makes -0.0 tie with 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    vocab_size = z.shape[1]
+    ids = torch.arange(vocab_size - 1, -1, -1, device=z.device)
+    keys = (ordered << 32) + ids
+    return vocab_size - 1 - (torch.topk(keys, k, dim=1).values & _MASK32)
+
+
+def draw_tail(
+    tail: torch.Tensor, positions: torch.Tensor, key: int, draws: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws with replacement from the tail in proportion to p, by inverse CDF in id order.
+
+    Args:
+        tail: float32 [R, V] logits with -inf at the ids outside the tail.
+        positions, key: the counter and key of the uniform numbers.
+        draws: how many per row.
+
+    Returns:
+        (ids, counts), both int64 [R, draws]: distinct ids rising, padded with -1 and 0.
+    """
+    if draws == 0:
+        empty = tail.new_empty((len(tail), 0), dtype=torch.int64)
+        return empty, empty
+    weights = (tail - tail.amax(1, keepdim=True)).double().exp()
+    cdf = weights.cumsum(1)
+    points = uniforms(positions, key, draws) * cdf[:, -1:]
+    drawn = torch.searchsorted(cdf, points, right=True).sort(1).values
+    return _runs(drawn)
+
+
+def _runs(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct values and counts of each sorted row."""
+    starts = torch.ones_like(drawn, dtype=torch.bool)
+    starts[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    slot = starts.cumsum(1) - 1
+    ids = torch.full_like(drawn, -1).scatter(1, slot, drawn)
+    counts = torch.zeros_like(drawn).scatter_add(1, slot, torch.ones_like(drawn))
+    return ids, counts
+
+
+def uniforms(positions: torch.Tensor, key: int, draws: int) -> torch.Tensor:
+    """float64 [R, draws] in (0, 1): splitmix64 of key + counter, top 32 bits, midpoint.
+
+    Counter-based, so the numbers depend on nothing but the example, the row and the draw
+    (Steele, Lea, Flood 2014: "Fast splittable pseudorandom number generators").
+    """
+    draw = torch.arange(draws, device=positions.device)
+    x = key + ((positions[:, None] << 10) + draw + 1) * _GAMMA
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    top = _shift(x ^ _shift(x, 31), 32)
+    return (top.double() + 0.5) * 2.0**-32
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
