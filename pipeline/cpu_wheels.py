@@ -4,7 +4,7 @@ vLLM for CPU asks for torch's CPU build and for any torchvision and torchaudio; 
 two are CUDA builds, whose compiled operators do not load beside it:
 - `import torchvision` dies with "operator torchvision::nms does not exist". Naming its two missing
   operators is enough for the pure-Python transforms, which is all that is used of it here.
-- `import torchaudio` dies on libc10_cuda.so. Nothing here needs audio: it is marked as absent, which
+- `import torchaudio` dies on libc10_cuda.so, `import torchcodec` on libnvrtc. Nothing here needs audio: they are marked as absent, which
   is how Python says that an installed package must not be imported.
 
 One idea: compare build tags, and act only where they disagree; matching builds are left alone.
@@ -23,8 +23,9 @@ SCHEMAS = {
 
 def install() -> None:
     """Make mismatched wheels harmless in this process; imports nothing heavy, may be repeated."""
-    if "torchaudio" not in sys.modules and _mismatched("torchaudio"):
-        sys.modules["torchaudio"] = None  # type: ignore[assignment]
+    for audio in ("torchaudio", "torchcodec"):
+        if audio not in sys.modules and _mismatched(audio):
+            sys.modules[audio] = None  # type: ignore[assignment]
     waiting = any(isinstance(finder, _BeforeTorchvision) for finder in sys.meta_path)
     if not waiting and "torchvision" not in sys.modules and _mismatched("torchvision"):
         sys.meta_path.insert(0, _BeforeTorchvision())
