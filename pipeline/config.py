@@ -26,6 +26,11 @@ class Source(Table):
     path: str = ""
     """File, glob or directory (`text`, `jsonl`, `parquet`, `images`), or hub data set id (`hub`)."""
     split: str = "train"
+    """`hub`: which of the data set's splits to read."""
+    subset: str = ""
+    """`hub`: configuration (subdirectory) of the data set; empty takes its only or default one."""
+    revision: str = ""
+    """`hub`: branch, tag or commit; empty takes the default branch. The commit is recorded."""
     text_column: str = "text"
     messages_column: str = ""
     """Column of chat messages; when set the chat template is applied and `text_column` unused."""
@@ -48,6 +53,8 @@ class Prepare(Table):
     """Windows shorter than this are dropped and counted."""
     heldout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share of documents held out."""
+    empty_documents: Literal["error", "skip"] = "error"
+    """What a document without text means: a mistake to report, or one to count and leave out."""
     seed: int = 0
 
 

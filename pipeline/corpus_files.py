@@ -1,0 +1,218 @@
+"""A prepared corpus on disk: two Arrow files and one JSON file.
+
+One idea: Arrow IPC without compression is read by memory map, so a corpus of any size opens at
+once and an example costs its own bytes. `corpus.json` is written last; without it there is no corpus.
+
+    corpus/
+      corpus.json      facts: digest, tokenizer, settings, sources, counts
+      train.arrow      one row per example
+      heldout.arrow
+      images/ab/abcd…  image bytes named by their sha256 (only for image-text sources)
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from cache_schemas.errors import CorpusError
+from pipeline.record import Example, ImageSpan
+
+SPLITS = ("train", "heldout")
+FACTS = "corpus.json"
+FORMAT_VERSION = 1
+EXAMPLES_PER_BATCH = 256
+IMAGE = pa.struct([("sha256", pa.string()), ("start", pa.int32()), ("length", pa.int32())])
+SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("document_id", pa.string()),
+        ("source", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),
+        ("images", pa.list_(IMAGE)),
+        ("weight", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus, memory-mapped.
+
+    Attributes:
+        directory: where it is.
+        facts: JSON: digest, tokenizer, settings, sources, counts per split.
+    """
+
+    directory: Path
+    facts: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Corpus":
+        """Open a finished corpus.
+
+        Raises:
+            CorpusError: there is none, or it is damaged, or a newer release made it.
+        """
+        path = Path(directory, FACTS)
+        try:
+            facts = json.loads(path.read_text())
+            version = facts["format_version"]
+        except FileNotFoundError:
+            raise CorpusError(
+                "no prepared corpus", where=str(directory), remedy="Run `stillroom prepare` first."
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, error) from None
+        if version != FORMAT_VERSION:
+            raise CorpusError(
+                f"format version {version}", expected=f"version {FORMAT_VERSION}", where=str(path)
+            )
+        return cls(Path(directory), facts)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over every example id in order, the tokenizer and the preparation settings."""
+        return self.facts["digest"]
+
+    def split(self, name: str) -> "Split":
+        """The examples of `"train"` or `"heldout"`, lazily."""
+        if name not in SPLITS:
+            raise ValueError(f"split {name!r} is not one of {SPLITS}")
+        return self._splits[name]
+
+    def image_bytes(self, sha256: str) -> bytes:
+        """The bytes of an image of this corpus, as they were in its source."""
+        return (self.directory / "images" / sha256[:2] / sha256).read_bytes()
+
+    @cached_property
+    def _splits(self) -> dict[str, "Split"]:
+        return {name: Split.open(self.directory / f"{name}.arrow") for name in SPLITS}
+
+
+class Split(Sequence[Example]):
+    """Examples in order; a slice is another lazy view, an index reads one example."""
+
+    def __init__(self, batches: list[pa.RecordBatch], rows: range):
+        self._batches, self._rows = batches, rows
+        self._starts = np.cumsum([0] + [batch.num_rows for batch in batches])
+
+    @classmethod
+    def open(cls, path: Path) -> "Split":
+        """Map an Arrow file of examples."""
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        except (OSError, pa.ArrowInvalid) as error:
+            raise _damaged(path, error) from None
+        return cls(batches, range(sum(batch.num_rows for batch in batches)))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Split": ...
+    def __getitem__(self, index: int | slice) -> "Example | Split":
+        if isinstance(index, slice):
+            return Split(self._batches, self._rows[index])
+        return self._read(self._rows[index])
+
+    def _read(self, row: int) -> Example:
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return _example(self._batches[batch], row - int(self._starts[batch]))
+
+
+class ExampleFile:
+    """Writes examples to an Arrow file, a batch at a time; use it as a context manager."""
+
+    def __init__(self, path: Path):
+        self._path, self._pending = path, []
+
+    def __enter__(self) -> "ExampleFile":
+        self._sink = pa.OSFile(str(self._path), "wb")
+        self._writer = pa.ipc.new_file(self._sink, SCHEMA)
+        return self
+
+    def __exit__(self, *failure) -> None:
+        if not failure[0]:
+            self._flush()
+        self._writer.close()
+        self._sink.close()
+
+    def write(self, example: Example) -> None:
+        """Add one example."""
+        self._pending.append(_row(example))
+        if len(self._pending) == EXAMPLES_PER_BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._writer.write_batch(pa.RecordBatch.from_pylist(self._pending, SCHEMA))
+            self._pending = []
+
+
+def write_facts(directory: Path, facts: dict[str, Any]) -> None:
+    """Write `corpus.json`, the last file of a corpus."""
+    text = json.dumps({"format_version": FORMAT_VERSION} | facts, indent=2, sort_keys=True)
+    with (directory / FACTS).open("w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_directory(made: Path, target: Path) -> None:
+    """Put a finished directory in a place that may hold an older one."""
+    old = target.with_name(f"{target.name}.old-{os.getpid()}")
+    if target.exists():
+        os.rename(target, old)
+    os.rename(made, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_examples(path: Path) -> Iterator[Example]:
+    """All examples of an Arrow file, in order."""
+    return iter(Split.open(path))
+
+
+def _row(example: Example) -> dict[str, Any]:
+    images = [{"sha256": i.sha256, "start": i.start, "length": i.length} for i in example.images]
+    return {
+        "example_id": example.example_id,
+        "document_id": example.document_id,
+        "source": example.source,
+        "token_ids": example.token_ids,
+        "loss_mask": example.loss_mask,
+        "images": images,
+        "weight": example.weight,
+    }
+
+
+def _example(batch: pa.RecordBatch, row: int) -> Example:
+    text = {name: batch.column(name)[row].as_py() for name in SCHEMA.names[:3]}
+    return Example(
+        **text,
+        token_ids=batch.column("token_ids")[row].values.to_numpy(),
+        loss_mask=batch.column("loss_mask")[row].values.to_numpy(zero_copy_only=False),
+        images=_images(batch.column("images")[row].as_py()),
+        weight=batch.column("weight")[row].as_py(),
+    )
+
+
+def _images(found: Iterable[dict[str, Any]]) -> tuple[ImageSpan, ...]:
+    return tuple(ImageSpan(**image) for image in found)
+
+
+def _damaged(path: Path, error: Exception) -> CorpusError:
+    return CorpusError(
+        f"is damaged ({error})", where=str(path), remedy="Run `stillroom prepare` again."
+    )

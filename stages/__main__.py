@@ -1,0 +1,134 @@
+"""The console command `stillroom`: joins the stages and gives every failure one voice.
+
+One idea: a stage raises; this file turns it into one message on stderr and an exit code (0 done,
+2 something for the user to put right, 3 incomplete and safe to run again). Programming errors keep their
+traceback. Stages import what is heavy inside their commands, so `--help` answers at once.
+"""
+
+import errno
+import os
+import shlex
+import signal
+import sys
+import traceback
+from typing import Annotated, NoReturn
+
+import typer
+
+from cache_schemas.errors import EXIT_INCOMPLETE, EXIT_USER_ERROR, CacheIncomplete, StillroomError
+from stages import prepare, teacher
+from stages.console import say
+
+app = typer.Typer(
+    name="stillroom",
+    help="Run a teacher once, keep what it said in a checked cache, train students from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("prepare")(prepare.prepare)
+app.add_typer(teacher.app, name="teacher")
+
+SURROUNDINGS = {
+    errno.ENOSPC: "Free some space and run the same command again; finished work is kept.",
+    errno.EDQUOT: "Free some quota and run the same command again; finished work is kept.",
+    errno.EROFS: "Choose a [run] directory that can be written.",
+    errno.EACCES: "Check the permissions of this path.",
+    errno.EPERM: "Check the permissions of this path.",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n).",
+    errno.ENAMETOOLONG: "Choose a shorter path.",
+}
+"""Failures of the machine rather than of the program, and what to do about each."""
+
+INTERRUPTED = 130
+"""What typer returns for a KeyboardInterrupt inside a command."""
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of every error.")] = False,
+) -> None:
+    """Options of every command; `--debug` is also understood after the command's name."""
+
+
+def main() -> NoReturn:
+    """Run one command and exit with its code."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = run(arguments, debug)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def run(arguments: list[str], debug: bool = False) -> int:
+    """Run one command line and return its exit code; every expected failure becomes one message."""
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="stillroom")
+        return _interrupted(arguments) if code == INTERRUPTED else code or 0
+    except KeyboardInterrupt:
+        return _interrupted(arguments)
+    except StillroomError as error:
+        return _fail(str(error), error.exit_code, debug, _again(error, arguments))
+    except typer.TyperException as error:
+        return _fail(error.format_message(), EXIT_USER_ERROR, debug, _usage(arguments))
+    except BrokenPipeError:
+        return _reader_gone()
+    except Exception as error:
+        found = surroundings(error)
+        if not found:
+            raise
+        return _fail(found, EXIT_USER_ERROR, debug)
+
+
+def surroundings(error: BaseException) -> str:
+    """What to tell when the machine, not the program, is at fault; empty otherwise."""
+    number = getattr(error, "errno", None)
+    if number is None and "No space left on device" in str(error):
+        number = errno.ENOSPC
+    if number not in SURROUNDINGS:
+        return surroundings(error.__cause__) if error.__cause__ else ""
+    where = getattr(error, "filename", None)
+    text = os.strerror(number)
+    return (
+        f"{where}: {text}. {SURROUNDINGS[number]}" if where else f"{text}. {SURROUNDINGS[number]}"
+    )
+
+
+def _fail(message: str, code: int, debug: bool, advice: str = "") -> int:
+    if debug:
+        traceback.print_exc()
+    say(f"error: {message}" + (f"\n{advice}" if advice else ""))
+    return code
+
+
+def _again(error: StillroomError, arguments: list[str]) -> str:
+    """A message about unfinished work ends with the command that goes on with it."""
+    resumable = isinstance(error, CacheIncomplete) and not error.remedy
+    return f"Run again to go on: {_line(arguments)}" if resumable else ""
+
+
+def _interrupted(arguments: list[str]) -> int:
+    say(f"interrupted; finished work is kept. Run again to go on: {_line(arguments)}")
+    return EXIT_INCOMPLETE
+
+
+def _reader_gone() -> int:
+    """Whoever read stdout has left (`| head`); a second failure at interpreter exit is silenced."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _usage(arguments: list[str]) -> str:
+    known = [argument for argument in arguments[:1] if not argument.startswith("-")]
+    return f"Try: {_line([*known, '--help'])}"
+
+
+def _line(arguments: list[str]) -> str:
+    return shlex.join(["stillroom", *arguments])
+
+
+if __name__ == "__main__":
+    main()

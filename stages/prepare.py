@@ -1,0 +1,40 @@
+"""`stillroom prepare`: make the corpus of a run from its sources."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.console import out, progress, say, table
+
+RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
+
+
+def prepare(run_file: RunFile) -> None:
+    """Tokenise the sources, cut them into windows, split them by document."""
+    from pipeline import config, provenance
+    from pipeline.corpus import PrepareProgress
+    from pipeline.corpus import prepare as make_corpus
+
+    run = config.load(run_file)
+    settings = config.require(run.prepare, "prepare", str(run_file))
+    teacher = run.teacher or config.Teacher(model="")
+    with progress("prepare") as report:
+
+        def show(now: PrepareProgress) -> None:
+            report(now.tokens, None, documents=now.documents, examples=now.examples)
+
+        corpus = make_corpus(
+            settings, teacher.model, run.path("corpus"), show, revision=teacher.revision
+        )
+    config.dump(run, run.path("corpus.config.json"))
+    provenance.record(run.path("run.json"), "prepare")
+    counts = corpus.facts["counts"]
+    rows = [[name, *(f"{counts[name][column]:,}" for column in COLUMNS)] for name in counts]
+    table(f"corpus {corpus.digest[:12]}", ["split", *COLUMNS], rows)
+    for reason, number in corpus.facts["dropped"].items():
+        say(f"left out: {number:,} {reason.replace('_', ' ')}")
+    out.print(str(corpus.directory))
+
+
+COLUMNS = ("documents", "examples", "tokens", "targets")
