@@ -89,8 +89,8 @@ def prepare(
 def windows(tokens: Tokens, size: int, overlap: int) -> Iterator[Tokens]:
     """Cut a document into windows of at most `size` tokens.
 
-    Each window but the first begins with the last `overlap` tokens of the one before, as context: their
-    loss mask is False, so they are read and never scored twice.
+    Each window but the first begins with the last `overlap` tokens of the one before, as context:
+    their loss mask is False, so they are read and never scored twice.
     """
     token_ids, mask = tokens
     start = 0

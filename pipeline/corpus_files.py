@@ -1,7 +1,8 @@
 """A prepared corpus on disk: two Arrow files and one JSON file.
 
 One idea: Arrow IPC without compression is read by memory map, so a corpus of any size opens at
-once and an example costs its own bytes. `corpus.json` is written last; without it there is no corpus.
+once and an example costs its own bytes. `corpus.json` is written last; without it there is no
+corpus.
 
     corpus/
       corpus.json      facts: digest, tokenizer, settings, sources, counts

@@ -1,8 +1,8 @@
 """Data sets of the Hugging Face hub, read without the `datasets` library.
 
-One idea: a data set is a set of Parquet, JSONL or text files with its split in their names. They are
-fetched into the hub's own cache and read like local files; without a network that cache is used.
-Data sets that need code to load are read through the Parquet copies that the hub makes of them.
+One idea: a data set is a set of Parquet, JSONL or text files with its split in their names. They
+are fetched into the hub's own cache and read like local files; without a network that cache is
+used. Data sets that need code to load are read through the Parquet copies that the hub makes.
 """
 
 from collections.abc import Iterable

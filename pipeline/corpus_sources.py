@@ -1,7 +1,7 @@
 """Sources of a corpus: files, hub data sets and Python's own help text, read as documents.
 
-One idea: every source is a generator of `Document`s in a fixed order, and every complaint names the file
-and the line. Sources do not tokenise and never skip anything silently.
+One idea: every source is a generator of `Document`s in a fixed order, and every complaint names the
+file and the line. Sources do not tokenise and never skip anything silently.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""The tokenizer of a corpus: loading it, what identifies it, and the checks that it is the right one.
+"""The tokenizer of a corpus: loading it, what identifies it, whether it is the right one.
 
-One idea: a tokenizer is identified by what it does (its vocabulary, merges and rules in canonical form), not by
-the file it was read from, so that re-saving it changes nothing.
+One idea: a tokenizer is identified by what it does (its vocabulary, merges and rules in canonical
+form), not by the file it was read from, so that re-saving it changes nothing.
 """
 
 import hashlib
@@ -80,7 +80,7 @@ class CorpusTokenizer:
         return str(self.hf.chat_template or "")
 
     def texts(self, texts: list[str]) -> Iterator[Tokens]:
-        """Plain documents, with the special tokens that the tokenizer itself adds; all are targets."""
+        """Plain documents, with the special tokens that the tokenizer adds; all are targets."""
         for ids in self.hf(texts, verbose=False)["input_ids"]:
             yield np.asarray(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)
 

@@ -1,11 +1,11 @@
 """Lets transformers and vLLM be imported beside a CPU build of torch.
 
-vLLM for CPU asks for torch's CPU build and for any torchvision and torchaudio; what pip finds for those
-two are CUDA builds, whose compiled operators do not load beside it:
+vLLM for CPU asks for torch's CPU build and for any torchvision, torchaudio and torchcodec; what
+pip finds for those are CUDA builds, whose compiled operators do not load beside it:
 - `import torchvision` dies with "operator torchvision::nms does not exist". Naming its two missing
   operators is enough for the pure-Python transforms, which is all that is used of it here.
-- `import torchaudio` dies on libc10_cuda.so, `import torchcodec` on libnvrtc. Nothing here needs audio: they are marked as absent, which
-  is how Python says that an installed package must not be imported.
+- `import torchaudio` dies on libc10_cuda.so, `import torchcodec` on libnvrtc. Nothing here needs
+  audio: they are marked as absent, which is how Python says that a package must not be imported.
 
 One idea: compare build tags, and act only where they disagree; matching builds are left alone.
 The operators themselves stay unusable, and calling them says so.

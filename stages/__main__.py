@@ -1,8 +1,8 @@
 """The console command `stillroom`: joins the stages and gives every failure one voice.
 
 One idea: a stage raises; this file turns it into one message on stderr and an exit code (0 done,
-2 something for the user to put right, 3 incomplete and safe to run again). Programming errors keep their
-traceback. Stages import what is heavy inside their commands, so `--help` answers at once.
+2 something for the user to put right, 3 incomplete and safe to run again). Programming errors keep
+their traceback. Stages import what is heavy inside their commands, so `--help` answers at once.
 """
 
 import errno

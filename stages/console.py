@@ -24,8 +24,8 @@ err = Console(stderr=True)
 class Report(Protocol):
     """What a stage calls with its newest numbers."""
 
-    def __call__(self, done: float, total: float, **numbers: float | str) -> None:
-        """Args: work done, all the work (both in the unit of the bar), and anything else to show."""
+    def __call__(self, done: float, total: float | None, **numbers: float | str) -> None:
+        """Work done, all the work where it is known (in the bar's unit), and further numbers."""
         ...
 
 
@@ -60,7 +60,7 @@ def progress(title: str, unit: str = "tokens") -> Iterator[Report]:
     with Progress(*columns, console=err) as drawn:
         task = drawn.add_task(title, total=None, numbers="")
 
-        def report(done: float, total: float, **numbers: float | str) -> None:
+        def report(done: float, total: float | None, **numbers: float | str) -> None:
             drawn.update(task, completed=done, total=total, numbers=describe(numbers))
 
         yield report
@@ -102,22 +102,19 @@ class _Lines:
         self.first: float | None = None
         self.finished = False
 
-    def __call__(self, done: float, total: float, **numbers: float | str) -> None:
+    def __call__(self, done: float, total: float | None, **numbers: float | str) -> None:
         now = time.monotonic()
         self.first = done if self.first is None else self.first
-        due = now - self.printed >= SECONDS_BETWEEN_LINES
-        if self.finished or not (due or done >= total):
+        complete = total is not None and done >= total
+        if self.finished or not (complete or now - self.printed >= SECONDS_BETWEEN_LINES):
             return
-        self.finished, self.printed = done >= total, now
-        line = f"{self.title}: {short(done)}/{short(total)} {self.unit}"
-        print(
-            f"{line}{self._left(now, done, total)}  {describe(numbers)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        self.finished, self.printed = complete, now
+        line = f"{self.title}: {short(done)}/{short(total) if total else '?'} {self.unit}"
+        line += f"{self._left(now, done, total)}  {describe(numbers)}"
+        print(line, file=sys.stderr, flush=True)
 
-    def _left(self, now: float, done: float, total: float) -> str:
+    def _left(self, now: float, done: float, total: float | None) -> str:
         passed, gained = now - self.started, done - (self.first or 0)
-        if done >= total or gained <= 0:
+        if total is None or done >= total or gained <= 0:
             return f"  {passed:.0f} s"
         return f"  {passed:.0f} s, about {passed * (total - done) / gained:.0f} s left"
