@@ -1,0 +1,94 @@
+"""One example as one Arrow record batch: the schema of a rows file and its messages.
+
+One idea: an example is an encapsulated Arrow IPC message that is read by itself, with one range
+request, and checked (xxh3-64) before it is parsed. The row signals travel as the bytes of a
+`RowCodec`, or, in profile `portable`, as one plain column per signal, flattened row-major.
+This module maps dicts of values to messages; which codec, which file and which shard are others'.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cache_schemas.errors import ShardCorrupt
+from cache_schemas.manifest import Plan
+from cache_schemas.signals import ROW_SIGNALS
+
+PAYLOAD = "record"
+FIRST_MESSAGE = 8
+"""Offset of the schema message in an Arrow IPC file: after the magic and its padding."""
+
+IMAGE = pa.struct([("sha256", pa.string()), ("start", pa.int32()), ("length", pa.int32())])
+EXAMPLE_COLUMNS: list[tuple[str, pa.DataType]] = [
+    ("number", pa.int64()),
+    ("example_id", pa.string()),
+    ("document_id", pa.string()),
+    ("source", pa.string()),
+    ("weight", pa.float64()),
+    ("first_row", pa.int32()),
+    ("loss_mask", pa.list_(pa.bool_())),
+]
+
+
+def is_portable(plan: Plan) -> bool:
+    """True when row signals are plain columns."""
+    return plan.facts["capture"].get("profile") == "portable"
+
+
+def schema(plan: Plan) -> pa.Schema:
+    """The schema of every rows file of a plan."""
+    columns = list(EXAMPLE_COLUMNS)
+    if plan.facts["images"]:
+        columns.append(("images", pa.list_(IMAGE)))
+    if plan.dense_signals:
+        columns.append(("hidden_positions", pa.list_(pa.int32())))
+        columns.append(("dense_lengths", pa.list_(pa.int32())))
+    if is_portable(plan):
+        columns.append(("token_ids", pa.list_(pa.int32())))
+        columns += [(name, pa.list_(_arrow_type(name))) for name in plan.row_signals]
+    else:
+        columns.append((PAYLOAD, pa.binary()))
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+
+
+def _arrow_type(name: str) -> pa.DataType:
+    return pa.from_numpy_dtype(np.dtype(ROW_SIGNALS[name].dtype))
+
+
+def batch(schema: pa.Schema, values: Mapping[str, Any]) -> pa.RecordBatch:
+    """A batch of one example; `values` has one entry per column."""
+    arrays = [_column(field.type, values[field.name]) for field in schema]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _column(kind: pa.DataType, value: Any) -> pa.Array:
+    if isinstance(value, np.ndarray):
+        flat = pa.array(np.ascontiguousarray(value).reshape(-1), type=kind.value_type)
+        return pa.ListArray.from_arrays(np.array([0, len(flat)], dtype=np.int32), flat)
+    return pa.array([value], type=kind)
+
+
+def parse(message: bytes, schema: pa.Schema, where: str) -> dict[str, Any]:
+    """The values of one message, lists as NumPy arrays.
+
+    Raises:
+        ShardCorrupt: the bytes are not one example of this schema.
+    """
+    try:
+        read = pa.ipc.read_record_batch(pa.py_buffer(message), schema)
+        read.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ShardCorrupt(f"is not a record batch ({str(error)[:120]})", where=where) from None
+    if read.num_rows != 1 or any(column.null_count for column in read.columns):
+        raise ShardCorrupt(f"holds {read.num_rows} examples", expected="1", where=where)
+    return {name: _value(column) for name, column in zip(schema.names, read.columns)}
+
+
+def _value(column: pa.Array) -> Any:
+    if pa.types.is_list(column.type) and not pa.types.is_struct(column.type.value_type):
+        return column.flatten().to_numpy(zero_copy_only=False)
+    if pa.types.is_binary(column.type):
+        return memoryview(column[0].as_buffer()).cast("B")
+    return column[0].as_py()

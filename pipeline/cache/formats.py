@@ -1,0 +1,245 @@
+"""TeacherRecord <-> what is stored of it, under one plan and one fitted codec.
+
+One idea: `Format` is everything needed to turn a record into bytes and back, opened once per cache;
+the writer, the reader and the checks all use the same one, so they cannot disagree. It opens no
+shard and chooses no path.
+"""
+
+import io
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from cache_schemas import canonical, layout, rows
+from cache_schemas.dense_array import DenseArray
+from cache_schemas.errors import CacheError, ShardCorrupt
+from cache_schemas.manifest import FORMAT_VERSION, Plan, check_version
+from cache_schemas.record_codec import TOKENS, RowCodec
+from pipeline.cache.storage import Storage
+from pipeline.record import Example, ImageSpan, TeacherRecord
+
+MAX_TABLE_BYTES = 1 << 28
+UNFITTED = ("exact", "portable")
+"""Profiles without tables."""
+
+
+class Format:
+    """How the records of one cache are stored.
+
+    Args:
+        plan: the cache's plan.
+        codec: the fitted codec of its row signals.
+    """
+
+    def __init__(self, plan: Plan, codec: RowCodec):
+        self.plan, self.codec = plan, codec
+        self.codec_body = {"format_version": FORMAT_VERSION, "rows": codec.facts()}
+        self.codec_digest = canonical.digest(self.codec_body)
+        self.schema = rows.schema(plan)
+        self.portable = rows.is_portable(plan)
+        self.dense = {name: _dense_array(plan, shape) for name, shape in plan.dense_signals.items()}
+
+    def values(self, number: int, record: TeacherRecord) -> dict[str, Any]:
+        """The columns of one record (see `cache_schemas.rows`).
+
+        Raises:
+            ValueError: the record does not have exactly the plan's signals.
+            CacheError: the codec cannot hold a value within its bound.
+        """
+        self._check_signals(record)
+        example = record.example
+        tokens = np.asarray(example.token_ids, dtype=np.int32)
+        values = {
+            "number": number,
+            "example_id": example.example_id,
+            "document_id": example.document_id,
+            "source": example.source,
+            "weight": float(example.weight),
+            "first_row": int(record.first_row),
+            "loss_mask": np.asarray(example.loss_mask, dtype=bool),
+            "images": [
+                {"sha256": image.sha256, "start": image.start, "length": image.length}
+                for image in example.images
+            ],
+            "hidden_positions": np.asarray(record.hidden_positions, dtype=np.int32),
+            "dense_lengths": np.array([len(record.signals[n]) for n in self.dense], dtype=np.int32),
+        }
+        said = {TOKENS: tokens} | {name: record.signals[name] for name in self.plan.row_signals}
+        return values | (said if self.portable else {rows.PAYLOAD: self.codec.encode(said)})
+
+    def record(
+        self,
+        values: Mapping[str, Any],
+        dense: Mapping[str, np.ndarray],
+        signals: Collection[str] | None = None,
+    ) -> TeacherRecord:
+        """The inverse of `values`, with the row signals named in `signals` (None: all).
+
+        Raises:
+            ShardCorrupt: the values contradict each other.
+        """
+        wanted = [n for n in self.plan.row_signals if signals is None or n in signals]
+        said = self._row_signals(values, [*wanted, TOKENS])
+        tokens = said.pop(TOKENS)
+        example = Example(
+            example_id=values["example_id"],
+            document_id=values["document_id"],
+            source=values["source"],
+            token_ids=tokens,
+            loss_mask=values["loss_mask"],
+            images=tuple(ImageSpan(**image) for image in values.get("images", ())),
+            weight=values["weight"],
+        )
+        positions = values.get("hidden_positions", np.empty(0, dtype=np.int32))
+        record = TeacherRecord(example, values["first_row"], said | dict(dense), positions)
+        _check_shapes(record, said)
+        return record
+
+    def dense_lengths(self, values: Mapping[str, Any]) -> dict[str, int]:
+        """Positions that one example uses of each dense signal."""
+        lengths = values.get("dense_lengths", ())
+        if len(lengths) != len(self.dense):
+            raise ShardCorrupt("dense_lengths does not fit the plan", where=values["example_id"])
+        return {name: int(length) for name, length in zip(self.dense, lengths)}
+
+    def _row_signals(self, values: Mapping[str, Any], names: list[str]) -> dict[str, np.ndarray]:
+        if not self.portable:
+            said = self.codec.decode(values[rows.PAYLOAD], names)
+        else:
+            num_rows = len(values[TOKENS]) - 1 - values["first_row"]
+            said = {n: _unflatten(n, values[n], num_rows, self.codec) for n in names}
+        if missing := set(names) - set(said):
+            raise ShardCorrupt(f"lacks {sorted(missing)}", where=f"example {values['example_id']}")
+        return said
+
+    def _check_signals(self, record: TeacherRecord) -> None:
+        expected = {*self.plan.row_signals, *self.dense}
+        if set(record.signals) != expected:
+            found = sorted(set(record.signals) ^ expected)
+            raise ValueError(f"record and plan differ in signals {found}")
+        _check_shapes(record, {name: record.signals[name] for name in self.plan.row_signals})
+
+
+def open_codec(storage: Storage, plan: Plan) -> RowCodec | None:
+    """The codec of a cache, from codec.json and its tables; None before it was fitted.
+
+    Raises:
+        ShardCorrupt: the description or a table is damaged or missing.
+    """
+    if storage.size(layout.CODEC) is None:
+        return None
+    where = f"{storage.location}/{layout.CODEC}"
+    return read_codec(storage, canonical.check(storage.read(layout.CODEC), where), plan)
+
+
+def read_codec(storage: Storage, body: Mapping[str, Any], plan: Plan) -> RowCodec:
+    """The codec that the body of codec.json (also kept in the manifest) describes."""
+    where = f"{storage.location}/{layout.CODEC}"
+    check_version(body.get("format_version"), where)
+    facts = body.get("rows")
+    try:
+        tables = {name: _load_table(storage, sha) for name, sha in facts["tables"].items()}
+        codec = RowCodec.from_facts(facts, tables)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ShardCorrupt(f"describes no codec ({error!r})", where=where) from None
+    _check_codec(codec, plan, where)
+    return codec
+
+
+def publish_codec(storage: Storage, plan: Plan, codec: RowCodec) -> RowCodec:
+    """Store a codec unless there is one; returns the one that all workers share."""
+    facts = codec.facts()
+    for name, sha in facts["tables"].items():
+        storage.create(layout.table(sha), _table_bytes(codec.tables[name]))
+    body = {"format_version": FORMAT_VERSION, "rows": facts}
+    storage.create(layout.CODEC, canonical.sign(body, indent=1))
+    shared = open_codec(storage, plan)
+    assert shared is not None
+    return shared
+
+
+def codec_sizes(plan: Plan) -> dict[str, int]:
+    """The sizes that a `RowCodec` takes, as the plan fixes them."""
+    capture = plan.facts["capture"]
+    return {
+        "k": capture["k"],
+        "vocab_size": plan.facts["teacher"]["vocab_size"],
+        "draws": capture.get("tail_draws", 0),
+        "temperatures": len(capture.get("temperatures", (1.0,))),
+    }
+
+
+def _check_codec(codec: RowCodec, plan: Plan, where: str) -> None:
+    facts = codec.facts()
+    expected = {"profile": plan.facts["capture"].get("profile"), **codec_sizes(plan)}
+    for key, value in expected.items():
+        if facts[key] != value:
+            raise ShardCorrupt(f"'{key}' is {facts[key]!r}", expected=f"{value!r}", where=where)
+
+
+def _table_bytes(table: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.ascontiguousarray(table), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _load_table(storage: Storage, sha: str) -> np.ndarray:
+    name = layout.table(sha)
+    where = f"{storage.location}/{name}"
+    if len(sha) != 64 or not set(sha) <= set("0123456789abcdef"):
+        raise ShardCorrupt("a table's name is not a sha256", where=layout.CODEC)
+    try:
+        return _parse_table(storage.read(name))
+    except FileNotFoundError:
+        raise ShardCorrupt("the table is missing", where=where, remedy="Get it again.") from None
+    except (ValueError, OSError, EOFError, SyntaxError) as error:
+        raise ShardCorrupt(f"is not a table ({str(error)[:80]})", where=where) from None
+
+
+def _parse_table(data: bytes) -> np.ndarray:
+    """`numpy.load`, after the header's size was compared with the bytes that are there."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"npy version {version}")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1000)
+    size = dtype.itemsize
+    for side in shape:
+        size *= side
+    if dtype.hasobject or size != len(data) - stream.tell() or len(data) > MAX_TABLE_BYTES:
+        raise ValueError(f"its header names {size} bytes")
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _dense_array(plan: Plan, shape: Mapping[str, Any]) -> DenseArray:
+    return DenseArray(
+        plan.num_examples,
+        plan.examples_per_shard,
+        shape["positions"],
+        shape["width"],
+        shape["codec"],
+    )
+
+
+def _unflatten(name: str, flat: np.ndarray, num_rows: int, codec: RowCodec) -> np.ndarray:
+    from cache_schemas.signals import ROW_SIGNALS
+
+    if name == TOKENS:
+        return flat
+    widths = {"k": codec.k, "draws": codec.draws, "temperatures": codec.temperatures}
+    shape = (num_rows, *(widths[word] for word in ROW_SIGNALS[name].shape))
+    if flat.size != int(np.prod(shape)):
+        raise ShardCorrupt(f"{name} has {flat.size} values", expected=f"{int(np.prod(shape))}")
+    return flat.reshape(shape)
+
+
+def _check_shapes(record: TeacherRecord, row_signals: Mapping[str, np.ndarray]) -> None:
+    """Lengths that must agree, whoever made the record."""
+    num_tokens, example = len(record.example.token_ids), record.example
+    where = f"example {example.example_id}"
+    if len(example.loss_mask) != num_tokens or not 0 <= record.first_row < max(num_tokens - 1, 1):
+        raise ShardCorrupt("tokens, mask and first row do not fit", where=where)
+    for name, array in row_signals.items():
+        if len(array) != record.num_rows:
+            raise CacheError(f"{name} has {len(array)} rows, not {record.num_rows}", where=where)

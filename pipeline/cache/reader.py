@@ -1,0 +1,204 @@
+"""Reading a sealed cache: any example by its number, and only the signals asked for.
+
+One idea: a record is one range of one file, checked against its receipt before it is parsed, and
+every receipt is checked against the manifest. Nothing is mapped or held but small per-shard tables,
+so a cache far larger than memory costs no memory. It neither shuffles nor packs.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from cache_schemas import layout
+from cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
+from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from pipeline.cache import shard as shards
+from pipeline.cache.formats import Format, read_codec
+from pipeline.cache.sealing import check_receipt
+from pipeline.cache.storage import Storage
+from pipeline.cache.writer import open_storage
+from pipeline.record import TeacherRecord
+
+SHARDS_HELD = 4096
+"""Shards whose offsets are kept in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Offsets:
+    """Where the records of one shard lie."""
+
+    starts: np.ndarray
+    sizes: np.ndarray
+    checksums: list[str]
+    file_bytes: dict[str, int]
+
+
+class TeacherCache:
+    """A sealed cache. Made by `open`."""
+
+    def __init__(self, storage: Storage, manifest: Manifest, form: Format):
+        self.storage, self.manifest, self.form = storage, manifest, form
+        self.plan: Plan = form.plan
+        self._offsets = lru_cache(SHARDS_HELD)(self._read_offsets)
+        self._dense_index = lru_cache(SHARDS_HELD)(self._read_dense_index)
+
+    @classmethod
+    def open(cls, location: str | Path | Storage) -> "TeacherCache":
+        """Open a directory or fsspec URL; reads the manifest and the codec's tables.
+
+        Raises:
+            CacheError: there is no cache, or it is not sealed.
+            ShardCorrupt: the manifest or a table is damaged.
+            FormatTooNew: a later release wrote it.
+        """
+        storage = open_storage(location)
+        where = f"{storage.location}/{layout.MANIFEST}"
+        manifest = read(Manifest, _manifest_bytes(storage), where)
+        plan = Plan.from_facts(manifest.plan, where)
+        if {len(column) for column in manifest.shards.model_dump().values()} != {plan.num_shards}:
+            raise ShardCorrupt("does not list the plan's shards", where=where)
+        return cls(storage, manifest, Format(plan, read_codec(storage, manifest.codec, plan)))
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of the signals every record has."""
+        return (*self.plan.row_signals, *self.plan.dense_signals)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Temperatures of the columns of `lse`, rising."""
+        return tuple(self.plan.facts["capture"].get("temperatures", (1.0,)))
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Examples of each shard."""
+        return [len(self.plan.shard_range(shard)) for shard in range(self.plan.num_shards)]
+
+    def shard_of(self, number: int) -> int:
+        """The shard that holds an example."""
+        return number // self.plan.examples_per_shard
+
+    def __len__(self) -> int:
+        return self.plan.num_examples
+
+    def __getitem__(self, number: int) -> TeacherRecord:
+        return self.read(number)
+
+    def __iter__(self) -> Iterator[TeacherRecord]:
+        return (self.read(number) for number in range(len(self)))
+
+    def read(self, number: int, signals: Collection[str] | None = None) -> TeacherRecord:
+        """One record with the signals named (None: all).
+
+        Raises:
+            IndexError: no such example.
+            ShardCorrupt: its bytes are not those that were written.
+            CacheError: the cache has no such signal.
+        """
+        number = range(len(self))[number]
+        if signals is not None and (unknown := set(signals) - set(self.signals)):
+            raise CacheError(
+                f"no signal {sorted(unknown)}",
+                expected=f"some of {', '.join(self.signals)}",
+                where=self.storage.location,
+            )
+        shard, position = divmod(number, self.plan.examples_per_shard)
+        message = self._message(shard, position)
+        where = f"{self.storage.location}/{layout.rows(shard)} example {number}"
+
+        def dense(name: str, used: int) -> np.ndarray:
+            return self._dense(name, shard, position, used)
+
+        return shards.decode(self.form, message, number, where, dense, signals)
+
+    def index(self, columns: list[str] | None = None) -> pa.Table:
+        """The index, one row per example in order (columns: see FORMAT.md)."""
+        parts = (name for name in self.manifest.files if name.startswith("index/"))
+        return pa.concat_tables(
+            [
+                pq.read_table(pa.BufferReader(self._fixed(name)), columns=columns)
+                for name in sorted(parts)
+            ]
+        )
+
+    def receipt(self, shard: int) -> ShardReceipt:
+        """The receipt of a shard, checked against the manifest."""
+        name = layout.receipt(shard)
+        where = f"{self.storage.location}/{name}"
+        data = self._present(name)
+        if hashlib.sha256(data).hexdigest() != self.manifest.shards.receipt[shard]:
+            raise ShardCorrupt("is not the receipt that the manifest names", where=where)
+        receipt = read(ShardReceipt, data, where)
+        check_receipt(receipt, self.form, shard, where)
+        return receipt
+
+    def _fixed(self, name: str) -> bytes:
+        """A small file, checked against the manifest."""
+        data = self._present(name)
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
+            raise ShardCorrupt("has been changed", where=f"{self.storage.location}/{name}")
+        return data
+
+    def _present(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        try:
+            return self.storage.read(name, start, length)
+        except FileNotFoundError:
+            where = f"{self.storage.location}/{name}"
+            remedy = "Pull it again, or run `stillroom cache repair` and capture again."
+            raise ShardCorrupt("is missing", where=where, remedy=remedy) from None
+
+    def _read_offsets(self, shard: int) -> _Offsets:
+        receipt = self.receipt(shard)
+        listed = receipt.records
+        sizes = {name: entry.bytes for name, entry in receipt.files.items()}
+        return _Offsets(np.array(listed.offset), np.array(listed.bytes), listed.xxh3, sizes)
+
+    def _message(self, shard: int, position: int) -> bytes:
+        offsets, name = self._offsets(shard), layout.rows(shard)
+        start, size = int(offsets.starts[position]), int(offsets.sizes[position])
+        if start + size > offsets.file_bytes[name]:
+            raise ShardCorrupt("names bytes beyond its file", where=layout.receipt(shard))
+        message = self._present(name, start, size)
+        if xxhash.xxh3_64_hexdigest(message) != offsets.checksums[position]:
+            raise ShardCorrupt(
+                f"example {position} of the shard does not fit its checksum",
+                where=f"{self.storage.location}/{name}",
+                remedy="Pull it again, or run `stillroom cache repair` and capture again.",
+            )
+        return message
+
+    def _read_dense_index(self, name: str, shard: int) -> np.ndarray:
+        array, path = self.form.dense[name], layout.dense_shard(name, shard)
+        size = self._offsets(shard).file_bytes[path]
+        count, where = len(self.plan.shard_range(shard)), f"{self.storage.location}/{path}"
+        if size < array.index_bytes:
+            raise ShardCorrupt("is too short for its index", where=where)
+        tail = self._present(path, size - array.index_bytes, array.index_bytes)
+        return array.parse_index(tail, size, count, where)
+
+    def _dense(self, name: str, shard: int, position: int, used: int) -> np.ndarray:
+        path = layout.dense_shard(name, shard)
+        offset, length = (int(value) for value in self._dense_index(name, shard)[position])
+        chunk = self._present(path, offset, length)
+        return self.form.dense[name].decode(chunk, used, f"{self.storage.location}/{path}")
+
+
+def _manifest_bytes(storage: Storage) -> bytes:
+    try:
+        return storage.read(layout.MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    if storage.size(layout.PLAN) is None:
+        raise CacheError("there is no cache here", where=storage.location, remedy="Check the path.")
+    raise CacheIncomplete(
+        "the cache is not sealed",
+        where=storage.location,
+        remedy="Run the capture again to finish it.",
+    )

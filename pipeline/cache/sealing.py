@@ -1,0 +1,163 @@
+"""From receipts to a manifest and an index.
+
+One idea: sealing reads receipts only, never shards, so it takes minutes for a cache of any size; and
+its result follows from them alone, so sealing twice, or by two workers, gives the same bytes.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache_schemas import layout
+from cache_schemas.errors import PlanMismatch, ShardCorrupt
+from cache_schemas.manifest import FileEntry, Manifest, ShardReceipt, ShardTable, read
+from pipeline.cache.formats import Format
+from pipeline.cache.storage import Storage
+
+THREADS = 16
+INDEX_SCHEMA = pa.schema(
+    [
+        ("number", pa.int64()),
+        ("shard", pa.int32()),
+        ("example_id", pa.string()),
+        ("source", pa.string()),
+        ("num_tokens", pa.int32()),
+        ("num_rows", pa.int32()),
+        ("entropy", pa.float32()),
+        ("tail", pa.float32()),
+        ("offset", pa.int64()),
+        ("bytes", pa.int64()),
+        ("xxh3", pa.string()),
+        ("preview", pa.string()),
+    ]
+)
+
+
+def seal(storage: Storage, form: Format) -> Manifest:
+    """Check every receipt, write the index and, last, the manifest.
+
+    Raises:
+        ShardCorrupt: a receipt is damaged, or a file it names is missing or has another size.
+        PlanMismatch: a receipt is of another cache.
+    """
+    table: dict[str, list] = {name: [] for name in ShardTable.model_fields}
+    files = {name: _entry(storage.read(name)) for name in _fixed_files(form)}
+    for number, shards in _by_folder(form.plan.num_shards):
+        sink = io.BytesIO()
+        sizes = _sizes(storage, form, number, shards)
+        with pq.ParquetWriter(sink, INDEX_SCHEMA, **PARQUET) as index:
+            for receipt, sha256 in read_receipts(storage, form, shards):
+                _check_sizes(storage, receipt, sizes)
+                index.write_table(_index_rows(form, receipt))
+                _append(table, receipt, sha256)
+        files[layout.index(number)] = _entry(sink.getvalue())
+        storage.replace(layout.index(number), sink.getvalue())
+    manifest = Manifest(
+        plan=form.plan.facts,
+        codec=form.codec_body,
+        files=files,
+        shards=ShardTable(**table),
+    )
+    storage.replace(layout.MANIFEST, manifest.to_bytes())
+    return manifest
+
+
+PARQUET = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": ["source"]}
+
+
+def read_receipts(
+    storage: Storage, form: Format, shards: Iterable[int]
+) -> Iterator[tuple[ShardReceipt, str]]:
+    """Receipts in order, each with the sha256 of its file, fetched in parallel."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(lambda number: read_receipt(storage, form, number), shards)
+
+
+def read_receipt(storage: Storage, form: Format, number: int) -> tuple[ShardReceipt, str]:
+    """One receipt and the sha256 of its file.
+
+    Raises:
+        ShardCorrupt: it is damaged or of another shard.
+        PlanMismatch: it belongs to another cache.
+    """
+    name = layout.receipt(number)
+    where = f"{storage.location}/{name}"
+    data = storage.read(name)
+    receipt = read(ShardReceipt, data, where)
+    check_receipt(receipt, form, number, where)
+    return receipt, hashlib.sha256(data).hexdigest()
+
+
+def check_receipt(receipt: ShardReceipt, form: Format, number: int, where: str) -> None:
+    """Refuse a receipt of another cache or shard, or with other files than a shard has."""
+    if receipt.plan != form.plan.digest:
+        raise PlanMismatch(
+            f"belongs to the cache of plan {receipt.plan[:12]}",
+            expected=f"plan {form.plan.digest[:12]}",
+            where=where,
+            remedy="Run `stillroom cache repair`, then capture again.",
+        )
+    if receipt.codec != form.codec_digest:
+        raise ShardCorrupt("was written with other codec tables", where=where)
+    expected = set(layout.shard_files(number, list(form.dense)))
+    if receipt.shard != number or set(receipt.files) != expected:
+        raise ShardCorrupt(f"is the receipt of shard {receipt.shard}", where=where)
+    lengths = {len(column) for column in receipt.records.model_dump().values()}
+    if lengths != {len(form.plan.shard_range(number))}:
+        raise ShardCorrupt("does not list the shard's examples", where=where)
+
+
+def _fixed_files(form: Format) -> list[str]:
+    tables = [layout.table(sha) for sha in form.codec.facts()["tables"].values()]
+    metadata = [layout.dense_metadata(name) for name in form.dense]
+    return sorted([*tables, *metadata, layout.PLAN, layout.CODEC])
+
+
+def _by_folder(num_shards: int) -> Iterator[tuple[int, range]]:
+    step = layout.SHARDS_PER_FOLDER
+    for number, first in enumerate(range(0, num_shards, step)):
+        yield number, range(first, min(first + step, num_shards))
+
+
+def _sizes(storage: Storage, form: Format, number: int, shards: range) -> dict[str, int]:
+    """Sizes of the files of a folder of shards; one listing where names allow it."""
+    sizes = storage.list(f"rows/{number:03d}")
+    for name in form.dense:
+        for shard in shards:
+            path = layout.dense_shard(name, shard)
+            sizes[path] = -1 if (size := storage.size(path)) is None else size
+    return sizes
+
+
+def _check_sizes(storage: Storage, receipt: ShardReceipt, sizes: dict[str, int]) -> None:
+    for name, entry in receipt.files.items():
+        found = sizes.get(name, -1)
+        if found != entry.bytes:
+            raise ShardCorrupt(
+                "is missing" if found < 0 else f"has {found} bytes",
+                expected=f"{entry.bytes} bytes",
+                where=f"{storage.location}/{name}",
+                remedy="Run `stillroom cache repair`, then capture again.",
+            )
+
+
+def _append(table: dict[str, list], receipt: ShardReceipt, sha256: str) -> None:
+    table["num_tokens"].append(receipt.num_tokens)
+    table["num_rows"].append(sum(receipt.records.num_rows))
+    table["bytes"].append(receipt.num_bytes)
+    table["receipt"].append(sha256)
+
+
+def _index_rows(form: Format, receipt: ShardReceipt) -> pa.Table:
+    columns = receipt.records.model_dump()
+    columns["number"] = list(form.plan.shard_range(receipt.shard))
+    columns["shard"] = [receipt.shard] * receipt.num_examples
+    return pa.table({name: columns[name] for name in INDEX_SCHEMA.names}, schema=INDEX_SCHEMA)
+
+
+def _entry(data: bytes) -> FileEntry:
+    return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

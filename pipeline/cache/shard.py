@@ -1,0 +1,177 @@
+"""The files of one shard: built in a folder, and inspected wherever they lie.
+
+One idea: `inspect` reads a shard's files, decodes every record and returns the receipt they deserve,
+so a receipt is a function of the bytes in place; writing, resuming, adopting another worker's files
+and verifying all compare against it. It publishes nothing.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from cache_schemas import layout, rows
+from cache_schemas.errors import CacheError, ShardCorrupt
+from cache_schemas.manifest import FileEntry, Records, ShardReceipt
+from pipeline.cache.formats import Format
+from pipeline.cache.storage import Storage
+from pipeline.record import TeacherRecord
+
+Preview = Callable[[np.ndarray], str]
+"""Text of the first tokens of an example, for people."""
+
+
+def build(folder: Path, form: Format, shard: int, records: Iterable[TeacherRecord]) -> None:
+    """Write the files of a shard below `folder`, under their names in the cache.
+
+    Raises:
+        CacheError: there are not exactly the plan's examples.
+    """
+    numbers = form.plan.shard_range(shard)
+    chunks: dict[str, list[bytes]] = {name: [] for name in form.dense}
+    path = folder / layout.rows(shard)
+    path.parent.mkdir(parents=True)
+    written = 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, form.schema) as writer:
+        for written, record in enumerate(records, start=1):
+            if written > len(numbers):
+                break
+            values = form.values(numbers[written - 1], record)
+            writer.write_batch(rows.batch(form.schema, values))
+            for name, array in form.dense.items():
+                chunks[name].append(array.encode(record.signals[name]))
+    if written != len(numbers):
+        raise CacheError(f"shard {shard} was given {written} records", expected=f"{len(numbers)}")
+    for name, encoded in chunks.items():
+        target = folder / layout.dense_shard(name, shard)
+        target.parent.mkdir(parents=True)
+        target.write_bytes(form.dense[name].pack(encoded))
+
+
+def inspect(
+    storage: Storage, form: Format, shard: int, preview: Preview | None = None
+) -> ShardReceipt:
+    """The receipt of the files in place; every record is decoded on the way.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ShardCorrupt: a file is not what the plan says.
+    """
+    files: dict[str, FileEntry] = {}
+    data = _read(storage, layout.rows(shard), files)
+    dense = {name: _DenseShard(storage, form, name, shard, files) for name in form.dense}
+    messages = _messages(data, form, f"{storage.location}/{layout.rows(shard)}")
+    numbers = form.plan.shard_range(shard)
+    if len(messages) != len(numbers):
+        raise ShardCorrupt(
+            f"{len(messages)} examples",
+            expected=f"{len(numbers)}",
+            where=f"{storage.location}/{layout.rows(shard)}",
+        )
+    records: dict[str, list[Any]] = {name: [] for name in Records.model_fields}
+    for position, (number, (start, stop)) in enumerate(zip(numbers, messages)):
+        message = data[start:stop]
+        where = f"{storage.location}/{layout.rows(shard)} example {number}"
+        record = decode(
+            form, message, number, where, lambda name, used: dense[name].get(position, used)
+        )
+        entry = summary(record, preview)
+        entry |= {"offset": start, "bytes": stop - start, "xxh3": xxhash.xxh3_64_hexdigest(message)}
+        for name, value in entry.items():
+            records[name].append(value)
+    return ShardReceipt(
+        plan=form.plan.digest,
+        codec=form.codec_digest,
+        shard=shard,
+        files=files,
+        records=Records(**records),
+    )
+
+
+def decode(
+    form: Format,
+    message: bytes,
+    number: int,
+    where: str,
+    dense: Callable[[str, int], np.ndarray],
+    signals: Any = None,
+) -> TeacherRecord:
+    """A record of its Arrow message; `dense(name, positions used)` supplies its dense arrays.
+
+    Raises:
+        ShardCorrupt: it is not the record of example `number`.
+    """
+    values = rows.parse(message, form.schema, where)
+    if values["number"] != number:
+        raise ShardCorrupt(f"holds example {values['number']}", expected=f"{number}", where=where)
+    lengths = form.dense_lengths(values)
+    wanted = [name for name in form.dense if signals is None or name in signals]
+    arrays = {name: dense(name, lengths[name]) for name in wanted}
+    return form.record(values, arrays, signals)
+
+
+def summary(record: TeacherRecord, preview: Preview | None) -> dict[str, Any]:
+    """What the index tells about a record."""
+    signals = record.signals
+    entropy, tail = signals.get("entropy"), signals.get("tail_logprob")
+    return {
+        "example_id": record.example.example_id,
+        "source": record.example.source,
+        "num_tokens": len(record.example.token_ids),
+        "num_rows": record.num_rows,
+        "entropy": _mean(entropy) if entropy is not None else None,
+        "tail": _mean(np.exp(tail.astype(np.float64))) if tail is not None else None,
+        "preview": preview(record.example.token_ids) if preview else "",
+    }
+
+
+def _mean(array: np.ndarray) -> float | None:
+    mean = float(np.mean(array, dtype=np.float64)) if array.size else 0.0
+    return round(mean, 6) if np.isfinite(mean) else None
+
+
+def _read(storage: Storage, name: str, files: dict[str, FileEntry]) -> bytes:
+    data = storage.read(name)
+    files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return data
+
+
+def _messages(data: bytes, form: Format, where: str) -> list[tuple[int, int]]:
+    """Start and end of every record batch message of an Arrow IPC file."""
+    try:
+        with pa.ipc.open_file(pa.py_buffer(data)) as file:
+            num_batches, schema = file.num_record_batches, file.schema
+        source = pa.BufferReader(data)
+        source.seek(rows.FIRST_MESSAGE)
+        pa.ipc.read_message(source)
+        bounds = [source.tell()]
+        for _ in range(num_batches):
+            pa.ipc.read_message(source)
+            bounds.append(source.tell())
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
+        raise ShardCorrupt(f"is not an Arrow file ({str(error)[:120]})", where=where) from None
+    if not schema.equals(form.schema):
+        raise ShardCorrupt("has another schema than the plan's", where=where)
+    return list(zip(bounds, bounds[1:]))
+
+
+class _DenseShard:
+    """One Zarr shard held in memory."""
+
+    def __init__(
+        self, storage: Storage, form: Format, name: str, shard: int, files: dict[str, FileEntry]
+    ):
+        path = layout.dense_shard(name, shard)
+        self.array, self.where = form.dense[name], f"{storage.location}/{path}"
+        self.data = _read(storage, path, files)
+        tail = self.data[-self.array.index_bytes :]
+        count = len(form.plan.shard_range(shard))
+        self.entries = self.array.parse_index(tail, len(self.data), count, self.where)
+
+    def get(self, position: int, used: int) -> np.ndarray:
+        offset, length = (int(value) for value in self.entries[position])
+        return self.array.decode(self.data[offset : offset + length], used, self.where)

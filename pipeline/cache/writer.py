@@ -1,0 +1,193 @@
+"""Writing a cache: shards by any number of workers, then one seal.
+
+One idea: files of a shard are published whole and only where nothing is yet, and the receipt, which
+follows from the files in place, is published last. So a kill loses at most the shard at hand, two
+writers of one shard end with one, and workers share nothing but the directory or bucket. It does
+not decide who writes which shard.
+"""
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+from cache_schemas import layout
+from cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch, ShardCorrupt
+from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from cache_schemas.record_codec import TOKENS, RowCodec
+from pipeline.cache import sealing, shard
+from pipeline.cache.formats import UNFITTED, Format, codec_sizes, open_codec, publish_codec
+from pipeline.cache.shard import Preview
+from pipeline.cache.storage import DirectoryStorage, Storage
+from pipeline.record import TeacherRecord
+
+
+class CacheWriter:
+    """A cache that is being written. Made by `open`."""
+
+    def __init__(self, storage: Storage, plan: Plan, preview: Preview | None):
+        self.storage, self.plan, self.preview = storage, plan, preview
+        self._form: Format | None = None
+
+    @classmethod
+    def open(
+        cls, root: str | Path | Storage, plan: Plan, preview: Preview | None = None
+    ) -> "CacheWriter":
+        """Create a cache of a plan, or go on with the one that is there.
+
+        Args:
+            root: directory, fsspec URL or storage.
+            plan: what the cache is to hold.
+            preview: text of an example's tokens, for the index; the same for every worker.
+
+        Raises:
+            PlanMismatch: the cache there has another plan; names every fact that differs.
+        """
+        storage = open_storage(root)
+        _claim_root(storage, plan)
+        for name, array in Format(plan, _unfitted(plan)).dense.items():
+            storage.create(layout.dense_metadata(name), array.metadata())
+        writer = cls(storage, plan, preview)
+        if plan.facts["capture"].get("profile") in UNFITTED:
+            publish_codec(storage, plan, _unfitted(plan))
+        return writer
+
+    @property
+    def needs_fit(self) -> bool:
+        """True until some worker has fitted and published the codec's tables."""
+        return self._find_form() is None
+
+    def fit(self, records: Iterable[TeacherRecord]) -> None:
+        """Fit the codec's tables on the first records of shard 0, unless another worker has.
+
+        Whoever publishes first wins, and everyone uses the winner's tables.
+        """
+        if not self.needs_fit:
+            return
+        profile = self.plan.facts["capture"]["profile"]
+        samples = [
+            {TOKENS: record.example.token_ids}
+            | {name: record.signals[name] for name in self.plan.row_signals}
+            for record in records
+        ]
+        codec = RowCodec.fit(profile, samples, **codec_sizes(self.plan))
+        self._form = Format(self.plan, publish_codec(self.storage, self.plan, codec))
+
+    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Shards without a receipt in one worker's share, a contiguous run of shards.
+
+        Raises:
+            ShardCorrupt: a shard has a receipt but lacks a file.
+        """
+        first = self.plan.num_shards * rank // world_size
+        last = self.plan.num_shards * (rank + 1) // world_size
+        folders = sorted({layout.folder(number) for number in range(first, last)})
+        receipts = _listed(self.storage, "receipts", folders)
+        present = _listed(self.storage, "rows", folders)
+        done = {number for number in range(first, last) if layout.receipt(number) in receipts}
+        for number in sorted(done):
+            if layout.rows(number) not in present:
+                raise _lost(self.storage, layout.rows(number))
+        return [number for number in range(first, last) if number not in done]
+
+    def write(self, number: int, records: Iterable[TeacherRecord]) -> ShardReceipt:
+        """Write one shard: build, check, publish its files, then its receipt.
+
+        Another worker may do the same at the same time: the files of whoever is first stay.
+
+        Raises:
+            CacheError: not exactly the shard's examples, or a value the codec cannot hold.
+        """
+        if self.needs_fit:
+            records = self._fit_on_own(number, records)
+        form = self._find_form()
+        assert form is not None
+        with self.storage.staging() as folder:
+            staged = DirectoryStorage(folder)
+            shard.build(folder, form, number, records)
+            receipt = shard.inspect(staged, form, number, self.preview)
+            if not self._publish(folder, receipt):
+                receipt = shard.inspect(self.storage, form, number, self.preview)
+        name = layout.receipt(number)
+        if self.storage.create(name, receipt.to_bytes()):
+            return receipt
+        return read(ShardReceipt, self.storage.read(name), f"{self.storage.location}/{name}")
+
+    def seal(self) -> Manifest:
+        """Bind all receipts into the manifest, which makes the cache readable.
+
+        Raises:
+            CacheIncomplete: receipts are missing.
+            ShardCorrupt: a receipt is damaged or lacks its files.
+        """
+        missing = self.missing()
+        if missing:
+            raise CacheIncomplete(
+                f"{len(missing)} of {self.plan.num_shards} shards are missing, "
+                f"the first is {missing[0]}",
+                where=self.storage.location,
+            )
+        form = self._find_form()
+        assert form is not None
+        return sealing.seal(self.storage, form)
+
+    def _publish(self, folder: Path, receipt: ShardReceipt) -> bool:
+        """True if every file in place is the one from `folder`."""
+        ours = [self.storage.create(name, folder / name) for name in receipt.files]
+        return all(ours)
+
+    def _find_form(self) -> Format | None:
+        if self._form is None:
+            codec = open_codec(self.storage, self.plan)
+            self._form = Format(self.plan, codec) if codec else None
+        return self._form
+
+    def _fit_on_own(self, number: int, records: Iterable[TeacherRecord]) -> Iterable[TeacherRecord]:
+        if number != 0:
+            raise ValueError(
+                "the codec is not fitted: call fit() with the first records of shard 0"
+            )
+        held = list(records)
+        self.fit(held)
+        return held
+
+
+def open_storage(root: str | Path | Storage) -> Storage:
+    """Storage for a directory, a fsspec URL, or what is one already."""
+    if isinstance(root, str) and "://" in root:
+        from pipeline.cache.bucket import BucketStorage
+
+        return BucketStorage(root)
+    return DirectoryStorage(root) if isinstance(root, (str, Path)) else root
+
+
+def _claim_root(storage: Storage, plan: Plan) -> None:
+    """Create plan.json, or refuse another plan."""
+    if storage.create(layout.PLAN, plan.to_bytes()):
+        return
+    found = Plan.from_bytes(storage.read(layout.PLAN), f"{storage.location}/{layout.PLAN}")
+    if found.digest != plan.digest:
+        raise PlanMismatch(
+            "this cache was begun with another plan: " + "; ".join(plan.differences(found)),
+            where=storage.location,
+            remedy="Choose another directory, or restore the settings it was begun with.",
+        )
+
+
+def _unfitted(plan: Plan) -> RowCodec:
+    profile = plan.facts["capture"].get("profile")
+    if profile not in UNFITTED:
+        profile = "exact"
+    return RowCodec(profile, **codec_sizes(plan))
+
+
+def _listed(storage: Storage, kind: str, folders: Iterable[str]) -> set[str]:
+    found = (storage.list(f"{kind}/{folder}") for folder in folders)
+    return set(itertools.chain.from_iterable(found))
+
+
+def _lost(storage: Storage, name: str) -> CacheError:
+    return ShardCorrupt(
+        "is missing although its receipt is there",
+        where=f"{storage.location}/{name}",
+        remedy="Run `stillroom cache repair`, then capture again.",
+    )

@@ -1,0 +1,86 @@
+"""Writer and reader of a cache: round trip, resume, refusal of another plan, sealing."""
+
+import pytest
+
+from cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.writer import CacheWriter
+from tests.synthetic_records import assert_same_record, make_plan, make_record, records_of
+
+
+def write_all(root, plan, shards=None):
+    writer = CacheWriter.open(root, plan)
+    for shard in writer.missing() if shards is None else shards:
+        writer.write(shard, records_of(plan, shard))
+    return writer
+
+
+def files_of(root):
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("profile", ["exact", "portable"])
+def test_what_is_written_is_read(tmp_path, profile):
+    plan = make_plan(
+        profile=profile, moments=True, tail_draws=3, hidden_layers=[2, "final"], images=True
+    )
+    write_all(tmp_path / "cache", plan).seal()
+    cache = TeacherCache.open(str(tmp_path / "cache"))
+    assert len(cache) == 10
+    for number in range(len(cache)):
+        assert_same_record(cache[number], make_record(plan, number))
+
+
+def test_only_the_signals_asked_for_are_decoded(tmp_path):
+    plan = make_plan(hidden_layers=[2])
+    write_all(tmp_path, plan).seal()
+    record = TeacherCache.open(tmp_path).read(4, signals=["topk_ids"])
+    assert set(record.signals) == {"topk_ids"}
+    assert record.example == make_record(plan, 4).example
+    with pytest.raises(CacheError, match=r"no signal \['hidden.9'\]"):
+        TeacherCache.open(tmp_path).read(4, signals=["hidden.9"])
+
+
+def test_a_second_run_writes_only_what_is_missing_and_gives_the_same_bytes(tmp_path):
+    plan = make_plan(hidden_layers=[1])
+    write_all(tmp_path / "once", plan).seal()
+    write_all(tmp_path / "twice", plan, shards=[2, 0])
+    writer = CacheWriter.open(tmp_path / "twice", plan)
+    assert writer.missing() == [1, 3]
+    with pytest.raises(CacheIncomplete, match="2 of 4 shards are missing, the first is 1"):
+        writer.seal()
+    write_all(tmp_path / "twice", plan).seal()
+    assert files_of(tmp_path / "once") == files_of(tmp_path / "twice")
+
+
+def test_shares_of_workers_cover_all_shards_once(tmp_path):
+    writer = CacheWriter.open(tmp_path, make_plan(num_examples=50, per_shard=2))
+    shares = [writer.missing(rank, 4) for rank in range(4)]
+    assert sorted(sum(shares, [])) == list(range(25))
+
+
+def test_another_plan_is_refused_and_every_difference_is_named(tmp_path):
+    CacheWriter.open(tmp_path, make_plan())
+    with pytest.raises(PlanMismatch, match=r"capture\.k: found 8, expected 16.*corpus") as caught:
+        other = make_plan(k=16)
+        other.facts["corpus"]["digest"] = "9" * 64
+        CacheWriter.open(tmp_path, other)
+    assert caught.value.exit_code == 2
+
+
+def test_a_shard_needs_exactly_its_examples(tmp_path):
+    plan = make_plan()
+    writer = CacheWriter.open(tmp_path, plan)
+    for wrong in ([], records_of(plan, 0)[:2], records_of(plan, 0) + records_of(plan, 1)):
+        with pytest.raises(CacheError, match="expected 3"):
+            writer.write(0, wrong)
+    assert writer.missing() == [0, 1, 2, 3]
+    assert not (tmp_path / "tmp").exists()
+
+
+def test_an_unsealed_cache_is_not_read(tmp_path):
+    with pytest.raises(CacheError, match="there is no cache here"):
+        TeacherCache.open(tmp_path)
+    write_all(tmp_path, make_plan())
+    with pytest.raises(CacheIncomplete, match="not sealed"):
+        TeacherCache.open(tmp_path)
