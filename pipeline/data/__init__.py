@@ -1,0 +1,1 @@
+"""From cached records to batches: order, packing, collation, background decoding."""

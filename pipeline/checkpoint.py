@@ -1,0 +1,203 @@
+"""Training state on disk: safetensors shards and one JSON, whole or not there.
+
+One idea: a checkpoint is written under a temporary name by every rank through
+`torch.distributed.checkpoint` in safetensors form (so that it loads on another number of ranks, and
+nothing is ever unpickled), `state.json` is written last, and one rename makes it exist. Old ones
+are deleted only after the new one exists.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from cache_schemas.errors import PlanMismatch, StudentError
+from pipeline.data.packing import Position
+from pipeline.parallel import Parallel
+
+STATE = "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """What the JSON of a checkpoint says.
+
+    Attributes:
+        step: optimiser steps done.
+        position: where the loader goes on.
+        identity: everything that makes the run what it is (see `check_identity`).
+    """
+
+    step: int
+    position: Position
+    identity: dict
+
+    def to_json(self) -> str:
+        """The text of `state.json`."""
+        where = {"epoch": self.position.epoch, "row": self.position.row}
+        facts = {"step": self.step, "position": where, "identity": self.identity}
+        return json.dumps(facts, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainingState":
+        """Read `state.json`."""
+        facts = json.loads(text)
+        return cls(facts["step"], Position(**facts["position"]), facts["identity"])
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        directory: holds `step-00000050` and so on.
+        parallel: all ranks write and read together.
+        keep_last: how many finished ones stay.
+        background: write while training goes on.
+    """
+
+    def __init__(self, directory: Path, parallel: Parallel, keep_last: int, background: bool):
+        self.directory, self._parallel, self._keep_last = directory, parallel, keep_last
+        self._background = background
+        self._pending: tuple[Any, Path, TrainingState] | None = None
+        # Collectives of a background save must not meet those of training.
+        self._group = dist.new_group(backend="gloo") if background and _distributed() else None
+
+    def latest(self) -> Path | None:
+        """The newest finished checkpoint."""
+        found = sorted(self.directory.glob(f"step-*/{STATE}"))
+        return found[-1].parent if found else None
+
+    def save(self, state: TrainingState, tensors: dict[str, torch.Tensor]) -> None:
+        """Write a checkpoint; in the background its predecessor is finished first."""
+        self.finish()
+        target = self.directory / f"step-{state.step:08d}"
+        if (target / STATE).exists():
+            return
+        staging = target.with_suffix(".tmp")
+        if self._parallel.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self._parallel.barrier()
+        writer = dcp.HuggingFaceStorageWriter(str(staging), save_distributed=True)
+        alone = not _distributed()
+        if self._background:
+            future = dcp.async_save(
+                tensors, storage_writer=writer, process_group=self._group, no_dist=alone
+            )
+            self._pending = (future, target, state)
+            return
+        dcp.save(tensors, storage_writer=writer, no_dist=alone)
+        self._commit(target, state)
+
+    def finish(self) -> None:
+        """Wait for the background save, if there is one."""
+        if self._pending is not None:
+            future, target, state = self._pending
+            self._pending = None
+            future.result()
+            self._commit(target, state)
+
+    def load(self, checkpoint: Path, tensors: dict[str, torch.Tensor]) -> TrainingState:
+        """Fill `tensors` in place; returns the state beside them.
+
+        Raises:
+            StudentError: a tensor is missing or its bytes are damaged.
+        """
+        try:
+            state = TrainingState.from_json((checkpoint / STATE).read_text())
+            reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+            dcp.load(tensors, storage_reader=reader, no_dist=not _distributed())
+        except Exception as error:
+            raise StudentError(
+                f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})",
+                where=str(checkpoint),
+                remedy="Delete this checkpoint; training goes on from the one before it.",
+            ) from error
+        return state
+
+    def _commit(self, target: Path, state: TrainingState) -> None:
+        self._parallel.barrier()
+        if self._parallel.is_main:
+            staging = target.with_suffix(".tmp")
+            write_durably(staging / STATE, state.to_json())
+            staging.rename(target)
+            sync_directory(self.directory)
+            for old in sorted(self.directory.glob(f"step-*/{STATE}"))[: -self._keep_last]:
+                shutil.rmtree(old.parent)
+        self._parallel.barrier()
+
+
+def check_identity(found: dict, wanted: dict, where: str) -> None:
+    """Refuse to continue a run that is not the one that was started.
+
+    Raises:
+        PlanMismatch: naming the first key that differs, what was found and what was expected.
+    """
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise PlanMismatch(
+                f"was trained with {key} = {found.get(key)!r}",
+                expected=f"{wanted.get(key)!r}",
+                where=where,
+                remedy="Use another run directory, or delete this one to start anew.",
+            )
+
+
+def tensors_of(
+    distiller: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Everything that training changes, by name: weights, moments, averages.
+
+    Moments that do not exist yet are made as zeros, so that a fresh optimiser can be filled.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in trainable(distiller):
+        moments = optimizer.state[parameter]
+        tensors[f"weight.{name}"] = parameter.detach()
+        for moment in MOMENTS:
+            if moment not in moments:
+                moments[moment] = torch.zeros_like(parameter.detach())
+            tensors[f"{moment}.{name}"] = moments[moment]
+    return tensors | {f"ema.{name}": average for name, average in ema.items()}
+
+
+def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Adam's own count, which corrects the bias of its moments."""
+    for parameter, moments in optimizer.state.items():
+        moments["step"] = torch.tensor(float(step), device=parameter.device)
+
+
+def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Named parameters that are trained, tied ones once."""
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file that survives a power cut, replacing what was there in one move."""
+    staging = path.with_name(path.name + ".part")
+    with staging.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staging.replace(path)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _distributed() -> bool:
+    return dist.is_initialized()

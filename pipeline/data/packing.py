@@ -1,0 +1,115 @@
+"""Which examples share a packed row, and in which order rows are seen.
+
+One idea: the whole order of an epoch is a pure function of (lengths, shards, seed, epoch), so a
+position is two integers and any number of ranks or workers walks the same rows. No record is read
+here, and no tensor is made.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cache_schemas.errors import StudentError
+
+OPEN_ROWS = 64
+"""Rows that still take examples while packing; more finds better fits and costs more time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where training stands: rows before `row` of `epoch` have been consumed."""
+
+    epoch: int = 0
+    row: int = 0
+
+
+@dataclass
+class RowPlan:
+    """Every epoch's packed rows of one cache.
+
+    Attributes:
+        lengths: int [examples], tokens of each example.
+        shards: int [examples], the shard that holds it.
+        capacity: tokens of one packed row.
+        seed: of the order.
+        window: shards that are shuffled together. Examples of different windows never share a
+            row, so at most `window` shards are in use at a time.
+    """
+
+    lengths: np.ndarray
+    shards: np.ndarray
+    capacity: int
+    seed: int = 0
+    window: int = 16
+    _epochs: dict[int, list[tuple[int, ...]]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if not len(self.lengths):
+            raise StudentError("the cache holds no examples", remedy="Capture a larger corpus.")
+        longest = int(np.argmax(self.lengths))
+        if self.lengths[longest] > self.capacity:
+            raise StudentError(
+                f"example {longest} has {self.lengths[longest]} tokens",
+                expected=f"at most sequence_length = {self.capacity}",
+                where="[train]",
+                remedy="Raise sequence_length (and batch_tokens), or set it to 0.",
+            )
+
+    def epoch(self, number: int) -> list[tuple[int, ...]]:
+        """Rows of one epoch, each a tuple of example numbers; every example is in exactly one."""
+        if number not in self._epochs:
+            if len(self._epochs) > 1:
+                self._epochs.pop(min(self._epochs))
+            self._epochs[number] = self._shuffle_and_pack(number)
+        return self._epochs[number]
+
+    def take(self, position: Position, count: int) -> tuple[list[tuple[int, ...]], Position]:
+        """The next `count` rows and the position after them; epochs follow without a gap."""
+        rows: list[tuple[int, ...]] = []
+        epoch, row = position.epoch, position.row
+        while len(rows) < count:
+            available = self.epoch(epoch)
+            part = available[row : row + count - len(rows)]
+            rows += part
+            row += len(part)
+            if row == len(available):
+                epoch, row = epoch + 1, 0
+        return rows, Position(epoch, row)
+
+    def _shuffle_and_pack(self, number: int) -> list[tuple[int, ...]]:
+        random = np.random.default_rng((self.seed, number))
+        shards = random.permutation(np.unique(self.shards))
+        rows = []
+        for start in range(0, len(shards), self.window):
+            together = np.isin(self.shards, shards[start : start + self.window])
+            order = random.permutation(np.flatnonzero(together))
+            rows += pack(order.tolist(), self.lengths[order].tolist(), self.capacity)
+        return rows
+
+
+def pack(items: list[int], lengths: list[int], capacity: int) -> list[tuple[int, ...]]:
+    """First-fit packing in the order given.
+
+    Args:
+        items: what is packed.
+        lengths: size of each item, at most `capacity`.
+        capacity: size of a row.
+
+    Returns:
+        Rows in the order in which they were opened.
+    """
+    rows: list[list[int]] = []
+    open_rows: dict[int, int] = {}
+    for item, length in zip(items, lengths, strict=True):
+        row = next((row for row, space in open_rows.items() if space >= length), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            open_rows[row] = capacity
+        rows[row].append(item)
+        open_rows[row] -= length
+        if open_rows[row] < 2:
+            del open_rows[row]
+        elif len(open_rows) > OPEN_ROWS:
+            del open_rows[next(iter(open_rows))]
+    return [tuple(row) for row in rows]

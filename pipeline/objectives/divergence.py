@@ -1,0 +1,227 @@
+"""Objectives on logits: divergences from the cached top-k, and cross-entropies.
+
+One idea: every one of them is the same fused sweep (`pipeline.kernels.topk_divergence`) over final
+hidden states and LM head, given other ids and log-probabilities; hard labels are a teacher with one
+id of probability 1. So no [rows, vocabulary] array exists, whatever the loss.
+
+With several `forward_kl` objectives on caches of several teachers the gradient is that of forward
+KL to their weighted arithmetic mixture (it is linear in the teacher's p).
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from pipeline.kernels.topk_divergence import topk_divergence
+from pipeline.objectives.registry import Context, Needs, Spec, register
+from pipeline.strict import Table
+
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "adaptive_kl",
+    "tv",
+)
+MAX_SPREAD = 1e-7
+"""LLaVADI's guard of the z-score: (z - mean) / (MAX_SPREAD + std)."""
+
+
+class DivergenceOptions(Table):
+    """Options of the divergences on cached top-k logits."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Must be one that the cache holds; the loss carries its square (Hinton et al. 2015)."""
+    tail: Literal["bucket", "sampled", "truncate", "renormalise"] = "bucket"
+    k: int = Field(default=0, ge=0)
+    """Use only the first k cached ids; 0 uses all."""
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """`jsd`: weight of the teacher in the mixture."""
+    alpha: float = Field(default=0.1, ge=0, le=1)
+    """Skew of the skewed divergences (DistiLLM)."""
+    ce_weight: float = Field(default=0.0, ge=0)
+    """Adds ce_weight * cross-entropy on the text's own tokens, in the same sweep."""
+    normalise_logits: bool = False
+    """Compare z-scored logits of teacher and student (LLaVADI's `norm_logits`)."""
+    legacy_unshifted: bool = False
+    """`mask = "answer"` as LLaVADI's code has it: rows whose own token is an answer, so that the
+    prediction of the first answer token is left out. The row after the last token, which that
+    code adds, is in no cache."""
+
+
+class LabelOptions(Table):
+    """Options of the cross-entropies."""
+
+
+def teacher_logprobs(
+    signals: dict[str, torch.Tensor], temperatures: tuple[float, ...], temperature: float
+) -> torch.Tensor:
+    """log p of the cached ids at a temperature: z / T - lse_T with z = log p_1 + lse_1.
+
+    Args:
+        signals: `topk_logprobs` [N, k] and `lse` [N, temperatures].
+        temperatures: those of `lse`.
+        temperature: T.
+
+    Returns:
+        float32 [N, k], of the full softmax at T.
+    """
+    logprobs = signals["topk_logprobs"]
+    if temperature == 1.0:
+        return logprobs
+    lse = signals["lse"]
+    at_one, at_t = (
+        lse[:, temperatures.index(1.0), None],
+        lse[:, temperatures.index(temperature), None],
+    )
+    return ((logprobs + at_one) / temperature - at_t).clamp_max(0.0)
+
+
+def zscore_logprobs(
+    signals: dict[str, torch.Tensor], temperatures: tuple[float, ...]
+) -> torch.Tensor:
+    """log softmax of z-scored teacher logits at the cached ids, float32 [N, k]."""
+    raw = signals["topk_logprobs"] + signals["lse"][:, temperatures.index(1.0), None]
+    spread = MAX_SPREAD + signals["logit_std"][:, None]
+    scored = (raw - signals["logit_mean"][:, None]) / spread
+    return (scored - signals["zscore_lse"][:, None]).clamp_max(0.0)
+
+
+def logit_spread(hidden: torch.Tensor, unembedding: torch.Tensor) -> torch.Tensor:
+    """Standard deviation over the vocabulary of each row's logits, without making them.
+
+    With C the covariance [D, D] of the head's rows, var_v(h . w_v) = h' C h. Population variance,
+    differentiable in both arguments.
+
+    Args:
+        hidden: [N, D].
+        unembedding: [V, D], real columns only.
+
+    Returns:
+        float32 [N].
+    """
+    head = unembedding.float()
+    centred = head - head.mean(dim=0)
+    covariance = centred.T @ centred / len(head)
+    states = hidden.float()
+    return ((states @ covariance) * states).sum(dim=-1).clamp_min(0.0).sqrt()
+
+
+def sampled_tail(signals: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tail ids and their weights: each draw carries tail mass / draws, so that they sum to it.
+
+    Returns:
+        ids int [N, draws], -1 pads; weights float32 [N, draws].
+    """
+    counts = signals["draw_counts"].float()
+    total = counts.sum(dim=-1, keepdim=True).clamp_min(1.0)
+    return signals["draw_ids"], counts / total * signals["tail_logprob"].exp()[:, None]
+
+
+def _divergence(context: Context, divergence: str) -> torch.Tensor:
+    options: DivergenceOptions = context.options
+    ids, logprobs = context.teacher["topk_ids"], _logprobs(context)
+    tail_ids, tail_weights = (None, None)
+    if options.tail == "sampled":
+        tail_ids, tail_weights = sampled_tail(context.teacher)
+    k = options.k or ids.shape[1]
+    hidden = context.states.final[context.batch.rows.flat]
+    if options.normalise_logits:
+        head = context.states.head.weight[: context.cache.vocab_size]
+        hidden = hidden / (MAX_SPREAD + logit_spread(hidden, head))[:, None].to(hidden.dtype)
+    return sweep(
+        context,
+        hidden,
+        ids[:, :k],
+        logprobs[:, :k],
+        divergence=divergence,
+        beta=options.beta,
+        alpha=options.alpha,
+        tail=options.tail,
+        tail_ids=tail_ids,
+        tail_weights=tail_weights,
+        temperature=options.temperature,
+        labels=context.batch.labels if options.ce_weight else None,
+        ce_weight=options.ce_weight,
+    )
+
+
+def _logprobs(context: Context) -> torch.Tensor:
+    held = context.cache.temperatures
+    if context.options.normalise_logits:
+        return zscore_logprobs(context.teacher, held)
+    return teacher_logprobs(context.teacher, held, context.options.temperature)
+
+
+def sweep(context: Context, hidden, ids, logprobs, **options) -> torch.Tensor:
+    """The door of the kernels, with what every caller of this package gives it.
+
+    Returns:
+        float32 [N], each row's loss times its weight.
+    """
+    head = context.states.head
+    return topk_divergence(
+        hidden,
+        head.weight,
+        ids,
+        logprobs,
+        weights=context.weights,
+        bias=head.bias,
+        softcap=head.softcap,
+        valid_vocab=context.cache.vocab_size,
+        impl=context.kernel,
+        **options,
+    )
+
+
+def hard_label(context: Context, labels: torch.Tensor, weights=None) -> torch.Tensor:
+    """-log q(label) per row: forward KL to a teacher that is certain.
+
+    Args:
+        labels: int [N].
+        weights: in place of the context's.
+    """
+    if weights is not None:
+        from dataclasses import replace
+
+        context = replace(context, weights=weights)
+    ids = labels[:, None]
+    certain = torch.zeros_like(ids, dtype=torch.float32)
+    hidden = context.states.final[context.batch.rows.flat]
+    return sweep(context, hidden, ids, certain, divergence="forward_kl", tail="truncate")
+
+
+def _cross_entropy(context: Context) -> torch.Tensor:
+    return hard_label(context, context.batch.labels)
+
+
+def _teacher_argmax(context: Context) -> torch.Tensor:
+    return hard_label(context, context.teacher["topk_ids"][:, 0])
+
+
+def _divergence_needs(options: DivergenceOptions) -> Needs:
+    signals = ["topk_ids", "topk_logprobs"]
+    if options.tail == "sampled":
+        signals += ["draw_ids", "draw_counts", "tail_logprob"]
+    if options.normalise_logits:
+        signals += ["lse", "logit_mean", "logit_std", "zscore_lse"]
+    if options.temperature != 1.0:
+        signals.append("lse")
+    return Needs(tuple(signals), (options.temperature,))
+
+
+def _register_divergence(name: str) -> None:
+    register(
+        Spec(name, "row", DivergenceOptions, lambda c: _divergence(c, name), _divergence_needs)
+    )
+
+
+for _name in DIVERGENCES:
+    _register_divergence(_name)
+register(Spec("cross_entropy", "row", LabelOptions, _cross_entropy, lambda _: Needs()))
+register(
+    Spec("teacher_argmax", "row", LabelOptions, _teacher_argmax, lambda _: Needs(("topk_ids",)))
+)

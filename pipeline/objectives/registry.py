@@ -1,0 +1,131 @@
+"""Every objective by name: its options, what it needs of a cache, and how it is computed.
+
+One idea: an objective is a line of the `[[objective]]` table and a pure function that gives one
+value per unit (row, hidden position or example). Masks, weights and the division by the global
+count are in `combine`, once for all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from cache_schemas.errors import ConfigError
+from pipeline.data.batch import DistillBatch, Units
+from pipeline.strict import Table, nearest, validate
+from pipeline.student import StudentStates
+
+Unit = Literal["row", "position", "example"]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What an objective asks of the cache and of the student.
+
+    Attributes:
+        signals: names of signals that must be in the cache.
+        temperatures: temperatures whose log-sum-exp must be in the cache.
+        blocks: student blocks (1-based) whose outputs must be kept.
+        teacher_head: the teacher's LM head must be in the cache.
+    """
+
+    signals: tuple[str, ...] = ()
+    temperatures: tuple[float, ...] = ()
+    blocks: tuple[int, ...] = ()
+    teacher_head: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFacts:
+    """What objectives must know of a cache before the first step.
+
+    Attributes:
+        signals: names of the signals it holds.
+        temperatures: those of its log-sum-exps.
+        vocab_size: ids of the tokenizer; columns of the student's head beyond it are padding.
+        widths: signal -> width of a dense signal.
+        head: the teacher's LM head [V, D], where the cache keeps it.
+    """
+
+    signals: tuple[str, ...]
+    temperatures: tuple[float, ...]
+    vocab_size: int
+    widths: dict[str, int] = field(default_factory=dict)
+    head: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """All that one objective sees of one microbatch.
+
+    Attributes:
+        states: the student's.
+        batch: the microbatch.
+        teacher: signals of this objective's cache.
+        positions: where the hidden states of this objective's cache are.
+        weights: float32 [units]; already divided by the global count, so that the sum of weighted
+            values over all microbatches and ranks is the step's value. Zero drops a unit.
+        options: this objective's options.
+        cache: facts of its cache.
+        projector: trained with the student and dropped at export; None where there is none.
+        kernel: implementation of the divergences.
+    """
+
+    states: StudentStates
+    batch: DistillBatch
+    teacher: dict[str, torch.Tensor]
+    positions: Units
+    weights: torch.Tensor
+    options: Any
+    cache: CacheFacts
+    projector: nn.Module | None
+    kernel: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """An objective that can be asked for.
+
+    Attributes:
+        name: key in the TOML.
+        unit: what `compute` returns one value for.
+        options: its option table.
+        compute: Context -> float32 [units], each value times its weight.
+        needs: options -> Needs.
+        projector: (options, student config, CacheFacts) -> module or None.
+    """
+
+    name: str
+    unit: Unit
+    options: type[Table]
+    compute: Callable[[Context], torch.Tensor]
+    needs: Callable[[Any], Needs]
+    projector: Callable[[Any, Any, CacheFacts], nn.Module | None] = lambda *_: None
+
+
+OBJECTIVES: dict[str, Spec] = {}
+
+
+def register(spec: Spec) -> Spec:
+    """Add an objective to the registry."""
+    OBJECTIVES[spec.name] = spec
+    return spec
+
+
+def find(name: str, options: dict[str, Any], where: str) -> tuple[Spec, Table]:
+    """An objective and its checked options.
+
+    Raises:
+        ConfigError: no such objective, or an option it does not have; the nearest is named.
+    """
+    if name not in OBJECTIVES:
+        raise ConfigError(
+            f"unknown objective '{name}'",
+            expected=f"one of {', '.join(sorted(OBJECTIVES))}",
+            where=where,
+            remedy=nearest(name, OBJECTIVES),
+        )
+    spec = OBJECTIVES[name]
+    return spec, validate(spec.options, options, f"{where} '{name}' options")

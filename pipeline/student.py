@@ -1,0 +1,301 @@
+"""The student: its first weights, its hidden states, and its way out as a plain HF directory.
+
+One idea: the teacher's weights are needed once, to make `<run>/student-initial`. That directory
+is complete (weights, config, tokenizer) and carries `student.json`, which says from what it was
+made; training, resuming and evaluating read it and never the teacher. Losses are not here.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cache_schemas.errors import PlanMismatch, StudentError
+from pipeline.config import Teacher
+from pipeline.pruning import prune_layers, prune_width
+from pipeline.teacher.facts import model_directory, teacher_facts
+from pipeline.training_tables import Student
+
+RECEIPT = "student.json"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The LM head: logits = softcap(hidden @ weight.T + bias).
+
+    Attributes:
+        weight: [V, D].
+        bias: [V] or None.
+        softcap: c of c * tanh(z / c), or None.
+        scale: factor that the architecture puts on the hidden states' logits.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    softcap: float | None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StudentStates:
+    """What one forward pass of a student gives the objectives.
+
+    Attributes:
+        final: [B * S, D], after the final norm and the architecture's logit scale.
+        blocks: block number (1-based) -> [B * S, D], the block's output.
+        head: the LM head.
+    """
+
+    final: torch.Tensor
+    blocks: dict[int, torch.Tensor] = field(default_factory=dict)
+    head: Head | None = None
+
+
+def initial_student(student: Student, teacher: Teacher | None, directory: Path) -> Path:
+    """Make the untrained student, or check and reuse the one that is there.
+
+    Args:
+        student: how it is made.
+        teacher: what it is cut from and takes its tokenizer from; may be None (and its files may
+            be gone) once the directory is complete.
+        directory: where it is kept.
+
+    Raises:
+        PlanMismatch: the directory holds a student made from other settings.
+        StudentError: it has to be made and there is nothing to make it from.
+    """
+    settings = student.model_dump(mode="json")
+    if (directory / RECEIPT).exists():
+        _check_receipt(directory, settings)
+        return directory
+    if teacher is None:
+        raise StudentError(
+            "there is no initial student yet and no [teacher] to make one from",
+            where=str(directory),
+            remedy="Add the [teacher] table for the first run; later runs do not need it.",
+        )
+    model = _MAKERS[student.init](student, teacher)
+    facts = {"student": settings, "teacher": _origin(student, teacher)}
+    export(model, directory, tokenizer_from=model_directory(teacher), facts=facts)
+    return directory
+
+
+def load(directory: str | Path, attention: str = "sdpa", dtype=torch.float32) -> nn.Module:
+    """A causal LM from an HF directory, in training precision.
+
+    Raises:
+        StudentError: the directory is missing or is not a model that transformers knows.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=attention
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise StudentError(
+            f"cannot be loaded ({str(error).splitlines()[0]})",
+            expected="an HF causal language model",
+            where=str(directory),
+        ) from None
+
+
+def export(model: Any, directory: Path, tokenizer_from: Path, facts: dict) -> None:
+    """Write a plain HF directory in one move: it is there complete, or not at all.
+
+    Args:
+        model: a transformers model.
+        directory: where it goes; what is there is replaced.
+        tokenizer_from: HF directory whose tokenizer files are copied byte for byte.
+        facts: JSON kept as `student.json`.
+    """
+    staging = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    for pattern in TOKENIZER_FILES:
+        for path in tokenizer_from.glob(pattern):
+            shutil.copyfile(path, staging / path.name)
+    (staging / RECEIPT).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    if directory.exists():
+        old = directory.with_name(directory.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+        staging.rename(directory)
+        shutil.rmtree(old)
+    else:
+        staging.rename(directory)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder's blocks, found by their number, so that any architecture will do."""
+    depth = model.config.get_text_config().num_hidden_layers
+    found = [
+        module
+        for module in decoder_of(model).modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if not found:
+        raise StudentError(
+            f"no list of {depth} blocks in {type(model).__name__}",
+            remedy="Use a decoder-only architecture.",
+        )
+    return found[0]
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """The part that turns tokens into final hidden states."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
+def head_of(model: Any) -> Head:
+    """The LM head and what the architecture does to its logits."""
+    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return Head(head.weight, getattr(head, "bias", None), softcap, scale)
+
+
+def forward_states(
+    model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor, blocks=()
+) -> StudentStates:
+    """Run the decoder without its head.
+
+    Args:
+        model: a causal LM.
+        input_ids: [B, S].
+        position_ids: [B, S], restarting at every packed document.
+        blocks: numbers (1-based) of blocks whose outputs are wanted too.
+    """
+    outputs: dict[int, torch.Tensor] = {}
+    layers = blocks_of(model) if blocks else ()
+    hooks = [layers[n - 1].register_forward_hook(_keep(outputs, n)) for n in blocks]
+    try:
+        found = decoder_of(model)(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    head = head_of(model)
+    final = found.last_hidden_state.flatten(0, 1)
+    return StudentStates(final if head.scale == 1.0 else final * head.scale, outputs, head)
+
+
+def check_documents_are_isolated(model: nn.Module, vocab_size: int) -> None:
+    """Refuse a model that lets a packed document see the one before it.
+
+    Two rows that differ only in their first document must give equal states in the second.
+    """
+    length = 4
+    ids = torch.arange(4 * length).remainder(vocab_size).view(2, 2 * length)
+    ids[1, length:] = ids[0, length:]
+    positions = torch.arange(length).repeat(2, 2)
+    device = next(model.parameters()).device
+    was_training = model.training
+    with torch.no_grad():
+        model.eval()
+        final = [
+            forward_states(model, row[None].to(device), place[None].to(device)).final[length:]
+            for row, place in zip(ids, positions)
+        ]
+        model.train(was_training)
+    if not torch.allclose(final[0], final[1], rtol=1e-2, atol=1e-3):
+        raise StudentError(
+            f"{type(model).__name__} attends across packed documents",
+            expected="position_ids that restart to separate documents",
+            remedy="Set sequence_length so that each row holds one example, or change attention.",
+        )
+
+
+def _keep(outputs: dict[int, torch.Tensor], number: int) -> Callable:
+    def hook(_module, _inputs, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        outputs[number] = hidden.flatten(0, 1)
+
+    return hook
+
+
+def _check_receipt(directory: Path, settings: dict) -> None:
+    made = json.loads((directory / RECEIPT).read_text())["student"]
+    for key, wanted in settings.items():
+        if made.get(key) != wanted:
+            raise PlanMismatch(
+                f"made with [student] {key} = {made.get(key)!r}",
+                expected=f"{wanted!r}",
+                where=str(directory),
+                remedy="Use another run directory, or delete this one to make the student anew.",
+            )
+
+
+def _origin(student: Student, teacher: Teacher) -> dict:
+    if student.init in ("prune_layers", "prune_width") and not student.model:
+        return teacher_facts(teacher)
+    return {"model": student.model}
+
+
+def _source(student: Student, teacher: Teacher) -> nn.Module:
+    named = teacher.model_copy(update={"model": student.model}) if student.model else teacher
+    return load(model_directory(named), dtype=torch.float32)
+
+
+def _layer_pruned(student: Student, teacher: Teacher) -> nn.Module:
+    model = _source(student, teacher)
+    keep = student.keep_layers or tuple(range(0, len(blocks_of(model)), student.keep_every))
+    return prune_layers(model, blocks_of(model), keep)
+
+
+def _width_pruned(student: Student, teacher: Teacher) -> nn.Module:
+    model = _source(student, teacher)
+    return prune_width(model, blocks_of(model), student.keep_intermediate, student.keep_heads)
+
+
+def _from_config(student: Student, _teacher: Teacher) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not student.model:
+        raise StudentError(
+            "init = 'config' without a config",
+            where="[student] model",
+            remedy="Name a directory that holds config.json.",
+        )
+    with torch.random.fork_rng():
+        torch.manual_seed(student.seed)
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(student.model), dtype=torch.float32
+        )
+
+
+def _model(student: Student, teacher: Teacher) -> nn.Module:
+    if not student.model:
+        raise StudentError(
+            "init = 'model' without a model",
+            where="[student] model",
+            remedy="Name an HF directory or hub id with the teacher's tokenizer.",
+        )
+    return _source(student, teacher)
+
+
+_MAKERS: dict[str, Callable[[Student, Teacher], nn.Module]] = {
+    "prune_layers": _layer_pruned,
+    "prune_width": _width_pruned,
+    "config": _from_config,
+    "model": _model,
+}

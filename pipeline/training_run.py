@@ -1,0 +1,105 @@
+"""What a training run is: its caches, the size of its steps, and its identity.
+
+One idea: whatever changes what the student learns is in one flat dictionary, so that going on with
+something else is refused by name; how fast or where it runs is not in it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cache_schemas.errors import StudentError
+from pipeline.config import Run
+from pipeline.data.loader import Geometry, RecordSource, lengths_of
+from pipeline.objectives.registry import CacheFacts
+from pipeline.parallel import Parallel
+from pipeline.training_tables import Train
+
+HOW_NOT_WHAT = {
+    "cache",
+    "caches",
+    "workers",
+    "checkpoint_every",
+    "async_checkpoint",
+    "keep_last",
+    "log_every",
+    "evaluate_every",
+    "heldout_cache",
+    "tracker",
+    "parallel",
+}
+"""Keys of `[train]` that may change between two halves of one run; caches count by their digest."""
+
+
+def open_caches(run: Run, settings: Train) -> dict[str, RecordSource]:
+    """Every cache of a run by name; "" is the main one."""
+    from pipeline.cache.reader import TeacherCache
+
+    main = settings.cache or str(run.path("cache"))
+    return {
+        name: TeacherCache.open(location)
+        for name, location in ({"": main} | settings.caches).items()
+    }
+
+
+def facts_of(cache: Any) -> CacheFacts:
+    """What objectives must know of a cache."""
+    facts = cache.plan.facts
+    width = facts["teacher"]["hidden_size"]
+    return CacheFacts(
+        signals=tuple(cache.signals),
+        temperatures=tuple(cache.temperatures),
+        vocab_size=facts["tokenizer"]["vocab_size"],
+        widths={name: width for name in cache.signals if name.startswith("hidden.")},
+    )
+
+
+def check_fit(student: Path, caches: Mapping[str, Any]) -> None:
+    """Refuse a student whose tokenizer is not the one the caches were made with.
+
+    Raises:
+        StudentError: naming the fact that differs, and what would work.
+    """
+    from pipeline.corpus_tokenizer import tokenizer_facts
+
+    own = tokenizer_facts(str(student))
+    for name, cache in caches.items():
+        for key, wanted in cache.plan.facts["tokenizer"].items():
+            if own.get(key) != wanted:
+                raise StudentError(
+                    f"tokenizer {key} is {own.get(key)}",
+                    expected=f"{wanted} as in cache '{name or 'train.cache'}'",
+                    where=str(student),
+                    remedy="Take a student with the teacher's tokenizer (prune_layers, prune_width "
+                    "or config), or capture the teacher again with the student's; projection "
+                    "across tokenizers does not exist here.",
+                )
+
+
+def geometry_of(settings: Train, cache: RecordSource, parallel: Parallel) -> Geometry:
+    """Rows and microbatches of a step, and this rank's share."""
+    longest = int(lengths_of(cache).max(initial=2))
+    capacity = settings.sequence_length or min(longest, settings.batch_tokens)
+    return Geometry(
+        capacity,
+        max(1, settings.batch_tokens // capacity),
+        settings.accumulate,
+        parallel.rank,
+        parallel.world_size,
+        padding_free=settings.attention == "flash_attention_2",
+    )
+
+
+def identity_of(run: Run, settings: Train, caches: Mapping[str, Any], initial: Path) -> dict:
+    """Everything that makes a run what it is, flat, so that a difference has a name."""
+    identity = {f"cache {name or 'train.cache'}": c.plan.digest for name, c in caches.items()}
+    receipt = (initial / "student.json").read_bytes()
+    identity["initial student"] = hashlib.sha256(receipt).hexdigest()
+    for number, objective in enumerate(run.objective):
+        for key, value in objective.model_dump(mode="json").items():
+            identity[f"objective[{number}].{key}"] = value
+    for key, value in settings.model_dump(mode="json").items():
+        if key not in HOW_NOT_WHAT:
+            identity[f"train.{key}"] = value
+    return identity
