@@ -37,8 +37,7 @@ class MemoryCache:
     def signals(self) -> tuple[str, ...]:
         return tuple(self.records[0].signals)
 
-    @property
-    def index(self) -> pa.Table:
+    def index(self, columns=None) -> pa.Table:
         return pa.table(
             {
                 "example_id": [r.example.example_id for r in self.records],

@@ -4,6 +4,7 @@ One idea: the plan of rows says what every step of every rank holds, so the load
 The state of a loader is a `Position`; nothing about ranks or workers is in it.
 """
 
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,8 +28,7 @@ class RecordSource(Protocol):
 
     def shard_of(self, i: int) -> int: ...
 
-    @property
-    def index(self) -> Any:
+    def index(self, columns: list[str] | None = None) -> Any:
         """Arrow table with columns `example_id` and `num_tokens`, one row per example."""
         ...
 
@@ -87,6 +87,28 @@ class _Microbatches(Dataset):
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Tasks:
+    """The sampler: rows of each of this rank's microbatches, planned when they are asked for.
+
+    Attributes:
+        ends: filled with the position after each planned step.
+    """
+
+    plan: RowPlan
+    geometry: Geometry
+    start: Position
+    count: int
+    ends: deque
+
+    def __iter__(self) -> Iterator[list]:
+        position = self.start
+        for _ in range(self.count):
+            rows, position = self.plan.take(position, self.geometry.accumulate * self.geometry.rows)
+            self.ends.append(position)
+            yield from self.geometry.own(rows)
+
+
 class DistillLoader:
     """Steps of training, from any position.
 
@@ -126,19 +148,13 @@ class DistillLoader:
         self, position: Position, count: int
     ) -> Iterator[tuple[list[DistillBatch], Position]]:
         """`count` steps from `position`: this rank's microbatches and the position after each."""
-        size = self.geometry.accumulate * self.geometry.rows
-        tasks: list[list] = []
-        ends: list[Position] = []
-        for _ in range(count):
-            rows, position = self.plan.take(position, size)
-            tasks += self.geometry.own(rows)
-            ends.append(position)
+        ends: deque[Position] = deque()
+        batches = iter(self._batches(_Tasks(self.plan, self.geometry, position, count, ends)))
         share = self.geometry.accumulate // self.geometry.world_size
-        batches = iter(self._batches(tasks))
-        for end in ends:
-            yield [next(batches) for _ in range(share)], end
+        for _ in range(count):
+            yield [next(batches) for _ in range(share)], ends.popleft()
 
-    def _batches(self, tasks: list[list]) -> DataLoader:
+    def _batches(self, tasks: "_Tasks") -> DataLoader:
         many = {"prefetch_factor": 4, "multiprocessing_context": "forkserver"}
         return DataLoader(
             self._dataset,
@@ -156,13 +172,13 @@ class DistillLoader:
 
 def lengths_of(cache: RecordSource) -> np.ndarray:
     """int64 [examples]: tokens of each example."""
-    return np.asarray(cache.index.column("num_tokens"), dtype=np.int64)
+    return np.asarray(cache.index(["num_tokens"]).column("num_tokens"), dtype=np.int64)
 
 
 def _match(main: RecordSource, other: RecordSource, name: str) -> np.ndarray:
     """For each example of the main cache, its number in another cache."""
-    where = {e: i for i, e in enumerate(other.index.column("example_id").to_pylist())}
-    wanted = main.index.column("example_id").to_pylist()
+    where = {example_id: number for number, example_id in enumerate(_ids(other))}
+    wanted = _ids(main)
     missing = [example_id for example_id in wanted if example_id not in where]
     if missing:
         raise StudentError(
@@ -171,6 +187,10 @@ def _match(main: RecordSource, other: RecordSource, name: str) -> np.ndarray:
             remedy="Capture it from the same prepared corpus.",
         )
     return np.array([where[example_id] for example_id in wanted])
+
+
+def _ids(cache: RecordSource) -> list[str]:
+    return cache.index(["example_id"]).column("example_id").to_pylist()
 
 
 def _as_it_is(batch: DistillBatch) -> DistillBatch:
