@@ -95,7 +95,7 @@ def save_llama(
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = _shape(num_layers, hidden_size, vocab_size, **config)
+    shape = _shape(num_layers, hidden_size, vocab_size, **{"head_dim": 32} | config)
     return _save(LlamaForCausalLM, LlamaConfig(**shape), directory, chat_template, seed)
 
 
