@@ -1,0 +1,39 @@
+# The only commands to know. `make demo` and `make test` build .venv first if it is not there.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check bench golden clean
+
+PYTHON ?=
+VARIANT ?=
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+help:  ## Show these lines
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+setup:  ## Build .venv with pinned dependencies (CPU or GPU, whichever is there)
+	@PYTHON="$(PYTHON)" VARIANT="$(VARIANT)" ./install.sh
+
+demo: setup  ## Teacher under vLLM -> cache -> student -> results, on a real model and real text
+	@$(BIN)/stillroom demo runbooks/demo.toml --control runbooks/demo-control.toml
+
+test: setup  ## The whole test suite
+	@$(BIN)/python -m pytest
+
+test-fast: setup  ## Without the tests that start a vLLM engine, Ray, or take over 20 seconds
+	@$(BIN)/python -m pytest -m "not vllm and not ray and not slow"
+
+check: setup  ## Lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+bench: setup  ## Run every benchmark; each prints one JSON object
+	@for name in $$(ls benchmarks/*.py | xargs -n1 basename -s .py | grep -v '^_'); do \
+		echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name --json || exit 1; \
+	done
+
+golden: setup  ## Rewrite golden fixtures; the diff is for a person to review
+	@$(BIN)/python -m tests.golden.regenerate
+
+clean:  ## Remove results of runs; keeps .venv and downloaded models
+	rm -rf runs build dist
