@@ -1,0 +1,183 @@
+"""Checks of a divergence's arguments: shapes always, values when asked.
+
+One idea: what can be known without asking a device (shapes, dtypes, devices, plain numbers) is
+checked in every call; what needs the tensors' values is apart, because it makes a device wait. Every
+message names the argument, and where there is one the row and the value.
+"""
+
+import math
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.divergences import DivergenceName, Objective, TailName
+
+MASS_TOLERANCE = 1e-3
+
+
+def check_objective(objective: Objective, tail_ids: Tensor | None, tail_weights: Tensor | None):
+    """Plain numbers and names.
+
+    Raises:
+        ValueError: a name that is not known, a number out of range, or options that do not go
+            together.
+    """
+    _one_of("divergence", objective.divergence, get_args(DivergenceName))
+    _one_of("tail", objective.tail, get_args(TailName))
+    _require(0 < objective.beta < 1, f"beta: found {objective.beta}; expected 0 < beta < 1")
+    _require(0 < objective.alpha < 1, f"alpha: found {objective.alpha}; expected 0 < alpha < 1")
+    t, cap, hard = objective.temperature, objective.softcap, objective.ce_weight
+    _require(t > 0 and math.isfinite(t), f"temperature: found {t}; expected a positive number")
+    _require(cap is None or cap > 0, f"softcap: found {cap}; expected a positive number")
+    _require(hard >= 0 and math.isfinite(hard), f"ce_weight: found {hard}; expected at least 0")
+    if objective.tail == "sampled":
+        name = objective.divergence
+        _require(name == "forward_kl", f"tail: 'sampled' is for forward_kl only; found {name!r}")
+        drawn = tail_ids is not None and tail_weights is not None
+        _require(drawn, "tail: 'sampled' needs tail_ids and tail_weights")
+    else:
+        given = tail_ids is not None or tail_weights is not None
+        _require(not given, f"tail_ids: only for tail='sampled'; found tail={objective.tail!r}")
+
+
+def check_student(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, words: int) -> None:
+    """Shapes, dtypes and devices of what is differentiated.
+
+    Raises:
+        ValueError: shapes, devices or `valid_vocab` that do not fit.
+        TypeError: dtypes that do not fit.
+    """
+    _require(hidden.dim() == 2, f"hidden: found shape {tuple(hidden.shape)}; expected [N, D]")
+    rows, width = hidden.shape
+    found = tuple(unembedding.shape)
+    fits = unembedding.dim() == 2 and found[1] == width
+    _require(fits, f"unembedding: found shape {found}; expected [V, {width}]")
+    _require(0 < words <= found[0], f"valid_vocab: found {words}; expected 1 to {found[0]}")
+    _shape("bias", bias, (found[0],))
+    for name, tensor in (("unembedding", unembedding), ("bias", bias)):
+        _same_device(name, tensor, hidden)
+        _same_dtype(name, tensor, hidden)
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden: found {hidden.dtype}; expected a floating dtype")
+
+
+def check_rows(hidden: Tensor, *, labels: Tensor | None, weights: Tensor | None) -> None:
+    """Shapes, dtypes and devices of labels and weights.
+
+    Raises:
+        ValueError: a shape or device that does not fit.
+        TypeError: a dtype that does not fit.
+    """
+    _shape("labels", labels, (hidden.shape[0],))
+    _shape("weights", weights, (hidden.shape[0],))
+    _same_device("labels", labels, hidden)
+    if weights is not None and weights.device.type != "cpu":
+        _same_device("weights", weights, hidden)
+    _integers("labels", labels)
+    if weights is not None and not weights.is_floating_point():
+        raise TypeError(f"weights: found {weights.dtype}; expected a floating dtype")
+
+
+def check_sparse(
+    hidden: Tensor, ids_name: str, ids: Tensor, values_name: str, values: Tensor
+) -> None:
+    """Shapes, dtypes and devices of a sparse distribution.
+
+    Raises:
+        ValueError: a shape or device that does not fit, or no columns.
+        TypeError: a dtype that does not fit.
+    """
+    rows, found = hidden.shape[0], tuple(ids.shape)
+    fits = ids.dim() == 2 and found[0] == rows and found[1] > 0
+    _require(fits, f"{ids_name}: found shape {found}; expected [{rows}, k] with k >= 1")
+    _shape(values_name, values, found)
+    _integers(ids_name, ids)
+    _same_device(ids_name, ids, hidden)
+    _same_device(values_name, values, hidden)
+    if not values.is_floating_point():
+        raise TypeError(f"{values_name}: found {values.dtype}; expected a floating dtype")
+
+
+def check_values(
+    ids: Tensor,
+    logprobs: Tensor,
+    tail_ids: Tensor | None,
+    tail_weights: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    words: int,
+) -> None:
+    """Ranges and values; makes a device wait.
+
+    Raises:
+        ValueError: names the argument, the row and the value.
+    """
+    real = ids >= 0
+    _all(ids < words, "ids", ids, f"expected less than {words} words")
+    _all(ids >= -1, "ids", ids, "expected word ids, or -1 for padding")
+    _all(~real | ~logprobs.isnan(), "logprobs", logprobs, "expected a number")
+    _all(~real | (logprobs <= 0), "logprobs", logprobs, "expected at most 0")
+    mass = (logprobs.double().exp() * real).nan_to_num().sum(1)
+    if tail_ids is not None and tail_weights is not None:
+        drawn = tail_ids >= 0
+        _all(
+            (tail_ids < words) & (tail_ids >= -1),
+            "tail_ids",
+            tail_ids,
+            f"expected -1 to {words - 1}",
+        )
+        _all(~drawn | (tail_weights > 0), "tail_weights", tail_weights, "expected more than 0")
+        ids = torch.cat([ids.long(), tail_ids.long()], 1)
+        mass = mass + (tail_weights.double() * drawn).sum(1)
+    _all(mass <= 1 + MASS_TOLERANCE, "logprobs", mass, "expected a total mass of at most 1.001")
+    _no_duplicates(ids)
+    if labels is not None:
+        _all(labels < words, "labels", labels, f"expected less than {words} words")
+    if weights is not None:
+        _all(weights.isfinite(), "weights", weights, "expected a finite number")
+
+
+def _no_duplicates(ids: Tensor) -> None:
+    ordered = ids.sort(1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    _all(~twice, "ids", ordered[:, 1:], "named twice; expected distinct ids in a row")
+
+
+def _all(good: Tensor, name: str, values: Tensor, expected: str) -> None:
+    if bool(good.all()):
+        return
+    place = (~good).nonzero()[0].tolist()
+    value = values[tuple(place)].item()
+    raise ValueError(f"{name}: row {place[0]} holds {value}; {expected}")
+
+
+def _require(good: bool, message: str) -> None:
+    if not good:
+        raise ValueError(message)
+
+
+def _one_of(name: str, found: str, known: tuple[str, ...]) -> None:
+    _require(found in known, f"{name}: {found!r} is unknown; expected one of {known}")
+
+
+def _shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: found shape {tuple(tensor.shape)}; expected {expected}")
+
+
+def _same_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
+    if tensor is not None and tensor.device != hidden.device:
+        raise ValueError(f"{name}: is on {tensor.device}; expected {hidden.device}, as hidden is")
+
+
+def _same_dtype(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
+    if tensor is None or tensor.dtype == hidden.dtype:
+        return
+    if not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(f"{name}: found {tensor.dtype}; expected {hidden.dtype}, as hidden is")
+
+
+def _integers(name: str, tensor: Tensor | None) -> None:
+    if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: found {tensor.dtype}; expected int32 or int64")

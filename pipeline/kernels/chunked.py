@@ -1,0 +1,266 @@
+"""Fused form: chunks of rows, gradient taken in the forward pass, one buffer overwritten in place.
+
+One idea: the logits of a chunk of rows live in one buffer; a *sweep* turns them into the rows'
+losses and overwrites them with the gradient of the logits; two matrix products carry that gradient
+to the hidden states and the head before the next chunk takes the buffer. What survives the forward
+pass is [N, D] and [V, D], never [N, V]. `torch_sweep` runs on any device, `triton_sweep` is the
+same contract in one kernel; this module does not know which it drives.
+
+The gradient of a vector of losses is asked for later, by `backward(grad_output)`. Rows that all get
+the same factor (`loss.sum()`, `loss.sum() / count`) only scale what was kept. Any other
+grad_output is right too, but d_unembedding is a sum over rows already taken, so it is computed
+again: give row weights as `weights`, where they cost nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pipeline.kernels.divergences import Objective
+from pipeline.kernels.vocabulary_shards import Shard
+
+COLUMN_MULTIPLE = 16
+"""Rows of the buffer start at multiples of it (vector loads, aligned GEMMs); one column is spare."""
+
+Sweep = Callable[[Tensor, Any, Objective, Shard, bool], Tensor]
+"""(logits [C, width + spare], targets, objective, shard, with_gradient) -> losses [C]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a divergence is computed: everything that is not differentiated.
+
+    Attributes:
+        sweep: turns a chunk's logits into losses and, in place, gradients.
+        sweep_dtype: dtype of the buffer the sweep works in.
+        targets: teacher, labels and weights; sliced by rows.
+        objective: the loss of a row.
+        shard: which words this process holds.
+        compute_dtype: dtype of the matrix products.
+        sum_dtype: dtype in which d_unembedding is summed over chunks.
+        budget: bytes that the buffers of one chunk may take.
+    """
+
+    sweep: Sweep
+    sweep_dtype: torch.dtype
+    targets: Any
+    objective: Objective
+    shard: Shard
+    compute_dtype: torch.dtype
+    sum_dtype: torch.dtype
+    budget: int
+
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """fp32, or fp64 where the inputs are."""
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+
+class Gradients(NamedTuple):
+    """Gradients with respect to hidden, unembedding and bias; None where not asked for."""
+
+    hidden: Tensor | None
+    unembedding: Tensor | None
+    bias: Tensor | None
+
+
+class FusedDivergence(torch.autograd.Function):
+    """Autograd around `sweep_rows`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, unembedding: Tensor, bias: Tensor | None, plan: Plan
+    ) -> Tensor:
+        """Losses [N]; keeps the gradients of their sum."""
+        ctx.needed, ctx.plan = ctx.needs_input_grad[:3], plan
+        loss, ctx.gradients = sweep_rows(hidden, unembedding, bias, plan, ctx.needed)
+        ctx.save_for_backward(hidden, unembedding, bias)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Hands over what was kept, scaled; computes again where scaling cannot be right."""
+        (grad_output,) = grad_outputs
+        kept, ctx.gradients = ctx.gradients, None
+        factor = common_factor(grad_output)
+        if kept is None or factor is None:
+            plan = _weighted(ctx.plan, grad_output)
+            return *sweep_rows(*ctx.saved_tensors, plan, ctx.needed)[1], None
+        return *(_scaled(gradient, factor) for gradient in kept), None
+
+
+def common_factor(grad_output: Tensor) -> Tensor | None:
+    """The one value every row has, or None. A device is asked nothing: strides tell."""
+    if grad_output.numel() < 2 or grad_output.stride(0) == 0:
+        return grad_output[:1].sum()
+    if grad_output.device.type == "cpu" and bool((grad_output == grad_output[0]).all()):
+        return grad_output[0]
+    return None
+
+
+def _weighted(plan: Plan, factors: Tensor) -> Plan:
+    weights = plan.targets.weights
+    weights = factors if weights is None else weights.to(factors) * factors
+    return replace(plan, targets=replace(plan.targets, weights=weights))
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
+    if gradient is None or (factor.device.type == "cpu" and factor == 1):
+        return gradient
+    return gradient.mul_(factor)
+
+
+def sweep_rows(
+    hidden: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    needed: tuple[bool, ...] = (False, False, False),
+) -> tuple[Tensor, Gradients]:
+    """Losses [N] and the gradients of their sum; rows of weight 0 are left out beforehand."""
+    keep = rows_with_weight(plan.targets.weights)
+    if plan.targets.weights is not None:
+        weights = plan.targets.weights.to(hidden.device, non_blocking=True)
+        plan = replace(plan, targets=replace(plan.targets, weights=weights))
+    if keep is None:
+        return _sweep_chunks(hidden, unembedding, bias, plan, needed)
+    keep = keep.to(hidden.device, non_blocking=True)
+    kept_plan = replace(plan, targets=plan.targets[keep])
+    loss, gradients = _sweep_chunks(hidden[keep], unembedding, bias, kept_plan, needed)
+    loss = loss.new_zeros(len(hidden)).index_copy_(0, keep, loss)
+    if gradients.hidden is not None:
+        rows = torch.zeros_like(hidden).index_copy_(0, keep, gradients.hidden)
+        gradients = gradients._replace(hidden=rows)
+    return loss, gradients
+
+
+def rows_with_weight(weights: Tensor | None) -> Tensor | None:
+    """Rows worth computing, or None for all of them.
+
+    Counting on a device would stop the host, so rows are dropped when the weights are on the CPU.
+    """
+    if weights is None or weights.device.type != "cpu" or bool(weights.all()):
+        return None
+    return weights.nonzero().flatten()
+
+
+def _sweep_chunks(
+    hidden: Tensor, unembedding: Tensor, bias: Tensor | None, plan: Plan, needed: tuple[bool, ...]
+) -> tuple[Tensor, Gradients]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        bench = Workbench(hidden, unembedding, bias, plan, needed)
+        loss = torch.empty(len(hidden), dtype=plan.loss_dtype, device=hidden.device)
+        for rows in bench.chunks:
+            logits, targets = bench.logits(rows), plan.targets[rows]
+            loss[rows] = plan.sweep(logits, targets, plan.objective, plan.shard, any(needed))
+            bench.add_gradients(rows)
+        return loss, bench.gradients()
+
+
+def chunk_rows(rows: int, bytes_per_row: int, budget: int) -> int:
+    """Rows of one chunk: as many as the budget allows, in chunks of nearly equal size."""
+    most = max(1, budget // bytes_per_row)
+    count = max(1, -(-rows // most))
+    return max(1, -(-rows // count))
+
+
+class Workbench:
+    """The buffers of one call and the three matrix products over them."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        unembedding: Tensor,
+        bias: Tensor | None,
+        plan: Plan,
+        needed: tuple[bool, ...],
+    ):
+        self.plan, width = plan, plan.shard.width
+        self.hidden = hidden.to(plan.compute_dtype)
+        self.head = unembedding[:width].to(plan.compute_dtype)
+        self.bias = None if bias is None else bias[:width].to(plan.compute_dtype)
+        self.of_hidden = torch.empty_like(self.hidden) if needed[0] else None
+        self.of_head = _empty(unembedding.shape, unembedding, plan.sum_dtype, needed[1])
+        self.of_bias = _empty(unembedding.shape[:1], unembedding, plan.loss_dtype, needed[2])
+        self.dtypes = hidden.dtype, unembedding.dtype, bias.dtype if bias is not None else None
+        self._make_buffers(len(hidden))
+        self.fresh = True
+
+    def _make_buffers(self, rows: int) -> None:
+        plan, device = self.plan, self.hidden.device
+        columns = (plan.shard.largest // COLUMN_MULTIPLE + 1) * COLUMN_MULTIPLE
+        same = plan.sweep_dtype == plan.compute_dtype
+        bytes_per_row = columns * (
+            plan.sweep_dtype.itemsize + (not same) * plan.compute_dtype.itemsize
+        )
+        size = chunk_rows(rows, bytes_per_row, plan.budget)
+        self.chunks = [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
+        self.product = torch.empty(size, columns, dtype=plan.compute_dtype, device=device)
+        self.buffer = (
+            self.product if same else torch.empty_like(self.product, dtype=plan.sweep_dtype)
+        )
+
+    def logits(self, rows: slice) -> Tensor:
+        """The sweep's buffer, filled with the raw logits of these rows."""
+        hidden, width = self.hidden[rows], self.plan.shard.width
+        product = self.product[: len(hidden), :width]
+        if self.bias is None:
+            torch.mm(hidden, self.head.T, out=product)
+        else:
+            torch.addmm(self.bias, hidden, self.head.T, out=product)
+        buffer = self.buffer[: len(hidden)]
+        if self.buffer is not self.product:
+            buffer[:, :width].copy_(product)
+        return buffer
+
+    def add_gradients(self, rows: slice) -> None:
+        """Carries the gradient in the buffer on to hidden states, head and bias."""
+        hidden, width = self.hidden[rows], self.plan.shard.width
+        gradient = self.product[: len(hidden), :width]
+        if self.buffer is not self.product:
+            gradient.copy_(self.buffer[: len(hidden), :width])
+        if self.of_hidden is not None:
+            torch.mm(gradient, self.head, out=self.of_hidden[rows])
+        if self.of_head is not None:
+            add_product_(self.of_head[:width], gradient.T, hidden, self.fresh)
+        if self.of_bias is not None:
+            total = self.buffer[: len(hidden), :width].sum(0, dtype=self.of_bias.dtype)
+            self.of_bias[:width].copy_(total) if self.fresh else self.of_bias[:width].add_(total)
+        self.fresh = False
+
+    def gradients(self) -> Gradients:
+        """The finished gradients, in the dtypes of what they belong to."""
+        unused = 0 if self.fresh else self.plan.shard.width
+        for tensor in (self.of_head, self.of_bias):
+            if tensor is not None:
+                tensor[unused:] = 0
+        if self.of_hidden is not None:
+            self.plan.shard.sum_(self.of_hidden)
+        made = zip((self.of_hidden, self.of_head, self.of_bias), self.dtypes)
+        return Gradients(*(None if t is None else t.to(dtype) for t, dtype in made))
+
+
+def _empty(shape: torch.Size, like: Tensor, dtype: torch.dtype, needed: bool) -> Tensor | None:
+    return torch.empty(shape, dtype=dtype, device=like.device) if needed else None
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
+    """total = left @ right, or total += left @ right; total may be wider than the factors."""
+    if total.dtype == left.dtype:
+        torch.mm(left, right, out=total) if fresh else total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, beta=0 if fresh else 1, out_dtype=total.dtype, out=total)
+    else:
+        _add_product_in_blocks_(total, left, right, fresh)
+
+
+def _add_product_in_blocks_(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
+    # No CPU product writes fp32 from bf16 factors; blocks keep the copy small.
+    for part, rows in zip(total.split(4096), left.split(4096)):
+        product = rows @ right
+        part.copy_(product) if fresh else part.add_(product)
