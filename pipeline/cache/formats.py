@@ -7,6 +7,7 @@ shard and chooses no path.
 
 import io
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,24 +25,38 @@ UNFITTED = ("exact", "portable")
 """Profiles without tables."""
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as it is stored: the columns of its row, and its chunk of each dense array."""
+
+    values: dict[str, Any]
+    chunks: dict[str, bytes]
+
+
 class Format:
     """How the records of one cache are stored.
 
     Args:
         plan: the cache's plan.
         codec: the fitted codec of its row signals.
+        present: dense signals that are there; None for all (a partial copy may lack some).
     """
 
-    def __init__(self, plan: Plan, codec: RowCodec):
+    def __init__(self, plan: Plan, codec: RowCodec, present: Collection[str] | None = None):
         self.plan, self.codec = plan, codec
         self.codec_body = {"format_version": FORMAT_VERSION, "rows": codec.facts()}
         self.codec_digest = canonical.digest(self.codec_body)
         self.schema = rows.schema(plan)
         self.portable = rows.is_portable(plan)
-        self.dense = {name: _dense_array(plan, shape) for name, shape in plan.dense_signals.items()}
+        self.all_dense = dense_arrays(plan)
+        self.dense = {
+            name: array
+            for name, array in self.all_dense.items()
+            if present is None or name in present
+        }
 
-    def values(self, number: int, record: TeacherRecord) -> dict[str, Any]:
-        """The columns of one record (see `cache_schemas.rows`).
+    def encode(self, record: TeacherRecord) -> Encoded:
+        """One record as it is stored.
 
         Raises:
             ValueError: the record does not have exactly the plan's signals.
@@ -51,7 +66,6 @@ class Format:
         example = record.example
         tokens = np.asarray(example.token_ids, dtype=np.int32)
         values = {
-            "number": number,
             "example_id": example.example_id,
             "document_id": example.document_id,
             "source": example.source,
@@ -66,7 +80,9 @@ class Format:
             "dense_lengths": np.array([len(record.signals[n]) for n in self.dense], dtype=np.int32),
         }
         said = {TOKENS: tokens} | {name: record.signals[name] for name in self.plan.row_signals}
-        return values | (said if self.portable else {rows.PAYLOAD: self.codec.encode(said)})
+        values |= said if self.portable else {rows.PAYLOAD: self.codec.encode(said)}
+        chunks = {name: array.encode(record.signals[name]) for name, array in self.dense.items()}
+        return Encoded(values, chunks)
 
     def record(
         self,
@@ -74,7 +90,7 @@ class Format:
         dense: Mapping[str, np.ndarray],
         signals: Collection[str] | None = None,
     ) -> TeacherRecord:
-        """The inverse of `values`, with the row signals named in `signals` (None: all).
+        """The inverse of `encode`, with the row signals named in `signals` (None: all).
 
         Raises:
             ShardCorrupt: the values contradict each other.
@@ -99,9 +115,9 @@ class Format:
     def dense_lengths(self, values: Mapping[str, Any]) -> dict[str, int]:
         """Positions that one example uses of each dense signal."""
         lengths = values.get("dense_lengths", ())
-        if len(lengths) != len(self.dense):
+        if len(lengths) != len(self.all_dense):
             raise ShardCorrupt("dense_lengths does not fit the plan", where=values["example_id"])
-        return {name: int(length) for name, length in zip(self.dense, lengths)}
+        return {name: int(length) for name, length in zip(self.all_dense, lengths)}
 
     def _row_signals(self, values: Mapping[str, Any], names: list[str]) -> dict[str, np.ndarray]:
         if not self.portable:
@@ -137,7 +153,7 @@ def read_codec(storage: Storage, body: Mapping[str, Any], plan: Plan) -> RowCode
     """The codec that the body of codec.json (also kept in the manifest) describes."""
     where = f"{storage.location}/{layout.CODEC}"
     check_version(body.get("format_version"), where)
-    facts = body.get("rows")
+    facts: Any = body.get("rows")
     try:
         tables = {name: _load_table(storage, sha) for name, sha in facts["tables"].items()}
         codec = RowCodec.from_facts(facts, tables)
@@ -159,7 +175,7 @@ def publish_codec(storage: Storage, plan: Plan, codec: RowCodec) -> RowCodec:
     return shared
 
 
-def codec_sizes(plan: Plan) -> dict[str, int]:
+def codec_sizes(plan: Plan) -> dict[str, Any]:
     """The sizes that a `RowCodec` takes, as the plan fixes them."""
     capture = plan.facts["capture"]
     return {
@@ -203,7 +219,7 @@ def _parse_table(data: bytes) -> np.ndarray:
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise ValueError(f"npy version {version}")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=1000)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
     size = dtype.itemsize
     for side in shape:
         size *= side
@@ -212,14 +228,13 @@ def _parse_table(data: bytes) -> np.ndarray:
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 
-def _dense_array(plan: Plan, shape: Mapping[str, Any]) -> DenseArray:
-    return DenseArray(
-        plan.num_examples,
-        plan.examples_per_shard,
-        shape["positions"],
-        shape["width"],
-        shape["codec"],
-    )
+def dense_arrays(plan: Plan) -> dict[str, DenseArray]:
+    """The array of every dense signal."""
+    examples = (plan.num_examples, plan.examples_per_shard)
+    return {
+        name: DenseArray(*examples, shape["positions"], shape["width"], shape["codec"])
+        for name, shape in plan.dense_signals.items()
+    }
 
 
 def _unflatten(name: str, flat: np.ndarray, num_rows: int, codec: RowCodec) -> np.ndarray:

@@ -21,9 +21,10 @@ from cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
 from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
 from pipeline.cache import shard as shards
 from pipeline.cache.formats import Format, read_codec
+from pipeline.cache.location import open_storage
+from pipeline.cache.partial import present_signals
 from pipeline.cache.sealing import check_receipt
 from pipeline.cache.storage import Storage
-from pipeline.cache.writer import open_storage
 from pipeline.record import TeacherRecord
 
 SHARDS_HELD = 4096
@@ -64,12 +65,17 @@ class TeacherCache:
         plan = Plan.from_facts(manifest.plan, where)
         if {len(column) for column in manifest.shards.model_dump().values()} != {plan.num_shards}:
             raise ShardCorrupt("does not list the plan's shards", where=where)
-        return cls(storage, manifest, Format(plan, read_codec(storage, manifest.codec, plan)))
+        codec = read_codec(storage, manifest.codec, plan)
+        return cls(storage, manifest, Format(plan, codec, present_signals(storage)))
+
+    def __reduce__(self):
+        """A cache travels to a decoding process as its place, and is opened there anew."""
+        return TeacherCache.open, (self.storage,)
 
     @property
     def signals(self) -> tuple[str, ...]:
         """Names of the signals every record has."""
-        return (*self.plan.row_signals, *self.plan.dense_signals)
+        return (*self.plan.row_signals, *self.form.dense)
 
     @property
     def temperatures(self) -> tuple[float, ...]:

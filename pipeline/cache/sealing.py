@@ -1,7 +1,7 @@
 """From receipts to a manifest and an index.
 
-One idea: sealing reads receipts only, never shards, so it takes minutes for a cache of any size; and
-its result follows from them alone, so sealing twice, or by two workers, gives the same bytes.
+One idea: sealing reads receipts only, never shards, so it takes minutes for a cache of any size;
+and its result follows from them alone: sealing twice, or by two workers, gives the same bytes.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def seal(storage: Storage, form: Format) -> Manifest:
         PlanMismatch: a receipt is of another cache.
     """
     table: dict[str, list] = {name: [] for name in ShardTable.model_fields}
-    files = {name: _entry(storage.read(name)) for name in _fixed_files(form)}
+    files = {name: file_entry(storage.read(name)) for name in fixed_files(form)}
     for number, shards in _by_folder(form.plan.num_shards):
         sink = io.BytesIO()
         sizes = _sizes(storage, form, number, shards)
@@ -54,7 +54,7 @@ def seal(storage: Storage, form: Format) -> Manifest:
                 _check_sizes(storage, receipt, sizes)
                 index.write_table(_index_rows(form, receipt))
                 _append(table, receipt, sha256)
-        files[layout.index(number)] = _entry(sink.getvalue())
+        files[layout.index(number)] = file_entry(sink.getvalue())
         storage.replace(layout.index(number), sink.getvalue())
     manifest = Manifest(
         plan=form.plan.facts,
@@ -103,7 +103,7 @@ def check_receipt(receipt: ShardReceipt, form: Format, number: int, where: str) 
         )
     if receipt.codec != form.codec_digest:
         raise ShardCorrupt("was written with other codec tables", where=where)
-    expected = set(layout.shard_files(number, list(form.dense)))
+    expected = set(layout.shard_files(number, list(form.all_dense)))
     if receipt.shard != number or set(receipt.files) != expected:
         raise ShardCorrupt(f"is the receipt of shard {receipt.shard}", where=where)
     lengths = {len(column) for column in receipt.records.model_dump().values()}
@@ -111,7 +111,13 @@ def check_receipt(receipt: ShardReceipt, form: Format, number: int, where: str) 
         raise ShardCorrupt("does not list the shard's examples", where=where)
 
 
-def _fixed_files(form: Format) -> list[str]:
+def index_names(form: Format) -> list[str]:
+    """The index files of a sealed cache."""
+    return [layout.index(number) for number, _ in _by_folder(form.plan.num_shards)]
+
+
+def fixed_files(form: Format) -> list[str]:
+    """Files that belong to the cache as a whole, index and manifest not counted."""
     tables = [layout.table(sha) for sha in form.codec.facts()["tables"].values()]
     metadata = [layout.dense_metadata(name) for name in form.dense]
     return sorted([*tables, *metadata, layout.PLAN, layout.CODEC])
@@ -159,5 +165,6 @@ def _index_rows(form: Format, receipt: ShardReceipt) -> pa.Table:
     return pa.table({name: columns[name] for name in INDEX_SCHEMA.names}, schema=INDEX_SCHEMA)
 
 
-def _entry(data: bytes) -> FileEntry:
+def file_entry(data: bytes) -> FileEntry:
+    """Size and sha256 of bytes."""
     return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -1,12 +1,14 @@
 """The files of one shard: built in a folder, and inspected wherever they lie.
 
-One idea: `inspect` reads a shard's files, decodes every record and returns the receipt they deserve,
-so a receipt is a function of the bytes in place; writing, resuming, adopting another worker's files
-and verifying all compare against it. It publishes nothing.
+One idea: `inspect` reads a shard's files, decodes every record and returns the receipt they
+deserve, so a receipt is a function of the bytes in place; writing, resuming, adopting another
+worker's files and verifying all compare against it. It publishes nothing.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import xxhash
 from cache_schemas import layout, rows
 from cache_schemas.errors import CacheError, ShardCorrupt
 from cache_schemas.manifest import FileEntry, Records, ShardReceipt
-from pipeline.cache.formats import Format
+from pipeline.cache.formats import Encoded, Format
 from pipeline.cache.storage import Storage
 from pipeline.record import TeacherRecord
 
@@ -25,7 +27,7 @@ Preview = Callable[[np.ndarray], str]
 """Text of the first tokens of an example, for people."""
 
 
-def build(folder: Path, form: Format, shard: int, records: Iterable[TeacherRecord]) -> None:
+def build(folder: Path, form: Format, shard: int, examples: Iterable[Encoded]) -> None:
     """Write the files of a shard below `folder`, under their names in the cache.
 
     Raises:
@@ -37,13 +39,13 @@ def build(folder: Path, form: Format, shard: int, records: Iterable[TeacherRecor
     path.parent.mkdir(parents=True)
     written = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, form.schema) as writer:
-        for written, record in enumerate(records, start=1):
+        for written, example in enumerate(examples, start=1):
             if written > len(numbers):
                 break
-            values = form.values(numbers[written - 1], record)
+            values = {**example.values, "number": numbers[written - 1]}
             writer.write_batch(rows.batch(form.schema, values))
-            for name, array in form.dense.items():
-                chunks[name].append(array.encode(record.signals[name]))
+            for name, chunk in example.chunks.items():
+                chunks[name].append(chunk)
     if written != len(numbers):
         raise CacheError(f"shard {shard} was given {written} records", expected=f"{len(numbers)}")
     for name, encoded in chunks.items():
@@ -53,9 +55,13 @@ def build(folder: Path, form: Format, shard: int, records: Iterable[TeacherRecor
 
 
 def inspect(
-    storage: Storage, form: Format, shard: int, preview: Preview | None = None
+    storage: Storage,
+    form: Format,
+    shard: int,
+    preview: Preview | None = None,
+    examine: Callable[[TeacherRecord], None] = lambda record: None,
 ) -> ShardReceipt:
-    """The receipt of the files in place; every record is decoded on the way.
+    """The receipt of the files in place; every record is decoded, and examined, on the way.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -64,31 +70,25 @@ def inspect(
     files: dict[str, FileEntry] = {}
     data = _read(storage, layout.rows(shard), files)
     dense = {name: _DenseShard(storage, form, name, shard, files) for name in form.dense}
-    messages = _messages(data, form, f"{storage.location}/{layout.rows(shard)}")
-    numbers = form.plan.shard_range(shard)
+    where = f"{storage.location}/{layout.rows(shard)}"
+    messages, numbers = _messages(data, form, where), form.plan.shard_range(shard)
     if len(messages) != len(numbers):
-        raise ShardCorrupt(
-            f"{len(messages)} examples",
-            expected=f"{len(numbers)}",
-            where=f"{storage.location}/{layout.rows(shard)}",
-        )
-    records: dict[str, list[Any]] = {name: [] for name in Records.model_fields}
-    for position, (number, (start, stop)) in enumerate(zip(numbers, messages)):
-        message = data[start:stop]
-        where = f"{storage.location}/{layout.rows(shard)} example {number}"
-        record = decode(
-            form, message, number, where, lambda name, used: dense[name].get(position, used)
-        )
-        entry = summary(record, preview)
-        entry |= {"offset": start, "bytes": stop - start, "xxh3": xxhash.xxh3_64_hexdigest(message)}
-        for name, value in entry.items():
-            records[name].append(value)
+        raise ShardCorrupt(f"{len(messages)} examples", expected=f"{len(numbers)}", where=where)
+    entries = []
+    for position, (start, stop) in enumerate(messages):
+        number, message = numbers[position], data[start:stop]
+        fetch = partial(_fetch, dense, position)
+        record = decode(form, message, number, f"{where} example {number}", fetch)
+        examine(record)
+        place = {"offset": start, "bytes": stop - start, "xxh3": xxhash.xxh3_64_hexdigest(message)}
+        entries.append(place | summary(record, preview))
+    columns = {name: [entry[name] for entry in entries] for name in Records.model_fields}
     return ShardReceipt(
         plan=form.plan.digest,
         codec=form.codec_digest,
         shard=shard,
         files=files,
-        records=Records(**records),
+        records=Records(**columns),
     )
 
 
@@ -98,20 +98,26 @@ def decode(
     number: int,
     where: str,
     dense: Callable[[str, int], np.ndarray],
-    signals: Any = None,
+    signals: Collection[str] | None = None,
 ) -> TeacherRecord:
     """A record of its Arrow message; `dense(name, positions used)` supplies its dense arrays.
 
     Raises:
         ShardCorrupt: it is not the record of example `number`.
     """
-    values = rows.parse(message, form.schema, where)
-    if values["number"] != number:
-        raise ShardCorrupt(f"holds example {values['number']}", expected=f"{number}", where=where)
+    values = parse(form, message, number, where)
     lengths = form.dense_lengths(values)
     wanted = [name for name in form.dense if signals is None or name in signals]
     arrays = {name: dense(name, lengths[name]) for name in wanted}
     return form.record(values, arrays, signals)
+
+
+def parse(form: Format, message: bytes, number: int, where: str) -> dict[str, Any]:
+    """The columns of the message of example `number`."""
+    values = rows.parse(message, form.schema, where)
+    if values["number"] != number:
+        raise ShardCorrupt(f"holds example {values['number']}", expected=f"{number}", where=where)
+    return values
 
 
 def summary(record: TeacherRecord, preview: Preview | None) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def _messages(data: bytes, form: Format, where: str) -> list[tuple[int, int]]:
         raise ShardCorrupt(f"is not an Arrow file ({str(error)[:120]})", where=where) from None
     if not schema.equals(form.schema):
         raise ShardCorrupt("has another schema than the plan's", where=where)
-    return list(zip(bounds, bounds[1:]))
+    return list(itertools.pairwise(bounds))
 
 
 class _DenseShard:
@@ -172,6 +178,8 @@ class _DenseShard:
         count = len(form.plan.shard_range(shard))
         self.entries = self.array.parse_index(tail, len(self.data), count, self.where)
 
-    def get(self, position: int, used: int) -> np.ndarray:
-        offset, length = (int(value) for value in self.entries[position])
-        return self.array.decode(self.data[offset : offset + length], used, self.where)
+
+def _fetch(dense: dict[str, _DenseShard], position: int, name: str, used: int) -> np.ndarray:
+    held = dense[name]
+    offset, length = (int(value) for value in held.entries[position])
+    return held.array.decode(held.data[offset : offset + length], used, held.where)

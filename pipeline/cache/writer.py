@@ -15,7 +15,16 @@ from cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch, Shar
 from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
 from cache_schemas.record_codec import TOKENS, RowCodec
 from pipeline.cache import sealing, shard
-from pipeline.cache.formats import UNFITTED, Format, codec_sizes, open_codec, publish_codec
+from pipeline.cache.formats import (
+    UNFITTED,
+    Encoded,
+    Format,
+    codec_sizes,
+    dense_arrays,
+    open_codec,
+    publish_codec,
+)
+from pipeline.cache.location import open_storage
 from pipeline.cache.shard import Preview
 from pipeline.cache.storage import DirectoryStorage, Storage
 from pipeline.record import TeacherRecord
@@ -44,11 +53,12 @@ class CacheWriter:
         """
         storage = open_storage(root)
         _claim_root(storage, plan)
-        for name, array in Format(plan, _unfitted(plan)).dense.items():
+        for name, array in dense_arrays(plan).items():
             storage.create(layout.dense_metadata(name), array.metadata())
         writer = cls(storage, plan, preview)
-        if plan.facts["capture"].get("profile") in UNFITTED:
-            publish_codec(storage, plan, _unfitted(plan))
+        profile = plan.facts["capture"]["profile"]
+        if profile in UNFITTED:
+            writer.use_codec(RowCodec(profile, **codec_sizes(plan)))
         return writer
 
     @property
@@ -69,14 +79,17 @@ class CacheWriter:
             | {name: record.signals[name] for name in self.plan.row_signals}
             for record in records
         ]
-        codec = RowCodec.fit(profile, samples, **codec_sizes(self.plan))
+        self.use_codec(RowCodec.fit(profile, samples, **codec_sizes(self.plan)))
+
+    def use_codec(self, codec: RowCodec) -> None:
+        """Publish a codec, or take the one that another worker published before."""
         self._form = Format(self.plan, publish_codec(self.storage, self.plan, codec))
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Shards without a receipt in one worker's share, a contiguous run of shards.
 
         Raises:
-            ShardCorrupt: a shard has a receipt but lacks a file.
+            ShardCorrupt: a shard has a receipt but lacks its rows.
         """
         first = self.plan.num_shards * rank // world_size
         last = self.plan.num_shards * (rank + 1) // world_size
@@ -84,9 +97,9 @@ class CacheWriter:
         receipts = _listed(self.storage, "receipts", folders)
         present = _listed(self.storage, "rows", folders)
         done = {number for number in range(first, last) if layout.receipt(number) in receipts}
-        for number in sorted(done):
-            if layout.rows(number) not in present:
-                raise _lost(self.storage, layout.rows(number))
+        lost = sorted(number for number in done if layout.rows(number) not in present)
+        if lost:
+            raise _lost(self.storage, layout.rows(lost[0]))
         return [number for number in range(first, last) if number not in done]
 
     def write(self, number: int, records: Iterable[TeacherRecord]) -> ShardReceipt:
@@ -99,14 +112,17 @@ class CacheWriter:
         """
         if self.needs_fit:
             records = self._fit_on_own(number, records)
-        form = self._find_form()
-        assert form is not None
+        form = self._fitted()
+        return self.write_encoded(number, (form.encode(record) for record in records))
+
+    def write_encoded(self, number: int, examples: Iterable[Encoded]) -> ShardReceipt:
+        """`write` for examples that are encoded already, by the codec of this cache."""
+        form = self._fitted()
         with self.storage.staging() as folder:
-            staged = DirectoryStorage(folder)
-            shard.build(folder, form, number, records)
-            receipt = shard.inspect(staged, form, number, self.preview)
+            shard.build(folder, form, number, examples)
+            receipt = shard.inspect(DirectoryStorage(folder), form, number, self.preview)
             if not self._publish(folder, receipt):
-                receipt = shard.inspect(self.storage, form, number, self.preview)
+                receipt = self._adopt(form, number, receipt)
         name = layout.receipt(number)
         if self.storage.create(name, receipt.to_bytes()):
             return receipt
@@ -126,14 +142,29 @@ class CacheWriter:
                 f"the first is {missing[0]}",
                 where=self.storage.location,
             )
-        form = self._find_form()
-        assert form is not None
-        return sealing.seal(self.storage, form)
+        return sealing.seal(self.storage, self._fitted())
 
     def _publish(self, folder: Path, receipt: ShardReceipt) -> bool:
         """True if every file in place is the one from `folder`."""
         ours = [self.storage.create(name, folder / name) for name in receipt.files]
         return all(ours)
+
+    def _adopt(self, form: Format, number: int, ours: ShardReceipt) -> ShardReceipt:
+        """The receipt of files that another writer, or this one before a kill, left in place."""
+        theirs = shard.inspect(self.storage, form, number, self.preview)
+        if theirs.records.example_id != ours.records.example_id:
+            raise ShardCorrupt(
+                "holds other examples than the plan's",
+                where=f"{self.storage.location}/{layout.rows(number)}",
+                remedy="Run `stillroom cache repair`, then capture again.",
+            )
+        return theirs
+
+    def _fitted(self) -> Format:
+        form = self._find_form()
+        if form is None:
+            raise ValueError("the codec is not fitted: call fit() with records of shard 0")
+        return form
 
     def _find_form(self) -> Format | None:
         if self._form is None:
@@ -143,21 +174,10 @@ class CacheWriter:
 
     def _fit_on_own(self, number: int, records: Iterable[TeacherRecord]) -> Iterable[TeacherRecord]:
         if number != 0:
-            raise ValueError(
-                "the codec is not fitted: call fit() with the first records of shard 0"
-            )
+            raise ValueError("the codec is not fitted: call fit() with records of shard 0")
         held = list(records)
         self.fit(held)
         return held
-
-
-def open_storage(root: str | Path | Storage) -> Storage:
-    """Storage for a directory, a fsspec URL, or what is one already."""
-    if isinstance(root, str) and "://" in root:
-        from pipeline.cache.bucket import BucketStorage
-
-        return BucketStorage(root)
-    return DirectoryStorage(root) if isinstance(root, (str, Path)) else root
 
 
 def _claim_root(storage: Storage, plan: Plan) -> None:
@@ -171,13 +191,6 @@ def _claim_root(storage: Storage, plan: Plan) -> None:
             where=storage.location,
             remedy="Choose another directory, or restore the settings it was begun with.",
         )
-
-
-def _unfitted(plan: Plan) -> RowCodec:
-    profile = plan.facts["capture"].get("profile")
-    if profile not in UNFITTED:
-        profile = "exact"
-    return RowCodec(profile, **codec_sizes(plan))
 
 
 def _listed(storage: Storage, kind: str, folders: Iterable[str]) -> set[str]:

@@ -1,5 +1,7 @@
 """Writer and reader of a cache: round trip, resume, refusal of another plan, sealing."""
 
+import itertools
+
 import pytest
 
 from cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch
@@ -56,14 +58,14 @@ def test_a_second_run_writes_only_what_is_missing_and_gives_the_same_bytes(tmp_p
 def test_shares_of_workers_cover_all_shards_once(tmp_path):
     writer = CacheWriter.open(tmp_path, make_plan(num_examples=50, per_shard=2))
     shares = [writer.missing(rank, 4) for rank in range(4)]
-    assert sorted(sum(shares, [])) == list(range(25))
+    assert sorted(itertools.chain(*shares)) == list(range(25))
 
 
 def test_another_plan_is_refused_and_every_difference_is_named(tmp_path):
     CacheWriter.open(tmp_path, make_plan())
+    other = make_plan(k=16)
+    other.facts["corpus"]["digest"] = "9" * 64
     with pytest.raises(PlanMismatch, match=r"capture\.k: found 8, expected 16.*corpus") as caught:
-        other = make_plan(k=16)
-        other.facts["corpus"]["digest"] = "9" * 64
         CacheWriter.open(tmp_path, other)
     assert caught.value.exit_code == 2
 

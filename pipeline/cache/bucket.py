@@ -1,0 +1,176 @@
+"""A cache in a bucket or behind a web server, through fsspec.
+
+One idea: every call is retried a bounded number of times, its answer's length is checked, and a
+file is created with a conditional put where the service has one. What a person reads never shows
+a credential. It keeps nothing between calls.
+"""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+import fsspec.config
+from fsspec.core import url_to_fs
+
+from cache_schemas.errors import CacheError, CacheIncomplete
+from pipeline.cache.location import scrub
+from pipeline.cache.storage import cut_short
+
+ATTEMPTS = 6
+READ_TIMEOUT_SECONDS = 60
+FINAL = (FileNotFoundError, FileExistsError, NotImplementedError, TypeError, CacheError)
+"""Failures that another attempt does not mend."""
+
+Answer = TypeVar("Answer")
+
+
+class BucketStorage:
+    """Named bytes below a fsspec URL.
+
+    Args:
+        url: such as `s3://bucket/cache`, `hf://datasets/owner/name`, `https://host/cache`.
+        options: passed to the file system; credentials belong there or in the environment.
+        pause: waits between attempts.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        options: dict[str, Any] | None = None,
+        pause: Callable[[float], None] = time.sleep,
+    ):
+        self.url, self.location, self.pause = url.rstrip("/"), scrub(url).rstrip("/"), pause
+        self.options = _defaults(url) | (options or {})
+        self._opened: tuple[int, Any, str] | None = None
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        stop = None if length is None else start + length
+        if length == 0:
+            return b""
+
+        def attempt() -> bytes:
+            data = self._call("cat_file", name, start=start or None, end=stop)
+            if length is not None and len(data) < length:
+                raise OSError(f"{len(data)} bytes came of {length}")
+            return data
+
+        data = self._retry(attempt, name, "read")
+        if length is not None and len(data) != length:
+            cut_short(f"{self.location}/{name}", len(data), length)
+        return data
+
+    def size(self, name: str) -> int | None:
+        try:
+            return self._retry(lambda: self._call("info", name), name, "read")["size"]
+        except FileNotFoundError:
+            return None
+
+    def list(self, folder: str) -> dict[str, int]:
+        try:
+            found = self._retry(lambda: self._call("ls", folder, detail=True), folder, "listed")
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        prefix = f"{folder}/" if folder else ""
+        files = [entry for entry in found if entry["type"] == "file"]
+        return {prefix + entry["name"].rsplit("/", 1)[1]: entry["size"] for entry in files}
+
+    def create(self, name: str, source: bytes | Path) -> bool:
+        if self.size(name) is not None:
+            return False
+        try:
+            self._retry(lambda: self._put(source, name, mode="create"), name, "written")
+        except FileExistsError:
+            return False
+        return True
+
+    def replace(self, name: str, data: bytes) -> None:
+        self._retry(lambda: self._put(data, name), name, "written")
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._retry(lambda: self._call("rm_file", name), name, "deleted")
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="stillroom-") as folder:
+            yield Path(folder)
+
+    def _files(self) -> tuple[Any, str]:
+        """The file system and the root in it, anew after a fork."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            try:
+                self._opened = (os.getpid(), *url_to_fs(self.url, **self.options))
+            except (ValueError, ImportError) as error:
+                raise CacheError(
+                    f"cannot be opened ({scrub(str(error))[:200]})",
+                    where=self.location,
+                    remedy="Check the URL; `pip install 'stillroom[s3]'` adds S3.",
+                ) from None
+        return self._opened[1], self._opened[2]
+
+    def _call(self, verb: str, name: str, **options: Any) -> Any:
+        files, root = self._files()
+        files.invalidate_cache()
+        return getattr(files, verb)(f"{root}/{name}".rstrip("/"), **options)
+
+    def _put(self, source: bytes | Path, name: str, **options: Any) -> None:
+        files, root = self._files()
+        path = f"{root}/{name}"
+        if isinstance(source, bytes):
+            files.pipe_file(path, source, **options)
+        else:
+            files.put_file(str(source), path, **options)
+
+    def _retry(self, attempt: Callable[[], Answer], name: str, verb: str) -> Answer:
+        for count in range(ATTEMPTS):
+            try:
+                return attempt()
+            except FINAL:
+                raise
+            except PermissionError as error:
+                raise self._forbidden(name, verb, error) from None
+            except Exception as error:
+                if _is_final(error):
+                    raise self._forbidden(name, verb, error) from None
+                last = error
+                self.pause(0.1 * 2**count)
+        raise CacheIncomplete(
+            f"cannot be {verb} ({type(last).__name__}: {scrub(str(last))[:200]})",
+            where=f"{self.location}/{name}",
+        )
+
+    def _forbidden(self, name: str, verb: str, error: Exception) -> CacheError:
+        return CacheError(
+            f"may not be {verb} ({scrub(str(error))[:200]})",
+            where=f"{self.location}/{name}",
+            remedy="Check the credentials and their rights on this bucket.",
+        )
+
+
+def _is_final(error: Exception) -> bool:
+    """True for an answer of the service that says no rather than not now."""
+    status = getattr(error, "status", None)
+    return status in (401, 403) or "Credentials" in type(error).__name__
+
+
+def _defaults(url: str) -> dict[str, Any]:
+    """Time limits, and settings that S3 servers other than Amazon's need."""
+    protocol = url.split("://", 1)[0]
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_read=READ_TIMEOUT_SECONDS)}}
+    if protocol not in ("s3", "s3a"):
+        return {}
+    config = {
+        "read_timeout": READ_TIMEOUT_SECONDS,
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
+    own = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
+    return {"config_kwargs": config | own}

@@ -1,0 +1,30 @@
+"""A copy of a cache that lacks some dense signals, and says so.
+
+One idea: `partial.json` in the copy lists the dense signals that are there; everything else,
+including the manifest, is the original's, so hashes and signatures still hold. It copies nothing.
+"""
+
+from cache_schemas import canonical
+from cache_schemas.errors import ShardCorrupt
+from pipeline.cache.storage import Storage
+
+PARTIAL = "partial.json"
+
+
+def present_signals(storage: Storage) -> tuple[str, ...] | None:
+    """Dense signals of a partial copy; None where all are there."""
+    if storage.size(PARTIAL) is None:
+        return None
+    where = f"{storage.location}/{PARTIAL}"
+    listed = canonical.check(storage.read(PARTIAL), where).get("dense")
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ShardCorrupt("does not list signals", where=where)
+    return tuple(listed)
+
+
+def mark(storage: Storage, dense: list[str] | None) -> None:
+    """Record what is there; None: everything."""
+    if dense is None:
+        storage.delete(PARTIAL)
+    else:
+        storage.replace(PARTIAL, canonical.sign({"dense": sorted(dense)}))

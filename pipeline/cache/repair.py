@@ -1,0 +1,104 @@
+"""Taking back what is broken, so that the same capture redoes exactly that.
+
+One idea: a shard without a receipt is a shard to capture, so repairing is removing: first the
+manifest, then the receipts of bad shards, then their files. Sound shards are never touched.
+"""
+
+from dataclasses import dataclass
+
+from cache_schemas import canonical, layout
+from cache_schemas.errors import CacheError, StillroomError
+from cache_schemas.manifest import Manifest
+from pipeline.cache import sealing
+from pipeline.cache import shard as shards
+from pipeline.cache.formats import Format, publish_codec
+from pipeline.cache.storage import Storage
+from pipeline.cache.verification import Progress, Report, identity, verify
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What was done.
+
+    Attributes:
+        shards: shards that must be captured again.
+        removed: names of files that were removed.
+        sealed: the cache is sealed now.
+    """
+
+    shards: list[int]
+    removed: list[str]
+    sealed: bool
+
+
+def repair(storage: Storage, progress: Progress = lambda done, total: None) -> Repair:
+    """Remove the receipts and files of bad shards, and restore what follows from the rest.
+
+    Raises:
+        CacheError: plan and codec are both lost, so nothing can be judged.
+    """
+    manifest, form = _identity(storage)
+    report = verify(storage, progress)
+    removed: list[str] = []
+    if report.problems:
+        _remove(storage, [layout.MANIFEST, layout.SIGNATURE], removed)
+    for number in report.bad_shards:
+        _remove(storage, [layout.receipt(number)], removed)
+        _remove(storage, layout.shard_files(number, list(form.dense)), removed)
+    _remove_broken_leftovers(storage, form, removed)
+    _restore(storage, form)
+    sealed = _seal(storage, form, manifest, report)
+    return Repair(report.bad_shards, removed, sealed)
+
+
+def _identity(storage: Storage) -> tuple[Manifest | None, Format]:
+    """Plan and codec from the manifest or, where that is damaged, from their own files."""
+    try:
+        return identity(storage)
+    except CacheError:
+        if storage.size(layout.PLAN) is None or storage.size(layout.MANIFEST) is None:
+            raise
+    storage.delete(layout.MANIFEST)
+    return identity(storage)
+
+
+def _remove(storage: Storage, names: list[str], removed: list[str]) -> None:
+    for name in names:
+        if storage.size(name) is not None:
+            storage.delete(name)
+            removed.append(name)
+
+
+def _remove_broken_leftovers(storage: Storage, form: Format, removed: list[str]) -> None:
+    """Files without a receipt are kept for the next capture only if they are whole."""
+    for number in range(form.plan.num_shards):
+        names = layout.shard_files(number, list(form.dense))
+        if storage.size(layout.receipt(number)) is not None:
+            continue
+        if all(storage.size(name) is None for name in names):
+            continue
+        try:
+            shards.inspect(storage, form, number)
+        except (StillroomError, FileNotFoundError):
+            _remove(storage, names, removed)
+
+
+def _restore(storage: Storage, form: Format) -> None:
+    """Write again what follows from plan and codec."""
+    _put_back(storage, layout.PLAN, form.plan.to_bytes())
+    _put_back(storage, layout.CODEC, canonical.sign(form.codec_body, indent=1))
+    publish_codec(storage, form.plan, form.codec)
+    for name, array in form.dense.items():
+        _put_back(storage, layout.dense_metadata(name), array.metadata())
+
+
+def _put_back(storage: Storage, name: str, data: bytes) -> None:
+    if storage.size(name) != len(data) or storage.read(name) != data:
+        storage.replace(name, data)
+
+
+def _seal(storage: Storage, form: Format, manifest: Manifest | None, report: Report) -> bool:
+    whole = report.num_shards == form.plan.num_shards
+    if whole and storage.size(layout.MANIFEST) is None:
+        sealing.seal(storage, form)
+    return whole

@@ -1,0 +1,145 @@
+"""`verify` finds every kind of damage and `repair` takes back exactly what is damaged."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from cache_schemas import layout
+from cache_schemas.errors import CacheError, ShardCorrupt
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.repair import repair
+from pipeline.cache.storage import DirectoryStorage
+from pipeline.cache.verification import check_record, verify
+from pipeline.cache.writer import CacheWriter
+from tests.synthetic_records import make_plan, make_record, records_of
+
+
+@pytest.fixture
+def plan():
+    return make_plan(hidden_layers=[2])
+
+
+@pytest.fixture
+def sealed(tmp_path, plan):
+    return write_cache(tmp_path / "cache", plan)
+
+
+def write_cache(root, plan, seed=0):
+    writer = CacheWriter.open(root, plan)
+    for shard in writer.missing():
+        writer.write(shard, records_of(plan, shard, seed))
+    writer.seal()
+    return root
+
+
+def contents(root):
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def flip(path, bit=None):
+    data = bytearray(path.read_bytes())
+    bit = len(data) * 4 if bit is None else bit
+    data[bit // 8] ^= 1 << (bit % 8)
+    path.write_bytes(data)
+
+
+def test_a_sound_cache_has_no_problem(sealed, plan):
+    report = verify(DirectoryStorage(sealed))
+    assert (report.problems, report.notes) == ([], [])
+    assert (report.num_shards, report.num_examples) == (4, 10)
+    assert report.num_tokens == TeacherCache.open(sealed).manifest.num_tokens
+
+
+@pytest.mark.parametrize("name", [layout.rows(1), layout.dense_shard("hidden.2", 1)])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "swap"])
+def test_damage_of_a_shard_is_found_and_repaired(sealed, plan, name, damage):
+    before = contents(sealed)
+    path = sealed / name
+    if damage == "flip":
+        flip(path)
+    elif damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif damage == "delete":
+        path.unlink()
+    else:
+        other = write_cache(sealed.parent / "other", plan, seed=1)
+        shutil.copy(other / name, path)
+    report = verify(DirectoryStorage(sealed))
+    assert report.bad_shards == [1]
+    assert report.num_shards == 3
+
+    done = repair(DirectoryStorage(sealed))
+    assert done.shards == [1]
+    assert not done.sealed
+    writer = CacheWriter.open(sealed, plan)
+    assert writer.missing() == [1]
+    writer.write(1, records_of(plan, 1))
+    writer.seal()
+    assert contents(sealed) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        layout.MANIFEST,
+        layout.PLAN,
+        layout.CODEC,
+        layout.index(0),
+        layout.dense_metadata("hidden.2"),
+    ],
+)
+def test_damage_of_what_follows_from_the_rest_is_restored(sealed, plan, name):
+    before = contents(sealed)
+    flip(sealed / name)
+    if name == layout.MANIFEST:
+        with pytest.raises(ShardCorrupt):
+            verify(DirectoryStorage(sealed))
+    else:
+        assert [p.name for p in verify(DirectoryStorage(sealed)).problems] == [name]
+    done = repair(DirectoryStorage(sealed))
+    assert (done.shards, done.sealed) == ([], True)
+    assert contents(sealed) == before
+
+
+def test_a_receipt_of_another_cache_is_named(sealed, plan):
+    other = write_cache(sealed.parent / "other", make_plan(hidden_layers=[2], seed=7))
+    shutil.copy(other / layout.receipt(2), sealed / layout.receipt(2))
+    shutil.copy(other / layout.rows(2), sealed / layout.rows(2))
+    problem = verify(DirectoryStorage(sealed)).problems[0]
+    assert problem.shard == 2
+    assert "belongs to the cache of plan" in problem.found
+
+
+def test_files_without_a_receipt_are_noted_and_taken_up_again(tmp_path, plan):
+    writer = CacheWriter.open(tmp_path, plan)
+    receipt = writer.write(0, records_of(plan, 0))
+    writer.storage.delete(layout.receipt(0))
+    (note,) = verify(writer.storage).notes
+    assert note.startswith("rows/000/000000.arrow has no receipt: its shard was not finished")
+    assert CacheWriter.open(tmp_path, plan).missing() == [0, 1, 2, 3]
+    assert CacheWriter.open(tmp_path, plan).write(0, records_of(plan, 0)) == receipt
+
+
+def test_a_receipt_without_its_file_stops_the_writer(sealed, plan):
+    (sealed / layout.rows(1)).unlink()
+    with pytest.raises(CacheError, match=r"rows/000/000001.arrow: is missing.*cache repair"):
+        CacheWriter.open(sealed, plan).missing()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("topk_ids", lambda a: np.full_like(a, 3), "repeated"),
+        ("topk_ids", lambda a: a + 990, "outside the vocabulary"),
+        ("topk_logprobs", lambda a: a[:, ::-1], "not falling"),
+        ("topk_logprobs", lambda a: a - 1, "sum to"),
+        ("entropy", lambda a: a * np.nan, "NaN"),
+    ],
+)
+def test_records_that_make_no_sense_are_refused(plan, name, change, message):
+    record = make_record(plan, 3)
+    check_record(record, plan)
+    record.signals[name] = change(record.signals[name])
+    with pytest.raises(ShardCorrupt, match=message):
+        check_record(record, plan)
