@@ -2,7 +2,7 @@
 
 One idea: a conversation is rendered once as a whole, and the loss mask marks exactly the tokens
 that the model itself would generate: each assistant turn from the end of its generation prompt to
-its end-of-turn token. Templates that mark this themselves (`{% generation %}`) are believed; for the
+its end-of-turn token. Templates that mark this (`{% generation %}`) are believed; for the
 others the spans are found in the rendered text and carried to tokens by character offsets.
 """
 

@@ -4,8 +4,9 @@ vLLM for CPU asks for torch's CPU build and for any torchvision, torchaudio and 
 pip finds for those are CUDA builds, whose compiled operators do not load beside it:
 - `import torchvision` dies with "operator torchvision::nms does not exist". Naming its two missing
   operators is enough for the pure-Python transforms, which is all that is used of it here.
-- `import torchaudio` dies on libc10_cuda.so, `import torchcodec` on libnvrtc. Nothing here needs
-  audio: they are marked as absent, which is how Python says that a package must not be imported.
+- `import torchaudio` dies on libc10_cuda.so, `import torchcodec` on libnvrtc. Nothing here needs audio:
+  they are marked as absent, which is how Python says that an installed package must not be
+  imported.
 
 One idea: compare build tags, and act only where they disagree; matching builds are left alone.
 The operators themselves stay unusable, and calling them says so.
@@ -24,10 +25,10 @@ SCHEMAS = {
 def install() -> None:
     """Make mismatched wheels harmless in this process; imports nothing heavy, may be repeated."""
     for audio in ("torchaudio", "torchcodec"):
-        if audio not in sys.modules and _mismatched(audio):
+        if audio not in sys.modules and mismatched(audio):
             sys.modules[audio] = None  # type: ignore[assignment]
     waiting = any(isinstance(finder, _BeforeTorchvision) for finder in sys.meta_path)
-    if not waiting and "torchvision" not in sys.modules and _mismatched("torchvision"):
+    if not waiting and "torchvision" not in sys.modules and mismatched("torchvision"):
         sys.meta_path.insert(0, _BeforeTorchvision())
 
 
@@ -49,7 +50,7 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
             name_operators()
 
 
-def _mismatched(package: str) -> bool:
+def mismatched(package: str) -> bool:
     """Whether torch is a CPU build and the package is not."""
     try:
         return version("torch").endswith("+cpu") and not version(package).endswith("+cpu")

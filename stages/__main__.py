@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from cache_schemas.errors import EXIT_INCOMPLETE, EXIT_USER_ERROR, CacheIncomplete, StillroomError
-from stages import prepare, teacher
+from stages import demo, evaluate, prepare, teacher, train
 from stages.console import say
 
 app = typer.Typer(
@@ -28,7 +28,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("prepare")(prepare.prepare)
+app.command()(prepare.prepare)
+app.command()(train.train)
+app.command()(train.student)
+app.command()(evaluate.evaluate)
+app.command()(demo.demo)
 app.add_typer(teacher.app, name="teacher")
 
 SURROUNDINGS = {
