@@ -79,7 +79,7 @@ class ChatTokenizer:
         ]
         made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.asarray(made["input_ids"], dtype=np.int32)
-        return ids, _inside(np.asarray(made["offset_mapping"]).reshape(-1, 2), spans)
+        return ids, _inside(np.asarray(made["offset_mapping"]).reshape(-1, 2), text, spans)
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
         return self.tokenizer.apply_chat_template(
@@ -141,9 +141,14 @@ def _common_prefix(text: str, prompt: str) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(prompt)))
 
 
-def _inside(offsets: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
-    """Tokens that lie, not empty, within a span: bool [L]."""
+def _inside(offsets: np.ndarray, text: str, spans: list[tuple[int, int]]) -> np.ndarray:
+    """Tokens [L] that hold characters of a span and, beside them, at most white space before it.
+
+    Prompts that end in a space need this: most tokenizers join that space to the first word.
+    """
     mask = np.zeros(len(offsets), dtype=bool)
+    begins, ends = offsets[:, 0], offsets[:, 1]
     for start, end in spans:
-        mask |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
+        earliest = len(text[:start].rstrip())
+        mask |= (begins >= earliest) & (ends > start) & (ends <= end)
     return mask
