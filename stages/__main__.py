@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from cache_schemas.errors import EXIT_INCOMPLETE, EXIT_USER_ERROR, CacheIncomplete, StillroomError
-from stages import demo, evaluate, prepare, teacher, train
+from stages import cache, demo, evaluate, prepare, teacher, train
 from stages.console import say
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command()(train.train)
 app.command()(train.student)
 app.command()(evaluate.evaluate)
 app.command()(demo.demo)
+app.add_typer(cache.app, name="cache")
 app.add_typer(teacher.app, name="teacher")
 
 SURROUNDINGS = {

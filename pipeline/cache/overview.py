@@ -1,0 +1,135 @@
+"""What a cache is, in a few numbers, whether it is sealed or still being written.
+
+One idea: everything here comes from the manifest, the plan and a few receipts, so it is quick for a
+cache of any size. It checks nothing; that is `verification.py`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_schemas import layout
+from cache_schemas.errors import CacheError, StillroomError
+from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from pipeline.cache.storage import DirectoryStorage, Storage
+
+RECEIPTS_LOOKED_AT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """One cache.
+
+    Attributes:
+        location: where it is.
+        plan: its plan.
+        sealed: True when it can be read.
+        shards_done: shards with a receipt.
+        num_tokens, num_bytes: of a sealed cache; of the receipts looked at otherwise.
+        bytes_per_token: kind of data (`rows` or a dense signal) -> bytes, from some receipts.
+    """
+
+    location: str
+    plan: Plan
+    sealed: bool
+    shards_done: int
+    num_tokens: int
+    num_bytes: int
+    bytes_per_token: dict[str, float]
+
+    @property
+    def teacher(self) -> str:
+        """Architecture and the beginning of the weights' hash."""
+        facts = self.plan.facts["teacher"]
+        sha = str(facts.get("weights_sha256", ""))[:12]
+        return f"{facts.get('architecture', 'teacher')} {sha}".strip()
+
+
+def overview(storage: Storage) -> Overview:
+    """Look at one cache.
+
+    Raises:
+        CacheError: there is none.
+        ShardCorrupt: its manifest or plan is damaged.
+    """
+    manifest = _manifest(storage)
+    plan = _plan(storage, manifest)
+    done = _done(storage, plan) if manifest is None else list(range(plan.num_shards))
+    receipts = [_receipt(storage, shard) for shard in done[:RECEIPTS_LOOKED_AT]]
+    tokens = sum(receipt.num_tokens for receipt in receipts)
+    return Overview(
+        location=storage.location,
+        plan=plan,
+        sealed=manifest is not None,
+        shards_done=len(done),
+        num_tokens=manifest.num_tokens if manifest else tokens,
+        num_bytes=manifest.num_bytes if manifest else sum(r.num_bytes for r in receipts),
+        bytes_per_token=_by_kind(receipts, max(tokens, 1)),
+    )
+
+
+def find(directory: str | Path, depth: int = 3) -> list[Overview | tuple[str, str]]:
+    """Every cache below a directory; (location, what is wrong) for one that cannot be read.
+
+    Raises:
+        CacheError: no such directory.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise CacheError("no such directory", where=str(root), remedy="Check the path.")
+    return [_look(path.parent) for path in sorted(_plans(root, depth))]
+
+
+def _look(path: Path) -> Overview | tuple[str, str]:
+    try:
+        return overview(DirectoryStorage(path))
+    except StillroomError as error:
+        return str(path), error.found
+
+
+def _plans(root: Path, depth: int) -> set[Path]:
+    return {
+        path
+        for level in range(depth + 1)
+        for path in root.glob("/".join([*["*"] * level, layout.PLAN]))
+    }
+
+
+def _manifest(storage: Storage) -> Manifest | None:
+    try:
+        data = storage.read(layout.MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return read(Manifest, data, f"{storage.location}/{layout.MANIFEST}")
+
+
+def _plan(storage: Storage, manifest: Manifest | None) -> Plan:
+    where = f"{storage.location}/{layout.PLAN}"
+    if manifest is not None:
+        return Plan.from_facts(manifest.plan, where)
+    try:
+        return Plan.from_bytes(storage.read(layout.PLAN), where)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheError(
+            "there is no cache here", where=storage.location, remedy="Check the path."
+        ) from None
+
+
+def _done(storage: Storage, plan: Plan) -> list[int]:
+    folders = sorted({layout.folder(shard) for shard in range(plan.num_shards)})
+    names = {name for folder in folders for name in storage.list(f"receipts/{folder}")}
+    return [shard for shard in range(plan.num_shards) if layout.receipt(shard) in names]
+
+
+def _receipt(storage: Storage, shard: int) -> ShardReceipt:
+    name = layout.receipt(shard)
+    return read(ShardReceipt, storage.read(name), f"{storage.location}/{name}")
+
+
+def _by_kind(receipts: list[ShardReceipt], tokens: int) -> dict[str, float]:
+    kinds: dict[str, Any] = {}
+    for receipt in receipts:
+        for name, entry in receipt.files.items():
+            kind = name.split("/")[1] if name.startswith("dense/") else "rows"
+            kinds[kind] = kinds.get(kind, 0) + entry.bytes
+    return {kind: total / tokens for kind, total in sorted(kinds.items())}

@@ -1,0 +1,20 @@
+"""Text of strangers, made safe to show.
+
+One idea: whatever could move a cursor, hide, reorder or clear text becomes a visible escape; all
+else, in any script, stays. It is for terminals and log files; it does not escape HTML.
+"""
+
+import unicodedata
+
+HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def plain(text: str, limit: int = 0) -> str:
+    """`text` with control, format and private characters escaped, cut to `limit` characters."""
+    shown = "".join(
+        c.encode("unicode_escape", "surrogatepass").decode()
+        if unicodedata.category(c) in HIDDEN
+        else c
+        for c in text
+    )
+    return shown[: limit - 1] + "…" if limit and len(shown) > limit else shown

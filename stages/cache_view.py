@@ -1,0 +1,111 @@
+"""How caches look in a terminal: tables of facts, and tokens with the teacher's guesses.
+
+One idea: text from a cache is a stranger's, so every string passes `plain` before it is printed.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from pipeline.cache.overview import Overview
+from pipeline.cache.storage import Storage
+from pipeline.plain_text import plain
+from stages.console import out, table
+
+LS_COLUMNS = ["cache", "state", "shards", "tokens", "B/token", "GB", "profile", "teacher"]
+
+
+def ls_row(seen: Overview) -> list[str]:
+    """One line of `ls`."""
+    state = "sealed" if seen.sealed else "unfinished"
+    return [
+        plain(seen.location),
+        state,
+        f"{seen.shards_done:,}/{seen.plan.num_shards:,}",
+        f"{seen.num_tokens:,}",
+        f"{seen.num_bytes / max(seen.num_tokens, 1):.1f}",
+        f"{seen.num_bytes / 1e9:.3f}",
+        plain(str(seen.plan.facts["capture"].get("profile", ""))),
+        plain(seen.teacher, 40),
+    ]
+
+
+def facts_table(seen: Overview) -> None:
+    """Identity and sizes of one cache."""
+    facts, capture = seen.plan.facts, seen.plan.facts["capture"]
+    per_token = ", ".join(f"{kind} {size:.1f}" for kind, size in seen.bytes_per_token.items())
+    rows = [
+        ("plan", seen.plan.digest[:16]),
+        ("teacher", seen.teacher),
+        ("engine", " ".join(str(value) for value in facts.get("engine", {}).values())),
+        ("tokenizer", str(facts["tokenizer"].get("sha256", ""))[:16]),
+        ("corpus", str(facts["corpus"].get("digest", ""))[:16]),
+        ("profile", f"{capture.get('profile')}, k = {capture.get('k')}"),
+        ("temperatures", ", ".join(f"{t:g}" for t in capture.get("temperatures", ()))),
+        ("row signals", ", ".join(seen.plan.row_signals)),
+        ("dense signals", ", ".join(seen.plan.dense_signals) or "none"),
+        ("shards", f"{seen.shards_done:,} of {seen.plan.num_shards:,}"),
+        ("examples", f"{seen.plan.num_examples:,}"),
+        ("tokens", f"{seen.num_tokens:,}"),
+        ("bytes", f"{seen.num_bytes:,}"),
+        ("bytes/token", per_token),
+    ]
+    table(plain(seen.location), ["", "value"], [[name, plain(value)] for name, value in rows])
+
+
+def guesses_table(storage: Storage, number: int, rows: int, guesses: int, tokenizer: str) -> None:
+    """Tokens of one example: what came before, what came, and what the teacher expected."""
+    from pipeline.cache.reader import TeacherCache
+
+    cache = TeacherCache.open(storage)
+    if not 0 <= number < len(cache):
+        from cache_schemas.errors import CacheError
+
+        raise CacheError(f"no example {number}", expected=f"0 to {len(cache) - 1}")
+    record = cache.read(number, [name for name in WANTED if name in cache.signals])
+    words = _words(cache.plan.facts["tokenizer"].get("sha256", ""), tokenizer)
+    lines = []
+    for row in range(min(rows, record.num_rows)):
+        token = record.first_row + row
+        following = words(int(record.example.token_ids[token + 1]))
+        line = [words(int(record.example.token_ids[token])), following]
+        lines.append(
+            [*line, *_row(record.signals, row), _guesses(record.signals, row, guesses, words)]
+        )
+    title = f"example {number} of {len(cache):,} ({plain(record.example.source, 40)})"
+    table(title, ["after", "came", "log p", "rank", "tail", "the teacher's top guesses"], lines)
+    if not tokenizer:
+        out.print("token ids are shown; --tokenizer shows words")
+
+
+WANTED = ("topk_ids", "topk_logprobs", "tail_logprob", "token_logprob", "token_rank")
+
+
+def _row(signals: dict[str, np.ndarray], row: int) -> list[str]:
+    tail = math.exp(float(signals["tail_logprob"][row])) if "tail_logprob" in signals else math.nan
+    logprob = float(signals["token_logprob"][row]) if "token_logprob" in signals else math.nan
+    rank = str(int(signals["token_rank"][row])) if "token_rank" in signals else ""
+    return [f"{logprob:.3f}", rank, f"{tail:.3f}"]
+
+
+def _guesses(
+    signals: dict[str, np.ndarray], row: int, guesses: int, words: Callable[[int], str]
+) -> str:
+    if "topk_ids" not in signals:
+        return ""
+    pairs = zip(signals["topk_ids"][row][:guesses], signals["topk_logprobs"][row][:guesses])
+    return "  ".join(f"{words(int(i))} {math.exp(float(p)):.2f}" for i, p in pairs if i >= 0)
+
+
+def _words(expected: str, tokenizer: str) -> Callable[[int], str]:
+    """Token id -> quoted text, or the id itself without a tokenizer."""
+    if not tokenizer:
+        return str
+    from transformers import AutoTokenizer
+
+    from stages.cache import check_tokenizer
+
+    check_tokenizer(tokenizer, expected)
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return lambda token: f"'{plain(loaded.decode([token]), 24)}'"

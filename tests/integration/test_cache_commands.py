@@ -1,0 +1,103 @@
+"""`stillroom cache`: results on stdout, one message on stderr, exit codes, nothing lost."""
+
+import shutil
+
+import pytest
+
+from cache_schemas import layout
+from pipeline.cache.writer import CacheWriter
+from stages.__main__ import run
+from tests.synthetic_records import make_plan, records_of
+
+
+@pytest.fixture
+def plan():
+    return make_plan(hidden_layers=[2])
+
+
+@pytest.fixture
+def cache(tmp_path, plan):
+    return write_cache(tmp_path / "run" / "cache", plan)
+
+
+def write_cache(root, plan, shards=None):
+    writer = CacheWriter.open(root, plan, preview=lambda tokens: f"preview {tokens[0]}")
+    for shard in writer.missing() if shards is None else shards:
+        writer.write(shard, records_of(plan, shard))
+    if shards is None:
+        writer.seal()
+    return root
+
+
+def stillroom(capsys, *arguments):
+    """Exit code, stdout, stderr."""
+    code = run(["cache", *(str(argument) for argument in arguments)])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+def test_show_tells_what_a_cache_holds(capsys, cache):
+    code, out, _ = stillroom(capsys, "show", cache, "--rows", 2)
+    assert code == 0
+    assert "hidden.2" in out
+    assert "4 of 4" in out
+    assert "example 0 of 10" in out
+
+
+def test_show_of_an_unfinished_cache_tells_what_is_missing(capsys, tmp_path, plan):
+    code, out, err = stillroom(capsys, "show", write_cache(tmp_path, plan, shards=[1]))
+    assert (code, "1 of 4" in out) == (0, True)
+    assert "3 of 4 shards are missing" in err
+
+
+def test_ls_lists_sealed_and_unfinished_caches(capsys, tmp_path, cache, plan):
+    write_cache(tmp_path / "half", plan, shards=[0])
+    code, out, _ = stillroom(capsys, "ls", tmp_path)
+    assert code == 0
+    assert out.count("│ sealed") == 1
+    assert out.count("unfinished") == 1
+
+
+def test_verify_of_a_sound_cache(capsys, cache):
+    code, out, _ = stillroom(capsys, "verify", cache)
+    assert code == 0
+    assert "4 shards, 10 examples" in out
+
+
+def test_verify_of_an_unfinished_cache_is_incomplete(capsys, tmp_path, plan):
+    code, _, err = stillroom(capsys, "verify", write_cache(tmp_path, plan, shards=[0]))
+    assert code == 3
+    assert "not sealed" in err
+
+
+def test_verify_and_repair_of_a_damaged_cache(capsys, cache):
+    (cache / layout.rows(2)).write_bytes(b"short")
+    code, _, err = stillroom(capsys, "verify", cache)
+    assert code == 2
+    assert "shard 2: rows/000/000002.arrow: is not an Arrow file" in err.replace("\n", "")
+    code, out, err = stillroom(capsys, "repair", cache)
+    assert code == 3
+    assert "shards to capture again: 2" in out
+    assert "removed receipts/000/000002.json" in err
+
+
+BAD_INPUTS = {
+    "no cache": (lambda cache: shutil.rmtree(cache), 2, "there is no cache here"),
+    "missing receipt": (lambda cache: (cache / layout.receipt(1)).unlink(), 2, "is missing"),
+    "receipt without file": (lambda cache: (cache / layout.rows(1)).unlink(), 2, "is missing"),
+    "truncated manifest": (
+        lambda cache: (cache / layout.MANIFEST).write_bytes(b'{"plan":'),
+        2,
+        "is not JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_gives_one_message(capsys, cache, case):
+    spoil, expected, message = BAD_INPUTS[case]
+    spoil(cache)
+    code, _, err = stillroom(capsys, "verify", cache)
+    assert code == expected
+    assert message in err
