@@ -90,7 +90,7 @@ def test_a_split_holds_out_the_share_it_should(documents, share, seed):
     held = heldout_documents(documents, share, seed)
     assert held < documents
     assert len(held) == min(max(1, round(share * len(documents))), len(documents) - 1)
-    assert heldout_documents(reversed(sorted(documents)), share, seed) == held
+    assert heldout_documents(sorted(documents, reverse=True), share, seed) == held
 
 
 def test_the_same_settings_give_the_same_bytes(topics, tiny_llama, tmp_path):

@@ -1,0 +1,144 @@
+"""The command line: one message and an exit code for every failure, and a light start."""
+
+import errno
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+
+from cache_schemas.errors import CacheIncomplete, CorpusError
+from stages import __main__ as shell
+from stages import console
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A command that raises what it is given, in place of the real ones."""
+
+    def make(error: BaseException):
+        app = typer.Typer(pretty_exceptions_enable=False)
+        app.callback()(shell.options)
+
+        @app.command()
+        def fail() -> None:
+            raise error
+
+        monkeypatch.setattr(shell, "app", app)
+        return lambda *more: shell.run(["fail"], *more)
+
+    return make
+
+
+def test_start_imports_nothing_heavy():
+    heavy = (
+        "{'torch', 'transformers', 'vllm', 'pyarrow', 'zarr', 'numba', 'matplotlib', 'pydantic'}"
+    )
+    code = f"import sys, stages.__main__; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_expected_error_is_one_message_and_its_code(failing, capsys):
+    error = CorpusError("is empty", where="a.txt", expected="text", remedy="Fill it.")
+    assert failing(error)() == 2
+    assert capsys.readouterr() == ("", "error: a.txt: is empty; expected text. Fill it.\n")
+
+
+def test_debug_shows_where_an_error_came_from(failing, capsys):
+    assert failing(CorpusError("is empty"))(True) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_unfinished_work_says_how_to_go_on(failing, capsys):
+    assert failing(CacheIncomplete("3 of 5 shards are missing"))() == 3
+    assert "Run again to go on: stillroom fail" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_incomplete_not_wrong(failing, capsys):
+    assert failing(KeyboardInterrupt())() == 3
+    assert "Run again to go on: stillroom fail" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_the_machines_failures_are_told_in_words(code, failing, capsys):
+    assert failing(OSError(code, "text of the system", "/data/x"))() == 2
+    written = capsys.readouterr().err
+    assert written.startswith("error: /data/x: ")
+    assert shell.SURROUNDINGS[code] in written
+    assert "Traceback" not in written
+
+
+def test_no_space_is_seen_through_libraries_that_hide_it(failing, capsys):
+    outer = RuntimeError("writing failed")
+    outer.__cause__ = ValueError("I/O error: No space left on device (os error 28)")
+    assert failing(outer)() == 2
+    assert "finished work is kept" in capsys.readouterr().err
+
+
+def test_a_programming_error_keeps_its_traceback(failing):
+    with pytest.raises(ZeroDivisionError):
+        failing(ZeroDivisionError())()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare"], "Missing argument"),
+        (["prepair"], "No such command 'prepair'"),
+        (["prepare", "x.toml", "--fast"], "No such option"),
+        (["prepare", "nowhere.toml"], "nowhere.toml: no such file"),
+    ],
+)
+def test_wrong_command_lines_are_refused(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert shell.run(arguments) == 2
+    written = capsys.readouterr().err
+    assert message in written
+    assert len(written.splitlines()) <= 2
+
+
+def test_a_terminated_process_is_incomplete_and_safe(tmp_path):
+    (tmp_path / "pipe").mkdir()
+    code = (
+        "import os, sys, typer; from stages import __main__ as shell;"
+        "app = typer.Typer(); app.callback()(shell.options);"
+        "app.command()(lambda: (print('ready', flush=True), sys.stdin.read()));"
+        "shell.app = app; shell.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "<lambda>"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, written = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "finished work is kept" in written
+
+
+def test_lines_come_now_and_then_and_at_the_end(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with console.progress("capture", "tokens") as report:
+        for step in range(101):
+            now[0] = step * 1.0
+            report(step * 10, 1000, tok_per_s=1234.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + 100 // int(console.SECONDS_BETWEEN_LINES)
+    assert lines[0] == "capture: 150/1,000 tokens  15 s, about 85 s left  tok/s 1,234"
+    assert re.match(r"capture: 1,000/1,000 tokens  100 s", lines[-1])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.123456, "0.1235"), (3.0, "3"), (15321.2, "15,321"), ("bf16", "bf16")]
+)
+def test_numbers_are_short(value, text):
+    assert console.short(value) == text
