@@ -1,8 +1,8 @@
 """Checks of a divergence's arguments: shapes always, values when asked.
 
 One idea: what can be known without asking a device (shapes, dtypes, devices, plain numbers) is
-checked in every call; what needs the tensors' values is apart, because it makes a device wait. Every
-message names the argument, and where there is one the row and the value.
+checked in every call; what needs the tensors' values is apart, because it makes a device wait.
+Every message names the argument, and where there is one the row and the value.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from pipeline.kernels import autocasting
 from pipeline.kernels.divergences import DivergenceName, Objective, TailName
 
 MASS_TOLERANCE = 1e-3
@@ -49,8 +50,7 @@ def check_student(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, word
         TypeError: dtypes that do not fit.
     """
     _require(hidden.dim() == 2, f"hidden: found shape {tuple(hidden.shape)}; expected [N, D]")
-    rows, width = hidden.shape
-    found = tuple(unembedding.shape)
+    width, found = hidden.shape[1], tuple(unembedding.shape)
     fits = unembedding.dim() == 2 and found[1] == width
     _require(fits, f"unembedding: found shape {found}; expected [V, {width}]")
     _require(0 < words <= found[0], f"valid_vocab: found {words}; expected 1 to {found[0]}")
@@ -174,7 +174,7 @@ def _same_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
 def _same_dtype(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
     if tensor is None or tensor.dtype == hidden.dtype:
         return
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not autocasting.is_on(hidden.device):
         raise TypeError(f"{name}: found {tensor.dtype}; expected {hidden.dtype}, as hidden is")
 
 

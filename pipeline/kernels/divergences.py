@@ -6,26 +6,25 @@ in the last column. A divergence is a sum of f(p_m, q_m) over outcomes; what its
 r_m = q_m df/dq_m. How r becomes the gradient of logits is derived in `topk_divergence`; nothing
 here knows about vocabularies, logits or devices.
 
-    divergence        f(p, q)                                     r = q df/dq
-    forward_kl        p (log p - log q)                           -p
-    reverse_kl        q (log q - log p)                           q (log q - log p + 1)
-    jsd               b p (log p - log m) + (1-b) q (log q - log m)    (1-b) q (log q - log m)
-                      m = b p + (1-b) q
-    skew_forward_kl   p (log p - log m),  m = a p + (1-a) q       -(1-a) p q / m
-    skew_reverse_kl   q (log q - log m),  m = (1-a) p + a q       q (log q - log m + 1 - a q / m)
-    tv                |p - q| / 2                                 q sign(q - p) / 2
-    adaptive_kl       w_h forward_kl + w_t reverse_kl             w_h (-p) + w_t q (log q - log p + 1)
+    divergence       f(p, q)                                         r = q df/dq
+    forward_kl       p (log p - log q)                               -p
+    reverse_kl       q (log q - log p)                               q (log q - log p + 1)
+    jsd              b p (log p - log m) + (1-b) q (log q - log m)   (1-b) q (log q - log m)
+                     m = b p + (1-b) q
+    skew_forward_kl  p (log p - log m),  m = a p + (1-a) q           -(1-a) p q / m
+    skew_reverse_kl  q (log q - log m),  m = (1-a) p + a q           q (log q - log m + 1 - a q / m)
+    tv               |p - q| / 2                                     q sign(q - p) / 2
+    adaptive_kl      w_h forward_kl + w_t reverse_kl                 the same mix of their r
 
 For `jsd`, d/dq of the first term is -b (1-b) p / m and of the second
-(1-b)(log q - log m + 1 - (1-b) q / m); the 1 and the two fractions cancel because b p + (1-b) q = m.
+(1-b)(log q - log m + 1 - (1-b) q / m); the 1 and the two fractions cancel, as m = b p + (1-b) q.
 Mixtures are taken in log space (`logaddexp`): in probability space 0 * log 0 gives NaN.
 
-Sources: jsd is GKD's generalised Jensen-Shannon divergence (Agarwal et al. 2024, arXiv:2306.13649,
-eq. 1); the skew divergences are DistiLLM's (Ko et al. 2024, arXiv:2402.03898, eq. 3); adaptive_kl is
-AKL (Wu et al. 2024, arXiv:2404.02657, section 4): per row, w_h and w_t are the shares of
-sum |p - q| on the teacher's head (the first outcome, and those whose cumulative mass stays within
-mu = 0.5) and on the rest, taken as constants, as in the authors' code. Here the tail outcome
-always belongs to the rest.
+Sources: jsd is GKD's generalised Jensen-Shannon divergence (Agarwal et al. 2024, arXiv:2306.13649);
+the skew divergences are DistiLLM's (Ko et al. 2024, arXiv:2402.03898); adaptive_kl is AKL (Wu et
+al. 2024, arXiv:2404.02657): per row, w_h and w_t are the shares of sum |p - q| on the teacher's
+head (the largest outcome, and those whose cumulative mass stays within mu = 0.5) and on the rest,
+taken as constants, as in the authors' code. Here the tail outcome always belongs to the rest.
 """
 
 import math
@@ -41,7 +40,7 @@ DivergenceName = Literal[
 TailName = Literal["bucket", "truncate", "renormalise", "sampled"]
 
 LOG_ZERO = -1e4
-"""Log-probability that stands for zero: exp() of it is 0 in every dtype, and products stay finite."""
+"""Log-probability that stands for zero: its exp() is 0 in every dtype, and products stay finite."""
 LOG_TAIL_FLOOR = -24 * math.log(2.0)
 """A tail mass is a difference from 1 and fp32 cannot tell it from 0 below 2^-24; reverse
 divergences, which divide by it, see this instead of infinity."""
@@ -90,7 +89,8 @@ def teacher_outcomes(
         ids: [rows, k]; negative ids are padding.
         logprobs: [rows, k] full-softmax log-probabilities, nats.
         tail: `bucket`, `truncate` or `renormalise` (`sampled` is `truncate` over a longer list).
-        vocabulary: number of real words; a row that names them all has no tail outcome.
+        vocabulary: number of real words; a row that names them all has no tail outcome, and a row
+            that names none has no outcome at all.
         dtype: dtype of the result.
     """
     valid = ids >= 0
@@ -101,7 +101,8 @@ def teacher_outcomes(
         log_p = log_p - mass.clamp(min=1e-300).log().to(dtype) * valid
     rest = (1 - mass).clamp(min=0) if tail == "bucket" else torch.zeros_like(mass)
     log_rest = rest.log().clamp(min=LOG_ZERO).to(dtype)
-    has_tail = (valid.sum(1, keepdim=True) < vocabulary) & (tail != "truncate")
+    named = valid.sum(1, keepdim=True)
+    has_tail = (named < vocabulary) & (named > 0) & (tail != "truncate")
     counted = torch.cat([valid, has_tail], 1)
     p = torch.cat([log_p.exp(), rest.to(dtype)], 1) * counted
     return Outcomes(p, torch.cat([log_p, log_rest], 1), counted)

@@ -1,53 +1,54 @@
 """The fused top-k divergence: LM head, temperature, sparse teacher and loss in one pass.
 
-One idea: against a teacher known by k words and a tail, the gradient of any divergence is one scalar
-per row times the student's softmax, with k places corrected; so the logits can be made chunk by
-chunk, turned into their gradient in place, and never kept. This module is the door: it states
+One idea: against a teacher known by k words and a tail, the gradient of any divergence is one
+scalar per row times the student's softmax, with k places corrected; so the logits can be made chunk
+by chunk, turned into their gradient in place, and never kept. This module is the door: it states
 the mathematics, checks the arguments and picks the implementation that was asked for. It computes
 nothing, and it never falls back from one implementation to another.
 
 **Notation.** A row has hidden state h [D]; z = W h + b are its logits, soft-capped to
 cap tanh(z / cap) where asked; x = z / T with temperature T; q = softmax(x) over the V real words.
 S is the set of the row's teacher ids, p_j the teacher's full-softmax probability at T of word j,
-M = sum_S p_j. Outcomes m are the words of S and, unless left out, one tail outcome t standing for all
-other words: q_t = sum_{i not in S} q_i.
+M = sum_S p_j. Outcomes m are the words of S and, unless left out, one tail outcome t that stands
+for all other words: q_t = sum_{i not in S} q_i.
 
 **Tails.** What the teacher says about the words outside S:
 
-    bucket        p_t = 1 - M is one outcome, q_t the other side of it: the divergence between two
-                  distributions over k + 1 outcomes, a lower bound of the full one
+    bucket        p_t = 1 - M is one outcome, q_t the other side of it: the divergence between
+                  two distributions over k + 1 outcomes, a lower bound of the full one
     truncate      no tail outcome; p as it is. For forward KL its gradient is M times that of
                   renormalise; its value may be negative (its minimum is M log M)
     renormalise   p / M on S and p_t = 0: the teacher is taken to have no tail
     sampled       (forward KL) S is joined by words drawn from the tail, whose weights w sum to
-                  1 - M and have expectation p: sum_S p log(p/q) + sum_draws w log(w/q). The gradient
-                  is unbiased for the full forward KL; it is `truncate` over the longer list
+                  1 - M and have expectation p: sum_S p log(p/q) + sum_draws w log(w/q). The
+                  gradient is unbiased for the full forward KL; it is `truncate` over the longer
+                  list (Anshumann et al. 2025, arXiv:2503.16870, stratified)
 
 **Value.** L = T^2 sum_m f(p_m, q_m) + ce_weight * (logsumexp(z) - z_label), times the row's weight;
 f for each divergence is in `divergences`. Cross-entropy is at temperature 1 and 0 without a label.
 
-**Gradient.** L depends on x through the q_m. For j in S, dq_m/dx_j = q_m (1[m=j] - q_j); for a word i
-outside S, dq_t/dx_i = q_i - q_t q_i and dq_m/dx_i = -q_m q_i. With g_m = df/dq_m, r_m = q_m g_m and
-R = sum_m r_m:
+**Gradient.** L depends on x through the q_m. For j in S, dq_m/dx_j = q_m (1[m=j] - q_j); for a
+word i outside S, dq_t/dx_i = q_i - q_t q_i and dq_m/dx_i = -q_m q_i. With g_m = df/dq_m,
+r_m = q_m g_m and R = sum_m r_m:
 
     j in S        dD/dx_j = r_j - q_j R
-    i outside S   dD/dx_i = q_i (g_t - R) = s_i (r_t - q_t R),   s_i = q_i / q_t = exp(x_i - lse_tail)
+    i outside S   dD/dx_i = q_i (g_t - R) = s_i (r_t - q_t R),   s_i = q_i / q_t
 
-so outside S a row needs one scalar, A = r_t - q_t R (with no tail outcome, r_t = 0). The sum over
-all words is sum_S r_j + r_t - R = 0: every row of the gradient sums to zero, for every divergence and
-tail. dz = dx / T, and T^2 makes the factor T. Cross-entropy adds
+with s_i = exp(x_i - lse_tail): outside S a row needs one scalar, A = r_t - q_t R (with no tail
+outcome, r_t = 0). The sum over all words is sum_S r_j + r_t - R = 0: every row of the gradient sums
+to zero, for every divergence and tail. dz = dx / T, and T^2 makes the factor T. Cross-entropy adds
 ce_weight (softmax(z) - onehot(label)); the soft cap multiplies by 1 - tanh^2(z / cap).
 Written with s_i and r_t nothing is divided by q_t, and with log q_t = lse_tail - lse summed
-directly over the words outside S, q_t is exact down to the smallest normal number; 1 - sum_S q_j has
-no correct digit below 1e-7 in fp32.
+directly over the words outside S, q_t is exact down to the smallest normal number; 1 - sum_S q_j
+has no correct digit below 1e-7 in fp32.
 
-**Words that do not exist.** Padded head rows (`valid_vocab` and beyond) are left out of every sum and
-have zero gradient. Ids of -1 are padding. A row that names all words has no tail outcome. A row that
-names none is 0 under every tail. Two equal ids in a row are an error (found when `debug`).
+**Words that do not exist.** Padded head rows (`valid_vocab` and beyond) are left out of every sum
+and have zero gradient. Ids of -1 are padding. A row that names all words has no tail outcome. A
+row that names none is 0 under every tail. Two equal ids in a row are an error (found by `debug`).
 
-**Numerics.** Row arithmetic is fp32 (fp64 for fp64 inputs) whatever the inputs' dtype. Log-probabilities
-below -10^4 count as -10^4, and the teacher's tail as at least 2^-24 where a divergence takes its
-logarithm, so reverse divergences stay finite.
+**Numerics.** Row arithmetic is fp32 (fp64 for fp64 inputs) whatever the inputs' dtype.
+Log-probabilities below -10^4 count as -10^4, and reverse KL takes the logarithm of the teacher's
+tail as at least that of 2^-24, so reverse divergences stay finite.
 """
 
 import os
@@ -57,14 +58,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pipeline.kernels import argument_checks, chunked, eager, torch_sweep
+from pipeline.kernels import argument_checks, autocasting, chunked, eager, torch_sweep
 from pipeline.kernels.divergences import DivergenceName, Objective, TailName
 from pipeline.kernels.targets import Targets
 from pipeline.kernels.vocabulary_shards import Shard
 
 Implementation = Literal["eager", "chunked", "triton"]
 
-CPU_BUDGET = 16 * 10**6
+CPU_BUDGET = 2**24
 CUDA_BUDGET = 5 * 2**28
 """1.25 GiB: four thousand rows of bf16 logits over 152 thousand words."""
 
@@ -120,8 +121,8 @@ def topk_divergence(
         impl: `eager` (the truth), `chunked` (torch, any device) or `triton` (CUDA).
         memory_budget: bytes for the buffers of one chunk of rows.
         accumulate_fp32: sum d_unembedding over chunks in fp32 (for bf16 and fp16 heads).
-        debug: check ranges and values of tensors, which makes a device wait. None checks CPU tensors
-            and, if the environment has STILLROOM_DEBUG_KERNELS=1, all others.
+        debug: check ranges and values of tensors, which makes a device wait. None checks CPU
+            tensors and, if the environment has STILLROOM_DEBUG_KERNELS=1, all others.
 
     Returns:
         fp32 [N] (fp64 for fp64 inputs). Reduce it with `.sum()`: other reductions make the
@@ -208,7 +209,7 @@ def _plan(
     budget: int | None,
     accumulate_fp32: bool,
 ) -> chunked.Plan:
-    compute = compute_dtype(hidden)
+    compute = autocasting.dtype_of(hidden)
     wide = torch.float64 if compute == torch.float64 else torch.float32
     return chunked.Plan(
         sweep=torch_sweep.sweep,
@@ -220,9 +221,3 @@ def _plan(
         sum_dtype=wide if accumulate_fp32 else unembedding.dtype,
         budget=budget or (CUDA_BUDGET if hidden.is_cuda else CPU_BUDGET),
     )
-
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Dtype of the matrix products: autocast's where it is on, else that of `hidden`."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -154,32 +154,32 @@ def _gradient_(
     student: Student,
 ) -> None:
     """Overwrites the tail's distribution with d loss / d z of every column."""
-    r = slopes(objective, teacher, student.log_q)
-    q = student.log_q.exp()
-    outcome_gradient = (r - q * r.sum(1, keepdim=True)) * objective.temperature
-    hard = None if label is None else _hard_weight(objective, targets, buffer)
-    if hard is not None and plain is None:
-        outcome_gradient += q * hard
+    r, q = slopes(objective, teacher, student.log_q), student.log_q.exp()
+    outcomes = (r - q * r.sum(1, keepdim=True)) * objective.temperature
+    hard = _hard_weight(objective, targets, buffer)
+    if plain is None:
+        outcomes += q * hard
     if targets.weights is not None:
-        outcome_gradient *= targets.weights.to(buffer)[:, None]
-        hard = None if hard is None else hard * targets.weights.to(buffer)[:, None]
-    buffer.mul_(outcome_gradient[:, -1:] * student.tail_share)
-    buffer.scatter_(1, columns, outcome_gradient[:, :-1])
-    if hard is not None:
-        if plain is not None:
-            buffer.addcmul_(plain, hard * student.plain_share)
+        row_weights = targets.weights.to(buffer)[:, None]
+        outcomes, hard = outcomes * row_weights, hard * row_weights
+    buffer.mul_(outcomes[:, -1:] * student.tail_share)
+    buffer.scatter_(1, columns, outcomes[:, :-1])
+    if plain is not None:
+        buffer.addcmul_(plain, hard * student.plain_share)
+    if label is not None:
         buffer.scatter_add_(1, label, -hard)
 
 
 def _hard_weight(objective: Objective, targets: Targets, like: Tensor) -> Tensor:
-    """Weight of the cross-entropy [C, 1]: 0 without a label."""
+    """Weight of each row's cross-entropy [C, 1]: 0 without a label."""
+    if targets.labels is None:
+        return like.new_zeros(1, 1)
     return (targets.labels >= 0)[:, None].to(like) * objective.ce_weight
 
 
 def _loss(objective: Objective, targets: Targets, teacher: Outcomes, student: Student) -> Tensor:
-    soft = values(objective, teacher, student.log_q).sum(1)
-    loss = objective.temperature**2 * soft
-    if targets.labels is not None and objective.ce_weight:
-        hard = _hard_weight(objective, targets, loss)[:, 0]
-        loss = loss - torch.where(hard > 0, hard * student.label_logprob[:, 0], 0)
+    hard = _hard_weight(objective, targets, student.log_q)
+    loss = objective.temperature**2 * values(objective, teacher, student.log_q).sum(1)
+    # 0 * -inf: a row without a label may have any number here.
+    loss = loss - torch.where(hard > 0, hard * student.label_logprob, 0)[:, 0]
     return loss if targets.weights is None else loss * targets.weights.to(loss)
