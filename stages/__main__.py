@@ -34,7 +34,6 @@ app.command()(train.student)
 app.command()(evaluate.evaluate)
 app.command()(demo.demo)
 app.add_typer(cache.app, name="cache")
-app.add_typer(cache.app, name="cache")
 app.add_typer(teacher.app, name="teacher")
 
 SURROUNDINGS = {
