@@ -1,8 +1,7 @@
 """The tables of stage two: `[student]`, `[[objective]]`, `[train]`, `[evaluate]`.
 
-One idea: a key is here only if it changes what the student learns or how it is measured, so that
-the same file gives the same student on any number of ranks. Objectives bring their own options,
-checked by `pipeline.objectives.registry`.
+One idea: the same file gives the same student on any number of ranks, so a step is counted over all
+of them. Objectives bring their own options, checked by `pipeline.objectives.registry`.
 """
 
 from typing import Any, Literal
@@ -104,7 +103,7 @@ class Train(Table):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several ranks share the work."""
     workers: int = Field(default=1, ge=0)
-    """Processes that decode ahead of training; 0 decodes between steps."""
+    """Threads that decode ahead of training; 0 decodes between steps."""
     seed: int = 0
     checkpoint_every: int = Field(default=50, ge=1)
     async_checkpoint: bool = False

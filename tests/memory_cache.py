@@ -1,13 +1,16 @@
-"""Caches made in memory by the reference engine, for tests of what reads caches.
+"""Caches of real answers for tests of what reads caches: the reference engine, on disk or not.
 
-One idea: the records are the real engine's, only the disk is left out.
+One idea: the records and the plan are the real ones; `MemoryCache` only leaves the disk and its
+rounding out, `write` puts the same records into a real cache.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from cache_schemas.manifest import Plan
 from pipeline.config import Capture, Teacher
 from pipeline.corpus_tokenizer import tokenizer_facts
 from pipeline.record import Example, TeacherRecord, content_id
@@ -17,25 +20,19 @@ from pipeline.teacher.rows import kept_temperatures
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """The parts of a plan that training looks at."""
-
-    facts: dict
-    digest: str
-
-
-@dataclass(frozen=True)
 class MemoryCache:
     """Records behind the reader's interface."""
 
     records: tuple[TeacherRecord, ...]
-    plan: MemoryPlan
-    temperatures: tuple[float, ...] = (1.0,)
-    examples_per_shard: int = 4
+    plan: Plan
 
     @property
     def signals(self) -> tuple[str, ...]:
         return tuple(self.records[0].signals)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        return tuple(self.plan.facts["capture"]["temperatures"])
 
     def index(self, columns=None) -> pa.Table:
         return pa.table(
@@ -49,13 +46,23 @@ class MemoryCache:
         return len(self.records)
 
     def shard_of(self, i: int) -> int:
-        return i // self.examples_per_shard
+        return i // self.plan.examples_per_shard
 
     def read(self, i: int, signals=None) -> TeacherRecord:
         record = self.records[i]
         if signals is None:
             return record
         return replace(record, signals={name: record.signals[name] for name in signals})
+
+    def write(self, directory: Path) -> Path:
+        """Put the records into a sealed cache on disk."""
+        from pipeline.cache.writer import CacheWriter
+
+        writer = CacheWriter.open(directory, self.plan)
+        for shard in writer.missing():
+            writer.write(shard, [self.records[i] for i in self.plan.shard_range(shard)])
+        writer.seal()
+        return directory
 
 
 def examples(count: int, seed: int = 0, longest: int = 24, vocab_size: int = 768) -> list[Example]:
@@ -70,10 +77,19 @@ def examples(count: int, seed: int = 0, longest: int = 24, vocab_size: int = 768
     return found
 
 
-def capture_in_memory(model, capture: Capture, texts: list[Example]) -> MemoryCache:
-    """Score examples with the reference engine in fp32."""
+def captured(model, texts: list[Example], **settings) -> MemoryCache:
+    """Score examples with the reference engine in fp32; `settings` are keys of [capture]."""
+    capture = Capture(**{"k": 16, "profile": "exact", "examples_per_shard": 4} | settings)
     teacher = Teacher(model=str(model), dtype="float32")
     engine = ReferenceEngine(teacher, capture)
-    facts = {"teacher": teacher_facts(teacher), "tokenizer": tokenizer_facts(str(model))}
-    plan = MemoryPlan(facts, digest=f"memory of {len(texts)} {capture.model_dump_json()}")
-    return MemoryCache(tuple(engine.score(texts)), plan, kept_temperatures(capture))
+    kept = {"temperatures": kept_temperatures(capture)}
+    plan = Plan.make(
+        teacher=teacher_facts(teacher),
+        engine={"name": "reference"},
+        tokenizer=tokenizer_facts(str(model)),
+        corpus={"digest": "0" * 64},
+        capture=capture.model_dump(mode="json") | kept,
+        num_examples=len(texts),
+        max_tokens=max(len(text.token_ids) for text in texts),
+    )
+    return MemoryCache(tuple(engine.score(texts)), plan)

@@ -6,17 +6,18 @@ The state of a loader is a `Position`; nothing about ranks or workers is in it.
 
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from cache_schemas.errors import ConfigError, StudentError
 from pipeline.data.batch import DistillBatch, collate
 from pipeline.data.packing import Position, RowPlan
 from pipeline.record import TeacherRecord
+
+STEPS_AHEAD = 2
 
 
 class RecordSource(Protocol):
@@ -69,46 +70,6 @@ class Geometry:
         return [rows[start + m * self.rows : start + (m + 1) * self.rows] for m in range(share)]
 
 
-class _Microbatches(Dataset):
-    """Rows (tuples of example numbers) -> DistillBatch; runs in the workers."""
-
-    def __init__(self, sources, signals, others: dict[str, np.ndarray], geometry: Geometry):
-        self.sources, self.signals = sources, signals
-        self.others, self.geometry = others, geometry
-
-    def __getitem__(self, rows) -> DistillBatch:
-        records = [[self._read(number) for number in row] for row in rows]
-        return collate(records, self.geometry.capacity, self.geometry.padding_free)
-
-    def _read(self, number: int) -> dict[str, TeacherRecord]:
-        found = {"": self.sources[""].read(number, self.signals[""])}
-        for name, numbers in self.others.items():
-            found[name] = self.sources[name].read(int(numbers[number]), self.signals[name])
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Tasks:
-    """The sampler: rows of each of this rank's microbatches, planned when they are asked for.
-
-    Attributes:
-        ends: filled with the position after each planned step.
-    """
-
-    plan: RowPlan
-    geometry: Geometry
-    start: Position
-    count: int
-    ends: deque
-
-    def __iter__(self) -> Iterator[list]:
-        position = self.start
-        for _ in range(self.count):
-            rows, position = self.plan.take(position, self.geometry.accumulate * self.geometry.rows)
-            self.ends.append(position)
-            yield from self.geometry.own(rows)
-
-
 class DistillLoader:
     """Steps of training, from any position.
 
@@ -118,7 +79,7 @@ class DistillLoader:
         geometry: size of a step and this rank's share.
         seed: of the order.
         shuffle_shards: shards shuffled together.
-        workers: processes that decode ahead; 0 decodes when asked.
+        workers: threads that decode ahead (decoding leaves Python's lock); 0 decodes when asked.
         pin_memory: page-lock batches for a faster copy to a GPU.
     """
 
@@ -133,41 +94,57 @@ class DistillLoader:
         pin_memory: bool = False,
     ):
         main = sources[""]
-        self.plan = RowPlan(
-            lengths_of(main),
-            np.fromiter((main.shard_of(i) for i in range(len(main))), dtype=np.int64),
-            geometry.capacity,
-            seed,
-            shuffle_shards,
-        )
-        others = {name: _match(main, cache, name) for name, cache in sources.items() if name}
-        self._dataset = _Microbatches(dict(sources), dict(signals), others, geometry)
+        shards = np.fromiter((main.shard_of(i) for i in range(len(main))), dtype=np.int64)
+        self.plan = RowPlan(lengths_of(main), shards, geometry.capacity, seed, shuffle_shards)
+        self._sources, self._signals = dict(sources), dict(signals)
+        self._others = {name: _match(main, cache, name) for name, cache in sources.items() if name}
         self.geometry, self._workers, self._pin_memory = geometry, workers, pin_memory
 
     def steps(
         self, position: Position, count: int
     ) -> Iterator[tuple[list[DistillBatch], Position]]:
         """`count` steps from `position`: this rank's microbatches and the position after each."""
-        ends: deque[Position] = deque()
-        batches = iter(self._batches(_Tasks(self.plan, self.geometry, position, count, ends)))
-        share = self.geometry.accumulate // self.geometry.world_size
-        for _ in range(count):
-            yield [next(batches) for _ in range(share)], ends.popleft()
+        if not self._workers:
+            for rows, end in self._tasks(position, count):
+                yield [self._batch(part) for part in rows], end
+            return
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
+        try:
+            yield from self._ahead(pool, self._tasks(position, count))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _batches(self, tasks: "_Tasks") -> DataLoader:
-        many = {"prefetch_factor": 4, "multiprocessing_context": "forkserver"}
-        return DataLoader(
-            self._dataset,
-            batch_size=None,
-            sampler=tasks,
-            collate_fn=_as_it_is,
-            num_workers=self._workers,
-            pin_memory=self._pin_memory,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            # An own generator: the default would draw from, and so disturb, the global one.
-            generator=torch.Generator(),
-            **(many if self._workers else {}),
-        )
+    def _ahead(self, pool: ThreadPoolExecutor, tasks) -> Iterator:
+        """Keep the next `STEPS_AHEAD` steps being decoded."""
+        pending: deque = deque()
+        for rows, end in tasks:
+            pending.append(([pool.submit(self._batch, part) for part in rows], end))
+            if len(pending) > STEPS_AHEAD:
+                yield _results(pending.popleft())
+        while pending:
+            yield _results(pending.popleft())
+
+    def _tasks(self, position: Position, count: int) -> Iterator[tuple[list[list], Position]]:
+        """For each step: rows of each of this rank's microbatches, and the position after it."""
+        for _ in range(count):
+            rows, position = self.plan.take(position, self.geometry.accumulate * self.geometry.rows)
+            yield self.geometry.own(rows), position
+
+    def _batch(self, rows: list[tuple[int, ...]]) -> DistillBatch:
+        records = [[self._read(number) for number in row] for row in rows]
+        batch = collate(records, self.geometry.capacity, self.geometry.padding_free)
+        return batch.pin_memory() if self._pin_memory else batch
+
+    def _read(self, number: int) -> dict[str, TeacherRecord]:
+        found = {"": self._sources[""].read(number, self._signals[""])}
+        for name, numbers in self._others.items():
+            found[name] = self._sources[name].read(int(numbers[number]), self._signals[name])
+        return found
+
+
+def _results(step: tuple[list[Future], Position]) -> tuple[list[DistillBatch], Position]:
+    futures, end = step
+    return [future.result() for future in futures], end
 
 
 def lengths_of(cache: RecordSource) -> np.ndarray:
@@ -191,13 +168,3 @@ def _match(main: RecordSource, other: RecordSource, name: str) -> np.ndarray:
 
 def _ids(cache: RecordSource) -> list[str]:
     return cache.index(["example_id"]).column("example_id").to_pylist()
-
-
-def _as_it_is(batch: DistillBatch) -> DistillBatch:
-    return batch
-
-
-def _leave_signals_to_the_trainer(_worker: int) -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
