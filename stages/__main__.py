@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from cache_schemas.errors import EXIT_INCOMPLETE, EXIT_USER_ERROR, CacheIncomplete, StillroomError
-from stages import cache, demo, evaluate, prepare, teacher, train
+from stages import cache, capture, demo, evaluate, prepare, teacher, train
 from stages.console import say
 
 app = typer.Typer(
@@ -29,12 +29,14 @@ app = typer.Typer(
 )
 
 app.command()(prepare.prepare)
-app.command()(train.train)
+app.command()(capture.capture)
+app.add_typer(cache.app, name="cache")
 app.command()(train.student)
+app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(demo.demo)
-app.add_typer(cache.app, name="cache")
 app.add_typer(teacher.app, name="teacher")
+
 
 SURROUNDINGS = {
     errno.ENOSPC: "Free some space and run the same command again; finished work is kept.",
@@ -63,6 +65,8 @@ def main() -> NoReturn:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # One progress style: ours. Libraries read this when they are first imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     code = run(arguments, debug)
     sys.stdout.flush()
     sys.exit(code)
