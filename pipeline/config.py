@@ -15,6 +15,7 @@ from pydantic import Field
 from cache_schemas.errors import ConfigError
 from pipeline.strict import Table, validate
 from pipeline.training_tables import Evaluate, Objective, Student, Train
+from pipeline.vision.tables import Vision
 
 
 class Source(Table):
@@ -105,6 +106,7 @@ class Run(Table):
     prepare: Prepare | None = None
     teacher: Teacher | None = None
     capture: Capture | None = None
+    vision: Vision | None = None
     student: Student | None = None
     objective: tuple[Objective, ...] = ()
     train: Train | None = None

@@ -99,5 +99,5 @@ class TeacherRecord:
 
     @property
     def num_rows(self) -> int:
-        """R, the number of scored rows."""
-        return len(self.example.token_ids) - 1 - self.first_row
+        """R, the number of scored rows; 0 where there are no tokens (image targets)."""
+        return max(len(self.example.token_ids) - 1 - self.first_row, 0)

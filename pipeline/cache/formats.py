@@ -179,8 +179,8 @@ def codec_sizes(plan: Plan) -> dict[str, Any]:
     """The sizes that a `RowCodec` takes, as the plan fixes them."""
     capture = plan.facts["capture"]
     return {
-        "k": capture["k"],
-        "vocab_size": plan.facts["teacher"]["vocab_size"],
+        "k": capture.get("k", 0),
+        "vocab_size": plan.facts["teacher"].get("vocab_size", 0),
         "draws": capture.get("tail_draws", 0),
         "temperatures": len(capture.get("temperatures", (1.0,))),
     }

@@ -45,7 +45,7 @@ def teacher_facts(teacher: Teacher) -> dict:
     directory = model_directory(teacher)
     shape = model_shape(teacher)
     return {
-        "weights_sha256": _weights_sha256(directory),
+        "weights_sha256": weights_sha256(directory),
         "architecture": shape.architecture,
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
@@ -141,7 +141,7 @@ def _stored_dtype(directory: Path) -> str:
     return str(dtype or "float32").removeprefix("torch.")
 
 
-def _weights_sha256(directory: Path) -> str:
+def weights_sha256(directory: Path) -> str:
     """sha256 over the name and sha256 of every weight file, in name order."""
     files = sorted(p for pattern in WEIGHT_PATTERNS for p in directory.glob(pattern))
     if not files:
