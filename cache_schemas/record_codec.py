@@ -2,20 +2,25 @@
 
 One idea: a codec is fitted once, is described by JSON facts and immutable tables named by their
 hash, and then turns `dict of arrays` into bytes and back within a bound that is checked on write.
-It stores no file and knows no layout; dense arrays (hidden states, images) are `codecs.py`.
+It stores no file and knows no layout; dense arrays (hidden states, images) are `dense_codec.py`.
 
 Profiles: `exact` is lossless; `strict` bounds |delta logp| everywhere; `small` bounds the KL
 divergence; `portable` has no record at all: its arrays are plain Arrow columns.
 """
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from cache_schemas import streams
+from cache_schemas.codebook import Codebook
 from cache_schemas.errors import CacheError
+from cache_schemas.lossy_rows import LossyRows
+from cache_schemas.rankings import Rankings
 from cache_schemas.signals import ROW_SIGNALS
+from cache_schemas.topk_streams import RowError
 
 Profile = Literal["small", "strict", "exact", "portable"]
 Signals = dict[str, np.ndarray]
@@ -25,6 +30,11 @@ TOKENS = "token_ids"
 cost half a byte each next to the top-k lists that predict them."""
 
 NAMES = (*ROW_SIGNALS, TOKENS)
+PROFILE_CODES = {"exact": 0, "small": 1, "strict": 2}
+MEAN_KL = 1e-4
+"""Mean KL divergence, in nats per row, that profile `small` may add; no row may add MAX_KL times
+as much."""
+MAX_KL = 3.0
 
 
 class RowCodec:
@@ -36,7 +46,8 @@ class RowCodec:
         vocab_size: ids are `0 .. vocab_size - 1`.
         draws: entries of `draw_ids`, at most; 0 when there are none.
         temperatures: how many `lse` columns.
-        tables: fitted arrays by name; empty for `exact`.
+        mean_kl: budget of profile `small`, nats per row.
+        codebook, tables: what `fit` found; `exact` and `portable` have none.
     """
 
     def __init__(
@@ -47,27 +58,53 @@ class RowCodec:
         vocab_size: int,
         draws: int = 0,
         temperatures: int = 1,
+        mean_kl: float = MEAN_KL,
+        codebook: Codebook | None = None,
         tables: Mapping[str, np.ndarray] | None = None,
     ):
         self.profile, self.k, self.vocab_size = profile, k, vocab_size
-        self.draws, self.temperatures = draws, temperatures
-        self.tables = dict(tables or {})
+        self.draws, self.temperatures, self.mean_kl = draws, temperatures, mean_kl
+        self.codebook, self.tables = codebook, dict(tables or {})
+        self._lossy = self._lossy_rows() if profile in ("small", "strict") else None
 
     @classmethod
-    def fit(cls, profile: Profile, samples: Iterable[Signals], **sizes: int) -> "RowCodec":
-        """A codec for records like `samples` (dicts as given to `encode`); `sizes` as above."""
-        return cls(profile, **sizes)
+    def fit(
+        cls,
+        profile: Profile,
+        samples: Iterable[Signals],
+        *,
+        k: int,
+        vocab_size: int,
+        draws: int = 0,
+        temperatures: int = 1,
+        mean_kl: float = MEAN_KL,
+    ) -> "RowCodec":
+        """A codec for records like `samples` (dicts as given to `encode`).
+
+        It depends on nothing else: the same samples give the same tables, bit for bit. Any number
+        of samples will do; more give smaller records.
+        """
+        sizes: dict[str, Any] = {"k": k, "vocab_size": vocab_size}
+        sizes |= {"draws": draws, "temperatures": temperatures}
+        if profile not in ("small", "strict"):
+            return cls(profile, mean_kl=mean_kl, **sizes)
+        samples = [s for s in samples if "topk_ids" in s and "topk_logprobs" in s]
+        stacked = np.concatenate([s["topk_ids"] for s in samples] or [np.empty((0, k), np.int32)])
+        rankings = Rankings.fit(stacked, vocab_size)
+        codebook = Codebook.strict() if profile == "strict" else Codebook.fit(samples, mean_kl)
+        tables = rankings.tables()
+        return cls(profile, mean_kl=mean_kl, codebook=codebook, tables=tables, **sizes)
 
     def facts(self) -> dict[str, Any]:
         """What a reader needs to know, as JSON; tables appear by their digest."""
-        sizes = {name: getattr(self, name) for name in ("k", "vocab_size", "draws", "temperatures")}
-        digests = {name: table_digest(table) for name, table in sorted(self.tables.items())}
-        return {
-            "profile": self.profile,
-            "record_version": streams.VERSION,
-            **sizes,
-            "tables": digests,
+        facts: dict[str, Any] = {"profile": self.profile, "record_version": streams.VERSION}
+        facts |= {
+            name: getattr(self, name) for name in ("k", "vocab_size", "draws", "temperatures")
         }
+        if self.codebook:
+            facts |= {"codebook": self.codebook.facts(), "mean_kl": self.mean_kl}
+        tables = {name: table_digest(table) for name, table in sorted(self.tables.items())}
+        return {**facts, "tables": tables}
 
     @classmethod
     def from_facts(
@@ -79,14 +116,16 @@ class RowCodec:
             ShardCorrupt: a table is missing or is not the one that the facts name.
             CacheError: the facts do not describe a codec.
         """
-        if facts.get("profile") not in get_args(Profile):
-            raise CacheError(f"unknown codec profile {facts.get('profile')!r}", where="codec facts")
-        sizes = {name: int(facts[name]) for name in ("k", "vocab_size", "draws", "temperatures")}
-        for name, digest in facts.get("tables", {}).items():
-            found = table_digest(tables[name]) if tables and name in tables else "no table"
-            if found != digest:
-                streams.corrupt(f"table {name!r} is {found}", digest)
-        return cls(facts["profile"], tables=tables, **sizes)
+        tables = tables or {}
+        try:
+            for name, digest in facts["tables"].items():
+                found = table_digest(tables[name]) if name in tables else "missing"
+                if found != digest:
+                    streams.corrupt(f"table {name!r} is {found}", digest)
+            used = {name: tables[name] for name in facts["tables"]}
+            return cls(**_arguments(facts), tables=used)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CacheError(f"describe no codec ({error!r})", where="codec facts") from None
 
     def encode(self, signals: Signals) -> bytes:
         """Bytes of one record; any subset of `NAMES` may be given.
@@ -94,10 +133,16 @@ class RowCodec:
         Raises:
             CacheError: a value the profile cannot hold within its bound; names signal and row.
         """
-        rows = next((len(v) for n, v in signals.items() if n != TOKENS), 0)
-        tokens = len(signals[TOKENS]) if TOKENS in signals else 0
-        packed = {NAMES.index(n): _exact(n, array) for n, array in signals.items()}
-        return streams.pack(0, rows, tokens, packed)
+        return self.encode_measured(signals)[0]
+
+    def encode_measured(self, signals: Signals) -> tuple[bytes, RowError]:
+        """`encode`, and what it changed."""
+        arrays = self._checked(signals)
+        rows = next((len(array) for name, array in arrays.items() if name != TOKENS), 0)
+        tokens = len(arrays[TOKENS]) if TOKENS in arrays else 0
+        parts, error = self._lossy.encode(arrays, rows) if self._lossy else ({}, RowError())
+        parts |= {NAMES.index(name): array for name, array in arrays.items()}
+        return streams.pack(PROFILE_CODES[self.profile], rows, tokens, parts), error
 
     def decode(self, blob: bytes | memoryview, names: Collection[str] | None = None) -> Signals:
         """Arrays of one record: all, or those of `names` that it holds.
@@ -106,26 +151,68 @@ class RowCodec:
             ShardCorrupt: the bytes are not a record of this codec.
         """
         record = streams.unpack(blob)
-        held = [n for i, n in enumerate(NAMES) if i in record.entries]
-        return {n: self._array(record, n) for n in held if names is None or n in names}
+        if record.profile != PROFILE_CODES.get(self.profile):
+            streams.corrupt(f"profile {record.profile}", f"{self.profile!r}")
+        limit = streams.MAX_ELEMENTS // max(self.k, self.draws, self.temperatures, 1)
+        if max(record.rows, record.tokens) > limit:
+            streams.corrupt(f"{record.rows} rows, {record.tokens} tokens", f"at most {limit}")
+        wanted = NAMES if names is None else names
+        held = [n for i, n in enumerate(NAMES) if i in record.entries and n in wanted]
+        found = {n: self._exact(record, n) for n in held}
+        if self._lossy:
+            found |= self._lossy.decode(record, [n for n in wanted if n not in found])
+        return found
 
-    def _array(self, record: streams.Record, name: str) -> np.ndarray:
-        if name == TOKENS:
-            return record.stream(NAMES.index(name), record.tokens).astype(np.int32)
+    def _exact(self, record: streams.Record, name: str) -> np.ndarray:
+        shape = (record.tokens,) if name == TOKENS else (record.rows, *self._width(name))
+        return record.stream(NAMES.index(name), int(np.prod(shape)), _dtype(name)).reshape(shape)
+
+    def _width(self, name: str) -> tuple[int, ...]:
         widths = {"k": self.k, "draws": self.draws, "temperatures": self.temperatures}
-        shape = (record.rows, *(widths[word] for word in ROW_SIGNALS[name].shape))
-        flat = record.stream(NAMES.index(name), int(np.prod(shape)))
-        return flat.view(ROW_SIGNALS[name].dtype).reshape(shape)
+        return tuple(widths[word] for word in ROW_SIGNALS[name].shape)
+
+    def _checked(self, signals: Signals) -> Signals:
+        """Arrays of the right dtype and width, in the order of `NAMES`."""
+        if unknown := set(signals) - set(NAMES):
+            raise ValueError(f"no such signals: {sorted(unknown)}")
+        arrays = {n: np.asarray(signals[n], dtype=_dtype(n)) for n in NAMES if n in signals}
+        for name, array in arrays.items():
+            if array.shape[1:] != (() if name == TOKENS else self._width(name)):
+                raise ValueError(f"{name} has shape {array.shape}")
+        if len({len(array) for name, array in arrays.items() if name != TOKENS}) > 1:
+            raise ValueError("row signals differ in their number of rows")
+        return arrays
+
+    def _lossy_rows(self) -> LossyRows:
+        if self.codebook is None:
+            raise ValueError(f"profile {self.profile!r} needs a codebook: use RowCodec.fit")
+        rankings = Rankings(self.tables["lists"], self.tables["common"])
+        if rankings.common.size != self.vocab_size:
+            raise ValueError(f"table 'common' has {rankings.common.size} ids")
+        max_kl = MAX_KL * self.mean_kl if self.profile == "small" else np.inf
+        sizes = {"k": self.k, "draws": self.draws, "temperatures": self.temperatures}
+        return LossyRows(self.profile == "strict", self.codebook, rankings, max_kl, **sizes)
 
 
 def table_digest(table: np.ndarray) -> str:
     """sha256 over dtype, shape and little-endian bytes of a table."""
-    import hashlib
-
     head = f"{table.dtype.str}{table.shape}".encode()
     return hashlib.sha256(head + np.ascontiguousarray(table).tobytes()).hexdigest()
 
 
-def _exact(name: str, array: np.ndarray) -> np.ndarray:
-    dtype = "int32" if name == TOKENS else ROW_SIGNALS[name].dtype
-    return np.asarray(array, dtype=dtype)
+def _arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments out of facts, every value checked."""
+    if facts["profile"] not in get_args(Profile):
+        raise ValueError(f"profile {facts['profile']!r}")
+    sizes = {name: facts[name] for name in ("k", "vocab_size", "draws", "temperatures")}
+    for name, limit in (("k", 1 << 16), ("vocab_size", 1 << 24), ("draws", 1 << 16)):
+        if not isinstance(sizes[name], int) or not 0 <= sizes[name] < limit:
+            raise ValueError(f"{name} {sizes[name]!r}")
+    if "codebook" not in facts:
+        return {"profile": facts["profile"], **sizes}
+    fitted = {"codebook": Codebook.from_facts(facts["codebook"]), "mean_kl": facts["mean_kl"]}
+    return {"profile": facts["profile"], **sizes, **fitted}
+
+
+def _dtype(name: str) -> str:
+    return "int32" if name == TOKENS else ROW_SIGNALS[name].dtype

@@ -1,0 +1,321 @@
+"""Top-k lists and their tail, as streams of a record: levels, ranks and classes.
+
+One idea: what is coded is a `Codebook` level per log-probability and a `Rankings` rank per id; all
+else in a record is predicted from the decoded lists. The KL divergence of every row is measured
+while it is written; a record with a row above the bound is written again with finer levels.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NoReturn
+
+import numpy as np
+
+from cache_schemas.codebook import Codebook
+from cache_schemas.errors import CacheError
+from cache_schemas.rankings import Rankings
+from cache_schemas.streams import Record, corrupt
+
+PARAMETERS, COUNTS, CLASSES, TAIL, FIRST_GAP, NEXT_GAPS, QUADS, STEPS = (
+    16,
+    17,
+    18,
+    19,
+    20,
+    21,
+    22,
+    25,
+)
+NUM_QUADS = 3
+MAX_FINER = 6
+SUM_SLACK = 2e-3
+"""Rows whose mass is within this of one are scaled to sum to one when they are decoded."""
+
+Streams = dict[int, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """Decoded top-k lists, and what they were coded with.
+
+    Attributes:
+        ids, logprobs: int32, float32 [R, k]; padded with -1 and -inf.
+        tail: float32 [R], or empty where the record has none.
+        levels: uint32 [R, k]; equal levels are one group.
+        counts: int32 [R] entries before the padding.
+        classes: uint8 [R].
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    tail: np.ndarray
+    levels: np.ndarray
+    counts: np.ndarray
+    classes: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """What coding did to a record's rows: KL(given || decoded) in nats, max |delta log p|."""
+
+    kl_sum: float = 0.0
+    kl_max: float = 0.0
+    delta_max: float = 0.0
+    rows: int = 0
+
+    @property
+    def kl_mean(self) -> float:
+        """Mean KL over rows; 0 without rows."""
+        return self.kl_sum / max(self.rows, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LevelTable:
+    """Edges, log-probabilities and masses (in units of 2**-MASS_BITS) of a codebook's levels."""
+
+    edges: np.ndarray
+    logprobs: np.ndarray
+    masses: np.ndarray
+
+
+class TopkCoder:
+    """Codes topk_ids, topk_logprobs and, where there is one, tail_logprob.
+
+    Args:
+        codebook: levels.
+        rankings: classes and ranks.
+        max_kl: no row may lose more (inf: not bounded).
+        normalise: whether rows that sum to one are decoded to sum to one.
+    """
+
+    def __init__(
+        self, codebook: Codebook, rankings: Rankings, max_kl: float, normalise: bool = True
+    ):
+        self.codebook, self.rankings = codebook, rankings
+        self.max_kl, self.normalise = max_kl, normalise
+        self._levels_of: dict[int, LevelTable] = {}
+
+    def encode(
+        self, ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray, classes: np.ndarray
+    ) -> tuple[Streams, Lists, RowError]:
+        """Streams of the rows, the lists they decode to, and the error; `tail` may be empty.
+
+        Raises:
+            CacheError: a value that is no id or no log-probability; names signal and row.
+        """
+        ids, logprobs = _sorted(ids, logprobs)
+        for finer in range(MAX_FINER + 1):
+            levels, tail_levels, counts = self._levels(ids, logprobs, tail, finer)
+            scale = self.normalise and _sums_to_one(logprobs, tail)
+            error = self._error(logprobs, tail, levels, tail_levels, counts, finer, scale)
+            if error.kl_max <= self.max_kl:
+                break
+        else:
+            raise CacheError(
+                f"KL divergence of a row {error.kl_max:.3g}",
+                expected=f"at most {self.max_kl:.3g}",
+                where="topk_logprobs",
+                remedy="Use profile 'strict' or 'exact'.",
+            )
+        streams = self._streams(ids, levels, counts, classes)
+        streams[PARAMETERS] = np.array([finer, scale], dtype=np.uint8)
+        if tail.size:
+            streams[TAIL] = tail_levels
+        order = streams.pop(-1)
+        return (
+            streams,
+            self._lists(order, levels, tail_levels, counts, classes, finer, scale),
+            error,
+        )
+
+    def decode(self, record: Record, k: int) -> Lists:
+        """The lists of a record.
+
+        Raises:
+            ShardCorrupt: the streams contradict each other or the tables.
+        """
+        from cache_schemas.kernels.topk import merge_ids
+
+        finer, scale = (int(value) for value in record.stream(PARAMETERS, 2, "u1"))
+        if finer > MAX_FINER or scale > 1:
+            corrupt(f"parameters {finer}, {scale}")
+        counts = self._counts(record, k)
+        classes = record.stream(CLASSES, record.rows, "u1")
+        if classes.size and classes.max() >= len(self.rankings.lists):
+            corrupt(f"class {classes.max()}", f"below {len(self.rankings.lists)}")
+        levels = self._merged_levels(record, counts, k, finer)
+        ids = np.empty(levels.shape, dtype=np.int32)
+        steps = record.stream(STEPS, int(counts.sum(dtype=np.int64)), "u2", "u4")
+        rankings = self.rankings
+        bases = rankings.base(classes)
+        length = rankings.lists.shape[1]
+        _refuse(
+            merge_ids(
+                steps, levels, counts, bases, rankings.lookup, length, rankings.num_ranks, ids
+            )
+        )
+        tail_levels = self._tail_levels(record, finer)
+        return self._lists(ids, levels, tail_levels, counts, classes, finer, bool(scale))
+
+    def _levels(self, ids, logprobs, tail, finer):  # type: ignore[no-untyped-def]
+        from cache_schemas.kernels.topk import quantise, quantise_each
+
+        edges = self._table(finer).edges
+        counts = np.empty(len(ids), dtype=np.int32)
+        levels = np.empty(ids.shape, dtype=np.uint16)
+        tail_levels = np.empty(len(tail), dtype=np.uint16)
+        vocab_size = self.rankings.common.size
+        _explain("topk", ids, logprobs, *quantise(ids, logprobs, edges, vocab_size, counts, levels))
+        _explain("tail_logprob", ids, tail[:, None], *quantise_each(tail, edges, tail_levels))
+        return levels, tail_levels, counts
+
+    def _error(self, logprobs, tail, levels, tail_levels, counts, finer, scale) -> RowError:
+        from cache_schemas.kernels.topk import divergence
+
+        table = self._table(finer).logprobs
+        kl, worst = np.empty(len(counts)), np.empty(len(counts))
+        if not tail.size:
+            tail = np.full(len(counts), -np.inf, dtype=np.float32)
+            tail_levels = np.zeros(len(counts), dtype=np.uint16)
+        divergence(logprobs, tail, levels, tail_levels, counts, table, scale, kl, worst)
+        kl_max, delta_max = float(kl.max(initial=0)), float(worst.max(initial=0))
+        return RowError(float(kl.sum()), kl_max, delta_max, len(kl))
+
+    def _streams(self, ids, levels, counts, classes) -> Streams:
+        from cache_schemas.kernels.topk import level_gaps, rank_steps
+
+        rows, k = ids.shape
+        streams: Streams = {CLASSES: classes}
+        if not (counts == k).all():
+            streams[COUNTS] = counts.astype(np.uint16)
+        ends = np.zeros(2 + NUM_QUADS, dtype=np.int64)
+        single = np.empty((2, 3 * rows), dtype=np.uint16)
+        quads = np.empty((NUM_QUADS, rows * -(-k // 4)), dtype=np.uint64)
+        level_gaps(levels, counts, single, quads, ends)
+        streams[FIRST_GAP], streams[NEXT_GAPS] = (single[i, : ends[i]] for i in range(2))
+        narrow = np.uint32 if not quads.size or _largest(quads, ends) < 1 << 32 else np.uint64
+        for i in range(NUM_QUADS):
+            streams[QUADS + i] = quads[i, : ends[2 + i]].astype(narrow)
+        steps = np.empty(int(counts.sum(dtype=np.int64)), dtype=self.rankings.dtype)
+        order = np.empty((rows, k), dtype=np.int32)
+        rank_steps(ids, levels, counts, classes, self.rankings.ranks, steps, order)
+        return streams | {STEPS: steps, -1: order}
+
+    def _lists(self, ids, levels, tail_levels, counts, classes, finer, scale) -> Lists:
+        from cache_schemas.kernels.topk import merge_logprobs
+
+        table = self._table(finer)
+        logprobs = np.empty(ids.shape, dtype=np.float32)
+        tail = np.empty(len(tail_levels), dtype=np.float32)
+        values = table.logprobs, table.masses
+        merge_logprobs(levels, tail_levels, counts, *values, scale, logprobs, tail)
+        return Lists(ids, logprobs, tail, levels, counts, classes)
+
+    def _counts(self, record: Record, k: int) -> np.ndarray:
+        if COUNTS not in record.entries:
+            return np.full(record.rows, k, dtype=np.int32)
+        counts = record.stream(COUNTS, record.rows, "u2").astype(np.int32)
+        if counts.max(initial=0) > k:
+            corrupt(f"a list of {counts.max()} entries", f"at most {k}")
+        return counts
+
+    def _merged_levels(self, record: Record, counts: np.ndarray, k: int, finer: int) -> np.ndarray:
+        from cache_schemas.kernels.topk import merge_levels
+
+        sizes = _stream_sizes(counts, k, full=COUNTS not in record.entries)
+        first = record.stream(FIRST_GAP, sizes[0], "u2")
+        if first.size != record.rows:
+            first = _spread(first, counts > 0)
+        following = record.stream(NEXT_GAPS, sizes[1], "u2")
+        quads = [record.stream(QUADS + i, sizes[2 + i], "u4", "u8") for i in range(NUM_QUADS)]
+        at = np.cumsum([0, *sizes[2:-1]], dtype=np.int64)
+        levels = np.empty((record.rows, k), dtype=np.uint32)
+        last = len(self._table(finer).logprobs) - 1
+        joined = np.concatenate(quads)
+        _refuse(merge_levels(first, following, joined, at, counts, np.uint64(last), levels))
+        return levels
+
+    def _tail_levels(self, record: Record, finer: int) -> np.ndarray:
+        if TAIL not in record.entries:
+            return np.empty(0, dtype=np.uint16)
+        levels = record.stream(TAIL, record.rows, "u2")
+        if levels.max(initial=0) >= len(self._table(finer).logprobs):
+            corrupt(f"tail level {levels.max()}")
+        return levels
+
+    def _table(self, finer: int) -> LevelTable:
+        from cache_schemas.kernels.topk import MASS_BITS
+
+        if finer not in self._levels_of:
+            book = self.codebook.finer(finer)
+            masses = np.rint(np.exp(book.logprobs.astype(np.float64)) * 2.0**MASS_BITS)
+            table = LevelTable(book.edges, book.logprobs, masses.astype(np.int64))
+            self._levels_of[finer] = table
+        return self._levels_of[finer]
+
+
+def _sorted(ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows by falling log-probability: what they nearly always are already."""
+    if not (logprobs[:, 1:] > logprobs[:, :-1]).any():
+        return np.ascontiguousarray(ids), np.ascontiguousarray(logprobs)
+    order = np.argsort(np.where(ids < 0, np.inf, -logprobs), axis=1, kind="stable")
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
+
+
+def _sums_to_one(logprobs: np.ndarray, tail: np.ndarray) -> bool:
+    if not tail.size:
+        return False
+    mass = np.exp(logprobs, dtype=np.float64).sum(axis=1) + np.exp(tail, dtype=np.float64)
+    return bool((np.abs(mass - 1) <= SUM_SLACK).all())
+
+
+def _largest(quads: np.ndarray, ends: np.ndarray) -> int:
+    return max(int(quads[i, : ends[2 + i]].max(initial=0)) for i in range(NUM_QUADS))
+
+
+def _spread(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    full = np.zeros(len(where), dtype=values.dtype)
+    full[where] = values
+    return full
+
+
+def _stream_sizes(counts: np.ndarray, k: int, full: bool) -> list[int]:
+    """Lengths of the gap streams: first, next, and the quads."""
+    from cache_schemas.kernels.topk import QUAD_STARTS, SINGLE_GAPS
+
+    if full:
+        counts, times = np.array([k], dtype=np.int64), len(counts)
+    else:
+        counts, times = counts.astype(np.int64), 1
+    sizes = [(counts > 0).sum(), np.clip(counts - 1, 0, SINGLE_GAPS - 1).sum()]
+    for start, end in pairwise(QUAD_STARTS):
+        sizes.append((-(-(np.clip(counts, start, end) - start) // 4)).sum())
+    return [int(size) * times for size in sizes]
+
+
+def _refuse(status: tuple[int, int]) -> None:
+    code, row = status
+    if code:
+        corrupt(f"row {row} names a level or rank that does not exist")
+
+
+def _explain(signal: str, ids: np.ndarray, values: np.ndarray, code: int, row: int) -> None:
+    """Turn a kernel's status into an error that names signal, row, value and bound."""
+    from cache_schemas.kernels import topk
+
+    if not code:
+        return
+    problems = {
+        topk.BAD_ID: ("topk_ids", f"id {ids[row].max(initial=-1)}", "an id of the vocabulary"),
+        topk.BAD_PADDING: ("topk_ids", "an entry after the padding", "-1 with -inf to the end"),
+        topk.BAD_LOGPROB: (
+            signal if signal != "topk" else "topk_logprobs",
+            f"log-probability {np.max(values[row]):.6g}",
+            f"at most 0 (+{topk.SLACK})",
+        ),
+    }
+    _refuse_value(row, *problems[code])
+
+
+def _refuse_value(row: int, signal: str, found: str, bound: str) -> NoReturn:
+    raise CacheError(found, expected=bound, where=f"signal {signal}, row {row}")
