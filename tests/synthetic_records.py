@@ -37,9 +37,10 @@ def make_plan(num_examples=10, per_shard=3, max_tokens=24, images=False, **captu
 
 
 def make_record(plan: Plan, number: int, seed: int = 0) -> TeacherRecord:
-    """Record of one example; the same arguments give the same bytes."""
+    """Record of one example; the same arguments give the same bytes. The seed changes what the
+    teacher says, not what it is asked."""
+    example = _example(plan, np.random.default_rng(number), number)
     rng = np.random.default_rng((seed, number))
-    example = _example(plan, rng, number)
     num_rows = example.num_rows
     signals = _row_signals(plan, rng, num_rows, example.token_ids[example.first_row + 1 :])
     positions = np.empty(0, dtype=np.int32)

@@ -121,10 +121,15 @@ class BucketStorage:
     def _put(self, source: bytes | Path, name: str, **options: Any) -> None:
         files, root = self._files()
         path = f"{root}/{name}"
-        if isinstance(source, bytes):
-            files.pipe_file(path, source, **options)
-        else:
-            files.put_file(str(source), path, **options)
+        try:
+            if isinstance(source, bytes):
+                files.pipe_file(path, source, **options)
+            else:
+                files.put_file(str(source), path, **options)
+        except Exception as error:
+            if _is_taken(error):
+                raise FileExistsError(path) from error
+            raise
 
     def _retry(self, attempt: Callable[[], Answer], name: str, verb: str) -> Answer:
         for count in range(ATTEMPTS):
@@ -150,6 +155,15 @@ class BucketStorage:
             where=f"{self.location}/{name}",
             remedy="Check the credentials and their rights on this bucket.",
         )
+
+
+def _is_taken(error: BaseException | None) -> bool:
+    """True for the answer to a conditional put of a name that is taken (HTTP 412)."""
+    if error is None:
+        return False
+    code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
+    taken = code == "PreconditionFailed" or getattr(error, "status", None) == 412
+    return taken or _is_taken(error.__cause__)
 
 
 def _is_final(error: Exception) -> bool:

@@ -68,10 +68,6 @@ class TeacherCache:
         codec = read_codec(storage, manifest.codec, plan)
         return cls(storage, manifest, Format(plan, codec, present_signals(storage)))
 
-    def __reduce__(self):
-        """A cache travels to a decoding process as its place, and is opened there anew."""
-        return TeacherCache.open, (self.storage,)
-
     @property
     def signals(self) -> tuple[str, ...]:
         """Names of the signals every record has."""

@@ -1,0 +1,185 @@
+"""Push and pull: one cache copied from one storage to another, verified on the way.
+
+One idea: a copy is made in the order of a capture (files, receipts, manifest last), so a copy that
+was cut off is an unsealed cache, and copying again fetches only what is missing. Every file is
+hashed before it gets its name. It converts nothing; a copy is byte for byte the original.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache_schemas import layout
+from cache_schemas.errors import CacheError, PlanMismatch, ShardCorrupt
+from cache_schemas.manifest import FileEntry
+from pipeline.cache import partial
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.storage import DirectoryStorage, Storage
+from pipeline.cache.verification import Progress
+
+PIECE_BYTES = 1 << 25
+"""Bytes of one read; a broken connection costs at most this much."""
+LOGITS = "logits"
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What a copy did.
+
+    Attributes:
+        files, num_bytes: what was transferred now; what was there already does not count.
+        dense: dense signals that the copy holds.
+    """
+
+    files: int
+    num_bytes: int
+    dense: list[str]
+
+
+def copy(
+    source: Storage,
+    target: Storage,
+    signals: list[str] | None = None,
+    threads: int = 8,
+    progress: Progress = lambda done, total: None,
+) -> Copied:
+    """Copy a sealed cache.
+
+    Args:
+        signals: dense signals to take (`logits` alone means none); None takes all. What every
+            training step reads (tokens, masks, row signals) always travels.
+        threads: shards in flight.
+
+    Raises:
+        CacheError: no such signal; no sealed cache at the source.
+        ShardCorrupt: a file of the source is not what its manifest says.
+        PlanMismatch: the target holds another cache.
+        CacheIncomplete: the connection failed too often; the same copy again goes on.
+    """
+    cache = TeacherCache.open(source)
+    dense = _wanted(cache, signals)
+    _check_target(cache, target)
+    work = _Copy(cache, target, dense)
+    for name in [layout.PLAN, layout.CODEC, *sorted(cache.manifest.files)]:
+        if _is_wanted(name, dense):
+            work.file(name, cache.manifest.files[name])
+    partial.mark(target, None if set(dense) == set(cache.plan.dense_signals) else dense)
+    with ThreadPoolExecutor(threads) as pool:
+        for done, _ in enumerate(pool.map(work.shard, range(cache.plan.num_shards)), start=1):
+            progress(done, cache.plan.num_shards)
+    if source.size(layout.SIGNATURE) is not None:
+        target.replace(layout.SIGNATURE, source.read(layout.SIGNATURE))
+    if target.size(layout.MANIFEST) is None:
+        target.create(layout.MANIFEST, source.read(layout.MANIFEST))
+    return Copied(len(work.moved), sum(work.moved), sorted(dense))
+
+
+class _Copy:
+    """One copy under way."""
+
+    def __init__(self, cache: TeacherCache, target: Storage, dense: list[str]):
+        self.cache, self.target, self.dense = cache, target, dense
+        self.moved: list[int] = []
+
+    def shard(self, number: int) -> None:
+        """Copy what the target lacks of a shard, its receipt last."""
+        receipt = self.cache.receipt(number)
+        committed = self.target.size(layout.receipt(number)) is not None
+        for name in layout.shard_files(number, self.dense):
+            entry = receipt.files[name]
+            if not (committed and self.target.size(name) == entry.bytes):
+                self.file(name, entry)
+        if not committed:
+            self.target.create(layout.receipt(number), receipt.to_bytes())
+
+    def file(self, name: str, entry: FileEntry) -> None:
+        """Copy one file unless the target has it."""
+        if self._is_there(name, entry):
+            return
+        with self.target.staging() as folder:
+            path = self._fetch(name, entry, folder)
+            if not self.target.create(name, path) and not self._is_there(name, entry):
+                raise ShardCorrupt("another file has its name", where=self._at_target(name))
+        self.moved.append(entry.bytes)
+
+    def _is_there(self, name: str, entry: FileEntry) -> bool:
+        """True if the target has this very file.
+
+        Raises:
+            ShardCorrupt: it has another one of that name.
+        """
+        size = self.target.size(name)
+        if size is None:
+            return False
+        if size != entry.bytes or _hash(self.target, name, size) != entry.sha256:
+            raise ShardCorrupt(
+                "is there already with other content",
+                where=self._at_target(name),
+                remedy="Remove it, or run `stillroom cache repair` there.",
+            )
+        return True
+
+    def _fetch(self, name: str, entry: FileEntry, folder: Path) -> Path:
+        """A local file with the checked content."""
+        path, digest = folder / "file", hashlib.sha256()
+        source = self.cache.storage
+        with open(path, "wb") as file:
+            for piece in _pieces(source, name, entry.bytes):
+                digest.update(piece)
+                file.write(piece)
+        if digest.hexdigest() != entry.sha256:
+            raise ShardCorrupt(
+                "does not have the hash that its receipt names",
+                where=f"{source.location}/{name}",
+                remedy="Copy again; if it stays so, its publisher must repair it.",
+            )
+        return path
+
+    def _at_target(self, name: str) -> str:
+        return f"{self.target.location}/{name}"
+
+
+def _pieces(storage: Storage, name: str, size: int) -> Iterator[bytes]:
+    for start in range(0, size, PIECE_BYTES):
+        yield storage.read(name, start, min(PIECE_BYTES, size - start))
+
+
+def _hash(storage: Storage, name: str, size: int) -> str:
+    digest = hashlib.sha256()
+    for piece in _pieces(storage, name, size):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _wanted(cache: TeacherCache, signals: list[str] | None) -> list[str]:
+    """Dense signals to copy, in the plan's order."""
+    if signals is None:
+        return list(cache.form.dense)
+    known = {*cache.form.dense, *cache.plan.row_signals, LOGITS}
+    if unknown := sorted(set(signals) - known):
+        raise CacheError(
+            f"no signal {', '.join(unknown)}",
+            expected=f"some of {', '.join((LOGITS, *cache.form.dense))}",
+            where=cache.storage.location,
+        )
+    return [name for name in cache.form.dense if name in signals]
+
+
+def _is_wanted(name: str, dense: list[str]) -> bool:
+    return not name.startswith("dense/") or name.split("/")[1] in dense
+
+
+def _check_target(cache: TeacherCache, target: Storage) -> None:
+    """Refuse a place that holds another cache."""
+    manifest = cache.storage.read(layout.MANIFEST)
+    size = target.size(layout.MANIFEST)
+    if size is not None and (size != len(manifest) or target.read(layout.MANIFEST) != manifest):
+        raise PlanMismatch(
+            "another cache lies there",
+            where=target.location,
+            remedy="Choose another place, or remove it.",
+        )
+    if isinstance(target, DirectoryStorage):
+        target.root.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,258 @@
+"""Push, pull and direct reading over real S3 and HTTP servers, with faults on the wire."""
+
+import itertools
+import threading
+
+import pytest
+
+from cache_schemas import layout
+from cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch, ShardCorrupt
+from pipeline.cache.bucket import BucketStorage
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.readthrough import ReadThrough
+from pipeline.cache.sharing import copy
+from pipeline.cache.storage import DirectoryStorage
+from pipeline.cache.verification import verify
+from pipeline.cache.writer import CacheWriter
+from tests.services import ACCESS_KEY, FAULTS, SECRET_KEY, Proxy, rclone, s3_options
+from tests.synthetic_records import assert_same_record, make_plan, make_record, records_of
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(hidden_layers=[2, "final"])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, plan):
+    root = tmp_path_factory.mktemp("original") / "cache"
+    writer = CacheWriter.open(root, plan)
+    for shard in writer.missing():
+        writer.write(shard, records_of(plan, shard))
+    writer.seal()
+    return DirectoryStorage(root)
+
+
+@pytest.fixture(scope="module")
+def s3_server(tmp_path_factory):
+    root = tmp_path_factory.mktemp("s3")
+    (root / "bucket").mkdir()
+    with rclone("s3", root, "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def web_server(cache):
+    with rclone("http", cache.root) as address:
+        yield address
+
+
+@pytest.fixture
+def proxy(s3_server):
+    with Proxy(s3_server) as between:
+        yield between
+
+
+@pytest.fixture
+def web_proxy(web_server):
+    with Proxy(web_server) as between:
+        yield between
+
+
+@pytest.fixture
+def bucket(proxy, request):
+    return bucket_behind(proxy, request.node.name)
+
+
+def bucket_behind(proxy, name):
+    return BucketStorage(f"s3://bucket/{name}", s3_options(proxy.address), pause=lambda s: None)
+
+
+def website(proxy):
+    return BucketStorage(f"http://{proxy.address}", pause=lambda s: None)
+
+
+def contents(root):
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def every(count, fault):
+    """A fault on every `count`-th request."""
+    return lambda number, method, path: fault if number % count == count - 1 else None
+
+
+def test_push_then_pull_gives_the_same_files(cache, bucket, tmp_path):
+    pushed = copy(cache, bucket)
+    pulled = copy(bucket, DirectoryStorage(tmp_path / "copy"))
+    assert contents(tmp_path / "copy") == contents(cache.root)
+    assert pushed == pulled
+    assert copy(bucket, DirectoryStorage(tmp_path / "copy")).files == 0
+
+
+def test_the_manifest_travels_last(cache, bucket, proxy):
+    copy(cache, bucket, threads=1)
+    puts = [line.split()[1] for line in proxy.requests if line.startswith("PUT")]
+    assert puts[-1].endswith(layout.MANIFEST)
+    rows, receipt = (
+        puts.index(next(p for p in puts if p.endswith(name(3))))
+        for name in (layout.rows, layout.receipt)
+    )
+    assert rows < receipt
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_pull_survives_faults_on_the_wire(cache, web_proxy, tmp_path, fault):
+    web_proxy.fault = every(3, fault)
+    copy(website(web_proxy), DirectoryStorage(tmp_path))
+    assert contents(tmp_path) == contents(cache.root)
+
+
+@pytest.mark.parametrize("fault", ["reset", "unavailable"])
+def test_push_survives_faults_on_the_wire(cache, plan, bucket, proxy, fault):
+    failed: set[str] = set()
+
+    def once(number, method, path):
+        if method != "PUT" or path in failed or layout.folder(0) not in path:
+            return None
+        failed.add(path)
+        return fault
+
+    proxy.fault = once
+    copy(cache, bucket)
+    assert len(failed) > 2 * plan.num_shards
+    assert verify(bucket).problems == []
+
+
+def test_a_pull_that_was_cut_off_goes_on_where_it_stopped(cache, web_proxy, tmp_path):
+    web_proxy.fault = lambda number, method, path: "reset" if "000002" in path else None
+    target = DirectoryStorage(tmp_path)
+    with pytest.raises(CacheIncomplete, match="cannot be read") as caught:
+        copy(website(web_proxy), target, threads=1)
+    assert caught.value.exit_code == 3
+    assert target.size(layout.MANIFEST) is None
+    web_proxy.fault = every(1 << 30, "reset")
+    web_proxy.requests.clear()
+    copy(website(web_proxy), target)
+    assert contents(tmp_path) == contents(cache.root)
+    assert not any(layout.rows(0) in line for line in web_proxy.requests)
+
+
+def test_a_source_that_lies_is_refused(cache, tmp_path):
+    copy(cache, DirectoryStorage(tmp_path / "bad"))
+    path = tmp_path / "bad" / layout.rows(1)
+    path.write_bytes(bytes(len(path.read_bytes())))
+    with pytest.raises(ShardCorrupt, match="does not have the hash"):
+        copy(DirectoryStorage(tmp_path / "bad"), DirectoryStorage(tmp_path / "good"))
+    assert not (tmp_path / "good" / layout.MANIFEST).exists()
+    assert not (tmp_path / "good" / layout.rows(1)).exists()
+
+
+def test_another_cache_at_the_target_is_not_touched(cache, tmp_path):
+    other = CacheWriter.open(tmp_path, make_plan(num_examples=3))
+    other.write(0, records_of(other.plan, 0))
+    other.seal()
+    before = contents(tmp_path)
+    with pytest.raises(PlanMismatch, match="another cache lies there"):
+        copy(cache, DirectoryStorage(tmp_path))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("signals", "dense"), [(["logits"], []), (["hidden.2"], ["hidden.2"]), ([], [])]
+)
+def test_a_partial_copy_holds_what_was_asked_for(cache, plan, tmp_path, signals, dense):
+    copy(cache, DirectoryStorage(tmp_path), signals)
+    part = TeacherCache.open(tmp_path)
+    assert part.signals == (*plan.row_signals, *dense)
+    expected = make_record(plan, 5)
+    for name in set(plan.dense_signals) - set(dense):
+        del expected.signals[name]
+    assert_same_record(part[5], expected)
+    assert verify(DirectoryStorage(tmp_path)).problems == []
+    copy(cache, DirectoryStorage(tmp_path))
+    assert contents(tmp_path) == contents(cache.root)
+
+
+def test_an_unknown_signal_is_refused(cache, tmp_path):
+    with pytest.raises(CacheError, match=r"no signal hidden\.7"):
+        copy(cache, DirectoryStorage(tmp_path), ["hidden.7"])
+
+
+def test_records_are_read_straight_from_a_bucket(cache, plan, bucket):
+    copy(cache, bucket)
+    remote = TeacherCache.open(bucket)
+    for number in range(len(remote)):
+        assert_same_record(remote[number], make_record(plan, number))
+
+
+def test_a_sample_takes_at_most_two_requests(cache, plan, web_proxy):
+    remote = TeacherCache.open(website(web_proxy))
+    for number, logits in itertools.product(range(len(remote)), [list(plan.row_signals)]):
+        web_proxy.requests.clear()
+        remote.read(number, logits)
+        assert len(web_proxy.requests) <= 2
+    web_proxy.requests.clear()
+    remote.read(4, plan.row_signals)
+    assert len(web_proxy.requests) == 1
+
+
+def test_opening_takes_a_handful_of_requests(web_proxy):
+    TeacherCache.open(website(web_proxy))
+    assert len(web_proxy.requests) <= 4
+
+
+def test_two_writers_of_one_shard_in_a_bucket_leave_one_shard(plan, bucket, proxy):
+    proxy.conditional = True
+    writers = [CacheWriter.open(bucket_behind(proxy, "twice"), plan) for _ in range(2)]
+    receipts = {}
+
+    def work(number):
+        receipts[number] = writers[number].write(1, records_of(plan, 1, seed=number))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert receipts[0] == receipts[1]
+    for shard in (0, 2, 3):
+        writers[0].write(shard, records_of(plan, shard))
+    writers[1].seal()
+    assert verify(bucket_behind(proxy, "twice")).problems == []
+
+
+def test_a_bucket_without_permission_says_so_and_shows_no_secret(cache, proxy):
+    forbidden = BucketStorage("s3://bucket/no", s3_options(proxy.address, "wrong" * 5))
+    with pytest.raises(CacheError, match="Check the credentials") as caught:
+        copy(cache, forbidden)
+    assert caught.value.exit_code == 2
+    assert ACCESS_KEY not in str(caught.value)
+    assert "wrong" * 5 not in str(caught.value)
+
+
+def test_credentials_in_a_url_are_not_shown():
+    storage = BucketStorage("https://alice:hunter2@127.0.0.1:1/x?X-Amz-Signature=abc", pause=bool)
+    with pytest.raises(CacheIncomplete) as caught:
+        TeacherCache.open(storage)
+    assert "hunter2" not in str(caught.value) + storage.location
+    assert "abc" not in str(caught.value) + storage.location
+
+
+def test_a_read_through_copy_serves_again_without_requests(plan, web_proxy, tmp_path):
+    kept = ReadThrough(website(web_proxy), tmp_path, 1 << 20)
+    first = TeacherCache.open(kept)
+    assert_same_record(first[4], make_record(plan, 4))
+    web_proxy.requests.clear()
+    for path in list(tmp_path.iterdir())[:1]:
+        path.write_bytes(b"rotten")
+    assert_same_record(TeacherCache.open(kept)[4], make_record(plan, 4))
+    again = [line for line in web_proxy.requests if "partial.json" not in line]
+    assert len(again) == 1
+
+
+def test_a_read_through_copy_keeps_to_its_limit(plan, cache, tmp_path):
+    kept = ReadThrough(cache, tmp_path, 20_000)
+    held = TeacherCache.open(kept)
+    for number in [*range(10), *range(10)]:
+        assert_same_record(held[number], make_record(plan, number))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 20_000
