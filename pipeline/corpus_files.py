@@ -202,7 +202,8 @@ def _example(batch: pa.RecordBatch, row: int) -> Example:
     text = {name: batch.column(name)[row].as_py() for name in SCHEMA.names[:3]}
     return Example(
         **text,
-        token_ids=batch.column("token_ids")[row].values.to_numpy(),
+        # A copy: torch warns about the read-only pages of a memory map.
+        token_ids=batch.column("token_ids")[row].values.to_numpy().copy(),
         loss_mask=batch.column("loss_mask")[row].values.to_numpy(zero_copy_only=False),
         images=_images(batch.column("images")[row].as_py()),
         weight=batch.column("weight")[row].as_py(),
