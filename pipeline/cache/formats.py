@@ -229,11 +229,11 @@ def _parse_table(data: bytes) -> np.ndarray:
 
 
 def dense_arrays(plan: Plan) -> dict[str, DenseArray]:
-    """The array of every dense signal."""
+    """The array of every dense signal, in name order: JSON keeps no order of its own."""
     examples = (plan.num_examples, plan.examples_per_shard)
     return {
         name: DenseArray(*examples, shape["positions"], shape["width"], shape["codec"])
-        for name, shape in plan.dense_signals.items()
+        for name, shape in sorted(plan.dense_signals.items())
     }
 
 
