@@ -4,7 +4,9 @@ One idea: text from a cache is a stranger's, so every string passes `plain` befo
 """
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -13,21 +15,20 @@ from pipeline.cache.storage import Storage
 from pipeline.plain_text import plain
 from stages.console import out, table
 
-LS_COLUMNS = ["cache", "state", "shards", "tokens", "B/token", "GB", "profile", "teacher"]
+LS_COLUMNS = ["cache", "state", "shards", "tokens", "B/token", "GB", "plan"]
 
 
-def ls_row(seen: Overview) -> list[str]:
-    """One line of `ls`."""
+def ls_row(seen: Overview, directory: Path) -> list[str]:
+    """One line of `ls`, its path relative to where it looked."""
     state = "sealed" if seen.sealed else "unfinished"
     return [
-        plain(seen.location),
+        plain(os.path.relpath(seen.location, directory)),
         state,
         f"{seen.shards_done:,}/{seen.plan.num_shards:,}",
         f"{seen.num_tokens:,}",
         f"{seen.num_bytes / max(seen.num_tokens, 1):.1f}",
         f"{seen.num_bytes / 1e9:.3f}",
-        plain(str(seen.plan.facts["capture"].get("profile", ""))),
-        plain(seen.teacher, 40),
+        seen.plan.digest[:8],
     ]
 
 
