@@ -30,8 +30,8 @@ def score_block(
         hidden: [R, H], what the LM head reads.
         targets: int64 [R], the tokens that follow.
         first_row: row index of `hidden[0]` in its example.
-        logits_fn: [r, H] -> logits [r, V]; a collective under tensor parallelism, so every rank calls
-            it equally often.
+        logits_fn: [r, H] -> logits [r, V]; a collective under tensor parallelism, so every rank
+            calls it equally often.
         scratch_bytes: bound on logits and temporaries; one row is always scored.
 
     Returns:

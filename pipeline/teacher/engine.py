@@ -6,40 +6,20 @@ the model behind it is the caller's explicit choice and changes nothing in the r
 tested against. Nothing falls back from one to the other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Literal, Protocol
 
 import numpy as np
 
 from cache_schemas.errors import ConfigError, TeacherError
+from cache_schemas.signals import hidden_name
 from pipeline.config import Capture, Teacher
 from pipeline.record import Example, TeacherRecord
 from pipeline.teacher.facts import ModelShape, model_shape
+from pipeline.teacher.rows import RowSpec
 
 EngineName = Literal["vllm", "reference"]
-MAX_DRAWS = 1024  # the draw counter has ten bits
-
-
-class TeacherEngine(Protocol):
-    """A running teacher."""
-
-    shape: ModelShape
-
-    def score(self, examples: Sequence[Example]) -> Iterator[TeacherRecord]:
-        """One record per example, in the order given.
-
-        Raises:
-            RejectedExample: the teacher has no answer for one example; the rest are unharmed.
-        """
-        ...
-
-    def facts(self) -> dict:
-        """Name and versions of what runs the model; part of a plan."""
-        ...
-
-    def close(self) -> None:
-        """Give back memory and processes."""
-        ...
 
 
 class RejectedExample(TeacherError):
@@ -54,8 +34,55 @@ class RejectedExample(TeacherError):
         super().__init__(found, where=f"example {example.example_id}", **more)
 
 
-def open_engine(name: EngineName, teacher: Teacher, capture: Capture) -> TeacherEngine:
+class OutOfMemory(TeacherError):
+    """The model's machine has no room for a step of this size."""
+
+
+Reject = Callable[[RejectedExample], None]
+
+
+def stop(error: RejectedExample) -> None:
+    """The strictest `Reject`: no example may be without an answer."""
+    raise error
+
+
+class TeacherEngine(Protocol):
+    """A running teacher."""
+
+    shape: ModelShape
+
+    def score(self, examples: Iterable[Example], reject: Reject = stop) -> Iterator[TeacherRecord]:
+        """One record per example, in the order given.
+
+        Args:
+            examples: taken a little ahead of what is asked for.
+            reject: told of each example that has no answer; if it returns, an empty record (see
+                `empty_record`) stands for that example.
+
+        Raises:
+            OutOfMemory: a smaller batch may do; this engine is spent.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory and processes."""
+        ...
+
+
+def open_engine(
+    name: EngineName,
+    teacher: Teacher,
+    capture: Capture,
+    max_tokens: int = 0,
+    batch_scale: float = 1.0,
+) -> TeacherEngine:
     """Load a teacher.
+
+    Args:
+        name: which implementation.
+        teacher, capture: what to load and what to ask.
+        max_tokens: tokens of the longest example; 0 stands for the model's whole context.
+        batch_scale: share of the usual tokens per step, for a machine that ran out of memory.
 
     Raises:
         ConfigError: the [capture] table asks what this teacher does not have.
@@ -69,7 +96,7 @@ def open_engine(name: EngineName, teacher: Teacher, capture: Capture) -> Teacher
     if name == "vllm":
         from pipeline.teacher.vllm import VllmEngine
 
-        return VllmEngine(teacher, capture)
+        return VllmEngine(teacher, capture, max_tokens, batch_scale)
     raise ConfigError(f"unknown engine '{name}'", expected="'vllm' or 'reference'")
 
 
@@ -126,6 +153,17 @@ def check_finite(example: Example, first_row: int, signals: dict[str, np.ndarray
             f"NaN or infinite logits at position {position}",
             remedy="Check the weights; try dtype = 'float32' or 'bfloat16' under [teacher].",
         )
+
+
+def empty_record(example: Example, capture: Capture, shape: ModelShape) -> TeacherRecord:
+    """Stands for an example without an answer: its first token alone, and no rows."""
+    cut = replace(example, token_ids=example.token_ids[:1], loss_mask=np.zeros(1, dtype=bool))
+    spec = RowSpec.of(capture)
+    ints = np.empty((0, spec.int_columns), dtype=np.int32)
+    signals = spec.unpack(ints, np.empty((0, spec.float_columns), dtype=np.float32))
+    for layer in capture.hidden_layers:
+        signals[hidden_name(layer)] = np.empty((0, shape.hidden_size), dtype=np.float32)
+    return TeacherRecord(cut, 0, signals)
 
 
 def hidden_positions(example: Example, capture: Capture) -> np.ndarray:

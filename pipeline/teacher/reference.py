@@ -4,7 +4,8 @@ One idea: nothing clever, so that a disagreement with `vllm` has one suspect. Th
 example per forward, so a record does not depend on what was scored beside it (bit for bit).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,25 +30,24 @@ class ReferenceEngine:
         self._capture = capture
         self._spec = RowSpec.of(capture)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = _load(teacher).to(self._device).eval()
+        self._model: Any = _load(teacher)
+        self._model.to(self._device).eval()
         self._context = self.shape.context or 1 << 30
-
-    def facts(self) -> dict:
-        import transformers
-
-        return {
-            "name": "reference",
-            "version": transformers.__version__,
-            "torch": torch.__version__,
-        }
 
     def close(self) -> None:
         self._model = None
 
-    def score(self, examples: Sequence[Example]) -> Iterator[TeacherRecord]:
+    def score(
+        self, examples: Iterable[Example], reject: engine.Reject = engine.stop
+    ) -> Iterator[TeacherRecord]:
         for example in examples:
-            engine.check_example(example, self.shape, self._context)
-            yield self._score(example)
+            try:
+                engine.check_example(example, self.shape, self._context)
+                record = self._score(example)
+            except engine.RejectedExample as error:
+                reject(error)
+                record = engine.empty_record(example, self._capture, self.shape)
+            yield record
 
     @torch.inference_mode()
     def _score(self, example: Example) -> TeacherRecord:
@@ -62,7 +62,7 @@ class ReferenceEngine:
 
     def _forward(self, example: Example) -> tuple[torch.Tensor, dict]:
         """Logits of the scored rows [R, V], and states [L, H] of the layers asked for."""
-        ids = torch.as_tensor(example.token_ids, dtype=torch.long, device=self._device)[None]
+        ids = torch.tensor(example.token_ids, dtype=torch.long, device=self._device)[None]
         rows = torch.arange(example.first_row, ids.shape[1] - 1, device=self._device)
         layers = self._capture.hidden_layers
         blocks = [layer for layer in layers if layer != "final"]
@@ -77,12 +77,18 @@ class ReferenceEngine:
     def _row_signals(self, example: Example, logits: torch.Tensor) -> dict[str, np.ndarray]:
         key = draw_key(self._spec.seed, example.example_id)
         first = example.first_row
-        targets = torch.as_tensor(example.token_ids[first + 1 :], dtype=torch.long)
+        targets = torch.tensor(example.token_ids[first + 1 :], dtype=torch.long)
         targets = targets.to(self._device)
         positions = torch.arange(first, first + len(targets), device=self._device)
         step = max(1, ROW_BLOCK_BYTES // (4 * logits.shape[1]))
         blocks = [
-            sweep(logits[i : i + step], targets[i : i + step], positions[i : i + step], key, self._spec)
+            sweep(
+                logits[i : i + step],
+                targets[i : i + step],
+                positions[i : i + step],
+                key,
+                self._spec,
+            )
             for i in range(0, len(targets), step)
         ]
         ints = torch.cat([block[0] for block in blocks]).cpu().numpy()

@@ -12,6 +12,7 @@ Layout (R rows, K top ids, D draws, T temperatures):
 
 import hashlib
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -50,9 +51,10 @@ class RowSpec:
         )
 
     @classmethod
-    def from_json(cls, data: dict) -> "RowSpec":
+    def from_json(cls, data: dict[str, Any]) -> "RowSpec":
         """The inverse of `to_json`."""
-        return cls(**data | {"temperatures": tuple(data["temperatures"])})
+        numbers: dict[str, Any] = data | {"temperatures": tuple(data["temperatures"])}
+        return cls(**numbers)
 
     def to_json(self) -> dict:
         """Plain JSON, for the trip into another process."""

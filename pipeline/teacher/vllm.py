@@ -1,147 +1,181 @@
 """The teacher under vLLM: every signal from tensors, no Python object per token and rank.
 
-One idea: a request carries a mark; the worker (see `vllm_worker`) answers it with matrices; the driver's
-output processor passes them through. Before the first real request the engine asks a few prompts
-both ways, its own and vLLM's public API, and refuses to work where they differ.
+One idea: keep vLLM's scheduler full and hand on its answers in order; how a prompt is asked and an
+answer read is `vllm_requests`. Before the first example the engine asks two prompts both by its own
+hooks and by vLLM's public API, and refuses to work where they differ.
 
-The alignment shift happens in the worker, where row t meets token t+1. Prefix caching is off: a
+The alignment shift happens where row t meets token t+1, in `vllm_worker`. Prefix caching is off: a
 position served from it has no logits.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 
 from cache_schemas.errors import TeacherError
-from cache_schemas.signals import hidden_name
 from pipeline.config import Capture, Teacher
 from pipeline.record import Example, TeacherRecord
 from pipeline.teacher import engine
 from pipeline.teacher.facts import model_directory, model_shape
-from pipeline.teacher.rows import RowSpec, draw_key
+from pipeline.teacher.self_test import self_test
+from pipeline.teacher.vllm_requests import MarkedRequests, PublicRequests
 
 VLLM_VERSION = "0.32.0"
-MARK = "stillroom"
-SCRATCH_BYTES = 256 << 20
-IN_FLIGHT_TOKENS = 1 << 17
-"""Prompt tokens handed to the scheduler ahead of the one being waited for."""
+USUAL_STEP_TOKENS = 8192
+
+
+@dataclass(slots=True)
+class _Asked:
+    """An example that was handed to vLLM, or refused at the door."""
+
+    example: Example
+    request_id: str = ""
+    error: engine.RejectedExample | None = None
 
 
 class VllmEngine:
     """A teacher under vLLM, in this process (its workers may be others)."""
 
-    def __init__(self, teacher: Teacher, capture: Capture):
+    def __init__(
+        self, teacher: Teacher, capture: Capture, max_tokens: int = 0, batch_scale: float = 1.0
+    ):
         self.shape = model_shape(teacher)
-        self._teacher, self._capture = teacher, capture
-        self._spec = RowSpec.of(capture)
-        self._layers = sorted(layer for layer in capture.hidden_layers if layer != "final")
-        self._llm = _start(teacher, self._additional_config())
+        self._capture = capture
+        self._requests = _requests(capture)
+        arguments = _arguments(teacher, self.shape.context, max_tokens, batch_scale)
+        self._llm: Any = _start(teacher, arguments | self._requests.engine_arguments())
         self._context = self._llm.model_config.max_model_len - 1
-        self._serial = 0
-        from pipeline.teacher.self_test import self_test
-
-        self_test(self)
-
-    def facts(self) -> dict:
-        import vllm
-
-        return {"name": "vllm", "version": vllm.__version__, "torch": torch.__version__}
+        self._num_asked = 0
+        self._finished: dict[str, object] = {}
+        if isinstance(self._requests, MarkedRequests):
+            dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
+            self_test(self._ask_alone, self._requests, self.shape, dtype)
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
+        """End vLLM and its workers."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
 
-    def score(self, examples: Sequence[Example]) -> Iterator[TeacherRecord]:
-        waiting = iter(examples)
-        order: list[tuple[str, Example]] = []
-        finished: dict[str, object] = {}
-        ahead = 0
-        while True:
-            while ahead < IN_FLIGHT_TOKENS and (example := next(waiting, None)) is not None:
-                engine.check_example(example, self.shape, self._context)
-                order.append((self._add(example), example))
-                ahead += len(example.token_ids)
-            if not order:
-                return
-            while order[0][0] not in finished:
-                for output in self._llm.llm_engine.step():
-                    if output.finished:
-                        finished[output.request_id] = output
-            request_id, example = order.pop(0)
-            ahead -= len(example.token_ids)
-            yield self._record(example, finished.pop(request_id))
+    def score(
+        self, examples: Iterable[Example], reject: engine.Reject = engine.stop
+    ) -> Iterator[TeacherRecord]:
+        """See `TeacherEngine.score`."""
+        source, asked = iter(examples), deque()
+        try:
+            while self._top_up(asked, source):
+                output = self._wait_for(asked[0])
+                yield self._record(asked.popleft(), output, reject)
+        finally:
+            self._forget(asked)
 
-    def _additional_config(self) -> dict:
-        return {
-            MARK: {
-                "spec": self._spec.to_json(),
-                "layers": self._layers,
-                "final": "final" in self._capture.hidden_layers,
-                "scratch_bytes": SCRATCH_BYTES,
-            }
-        }
+    def _top_up(self, asked: deque[_Asked], source: Iterator[Example]) -> bool:
+        """Keep the scheduler's queue long; False when everything was asked and answered."""
+        ahead = sum(len(item.example.token_ids) for item in asked)
+        while ahead < self._requests.in_flight_tokens:
+            if (example := next(source, None)) is None:
+                break
+            asked.append(self._admit(example))
+            ahead += len(example.token_ids)
+        return bool(asked)
 
-    def _add(self, example: Example) -> str:
-        """Hand an example to vLLM's scheduler; returns the request's id."""
-        mark = {
-            "key": draw_key(self._spec.seed, example.example_id),
-            "first_row": example.first_row,
-            "positions": engine.hidden_positions(example, self._capture).tobytes(),
-        }
-        self._serial += 1
-        request_id = f"{self._serial}-{example.example_id}"
+    def _admit(self, example: Example) -> _Asked:
+        try:
+            engine.check_example(example, self.shape, self._context)
+        except engine.RejectedExample as error:
+            return _Asked(example, error=error)
+        return _Asked(example, self._add(example, self._requests.sampling(example)))
+
+    def _add(self, example: Example, sampling) -> str:
+        """Hand a prompt to vLLM; returns the request's id."""
+        self._num_asked += 1
+        request_id = f"{self._num_asked}-{example.example_id}"
         prompt = {"prompt_token_ids": example.token_ids.tolist()}
-        self._llm.llm_engine.add_request(request_id, prompt, _sampling({MARK: mark}))
+        self._llm.llm_engine.add_request(request_id, prompt, sampling)
         return request_id
 
-    def _record(self, example: Example, output) -> TeacherRecord:
-        answer = output.prompt_logprobs
-        tensors = getattr(answer, "tensors", None)
-        if tensors is None or len(tensors[0]) != example.num_rows:
-            got = "none" if tensors is None else str(len(tensors[0]))
-            raise TeacherError(
-                f"vLLM returned {got} of {example.num_rows} rows",
-                where=f"example {example.example_id}",
-                remedy="Report this with your vLLM version; `--engine reference` is not affected.",
-            )
-        ints, floats, states = tensors
-        signals = self._spec.unpack(ints.numpy(), floats.numpy())
-        engine.check_finite(example, example.first_row, signals)
-        names = [*self._layers, *(["final"] if "final" in self._capture.hidden_layers else [])]
-        for i, layer in enumerate(names):
-            signals[hidden_name(layer)] = states[:, i].float().numpy()
+    def _wait_for(self, item: _Asked):
+        """vLLM's output for one request; those that finish before it are kept."""
+        while item.request_id and item.request_id not in self._finished:
+            for output in _step(self._llm.llm_engine):
+                if output.finished:
+                    self._finished[output.request_id] = output
+        return self._finished.pop(item.request_id, None)
+
+    def _record(self, item: _Asked, output, reject: engine.Reject) -> TeacherRecord:
+        example = item.example
+        try:
+            if item.error is not None:
+                raise item.error
+            signals = self._requests.signals(example, output)
+            engine.check_finite(example, example.first_row, signals)
+        except engine.RejectedExample as error:
+            reject(error)
+            return engine.empty_record(example, self._capture, self.shape)
         positions = engine.hidden_positions(example, self._capture)
         return TeacherRecord(example, example.first_row, signals, positions)
 
+    def _forget(self, asked: Iterable[_Asked]) -> None:
+        """Drop requests whose answers nobody will read."""
+        if self._llm is not None:
+            self._llm.llm_engine.abort_request([item.request_id for item in asked])
+            self._finished.clear()
 
-def _sampling(extra_args: dict | None, num_logprobs: int = 1):
-    """One forward over the prompt and nothing else."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    def _ask_alone(self, example: Example, sampling):
+        return self._wait_for(_Asked(example, self._add(example, sampling)))
 
-    return SamplingParams(
-        max_tokens=1,
-        temperature=0.0,
-        prompt_logprobs=num_logprobs,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args=extra_args,
+
+def _requests(capture: Capture) -> MarkedRequests | PublicRequests:
+    """Our hooks on the release they were written for; the public API, with a warning, elsewhere."""
+    found = _import_vllm().__version__
+    if found.split("+")[0] == VLLM_VERSION:
+        return MarkedRequests(capture)
+    warnings.warn(
+        f"vLLM {found} is not {VLLM_VERSION}, the release that the scoring hooks were written for: "
+        "using its public API, which is one to two orders of magnitude slower and has no hidden "
+        f"states. Install vllm=={VLLM_VERSION} for the fast path.",
+        stacklevel=2,
+    )
+    return PublicRequests(capture)
+
+
+def _step(llm_engine) -> list:
+    """One scheduler step.
+
+    Raises:
+        OutOfMemory: the step did not fit.
+    """
+    try:
+        return llm_engine.step()
+    except (RuntimeError, MemoryError) as error:
+        if _is_out_of_memory(error):
+            raise _out_of_memory(error) from error
+        raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    marks = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(m in text for m in marks)
+
+
+def _out_of_memory(error: BaseException) -> engine.OutOfMemory:
+    return engine.OutOfMemory(
+        f"vLLM ran out of memory ({str(error).strip().splitlines()[0][:200]})",
+        remedy=(
+            "Set max_num_batched_tokens, gpu_memory_utilization or tensor_parallel_size under "
+            "[teacher.engine_args] (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB)."
+        ),
     )
 
 
-def _start(teacher: Teacher, additional_config: dict):
-    """Start vLLM.
-
-    Raises:
-        TeacherError: it is not installed, or it cannot serve this model.
-    """
-    _set_environment()
-    vllm = _import_vllm()
-    from pipeline.teacher import vllm_driver
-
-    vllm_driver.install()
+def _arguments(teacher: Teacher, context: int, max_tokens: int, batch_scale: float) -> dict:
+    """vLLM's engine arguments; those of [teacher.engine_args] win."""
     arguments = {
         "model": str(model_directory(teacher)),
         "dtype": teacher.dtype,
@@ -149,29 +183,61 @@ def _start(teacher: Teacher, additional_config: dict):
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
-        "worker_extension_cls": "pipeline.teacher.vllm_worker.WorkerExtension",
-        "additional_config": additional_config,
     }
+    if longest := min(max_tokens or context, context or max_tokens):
+        arguments["max_model_len"] = longest + 1  # the token that is sampled and thrown away
     if not torch.cuda.is_available():
         arguments["enforce_eager"] = True
+    arguments |= teacher.engine_args
+    if batch_scale != 1.0:
+        usual = arguments.get("max_num_batched_tokens", USUAL_STEP_TOKENS)
+        arguments["max_num_batched_tokens"] = max(1, int(usual * batch_scale))
+        seqs = arguments.get("max_num_seqs", 128)
+        arguments["max_num_seqs"] = min(seqs, arguments["max_num_batched_tokens"])
+    return arguments
+
+
+def _start(teacher: Teacher, arguments: dict):
+    """Start vLLM.
+
+    Raises:
+        TeacherError: it cannot serve this model.
+    """
+    _set_environment()
     try:
-        return vllm.LLM(**arguments | teacher.engine_args)
+        return _import_vllm().LLM(**arguments)
     except Exception as error:
-        raise _explain(error, teacher) from error
+        if _is_out_of_memory(error) or "kv cache" in str(error).lower():
+            raise _out_of_memory(error) from error
+        reason = str(error).strip().splitlines()
+        raise TeacherError(
+            f"vLLM cannot serve this model ({_telling(reason) or type(error).__name__})",
+            where=teacher.model,
+            remedy="`--engine reference` runs whatever transformers can load.",
+        ) from error
+
+
+def _telling(lines: list[str]) -> str:
+    """The line of an exception that says most: pydantic puts it second."""
+    if len(lines) > 1 and "validation error" in lines[0]:
+        return lines[1].strip().removeprefix("Value error, ").split(" [type=")[0]
+    return lines[0] if lines else ""
 
 
 def _set_environment() -> None:
     """Settings that vLLM reads from the environment only; a person's own values win."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # tensors stay in this process
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # The hooks on the newer runner have not been run on a GPU: use the one that was tested.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    # The hooks have not been run on a GPU under the newer runner: use the one that was tested.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
 
 def _import_vllm():
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         import vllm
     except ImportError as error:
@@ -180,20 +246,3 @@ def _import_vllm():
             remedy="Install it with pip install 'stillroom[cpu]' or 'stillroom[gpu]'.",
         ) from None
     return vllm
-
-
-def _explain(error: Exception, teacher: Teacher) -> Exception:
-    """What a person can do about an engine that did not start."""
-    reason = str(error).strip().splitlines()
-    remedy = "See vLLM's message above; `--engine reference` runs what transformers can load."
-    text = str(error).lower()
-    if "out of memory" in text or "kv cache" in text or "memory" in text:
-        remedy = (
-            "Set gpu_memory_utilization, max_model_len or tensor_parallel_size under "
-            "[teacher.engine_args] (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB)."
-        )
-    return TeacherError(
-        f"vLLM cannot serve this model ({reason[-1] if reason else type(error).__name__})",
-        where=teacher.model,
-        remedy=remedy,
-    )

@@ -1,8 +1,10 @@
 """What runs beside vLLM's scheduler: lets the matrices of marked requests through untouched.
 
-One idea: vLLM's output processor turns prompt logprobs into one Python object per token and rank; for
-marked requests it keeps the tensors instead. Private names of one vLLM release, like `vllm_worker`.
+One idea: vLLM's output processor turns prompt logprobs into one Python object per token and rank;
+for marked requests it keeps the tensors instead. Private names of one release, like `vllm_worker`.
 """
+
+from typing import Any
 
 MARK = "stillroom"
 
@@ -19,7 +21,10 @@ def install() -> None:
 
     if hasattr(LogprobsProcessor, "stillroom_hooked"):
         return
-    make, update = LogprobsProcessor.from_new_request.__func__, LogprobsProcessor._update_prompt_logprobs
+    make, update = (
+        LogprobsProcessor.from_new_request.__func__,
+        LogprobsProcessor._update_prompt_logprobs,
+    )
 
     def from_new_request(cls, tokenizer, request):
         processor = make(cls, tokenizer, request)
@@ -33,6 +38,7 @@ def install() -> None:
         else:
             update(self, tensors)
 
-    LogprobsProcessor.from_new_request = classmethod(from_new_request)
-    LogprobsProcessor._update_prompt_logprobs = update_prompt_logprobs
-    LogprobsProcessor.stillroom_hooked = True
+    hooked: Any = LogprobsProcessor
+    hooked.from_new_request = classmethod(from_new_request)
+    hooked._update_prompt_logprobs = update_prompt_logprobs
+    hooked.stillroom_hooked = True

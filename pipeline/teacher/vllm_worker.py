@@ -1,7 +1,7 @@
 """What runs inside vLLM's workers: scoring of prompt rows from the hidden states, in place.
 
-One idea: vLLM calls one method for prompt logprobs, with the step's hidden states and the LM head at
-hand. For requests that carry our mark this module answers in its place: it takes only the rows
+One idea: vLLM calls one method for prompt logprobs, with the step's hidden states and the LM head
+at hand. For requests that carry our mark this module answers in its place: it takes only the rows
 asked for, in blocks that bound memory, and returns the two matrices of `rows` and the kept
 hidden states where vLLM expects its three tensors. Unmarked requests get vLLM's own answer, so the
 public API of the same engine is there to be tested against.
@@ -12,6 +12,7 @@ the key of vLLM's compile cache (a compiled graph either returns hidden states o
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,8 @@ class Progress:
         parts, self.parts = self.parts, []
         if not parts:
             return None
-        return LogprobsTensors(*(torch.cat(tensors) for tensors in zip(*parts)))
+        ints, floats, states = (torch.cat(tensors) for tensors in zip(*parts))
+        return LogprobsTensors(ints, floats, states)
 
 
 def mark_of(sampling_params) -> dict | None:
@@ -130,14 +132,16 @@ def mark_of(sampling_params) -> dict | None:
 
 _their_prompt_logprobs = GPUModelRunner._get_prompt_logprobs_dict
 _their_setup = GPUModelRunner._setup_eagle3_aux_hidden_state_outputs
-_their_sample_tokens = GPUModelRunner.sample_tokens
+_their_sample_tokens: Any = GPUModelRunner.sample_tokens
 
 
 def _prompt_logprobs(self, hidden_states, num_scheduled_tokens):
     """V1 runner: `GPUModelRunner._get_prompt_logprobs_dict` for marked and unmarked requests."""
     wanted = self.num_prompt_logprobs
     marks = {req_id: mark_of(self.requests[req_id].sampling_params) for req_id in wanted}
-    ours = {req_id: mark for req_id, mark in marks.items() if mark and req_id in num_scheduled_tokens}
+    ours = {
+        req_id: mark for req_id, mark in marks.items() if mark and req_id in num_scheduled_tokens
+    }
     if not ours:
         return _their_prompt_logprobs(self, hidden_states, num_scheduled_tokens)
     held = {req_id: wanted.pop(req_id) for req_id in marks if marks[req_id]}
@@ -194,6 +198,7 @@ def _sample_tokens(self, grammar_output):
         self.stillroom_states = None
 
 
-GPUModelRunner._get_prompt_logprobs_dict = _prompt_logprobs
-GPUModelRunner._setup_eagle3_aux_hidden_state_outputs = _setup
-GPUModelRunner.sample_tokens = _sample_tokens
+runner: Any = GPUModelRunner
+runner._get_prompt_logprobs_dict = _prompt_logprobs
+runner._setup_eagle3_aux_hidden_state_outputs = _setup
+runner.sample_tokens = _sample_tokens

@@ -1,0 +1,203 @@
+"""Stage one: run the teacher over a corpus, once, into a cache that survives any interruption.
+
+One idea: a shard is the unit of work and of loss. The plan says what each shard holds; what has no
+receipt is scored, handed to the writer and committed; when none is missing the cache is sealed.
+Running the same command again is therefore the whole of recovery, and workers of one plan need
+nothing from each other. This module draws nothing and starts no cluster.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from cache_schemas import layout
+from cache_schemas.manifest import Manifest, Plan, ShardReceipt
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.writer import CacheWriter
+from pipeline.capture_plan import check_tokenizer, longest, make_plan
+from pipeline.capture_progress import CaptureProgress, Totals
+from pipeline.config import Run, require
+from pipeline.corpus import Corpus
+from pipeline.record import Example, TeacherRecord
+from pipeline.teacher.engine import EngineName, OutOfMemory, RejectedExample, TeacherEngine
+from pipeline.teacher.engine import open_engine as open_named_engine
+
+OnError = Literal["stop", "quarantine"]
+OpenEngine = Callable[[float], TeacherEngine]
+"""Starts the engine with its step's token budget scaled; called again after an out-of-memory."""
+
+
+def capture(
+    run: Run,
+    *,
+    engine: EngineName = "vllm",
+    rank: int = 0,
+    world_size: int = 1,
+    on_error: OnError = "stop",
+    split: str = "train",
+    location: str = "",
+    on_progress: Callable[[CaptureProgress], None] | None = None,
+    open_engine: OpenEngine | None = None,
+) -> Manifest | None:
+    """Score what is missing of a run's cache and seal it when nothing is.
+
+    Args:
+        run: needs the tables [teacher] and [capture], and a prepared corpus.
+        engine: which one; part of the plan.
+        rank, world_size: this worker's share of the shards.
+        on_error: `quarantine` puts an example that the teacher cannot answer into `rejects.jsonl`,
+            leaves an empty record in its place, and goes on.
+        split: which examples of the corpus.
+        location: directory or URL of the cache; empty takes `<run.directory>/cache`.
+        on_progress: called after every example.
+        open_engine: what starts the engine, in place of the one that `engine` names.
+
+    Returns:
+        The manifest, or None while other workers' shards are missing.
+
+    Raises:
+        PlanMismatch: the cache there has another plan, or the corpus another tokenizer.
+        RejectedExample: an example cannot be answered and `on_error` is `stop`.
+        TeacherError: the teacher cannot be loaded or served, or ran out of memory twice.
+    """
+    where = run.directory
+    teacher = require(run.teacher, "teacher", where)
+    table = require(run.capture, "capture", where)
+    corpus = Corpus.open(run.path("corpus"))
+    check_tokenizer(corpus, teacher)
+    plan = make_plan(corpus, split, teacher, table, engine)
+    writer = CacheWriter.open(location or str(run.path("cache")), plan)
+    start = open_engine or (
+        lambda scale: open_named_engine(
+            engine, teacher, table, max_tokens=longest(corpus), batch_scale=scale
+        )
+    )
+    notes = Notes(run.path(), rank, on_error)
+    return fill(writer, corpus.split(split), start, notes, rank, world_size, on_progress)
+
+
+def fill(
+    writer: CacheWriter,
+    examples: Sequence[Example],
+    start: OpenEngine,
+    notes: "Notes",
+    rank: int,
+    world_size: int,
+    on_progress: Callable[[CaptureProgress], None] | None = None,
+) -> Manifest | None:
+    """Answer one worker's missing shards of any cache, and seal it when none is missing."""
+    if (sealed := _sealed(writer)) is not None:
+        return sealed
+    missing = writer.missing(rank, world_size)
+    if missing:
+        totals = Totals.of(writer.plan, missing, rank)
+        tell = on_progress or (lambda _: None)
+        _Work(writer, examples, notes, totals, tell, start).score(missing)
+    return None if writer.missing() else writer.seal()
+
+
+class Notes:
+    """The two files that a worker keeps beside the cache: finished shards and rejected examples."""
+
+    def __init__(self, directory: Path, rank: int, on_error: OnError):
+        self._shards = directory / f"capture.{rank}.jsonl"
+        self._rejects = directory / "rejects.jsonl"
+        self._on_error = on_error
+
+    def shard(self, progress: CaptureProgress, receipt: ShardReceipt) -> None:
+        """One line per finished shard."""
+        line = {"shard": receipt.shard, "bytes": receipt.num_bytes, "tokens": receipt.num_tokens}
+        _append(self._shards, line | progress.to_json())
+
+    def reject(self, error: RejectedExample) -> None:
+        """Stop, or write the example down and go on."""
+        if self._on_error == "stop":
+            raise error
+        line = {"example_id": error.example.example_id, "source": error.example.source}
+        _append(self._rejects, line | {"reason": error.found})
+
+
+class _Work:
+    """One worker's run over its missing shards."""
+
+    def __init__(
+        self,
+        writer: CacheWriter,
+        examples: Sequence[Example],
+        notes: Notes,
+        totals: Totals,
+        tell: Callable[[CaptureProgress], None],
+        start: OpenEngine,
+    ):
+        self._writer, self._examples, self._notes = writer, examples, notes
+        self._totals, self._tell, self._start = totals, tell, start
+
+    def score(self, missing: list[int]) -> None:
+        """Write every shard of `missing`; after one out-of-memory, with half the batch."""
+        try:
+            self._with_engine(missing, 1.0)
+        except OutOfMemory:
+            self._with_engine([n for n in missing if n in set(self._writer.missing())], 0.5)
+
+    def _with_engine(self, missing: list[int], scale: float) -> None:
+        engine = self._start(scale)
+        self._totals.start()
+        try:
+            self._fit(engine)
+            self._write(engine, missing)
+        finally:
+            engine.close()
+
+    def _fit(self, engine: TeacherEngine) -> None:
+        """Codec tables follow from shard 0 alone, whichever worker comes first."""
+        if self._writer.needs_fit:
+            first = self._writer.plan.shard_range(0)
+            self._writer.fit(engine.score(self._of(first), self._notes.reject))
+
+    def _write(self, engine: TeacherEngine, missing: list[int]) -> None:
+        """Score ahead while the shard before is being encoded and committed."""
+        ranges = [self._writer.plan.shard_range(number) for number in missing]
+        wanted = (example for numbers in ranges for example in self._of(numbers))
+        records = self._watched(engine.score(wanted, self._notes.reject))
+        with ThreadPoolExecutor(1, "writer") as pool:
+            before: Future[ShardReceipt] | None = None
+            for number, numbers in zip(missing, ranges):
+                shard = list(itertools.islice(records, len(numbers)))
+                self._committed(before)
+                before = pool.submit(self._writer.write, number, shard)
+            self._committed(before)
+
+    def _committed(self, pending: Future[ShardReceipt] | None) -> None:
+        if pending is not None:
+            receipt = pending.result()
+            self._notes.shard(self._totals.after_shard(receipt), receipt)
+            self._tell(self._totals.progress())
+
+    def _watched(self, records: Iterator[TeacherRecord]) -> Iterator[TeacherRecord]:
+        for record in records:
+            self._totals.after_record(record)
+            self._tell(self._totals.progress())
+            yield record
+
+    def _of(self, numbers: range) -> Iterator[Example]:
+        return (self._examples[number] for number in numbers)
+
+
+def _sealed(writer: CacheWriter) -> Manifest | None:
+    """The manifest of a cache that was finished before."""
+    if writer.storage.size(layout.MANIFEST) is None:
+        return None
+    return TeacherCache.open(writer.storage.location).manifest
+
+
+def _append(path: Path, line: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(line | {"time": round(time.time(), 3)}) + "\n")
+
+
+__all__ = ["CaptureProgress", "Plan", "capture"]

