@@ -50,6 +50,8 @@ def check_student(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, word
         TypeError: dtypes that do not fit.
     """
     _require(hidden.dim() == 2, f"hidden: found shape {tuple(hidden.shape)}; expected [N, D]")
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden: found {hidden.dtype}; expected a floating dtype")
     width, found = hidden.shape[1], tuple(unembedding.shape)
     fits = unembedding.dim() == 2 and found[1] == width
     _require(fits, f"unembedding: found shape {found}; expected [V, {width}]")
@@ -58,17 +60,29 @@ def check_student(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, word
     for name, tensor in (("unembedding", unembedding), ("bias", bias)):
         _same_device(name, tensor, hidden)
         _same_dtype(name, tensor, hidden)
-    if not hidden.is_floating_point():
-        raise TypeError(f"hidden: found {hidden.dtype}; expected a floating dtype")
 
 
-def check_rows(hidden: Tensor, *, labels: Tensor | None, weights: Tensor | None) -> None:
+def check_how(impl: str, known: tuple[str, ...], budget: int | None) -> None:
+    """The implementation's name and its memory budget.
+
+    Raises:
+        ValueError: either cannot be.
+    """
+    _one_of("impl", impl, known)
+    _require(budget is None or budget > 0, f"memory_budget: found {budget}; expected bytes")
+
+
+def check_rows(
+    hidden: Tensor, *, labels: Tensor | None, weights: Tensor | None, ce_weight: float
+) -> None:
     """Shapes, dtypes and devices of labels and weights.
 
     Raises:
         ValueError: a shape or device that does not fit.
         TypeError: a dtype that does not fit.
     """
+    missing = ce_weight > 0 and labels is None
+    _require(not missing, f"ce_weight: found {ce_weight} without labels; expected labels [N]")
     _shape("labels", labels, (hidden.shape[0],))
     _shape("weights", weights, (hidden.shape[0],))
     _same_device("labels", labels, hidden)

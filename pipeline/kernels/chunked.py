@@ -79,7 +79,7 @@ class FusedDivergence(torch.autograd.Function):
     ) -> Tensor:
         """Losses [N]; keeps the gradients of their sum."""
         ctx.needed, ctx.plan = ctx.needs_input_grad[:3], plan
-        loss, ctx.gradients = sweep_rows(hidden, unembedding, bias, plan, ctx.needed)
+        loss, *ctx.kept = sweep_rows(hidden, unembedding, bias, plan, ctx.needed)
         ctx.save_for_backward(hidden, unembedding, bias)
         return loss
 
@@ -88,13 +88,16 @@ class FusedDivergence(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Hands over what was kept, scaled; computes again where scaling cannot be right."""
         (grad_output,) = grad_outputs
-        kept, ctx.gradients = ctx.gradients, None
+        kept, ctx.kept = ctx.kept, None
         factor = common_factor(grad_output)
         if kept is None or factor is None:
             hidden, unembedding, bias = ctx.saved_tensors
             plan = _weighted(ctx.plan, grad_output)
-            return *sweep_rows(hidden, unembedding, bias, plan, ctx.needed)[1], None
-        return *(_scaled(gradient, factor) for gradient in kept), None
+            _, *kept = sweep_rows(hidden, unembedding, bias, plan, ctx.needed)
+            factor = torch.ones_like(grad_output[:1]).sum()
+        gradients, unit = kept
+        factor = factor if unit is None else factor * unit
+        return *(_scaled(gradient, factor) for gradient in gradients), None
 
 
 def common_factor(grad_output: Tensor) -> Tensor | None:
@@ -124,32 +127,54 @@ def sweep_rows(
     bias: Tensor | None,
     plan: Plan,
     needed: tuple[bool, ...] = (False, False, False),
-) -> tuple[Tensor, Gradients]:
-    """Losses [N] and the gradients of their sum; rows of weight 0 are left out beforehand."""
-    keep = rows_with_weight(plan.targets.weights)
-    if plan.targets.weights is not None:
-        weights = plan.targets.weights.to(hidden.device, non_blocking=True)
-        plan = replace(plan, targets=replace(plan.targets, weights=weights))
+) -> tuple[Tensor, Gradients, Tensor | None]:
+    """Losses [N], the gradients of their sum, and the unit the gradients are in (None is 1).
+
+    Rows of weight 0 are left out beforehand where that can be seen without asking a device. In
+    fp16 the largest weight is the gradients' unit: 1 / count would flush them to zero.
+    """
+    weights = plan.targets.weights
+    if weights is None:
+        return *_sweep_chunks(hidden, unembedding, bias, plan, needed), None
+    keep = rows_with_weight(weights)
+    weights, unit = weights.to(hidden.device, non_blocking=True), None
+    if plan.compute_dtype == torch.float16 and weights.numel():
+        unit = weights.abs().amax().clamp(min=1e-30)
+        weights = weights / unit
+    plan = replace(plan, targets=replace(plan.targets, weights=weights))
     if keep is None:
-        return _sweep_chunks(hidden, unembedding, bias, plan, needed)
+        loss, gradients = _sweep_chunks(hidden, unembedding, bias, plan, needed)
+    else:
+        loss, gradients = _sweep_some(hidden, unembedding, bias, plan, needed, keep)
+    return loss if unit is None else loss * unit, gradients, unit
+
+
+def rows_with_weight(weights: Tensor) -> Tensor | None:
+    """Rows worth computing, or None for all of them.
+
+    Counting on a device would stop the host, so rows are dropped when the weights are on the CPU.
+    """
+    if weights.device.type != "cpu" or bool(weights.all()):
+        return None
+    return weights.nonzero().flatten()
+
+
+def _sweep_some(
+    hidden: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    needed: tuple[bool, ...],
+    keep: Tensor,
+) -> tuple[Tensor, Gradients]:
     keep = keep.to(hidden.device, non_blocking=True)
-    kept_plan = replace(plan, targets=plan.targets[keep])
-    loss, gradients = _sweep_chunks(hidden[keep], unembedding, bias, kept_plan, needed)
+    plan = replace(plan, targets=plan.targets[keep])
+    loss, gradients = _sweep_chunks(hidden[keep], unembedding, bias, plan, needed)
     loss = loss.new_zeros(len(hidden)).index_copy_(0, keep, loss)
     if gradients.hidden is not None:
         rows = torch.zeros_like(hidden).index_copy_(0, keep, gradients.hidden)
         gradients = gradients._replace(hidden=rows)
     return loss, gradients
-
-
-def rows_with_weight(weights: Tensor | None) -> Tensor | None:
-    """Rows worth computing, or None for all of them.
-
-    Counting on a device would stop the host, so rows are dropped when the weights are on the CPU.
-    """
-    if weights is None or weights.device.type != "cpu" or bool(weights.all()):
-        return None
-    return weights.nonzero().flatten()
 
 
 def _sweep_chunks(

@@ -159,6 +159,19 @@ def slopes(objective: Objective, teacher: Outcomes, log_q: Tensor) -> Tensor:
     raise ValueError(f"divergence: {objective.divergence!r} is unknown")
 
 
+def outcome_gradient(objective: Objective, teacher: Outcomes, log_q: Tensor) -> Tensor:
+    """r_m - q_m R [rows, k + 1]; the last column is A, the tail's share of the gradient.
+
+    g_m may be shifted by any constant, because sum_m q_m (1 - sum q) = 0. Shifting the most
+    probable outcome's to 0 leaves R a sum of small terms where q is nearly all there, so that
+    saturated rows keep their digits: r_c - q_c R itself would be a difference of two ones.
+    """
+    r, q = slopes(objective, teacher, log_q), log_q.exp()
+    top = q.argmax(1, keepdim=True)
+    r = (r - q * (r / q).gather(1, top)).scatter(1, top, 0)
+    return r - q * r.sum(1, keepdim=True)
+
+
 def _log_mixture(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
     """log(weight a + (1 - weight) b)."""
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))

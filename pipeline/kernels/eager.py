@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels.divergences import LOG_ZERO, Objective, Outcomes, teacher_outcomes, values
-
-FAR_BELOW = -1e30
-"""A logit no softmax can see; finite, so that a row made of nothing else still has a gradient."""
+from pipeline.kernels.vocabulary_shards import FAR_BELOW
 
 
 def topk_divergence(
@@ -44,6 +42,8 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 def student_outcomes(logits: Tensor, ids: Tensor) -> Tensor:
     """log q [N, k + 1] of the ids and, last, of all words outside them, summed directly."""
+    # Relative to the largest, as log-softmax does; it is a constant to the result.
+    logits = logits - logits.detach().amax(1, keepdim=True).clamp(min=FAR_BELOW)
     lse = logits.logsumexp(1, keepdim=True)
     # One column more than there are words: where padding points.
     padded = F.pad(logits, (0, 1), value=FAR_BELOW)

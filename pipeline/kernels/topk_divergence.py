@@ -136,7 +136,8 @@ def topk_divergence(
     words = unembedding.shape[0] if valid_vocab is None else valid_vocab
     argument_checks.check_objective(objective, tail_ids, tail_weights)
     argument_checks.check_student(hidden, unembedding, bias, words)
-    argument_checks.check_rows(hidden, labels=labels, weights=weights)
+    argument_checks.check_rows(hidden, labels=labels, weights=weights, ce_weight=ce_weight)
+    argument_checks.check_how(impl, get_args(Implementation), memory_budget)
     argument_checks.check_sparse(hidden, "ids", ids, "logprobs", logprobs)
     if tail_ids is not None and tail_weights is not None:
         argument_checks.check_sparse(hidden, "tail_ids", tail_ids, "tail_weights", tail_weights)
@@ -187,8 +188,6 @@ def _run(
             _on_device(targets.weights, hidden),
             objective,
         )
-    if impl not in get_args(Implementation):
-        raise ValueError(f"impl: {impl!r} is unknown; expected one of {get_args(Implementation)}")
     plan = _plan(
         impl, hidden, unembedding, targets, objective, Shard.whole(words), budget, accumulate_fp32
     )

@@ -8,39 +8,24 @@ for a second buffer where the loss needs one (soft cap; cross-entropy at another
 The formulas are derived in `topk_divergence`.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from pipeline.kernels.divergences import (
-    LOG_ZERO,
     Objective,
     Outcomes,
-    slopes,
+    outcome_gradient,
     teacher_outcomes,
     values,
 )
-from pipeline.kernels.eager import FAR_BELOW
 from pipeline.kernels.targets import Targets
-from pipeline.kernels.vocabulary_shards import Shard
-
-
-@dataclass(slots=True)
-class Student:
-    """Row statistics of the student over all words, at the objective's temperature.
-
-    Attributes:
-        log_q: [C, k + 1] log-probabilities of the outcomes, the tail last.
-        tail_share: [C, 1] share of the tail's mass that lies in this shard.
-        label_logprob: [C, 1] at temperature 1; meaningless without a label.
-        plain_share: [C, 1] share of all mass at temperature 1 that lies in this shard.
-    """
-
-    log_q: Tensor
-    tail_share: Tensor
-    label_logprob: Tensor
-    plain_share: Tensor
+from pipeline.kernels.vocabulary_shards import (
+    FAR_BELOW,
+    Shard,
+    ShardStatistics,
+    Student,
+    combine,
+)
 
 
 def sweep(
@@ -58,7 +43,8 @@ def sweep(
     columns = shard.columns(targets.ids)
     label = label_column(targets, objective, shard)
     cap_slope = _cap_(buffer, objective.softcap, with_gradient)
-    student, plain = _statistics_(buffer, columns, label, targets, objective, shard)
+    local, plain = _statistics_(buffer, columns, label, objective, shard.width)
+    student = combine(shard, targets.ids, local)
     teacher = teacher_outcomes(
         targets.ids, targets.logprobs, objective.tail, shard.total, buffer.dtype
     )
@@ -87,60 +73,37 @@ def _cap_(buffer: Tensor, softcap: float | None, with_gradient: bool) -> Tensor 
 
 
 def _statistics_(
-    buffer: Tensor,
-    columns: Tensor,
-    label: Tensor | None,
-    targets: Targets,
-    objective: Objective,
-    shard: Shard,
-) -> tuple[Student, Tensor | None]:
-    """The student's statistics; leaves the tail's distribution in the buffer.
+    buffer: Tensor, columns: Tensor, label: Tensor | None, objective: Objective, width: int
+) -> tuple[ShardStatistics, Tensor | None]:
+    """This shard's statistics; leaves the tail's distribution in the buffer.
 
     The second value is softmax(z) at temperature 1, where cross-entropy needs another than x's.
     """
-    label_logit = (
-        buffer.new_zeros(len(buffer), 1) if label is None else _owned(buffer, label, shard)
-    )
-    buffer[:, shard.width :] = FAR_BELOW
-    plain, plain_lse = None, buffer.new_zeros(len(buffer), 1)
-    if label is not None and objective.temperature != 1:
-        plain = buffer.clone()
-        plain_lse = _softmax_(plain)
+    buffer[:, width:] = FAR_BELOW
+    plain, plain_peak, plain_total = None, None, None
+    at_label = buffer.new_full((len(buffer), 1), FAR_BELOW)
+    if label is not None:
+        at_label = buffer.gather(1, label)
+        if objective.temperature != 1:
+            plain = buffer.clone()
+            plain_peak, plain_total = _softmax_(plain)
     if objective.temperature != 1:
-        buffer.div_(objective.temperature)
-    support = _owned(buffer, columns, shard)
+        buffer[:, :width] /= objective.temperature
+    support = buffer.gather(1, columns)
     buffer.scatter_(1, columns, -torch.inf)
-    buffer[:, shard.width :] = FAR_BELOW
-    tail_lse = _softmax_(buffer)
-    lse, sums = shard.combine(
-        torch.cat([tail_lse, plain_lse], 1), torch.cat([support, label_logit], 1)
-    )
-    support = sums[:, :-1].masked_fill(targets.ids < 0, FAR_BELOW)
-    logits = torch.cat([support, lse[:, :1]], 1)
-    log_q = logits - logits.logsumexp(1, keepdim=True)
-    at_one = lse[:, 1:] if plain is not None else logits.logsumexp(1, keepdim=True)
-    student = Student(
-        log_q=log_q.clamp(min=LOG_ZERO),
-        tail_share=(tail_lse - lse[:, :1]).exp(),
-        label_logprob=sums[:, -1:] - at_one,
-        plain_share=(plain_lse - lse[:, 1:]).exp(),
-    )
-    return student, plain
+    buffer[:, width:] = FAR_BELOW
+    peak, total = _softmax_(buffer)
+    return ShardStatistics(support, peak, total, at_label, plain_peak, plain_total), plain
 
 
-def _owned(buffer: Tensor, columns: Tensor, shard: Shard) -> Tensor:
-    """Logits at the columns; 0 where another shard holds them."""
-    return buffer.gather(1, columns).masked_fill_(columns == shard.width, 0)
+def _softmax_(buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over each row, in place; the largest logit and sum exp(x - largest), [C, 1] each.
 
-
-def _softmax_(buffer: Tensor) -> Tensor:
-    """Softmax over each row, in place; returns its log-sum-exp [C, 1].
-
-    The largest probability is 1 / sum exp(x - max), so the sum need not be asked for.
+    The largest probability is one over that sum, so it need not be asked for.
     """
     peak = buffer.amax(1, keepdim=True)
     torch.softmax(buffer, 1, out=buffer)
-    return peak - buffer.amax(1, keepdim=True).log()
+    return peak, 1 / buffer.amax(1, keepdim=True)
 
 
 def _gradient_(
@@ -154,11 +117,10 @@ def _gradient_(
     student: Student,
 ) -> None:
     """Overwrites the tail's distribution with d loss / d z of every column."""
-    r, q = slopes(objective, teacher, student.log_q), student.log_q.exp()
-    outcomes = (r - q * r.sum(1, keepdim=True)) * objective.temperature
+    outcomes = objective.temperature * outcome_gradient(objective, teacher, student.log_q)
     hard = _hard_weight(objective, targets, buffer)
     if plain is None:
-        outcomes += q * hard
+        outcomes += student.log_q.exp() * hard
     if targets.weights is not None:
         row_weights = targets.weights.to(buffer)[:, None]
         outcomes, hard = outcomes * row_weights, hard * row_weights

@@ -1,0 +1,275 @@
+"""The door of the top-k divergence: bad input, memory, synchronisation, what is not computed."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.kernels.topk_divergence import topk_divergence
+from tests.contract.divergence_cases import error, make_case, with_draws
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def change(tensor, place, value):
+    tensor = tensor.clone()
+    tensor[place] = value
+    return tensor
+
+
+BAD_VALUES = {
+    "id_at_vocabulary": (
+        lambda c: replace(c, ids=change(c.ids, (4, 1), 131)),
+        r"ids: row 4 holds 131; expected less than 131 words",
+    ),
+    "id_below_padding": (
+        lambda c: replace(c, ids=change(c.ids, (2, 0), -2)),
+        r"ids: row 2 holds -2; expected word ids, or -1",
+    ),
+    "duplicate_id": (
+        lambda c: replace(c, ids=change(c.ids, (5, 1), int(c.ids[5, 0]))),
+        r"ids: row 5 holds \d+; named twice",
+    ),
+    "positive_logprob": (
+        lambda c: replace(c, logprobs=change(c.logprobs, (7, 2), 0.25)),
+        r"logprobs: row 7 holds 0\.25; expected at most 0",
+    ),
+    "nan_logprob": (
+        lambda c: replace(c, logprobs=change(c.logprobs, (1, 0), math.nan)),
+        r"logprobs: row 1 holds nan",
+    ),
+    "mass_above_one": (
+        lambda c: replace(c, logprobs=change(c.logprobs, 10, -1.0)),
+        r"logprobs: row 10 holds 2\.57\d*; expected a total mass",
+    ),
+    "label_at_vocabulary": (
+        lambda c: replace(c, options={"labels": change(torch.zeros(11).long(), 3, 131)}),
+        r"labels: row 3 holds 131",
+    ),
+    "infinite_weight": (
+        lambda c: replace(c, options={"weights": change(torch.ones(11), 6, math.inf)}),
+        r"weights: row 6 holds inf",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_bad_values_name_argument_row_and_value(name):
+    spoil, message = BAD_VALUES[name]
+    with pytest.raises(ValueError, match=message):
+        spoil(make_case()).run("chunked", debug=True)
+
+
+@pytest.mark.parametrize(
+    ("tail_weights", "message"),
+    [(0.0, r"tail_weights: row 2 holds 0\.0"), (2.0, r"logprobs: row 2 holds 2\.\d+; .*mass")],
+)
+def test_bad_draws(tail_weights, message):
+    case = with_draws(make_case(), draws=3)
+    case.options["tail_weights"] = change(case.options["tail_weights"], (2, 0), tail_weights)
+    with pytest.raises(ValueError, match=message):
+        case.run("chunked", debug=True)
+
+
+def test_a_drawn_word_that_is_already_named():
+    case = with_draws(make_case(), draws=3)
+    case.options["tail_ids"] = change(case.options["tail_ids"], (2, 0), int(case.ids[2, 1]))
+    with pytest.raises(ValueError, match=r"ids: row 2 .*named twice"):
+        case.run("chunked", debug=True)
+
+
+def test_values_are_checked_on_the_cpu_without_asking():
+    with pytest.raises(ValueError, match="ids: row 4"):
+        BAD_VALUES["id_at_vocabulary"][0](make_case()).run("chunked")
+
+
+BAD_SHAPES = {
+    "hidden": ({"hidden": torch.zeros(2, 3, 4)}, r"hidden: found shape \(2, 3, 4\)"),
+    "unembedding": ({"unembedding": torch.zeros(131, 25)}, r"unembedding: .*expected \[V, 24\]"),
+    "bias": ({"bias": torch.zeros(130)}, r"bias: found shape \(130,\); expected \(131,\)"),
+    "ids_rows": ({"ids": torch.zeros(10, 7).long()}, r"ids: found shape \(10, 7\)"),
+    "no_columns": (
+        {"ids": torch.zeros(11, 0).long(), "logprobs": torch.zeros(11, 0)},
+        r"ids: found shape \(11, 0\); expected \[11, k\] with k >= 1",
+    ),
+    "logprobs": ({"logprobs": torch.zeros(11, 6)}, r"logprobs: found shape \(11, 6\)"),
+    "labels": ({"labels": torch.zeros(3).long()}, r"labels: found shape \(3,\)"),
+    "weights": ({"weights": torch.zeros(11, 1)}, r"weights: found shape \(11, 1\)"),
+    "device": ({"ids": torch.zeros(11, 7, device="meta").long()}, r"ids: is on meta; expected cpu"),
+}
+BAD_DTYPES = {
+    "hidden": ({"hidden": torch.zeros(11, 24).long()}, r"hidden: found torch.int64"),
+    "unembedding": (
+        {"unembedding": torch.zeros(131, 24, dtype=torch.bfloat16)},
+        r"unembedding: found torch.bfloat16; expected torch.float32",
+    ),
+    "ids": ({"ids": torch.zeros(11, 7)}, r"ids: found torch.float32; expected int32 or int64"),
+    "logprobs": ({"logprobs": torch.zeros(11, 7).long()}, r"logprobs: found torch.int64"),
+    "labels": ({"labels": torch.zeros(11)}, r"labels: found torch.float32"),
+    "weights": ({"weights": torch.ones(11).bool()}, r"weights: found torch.bool"),
+}
+BAD_OPTIONS = {
+    "divergence": ({"divergence": "kl"}, r"divergence: 'kl' is unknown; expected one of"),
+    "tail": ({"tail": "drop"}, r"tail: 'drop' is unknown"),
+    "impl": ({"impl": "cuda"}, r"impl: 'cuda' is unknown"),
+    "temperature": ({"temperature": 0.0}, r"temperature: found 0\.0"),
+    "nan_temperature": ({"temperature": math.nan}, r"temperature: found nan"),
+    "beta": ({"beta": 1.0}, r"beta: found 1\.0; expected 0 < beta < 1"),
+    "alpha": ({"alpha": 0.0}, r"alpha: found 0\.0"),
+    "softcap": ({"softcap": -1.0}, r"softcap: found -1\.0"),
+    "ce_weight": ({"ce_weight": -0.1}, r"ce_weight: found -0\.1"),
+    "labels": ({"ce_weight": 0.5}, r"ce_weight: found 0\.5 without labels"),
+    "valid_vocab": ({"valid_vocab": 132}, r"valid_vocab: found 132; expected 1 to 131"),
+    "no_draws": ({"tail": "sampled"}, r"tail: 'sampled' needs tail_ids and tail_weights"),
+    "draws": ({"tail_ids": torch.zeros(11, 1).long()}, r"tail_ids: only for tail='sampled'"),
+    "divergence_of_draws": (
+        {"tail": "sampled", "divergence": "jsd"},
+        r"tail: 'sampled' is for forward_kl only; found 'jsd'",
+    ),
+    "budget": ({"memory_budget": 0}, r"memory_budget: found 0"),
+}
+
+
+def call(**changes):
+    case = make_case()
+    arguments = {
+        "hidden": case.hidden,
+        "unembedding": case.unembedding,
+        "ids": case.ids,
+        "logprobs": case.logprobs,
+        "bias": case.bias,
+    }
+    return topk_divergence(**(arguments | changes))
+
+
+@pytest.mark.parametrize("name", [*BAD_SHAPES, *BAD_OPTIONS])
+def test_bad_arguments_are_named(name):
+    changes, message = (BAD_SHAPES | BAD_OPTIONS)[name]
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize("name", BAD_DTYPES)
+def test_bad_dtypes_are_named(name):
+    changes, message = BAD_DTYPES[name]
+    with pytest.raises(TypeError, match=message):
+        call(**changes)
+
+
+class Recorder(TorchDispatchMode):
+    """The operations run inside, and the elements of the largest tensor any of them made."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations.append(func.overloadpacket._qualified_op_name)
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // 4)
+        return result
+
+
+def run_recorded(case, head_needs_gradient=True, **options):
+    hidden = case.hidden.clone().requires_grad_()
+    head = case.unembedding.clone().requires_grad_(head_needs_gradient)
+    with Recorder() as record:
+        topk_divergence(hidden, head, case.ids, case.logprobs, **options).sum().backward()
+    return record
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 2.0, "softcap": 5.0, "ce_weight": 0.5}], ids=["plain", "all"]
+)
+def test_nothing_of_size_rows_times_words_is_made(options):
+    """The largest tensor is the head's gradient, or one chunk's buffer."""
+    case = make_case(64, 8, 3001, 5, with_bias=False)
+    if "ce_weight" in options:
+        options = options | {"labels": case.ids[:, 0].long()}
+    record = run_recorded(case, memory_budget=8 * 4 * 3001, **options)
+    assert record.largest <= 8 * 3040
+    assert record.largest < 64 * 3001 / 7
+
+
+@pytest.mark.parametrize(("head_needs_gradient", "products"), [(True, 3), (False, 2)])
+def test_three_products_or_two_with_a_frozen_head(head_needs_gradient, products):
+    record = run_recorded(make_case(with_bias=False), head_needs_gradient)
+    assert len([name for name in record.operations if "mm" in name]) == products
+
+
+def test_rows_of_weight_zero_reach_no_product():
+    case = make_case(40, 8, 131, 5, with_bias=False)
+    weights = torch.zeros(40)
+    weights[[3, 17]] = 1.0
+    record = run_recorded(case, weights=weights)
+    assert record.largest <= 131 * 8
+    kept = [3, 17]
+    alone = topk_divergence(
+        case.hidden[kept], case.unembedding, case.ids[kept], case.logprobs[kept]
+    )
+    whole = topk_divergence(case.hidden, case.unembedding, case.ids, case.logprobs, weights=weights)
+    assert error(whole[kept], alone) < 1e-6
+
+
+def test_the_hot_path_asks_a_device_nothing():
+    """On the meta device there are no values to ask for: any synchronisation raises."""
+    hidden = torch.randn(64, 16, device="meta", requires_grad=True)
+    head = torch.randn(1000, 16, device="meta", requires_grad=True)
+    ids = torch.zeros(64, 8, device="meta", dtype=torch.int32)
+    logprobs = torch.zeros(64, 8, device="meta")
+    options = {
+        "labels": torch.zeros(64, device="meta", dtype=torch.int64),
+        "weights": torch.zeros(64, device="meta"),
+        "ce_weight": 0.5,
+        "temperature": 2.0,
+        "softcap": 3.0,
+        "memory_budget": 100_000,
+    }
+    loss = topk_divergence(hidden, head, ids, logprobs, **options)
+    (loss.sum() / 3).backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == hidden.shape
+    with pytest.raises(RuntimeError, match="meta"):
+        topk_divergence(hidden, head, ids, logprobs, **options, debug=True)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "adaptive_kl"])
+def test_any_budget_gives_the_same(divergence):
+    """From one row a chunk to all rows in one."""
+    case = make_case(divergence=divergence)
+    plain = case.run("chunked", memory_budget=2**30)
+    for budget in (1, 2000, 3000):
+        found = case.run("chunked", memory_budget=budget)
+        for name in plain:
+            assert error(found[name], plain[name]) < 1e-6, (budget, name)
+
+
+def test_bf16_head_summed_in_fp32_over_many_chunks():
+    """Sixty-four chunks of one row: bf16 sums drift, fp32 ones are as good as one chunk."""
+    case = make_case(64, 16, 131, 5, dtype=torch.bfloat16, with_bias=False)
+    truth = case.to(torch.float64).run("eager")["unembedding"]
+    drifted = case.run("chunked", memory_budget=1)["unembedding"]
+    summed = case.run("chunked", memory_budget=1, accumulate_fp32=True)["unembedding"]
+    assert summed.dtype == torch.bfloat16
+    assert error(summed, truth) < 0.75 * error(drifted, truth)
+
+
+def test_gradcheck():
+    """Finite differences in fp64, through both autograd paths of the fused form."""
+    case = make_case(5, 4, 17, 3, dtype=torch.float64, temperature=1.3, ce_weight=0.4)
+    leaves = [t.requires_grad_() for t in (case.hidden, case.unembedding, case.bias)]
+    options = case.options | {"labels": torch.tensor([0, -1, 3, 16, 2]), "softcap": 4.0}
+    options["weights"] = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0], dtype=torch.float64)
+
+    def rows(hidden, head, bias):
+        return topk_divergence(hidden, head, case.ids, case.logprobs, bias=bias, **options)
+
+    assert torch.autograd.gradcheck(rows, leaves, nondet_tol=1e-12)
+    assert torch.autograd.gradcheck(lambda *t: rows(*t).sum() / 3, leaves, nondet_tol=1e-12)
