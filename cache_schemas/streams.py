@@ -30,7 +30,9 @@ VERSION = 1
 MAX_ELEMENTS = 1 << 26
 """Elements of one stream, at most: 256 MB of int32. Larger counts are refused before allocation."""
 
-DTYPES = tuple(np.dtype(name) for name in ("u1", "<u2", "<u4", "<i4", "<f4", "<u8"))
+DTYPES = tuple(np.dtype(name) for name in ("u1", "<u2", "<u4", "<i4", "<f4", "<u8", "<i2"))
+Streams = dict[int, np.ndarray]
+
 RAW, PCO, CONSTANT = 0, 1, 2
 HEAD = struct.Struct("<2sBBIIH")
 LINE = struct.Struct("<BBI")
@@ -140,7 +142,9 @@ def _pack(flat: np.ndarray) -> tuple[int, bytes]:
 
 def _compress(flat: np.ndarray) -> bytes:
     plain = {}
-    if flat.dtype.kind == "u":  # these are coded as they stand: trying for more gains nothing
+    if (
+        flat.dtype.kind == "u" or flat.itemsize == 2
+    ):  # these are coded as they stand: trying for more gains nothing
         plain = {"mode_spec": pcodec.ModeSpec.classic(), "delta_spec": pcodec.DeltaSpec.no_op()}
     config = pcodec.ChunkConfig(compression_level=8, enable_8_bit=True, **plain)
     return pcodec.standalone.simple_compress(flat, config)

@@ -14,7 +14,7 @@ import numpy as np
 from cache_schemas.codebook import Codebook
 from cache_schemas.errors import CacheError
 from cache_schemas.rankings import Rankings
-from cache_schemas.streams import Record, corrupt
+from cache_schemas.streams import Record, Streams, corrupt
 
 PARAMETERS, COUNTS, CLASSES, TAIL, FIRST_GAP, NEXT_GAPS, QUADS, STEPS = (
     16,
@@ -30,8 +30,6 @@ NUM_QUADS = 3
 MAX_FINER = 6
 SUM_SLACK = 2e-3
 """Rows whose mass is within this of one are scaled to sum to one when they are decoded."""
-
-Streams = dict[int, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
