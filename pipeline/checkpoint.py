@@ -9,6 +9,7 @@ are deleted only after the new one exists.
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cache_schemas.errors import PlanMismatch, StudentError
 from pipeline.data.packing import Position
 from pipeline.parallel import Parallel
+
+# Torch warns of what is meant: one process, so nothing to coordinate.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 STATE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -115,9 +120,9 @@ class Checkpoints:
             state = TrainingState.from_json((checkpoint / STATE).read_text())
             reader = dcp.HuggingFaceStorageReader(str(checkpoint))
             dcp.load(tensors, storage_reader=reader, no_dist=not _distributed())
-        except Exception as error:
+        except (CheckpointException, OSError, ValueError, KeyError) as error:
             raise StudentError(
-                f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})",
+                f"cannot be read ({type(error).__name__})",
                 where=str(checkpoint),
                 remedy="Delete this checkpoint; training goes on from the one before it.",
             ) from error

@@ -259,7 +259,7 @@ class _Training:
             for place, (batch, (weights, _)) in enumerate(zip(batches, weighed))
         ]
         values = self._finite(number, batches, torch.stack(found).cpu())
-        norm = self._update(number)
+        norm = self._update(number, batches)
         weights = [term.weight(done) for term in self.terms]
         means = {
             term.label: value / weight if weight else 0.0
@@ -290,25 +290,26 @@ class _Training:
         values = self.parallel.sum(found.double().sum(dim=0)) / self.parallel.world_size
         if torch.isfinite(values).all():
             return values
-        own = [
-            batch.example_ids for batch, row in zip(batches, found) if not torch.isfinite(row).all()
-        ]
-        bad = [example for part in self.parallel.gather(own) for ids in part for example in ids]
-        raise StudentError(
-            f"the loss of step {number + 1} is not finite ({values.sum():g})",
-            where=f"examples {', '.join(bad)}",
+        bad = [b.example_ids for b, row in zip(batches, found) if not torch.isfinite(row).all()]
+        raise self._not_finite(f"loss of step {number + 1}", values.sum(), bad)
+
+    def _not_finite(self, what: str, value: Any, examples: list[tuple[str, ...]]) -> StudentError:
+        """The error that names the examples of all ranks."""
+        shared = self.parallel.gather([name for ids in examples for name in ids])
+        return StudentError(
+            f"the {what} is not finite ({value:g})",
+            where=f"examples {', '.join(name for part in shared for name in part)}",
             remedy="The last good checkpoint is kept; lower learning_rate or look at these texts.",
         )
 
-    def _update(self, number: int) -> float:
+    def _update(self, number: int, batches: list[DistillBatch]) -> float:
+        """Clip, step, average; returns the gradient's norm before clipping."""
         settings = self.settings
         limit = settings.clip or math.inf
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, limit)))
         if not math.isfinite(norm):
-            raise StudentError(
-                f"the gradient of step {number + 1} is not finite ({norm:g})",
-                remedy="The last good checkpoint is kept; lower learning_rate.",
-            )
+            every = [batch.example_ids for batch in batches]
+            raise self._not_finite(f"gradient of step {number + 1}", norm, every)
         for group in self.optimizer.param_groups:
             group["lr"] = rate(settings, number)
         self.optimizer.step()
