@@ -50,9 +50,8 @@ def ls(
     from stages.cache_view import LS_COLUMNS, ls_row
 
     found = find(directory)
-    table(
-        str(directory), LS_COLUMNS, [ls_row(seen) for seen in found if isinstance(seen, Overview)]
-    )
+    rows = [ls_row(seen, directory) for seen in found if isinstance(seen, Overview)]
+    table(str(directory), LS_COLUMNS, rows)
     for seen in found:
         if not isinstance(seen, Overview):
             say(f"{seen[0]}: {seen[1]}")

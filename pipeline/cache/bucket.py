@@ -100,6 +100,9 @@ class BucketStorage:
         with tempfile.TemporaryDirectory(prefix="stillroom-") as folder:
             yield Path(folder)
 
+    def sweep(self) -> None:
+        """Staging is on this machine's own disk, and is removed with its owner's session."""
+
     def _files(self) -> tuple[Any, str]:
         """The file system and the root in it, anew after a fork."""
         if self._opened is None or self._opened[0] != os.getpid():

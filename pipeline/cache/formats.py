@@ -253,7 +253,7 @@ def _check_shapes(record: TeacherRecord, row_signals: Mapping[str, np.ndarray]) 
     """Lengths that must agree, whoever made the record."""
     num_tokens, example = len(record.example.token_ids), record.example
     where = f"example {example.example_id}"
-    if len(example.loss_mask) != num_tokens or not 0 <= record.first_row < max(num_tokens - 1, 1):
+    if len(example.loss_mask) != num_tokens or not 0 <= record.first_row < max(num_tokens, 1):
         raise ShardCorrupt("tokens, mask and first row do not fit", where=where)
     for name, array in row_signals.items():
         if len(array) != record.num_rows:

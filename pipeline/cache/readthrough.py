@@ -62,6 +62,9 @@ class ReadThrough:
     def staging(self) -> contextlib.AbstractContextManager[Path]:
         return self.behind.staging()
 
+    def sweep(self) -> None:
+        self.behind.sweep()
+
     def _keep(self, path: Path, data: bytes) -> None:
         """Store a range; a full disk only means that it is not kept."""
         if len(data) + CHECKSUM_BYTES > self.limit_bytes:

@@ -63,6 +63,7 @@ def seal(storage: Storage, form: Format) -> Manifest:
         shards=ShardTable(**table),
     )
     storage.replace(layout.MANIFEST, manifest.to_bytes())
+    storage.sweep()
     return manifest
 
 

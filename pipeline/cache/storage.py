@@ -8,6 +8,7 @@ no locks, no appends, no renames over finished files. `DirectoryStorage` is here
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -58,6 +59,10 @@ class Storage(Protocol):
 
     def staging(self) -> contextlib.AbstractContextManager[Path]:
         """An empty local directory to build files in, removed afterwards."""
+        ...
+
+    def sweep(self) -> None:
+        """Remove what writers that were killed left in their staging directories."""
         ...
 
 
@@ -156,14 +161,34 @@ class DirectoryStorage:
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
-        made = self.root / layout.STAGING / secrets.token_hex(8)
-        made.mkdir(parents=True)
+        made, lock = self._new_staging()
         try:
             yield made
         finally:
             shutil.rmtree(made, ignore_errors=True)
+            os.close(lock)
             with contextlib.suppress(OSError):
                 made.parent.rmdir()
+
+    def sweep(self) -> None:
+        parent = self.root / layout.STAGING
+        for left in list(parent.iterdir()) if parent.is_dir() else []:
+            with contextlib.suppress(OSError), _locked(left):
+                shutil.rmtree(left)
+        with contextlib.suppress(OSError):
+            parent.rmdir()
+
+    def _new_staging(self) -> tuple[Path, int]:
+        """A directory and the lock that tells others that its owner is alive."""
+        while True:
+            made = self.root / layout.STAGING / secrets.token_hex(8)
+            made.mkdir(parents=True)
+            lock = os.open(made, os.O_RDONLY)
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if made.is_dir():
+                return made, lock
+            os.close(lock)
 
     @contextlib.contextmanager
     def _temporary(self, source: bytes | Path) -> Iterator[Path]:
@@ -196,6 +221,17 @@ class DirectoryStorage:
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         self.disk.sync(folder.parent)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a staging directory; OSError if its owner lives, or where there are no such locks."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
 
 
 def cut_short(where: str, found: int, expected: int) -> None:

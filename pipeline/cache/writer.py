@@ -52,6 +52,7 @@ class CacheWriter:
             PlanMismatch: the cache there has another plan; names every fact that differs.
         """
         storage = open_storage(root)
+        storage.sweep()
         _claim_root(storage, plan)
         for name, array in dense_arrays(plan).items():
             storage.create(layout.dense_metadata(name), array.metadata())
