@@ -79,7 +79,8 @@ class FusedDivergence(torch.autograd.Function):
     ) -> Tensor:
         """Losses [N]; keeps the gradients of their sum."""
         ctx.needed, ctx.plan = ctx.needs_input_grad[:3], plan
-        loss, *ctx.kept = sweep_rows(hidden, unembedding, bias, plan, ctx.needed)
+        loss, gradients, unit = sweep_rows(hidden, unembedding, bias, plan, ctx.needed)
+        ctx.kept = gradients, unit
         ctx.save_for_backward(hidden, unembedding, bias)
         return loss
 
@@ -92,12 +93,11 @@ class FusedDivergence(torch.autograd.Function):
         factor = common_factor(grad_output)
         if kept is None or factor is None:
             hidden, unembedding, bias = ctx.saved_tensors
-            plan = _weighted(ctx.plan, grad_output)
-            _, *kept = sweep_rows(hidden, unembedding, bias, plan, ctx.needed)
-            factor = torch.ones_like(grad_output[:1]).sum()
+            plan, factor = _weighted(ctx.plan, grad_output), None
+            kept = sweep_rows(hidden, unembedding, bias, plan, ctx.needed)[1:]
         gradients, unit = kept
-        factor = factor if unit is None else factor * unit
-        return *(_scaled(gradient, factor) for gradient in gradients), None
+        factors = [f for f in (factor, unit) if f is not None]
+        return *(_scaled(gradient, factors) for gradient in gradients), None
 
 
 def common_factor(grad_output: Tensor) -> Tensor | None:
@@ -115,8 +115,11 @@ def _weighted(plan: Plan, factors: Tensor) -> Plan:
     return replace(plan, targets=replace(plan.targets, weights=weights))
 
 
-def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    if gradient is None or (factor.device.type == "cpu" and factor == 1):
+def _scaled(gradient: Tensor | None, factors: list[Tensor]) -> Tensor | None:
+    if gradient is None or not factors:
+        return gradient
+    factor = factors[0] if len(factors) == 1 else factors[0] * factors[1]
+    if factor.device.type == "cpu" and factor == 1:
         return gradient
     return gradient.mul_(factor)
 
