@@ -210,9 +210,10 @@ def _plan(
 ) -> chunked.Plan:
     compute = autocasting.dtype_of(hidden)
     wide = torch.float64 if compute == torch.float64 else torch.float32
+    sweep = torch_sweep.sweep if impl == "chunked" else _triton_sweep(hidden.device, compute)
     return chunked.Plan(
-        sweep=torch_sweep.sweep,
-        sweep_dtype=wide,
+        sweep=sweep,
+        sweep_dtype=wide if impl == "chunked" else compute,
         targets=targets,
         objective=objective,
         shard=shard,
@@ -220,3 +221,22 @@ def _plan(
         sum_dtype=wide if accumulate_fp32 else unembedding.dtype,
         budget=budget or (CUDA_BUDGET if hidden.is_cuda else CPU_BUDGET),
     )
+
+
+def _triton_sweep(device: torch.device, compute: torch.dtype) -> chunked.Sweep:
+    """The kernel, or the reason why there is none.
+
+    Raises:
+        RuntimeError: Triton is missing, the device is not CUDA, or the dtype is fp64.
+    """
+    try:
+        from pipeline.kernels import triton_sweep
+    except ImportError as error:
+        raise RuntimeError(
+            f"impl: 'triton' needs Triton, which does not import ({error})"
+        ) from None
+    if not triton_sweep.available(device):
+        raise RuntimeError(f"impl: 'triton' needs a CUDA device; hidden is on {device}")
+    if compute == torch.float64:
+        raise RuntimeError("impl: 'triton' computes in fp32; found fp64 inputs")
+    return triton_sweep.sweep

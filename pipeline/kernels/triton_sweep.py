@@ -1,0 +1,314 @@
+"""The sweep as one Triton kernel: a program per row, two passes over its logits, nothing else.
+
+One idea: the k logits of the teacher's words go to registers and minus infinity to their places;
+one online pass over the row gives the tail's log-sum-exp, closed forms on k + 1 numbers give the
+loss, one scalar for the words outside and k values for those inside; a second pass overwrites the
+logits with their gradient. The formulas are those of `divergences` and `topk_divergence`, here once
+more in Triton; the contract suite holds both to the same fp64 truth. A row's list may come packed
+(`packed_topk`) and is then decoded in registers.
+
+Barriers stand where one thread's stores to the row are another's loads. Importing this module
+imports Triton.
+"""
+# Triton reads `if ... else` on constants as compile-time choices, and its values have no types.
+# ruff: noqa: RET505
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pipeline.kernels import divergences
+from pipeline.kernels.divergences import Objective
+from pipeline.kernels.targets import Targets
+from pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
+from pipeline.kernels.vocabulary_shards import Shard
+
+LOG_ZERO = tl.constexpr(divergences.LOG_ZERO)
+LOG_TAIL_FLOOR = tl.constexpr(divergences.LOG_TAIL_FLOOR)
+HEAD_MASS = tl.constexpr(divergences.HEAD_MASS)
+FAR_BELOW = tl.constexpr(FAR)
+
+MAX_BLOCK = 8192
+NUM_WARPS = 8
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernel can run on a device: CUDA, or anything under Triton's interpreter."""
+    return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
+
+
+def sweep(
+    buffer: Tensor, targets: Targets, objective: Objective, shard: Shard, with_gradient: bool
+) -> Tensor:
+    """Losses [C] of a chunk; `buffer` [C, width + spare] turns from raw logits into gradients.
+
+    Args:
+        buffer: fp32, bf16 or fp16; rows may be strided.
+        targets: teacher, labels and weights of these rows.
+        objective: the loss of a row.
+        shard: must hold all words.
+        with_gradient: False leaves the buffer undefined.
+    """
+    if objective.divergence == "adaptive_kl":
+        targets = _sorted(targets)
+    ids, logprobs = targets.ids.contiguous(), targets.logprobs.float().contiguous()
+    loss = torch.empty(len(buffer), dtype=torch.float32, device=buffer.device)
+    hard = targets.labels is not None and objective.ce_weight > 0
+    labels = targets.labels.contiguous() if hard and targets.labels is not None else ids
+    weights = loss if targets.weights is None else targets.weights.float().contiguous()
+    _sweep_row[(len(buffer),)](
+        buffer,
+        buffer.stride(0),
+        ids,
+        logprobs,
+        labels,
+        weights,
+        loss,
+        shard.width,
+        ids.shape[1],
+        1 / objective.temperature,
+        objective.temperature,
+        objective.beta,
+        objective.alpha,
+        objective.ce_weight,
+        objective.softcap or 1.0,
+        DIVERGENCE=objective.divergence,
+        TAIL=objective.tail,
+        HARD=hard,
+        PLAIN=hard and objective.temperature != 1,
+        WEIGHTED=targets.weights is not None,
+        CAPPED=objective.softcap is not None,
+        GRADIENT=with_gradient,
+        BLOCK_K=triton.next_power_of_2(ids.shape[1]),
+        BLOCK_V=min(MAX_BLOCK, triton.next_power_of_2(shard.width)),
+        num_warps=NUM_WARPS,
+    )
+    return loss
+
+
+def _sorted(targets: Targets) -> Targets:
+    """Lists by falling probability, which AKL's head is a prefix of."""
+    key = targets.logprobs.masked_fill(targets.ids < 0, -torch.inf)
+    order = key.sort(dim=1, descending=True, stable=True).indices
+    ids, logprobs = targets.ids.gather(1, order), targets.logprobs.gather(1, order)
+    return Targets(ids, logprobs, targets.labels, targets.weights)
+
+
+@triton.jit
+def _sweep_row(
+    buffer,
+    stride,
+    ids_ptr,
+    logprobs_ptr,
+    labels_ptr,
+    weights_ptr,
+    loss_ptr,
+    width,
+    k,
+    cold,
+    temperature,
+    beta,
+    alpha,
+    ce_weight,
+    softcap,
+    DIVERGENCE: tl.constexpr,
+    TAIL: tl.constexpr,
+    HARD: tl.constexpr,
+    PLAIN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits = buffer + row * stride
+    place = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + row * k + place, mask=place < k, other=-1).to(tl.int64)
+    given = tl.load(logprobs_ptr + row * k + place, mask=place < k, other=LOG_ZERO)
+    named = ids >= 0
+
+    # The student's logits at the teacher's words and at the label: z at temperature 1, x = z / T.
+    raw = tl.load(logits + ids, mask=named, other=0.0).to(tl.float32)
+    z, slope = _cap(raw, softcap, CAPPED)
+    x = tl.where(named, z * cold, FAR_BELOW)
+    label, z_label, slope_label = -1, 0.0, 1.0
+    if HARD:
+        label = tl.load(labels_ptr + row).to(tl.int64)
+        raw_label = tl.load(logits + label, mask=label >= 0, other=0.0).to(tl.float32)
+        z_label, slope_label = _cap(raw_label, softcap, CAPPED)
+    tl.debug_barrier()
+    tl.store(logits + ids, float("-inf"), mask=named)
+    tl.debug_barrier()
+
+    # First pass: log-sum-exp of the words outside, in x and where asked in z.
+    peak, total = tl.full((), FAR_BELOW, tl.float32), tl.full((), 0.0, tl.float32)
+    plain_peak, plain_total = peak, total
+    for start in range(0, width, BLOCK_V):
+        word = start + tl.arange(0, BLOCK_V)
+        raw = tl.load(logits + word, mask=word < width, other=float("-inf")).to(tl.float32)
+        z_word, _ = _cap(raw, softcap, CAPPED)
+        z_word = tl.where(raw == float("-inf"), raw, z_word)
+        peak, total = _add(peak, total, z_word * cold)
+        if PLAIN:
+            plain_peak, plain_total = _add(plain_peak, plain_total, z_word)
+
+    # Log-probabilities of the outcomes, relative to the largest logit.
+    total = tl.where(total > 0, total, 1.0)
+    top = tl.maximum(tl.max(x, 0), peak)
+    log_tail = peak - top + tl.log(total)
+    log_sum = tl.log(tl.sum(tl.exp(x - top), 0) + tl.exp(log_tail))
+    log_q = tl.maximum(x - top - log_sum, LOG_ZERO)
+    log_q_tail = tl.maximum(log_tail - log_sum, LOG_ZERO)
+    q, q_tail = tl.exp(log_q), tl.exp(log_q_tail)
+
+    # The teacher's outcomes.
+    log_p = tl.where(named, tl.maximum(given, LOG_ZERO), LOG_ZERO)
+    mass = tl.sum(tl.where(named, tl.exp(log_p.to(tl.float64)), 0.0), 0)
+    count = tl.sum(named.to(tl.int32), 0)
+    has_tail = (TAIL != "truncate") & (count < width) & (count > 0)
+    rest = 0.0
+    if TAIL == "renormalise":
+        log_p -= tl.log(tl.maximum(mass, 1e-300)).to(tl.float32)
+    if TAIL == "bucket":
+        rest = tl.maximum(1.0 - mass, 0.0).to(tl.float32)
+    log_p_tail = tl.maximum(tl.log(tl.maximum(rest, 1e-37)), LOG_ZERO)
+    log_p_tail = tl.where(rest > 0, log_p_tail, LOG_ZERO)
+    p = tl.where(named, tl.exp(log_p), 0.0)
+    p_tail = tl.where(has_tail, rest, 0.0)
+    q_named = tl.where(named, q, 0.0)
+    q_counted = tl.where(has_tail, q_tail, 0.0)
+
+    # Values and slopes of the divergence.
+    head = 0.0
+    if DIVERGENCE == "adaptive_kl":
+        gap = tl.abs(p - q_named)
+        in_head = (tl.cumsum(p, 0) <= HEAD_MASS) | (place == 0)
+        gaps = tl.sum(gap, 0) + tl.abs(p_tail - q_counted)
+        head = tl.where(gaps > 0, tl.sum(tl.where(in_head, gap, 0.0), 0) / gaps, 0.5)
+    value, r = _terms(log_p, log_p, p, log_q, q_named, beta, alpha, head, DIVERGENCE)
+    floored = tl.maximum(log_p_tail, LOG_TAIL_FLOOR)
+    value_tail, r_tail = _terms(
+        log_p_tail, floored, p_tail, log_q_tail, q_counted, beta, alpha, head, DIVERGENCE
+    )
+    loss = temperature * temperature * (tl.sum(value, 0) + value_tail)
+
+    # Cross-entropy.
+    hard = 0.0
+    plain_scale = 0.0
+    if HARD:
+        hard = tl.where(label >= 0, ce_weight, 0.0)
+        if PLAIN:
+            z_named = tl.where(named, z, FAR_BELOW)
+            plain_top = tl.maximum(tl.max(z_named, 0), plain_peak)
+            plain_total = plain_total * tl.exp(plain_peak - plain_top)
+            plain_total += tl.sum(tl.exp(z_named - plain_top), 0)
+            loss += tl.where(label >= 0, hard * (plain_top - z_label + tl.log(plain_total)), 0.0)
+            plain_peak = plain_top
+            plain_scale = hard / plain_total
+        else:
+            loss += tl.where(label >= 0, hard * (top - z_label + log_sum), 0.0)
+    weight = 1.0
+    if WEIGHTED:
+        weight = tl.load(weights_ptr + row).to(tl.float32)
+    tl.store(loss_ptr + row, loss * weight)
+
+    if GRADIENT:
+        # The most probable outcome's slope is shifted to 0: see divergences.outcome_gradient.
+        best = tl.argmax(q, 0)
+        q_best = tl.max(q, 0)
+        tail_is_top = q_tail > q_best
+        r_best = tl.sum(tl.where(place == best, r, 0.0), 0)
+        shift = tl.where(tail_is_top, r_tail / q_tail, r_best / q_best)
+        r = tl.where((place == best) & (not tail_is_top), 0.0, r - q * shift)
+        r_tail = tl.where(tail_is_top, 0.0, r_tail - q_tail * shift)
+        r = tl.where(named, r, 0.0)
+        r_sum = tl.sum(r, 0) + r_tail
+        inside = (r - q * r_sum) * temperature
+        outside = (r_tail - q_tail * r_sum) * temperature
+        if HARD and not PLAIN:
+            inside += q * hard
+            outside += q_tail * hard
+        scale = weight * outside / total
+        plain_scale = weight * plain_scale
+
+        # Second pass: the gradient of the words outside; those inside hold exp(-inf) = 0.
+        for start in range(0, width, BLOCK_V):
+            word = start + tl.arange(0, BLOCK_V)
+            raw = tl.load(logits + word, mask=word < width, other=float("-inf")).to(tl.float32)
+            z_word, slope_word = _cap(raw, softcap, CAPPED)
+            z_word = tl.where(raw == float("-inf"), raw, z_word)
+            gradient = scale * tl.exp(z_word * cold - peak)
+            if PLAIN:
+                gradient += plain_scale * tl.exp(z_word - plain_peak)
+            gradient = (gradient * slope_word).to(buffer.dtype.element_ty)
+            tl.store(logits + word, gradient, mask=word < width)
+        tl.debug_barrier()
+
+        # The words inside, and a label that is not among them.
+        inside *= weight
+        if HARD:
+            if PLAIN:
+                inside += plain_scale * tl.exp(z - plain_peak)
+            inside -= tl.where(ids == label, hard * weight, 0.0)
+            at_label = scale * tl.exp(z_label * cold - peak) - hard * weight
+            if PLAIN:
+                at_label += plain_scale * tl.exp(z_label - plain_peak)
+            alone = (label >= 0) & (tl.sum((ids == label).to(tl.int32), 0) == 0)
+            at_label = (at_label * slope_label).to(buffer.dtype.element_ty)
+            tl.store(logits + label, at_label, mask=alone)
+        tl.store(logits + ids, (inside * slope).to(buffer.dtype.element_ty), mask=named)
+
+
+@triton.jit
+def _cap(raw, softcap, CAPPED: tl.constexpr):
+    """Soft-capped logits, and the cap's slope."""
+    if CAPPED:
+        bent = 1.0 - 2.0 / (tl.exp(2.0 * raw / softcap) + 1.0)
+        return softcap * bent, 1.0 - bent * bent
+    else:
+        return raw, tl.full(raw.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _add(peak, total, x):
+    """An online log-sum-exp, one block further."""
+    new = tl.maximum(peak, tl.max(x, 0))
+    return new, total * tl.exp(peak - new) + tl.sum(tl.exp(x - new), 0)
+
+
+@triton.jit
+def _terms(log_p, floored, p, log_q, q, beta, alpha, head, DIVERGENCE: tl.constexpr):
+    """f(p, q) and q df/dq: the table of `divergences`."""
+    if DIVERGENCE == "forward_kl":
+        return p * (log_p - log_q), -p
+    elif DIVERGENCE == "reverse_kl":
+        return q * (log_q - floored), q * (log_q - floored + 1)
+    elif DIVERGENCE == "jsd":
+        log_m = _log_mixture(beta, log_p, log_q)
+        above = (1 - beta) * q * (log_q - log_m)
+        return beta * p * (log_p - log_m) + above, above
+    elif DIVERGENCE == "skew_forward_kl":
+        log_m = _log_mixture(alpha, log_p, log_q)
+        return p * (log_p - log_m), (alpha - 1) * p * tl.exp(log_q - log_m)
+    elif DIVERGENCE == "skew_reverse_kl":
+        ratio = log_q - _log_mixture(alpha, log_q, log_p)
+        return q * ratio, q * (ratio + 1 - alpha * tl.exp(ratio))
+    elif DIVERGENCE == "adaptive_kl":
+        reverse = (1 - head) * q * (log_q - floored)
+        return head * p * (log_p - log_q) + reverse, reverse + (1 - head) * q - head * p
+    else:
+        tl.static_assert(DIVERGENCE == "tv")
+        sign = tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0))
+        return tl.abs(p - q) / 2, q * sign / 2
+
+
+@triton.jit
+def _log_mixture(weight, log_a, log_b):
+    """log(weight a + (1 - weight) b)."""
+    a, b = log_a + tl.log(weight), log_b + tl.log(1 - weight)
+    high = tl.maximum(a, b)
+    return high + tl.log(1 + tl.exp(tl.minimum(a, b) - high))
