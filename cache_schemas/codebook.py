@@ -102,6 +102,8 @@ class Codebook:
         widths = (1e-9 <= book.first_step <= book.max_step <= 100.0) and 0.0 <= book.gamma <= 10.0
         if not widths or not 0.0 < book.floor <= 1e5:
             raise ValueError(f"codebook {facts}")
+        if book.edges[-1] < book.floor:
+            raise ValueError(f"codebook {facts} has more than {MAX_LEVELS} levels")
         return book
 
     def facts(self) -> dict[str, float]:

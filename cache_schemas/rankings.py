@@ -37,7 +37,7 @@ class Rankings:
         if lists.ndim != 2 or not 0 < lists.shape[0] <= MAX_CLASSES or common.ndim != 1:
             raise ShardCorrupt(f"shape {lists.shape}", where="table 'lists'")
         for name, table in (("lists", lists), ("common", common)):
-            if table.size and (table.min() < 0 or table.max() >= vocab_size):
+            if table.dtype.kind not in "iu" or not _all_ids(table, vocab_size):
                 raise ShardCorrupt(f"ids outside 0 .. {vocab_size - 1}", where=f"table '{name}'")
         if np.unique(common).size != vocab_size:
             raise ShardCorrupt("an id is missing", where="table 'common'")
@@ -107,6 +107,10 @@ class Rankings:
         if num_classes == 1:
             return cls(common[None, :length], common)
         return cls(_listed(_cluster(ids, frequency, num_classes), frequency, length), common)
+
+
+def _all_ids(table: np.ndarray, vocab_size: int) -> bool:
+    return not table.size or bool(table.min() >= 0 and table.max() < vocab_size)
 
 
 def _eighths(bits: np.ndarray) -> np.ndarray:

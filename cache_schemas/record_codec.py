@@ -144,8 +144,13 @@ class RowCodec:
         parts |= {NAMES.index(name): array for name, array in arrays.items()}
         return streams.pack(PROFILE_CODES[self.profile], rows, tokens, parts), error
 
-    def decode(self, blob: bytes | memoryview, names: Collection[str] | None = None) -> Signals:
-        """Arrays of one record: all, or those of `names` that it holds.
+    def decode(
+        self,
+        blob: bytes | memoryview,
+        names: Collection[str] | None = None,
+        rows: int | None = None,
+    ) -> Signals:
+        """Arrays of one record: all, or those of `names` that it holds; `rows` if they are known.
 
         Raises:
             ShardCorrupt: the bytes are not a record of this codec.
@@ -153,6 +158,8 @@ class RowCodec:
         record = streams.unpack(blob)
         if record.profile != PROFILE_CODES.get(self.profile):
             streams.corrupt(f"profile {record.profile}", f"{self.profile!r}")
+        if rows is not None and record.rows != rows:
+            streams.corrupt(f"{record.rows} rows", f"{rows}")
         limit = streams.MAX_ELEMENTS // max(self.k, self.draws, self.temperatures, 1)
         if max(record.rows, record.tokens) > limit:
             streams.corrupt(f"{record.rows} rows, {record.tokens} tokens", f"at most {limit}")

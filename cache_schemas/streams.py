@@ -30,6 +30,10 @@ VERSION = 1
 MAX_ELEMENTS = 1 << 26
 """Elements of one stream, at most: 256 MB of int32. Larger counts are refused before allocation."""
 
+FREE_ELEMENTS, MAX_RATIO = 1 << 20, 1 << 10
+"""A packed stream of more elements than FREE_ELEMENTS holds at most MAX_RATIO per further byte, so
+that a short record cannot ask for much memory; the writer keeps to it by storing numbers raw."""
+
 DTYPES = tuple(np.dtype(name) for name in ("u1", "<u2", "<u4", "<i4", "<f4", "<u8", "<i2"))
 Streams = dict[int, np.ndarray]
 
@@ -134,10 +138,20 @@ def _pack(flat: np.ndarray) -> tuple[int, bytes]:
     flat = flat.reshape(-1)
     code = DTYPES.index(flat.dtype)
     raw = flat.tobytes()
-    if flat.size and (flat.view(f"u{flat.itemsize}") == flat.view(f"u{flat.itemsize}")[0]).all():
+    if (
+        _plausible(flat.size, flat.itemsize)
+        and flat.size
+        and (flat.view(f"u{flat.itemsize}") == flat.view(f"u{flat.itemsize}")[0]).all()
+    ):
         return code | CONSTANT << 4, raw[: flat.itemsize]
     packed = _compress(flat) if flat.size else raw
-    return (code | PCO << 4, packed) if len(packed) < len(raw) else (code | RAW << 4, raw)
+    if len(packed) < len(raw) and _plausible(flat.size, len(packed)):
+        return code | PCO << 4, packed
+    return code | RAW << 4, raw
+
+
+def _plausible(count: int, num_bytes: int) -> bool:
+    return count <= FREE_ELEMENTS + MAX_RATIO * num_bytes
 
 
 def _compress(flat: np.ndarray) -> bytes:
@@ -151,6 +165,8 @@ def _compress(flat: np.ndarray) -> bytes:
 
 
 def _unpack(entry: Entry, count: int, number: int) -> np.ndarray:
+    if not _plausible(count, len(entry.payload)):
+        corrupt(f"stream {number} has {len(entry.payload)} bytes for {count} elements")
     out = np.empty(count, dtype=entry.dtype)
     if entry.coding == PCO:
         _decompress(entry.payload, out, number)
