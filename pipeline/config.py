@@ -36,6 +36,7 @@ class Source(Table):
     messages_column: str = ""
     """Column of chat messages; when set the chat template is applied and `text_column` unused."""
     image_column: str = ""
+    """Column of images (paths, bytes or data URLs) that the messages show."""
     limit: int = 0
     """Keep at most this many documents; 0 keeps all."""
 
@@ -54,6 +55,8 @@ class Prepare(Table):
     """Windows shorter than this are dropped and counted."""
     heldout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share of documents held out."""
+    processor_args: dict[str, Any] = Field(default_factory=dict)
+    """Passed to an image-text teacher's processor, such as `max_pixels`."""
     empty_documents: Literal["error", "skip"] = "error"
     """What a document without text means: a mistake to report, or one to count and leave out."""
     seed: int = 0
@@ -134,7 +137,9 @@ def parse(data: dict[str, Any], where: str) -> Run:
 def require(table: Any, name: str, where: str) -> Any:
     """A table that this stage cannot do without."""
     if table is None:
-        raise ConfigError(f"table [{name}] is missing", where=where, remedy=f"Add a [{name}] table.")
+        raise ConfigError(
+            f"table [{name}] is missing", where=where, remedy=f"Add a [{name}] table."
+        )
     return table
 
 

@@ -10,8 +10,8 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,26 @@ from cache_schemas.errors import ConfigError, CorpusError
 from pipeline.config import Prepare, Source
 from pipeline.corpus_chat import Tokens
 from pipeline.corpus_files import (
-    SPLITS,
     Corpus,
     ExampleFile,
-    read_examples,
     replace_directory,
     write_facts,
 )
+from pipeline.corpus_image_chat import ImageChat, ImageTokens
 from pipeline.corpus_sources import Document, OpenSource, open_source
+from pipeline.corpus_splits import canonical_json, deal, heldout_documents
 from pipeline.corpus_tokenizer import CorpusTokenizer, tokenizer_facts
+from pipeline.images import ImageStore, image_sha256
 from pipeline.record import Example, content_id
 
-__all__ = ["Corpus", "PrepareProgress", "prepare", "tokenizer_facts", "windows"]
+__all__ = [
+    "Corpus",
+    "PrepareProgress",
+    "heldout_documents",
+    "prepare",
+    "tokenizer_facts",
+    "windows",
+]
 
 DOCUMENTS_PER_CALL = 64
 
@@ -81,7 +89,7 @@ def prepare(
         made.mkdir()
         drawn = _Drawing(config, tokenizer, progress or (lambda _: None))
         drawn.write(sources, made / "all.arrow")
-        write_facts(made, identity | _split(drawn, made))
+        write_facts(made, identity | drawn.facts() | drawn.deal(made / "all.arrow"))
         replace_directory(made, target)
     return Corpus.open(target)
 
@@ -103,26 +111,6 @@ def windows(tokens: Tokens, size: int, overlap: int) -> Iterator[Tokens]:
         start += size - overlap
 
 
-def heldout_documents(documents: Iterable[str], share: float, seed: int) -> set[str]:
-    """The documents to hold out: those with the lowest hash, the same ones for the same seed.
-
-    At least one and never all, so both splits have something in them.
-
-    Raises:
-        CorpusError: there is one document only, and something should be held out.
-    """
-    ordered = sorted(set(documents), key=lambda d: hashlib.sha256(f"{seed}:{d}".encode()).digest())
-    if share == 0:
-        return set()
-    if len(ordered) < 2:
-        raise CorpusError(
-            "the corpus is one document, and a document is never split between train and held-out",
-            where="[prepare] heldout",
-            remedy="Add documents, cut the file into several, or set heldout = 0.",
-        )
-    return set(ordered[: min(max(1, round(share * len(ordered))), len(ordered) - 1)])
-
-
 class _Drawing:
     """One pass over the sources: examples in an Arrow file, and counts of everything left out."""
 
@@ -140,20 +128,35 @@ class _Drawing:
         Raises:
             CorpusError: there are none.
         """
+        images = ImageStore(path.parent / "images")
         with ExampleFile(path) as file:
             for source, opened in zip(self.config.source, sources):
-                for example in self._examples(source, opened):
+                for example in self._examples(source, opened, images):
                     file.write(example)
         if not self._seen:
             raise self._nothing()
         self.tokenizer.check_ids(self.highest_id)
 
-    def _examples(self, source: Source, opened: OpenSource) -> Iterator[Example]:
+    def deal(self, path: Path) -> dict[str, Any]:
+        """Digest and counts of the splits, made of what `write` wrote."""
+        meaning = self.tokenizer.facts | _meaning(self.config) | self.image_facts
+        return deal(path, self.documents, self.config.heldout, self.config.seed, meaning)
+
+    def facts(self) -> dict[str, Any]:
+        """What was left out, and what turned conversations into tokens."""
+        template = self.tokenizer.template if self.used_template else ""
+        return {"dropped": dict(self.dropped), "chat_template": template, **self.image_facts}
+
+    def _examples(
+        self, source: Source, opened: OpenSource, images: ImageStore
+    ) -> Iterator[Example]:
         kept = islice(opened.documents(), source.limit or None)
         read = 0
         for documents in _chunks(self._not_empty(kept)):
             read += len(documents)
             for document, tokens in zip(documents, self._tokenise(documents)):
+                for data in document.images:
+                    images.put(data)
                 yield from self._windows(source.name, _document_id(document), tokens)
             self.progress(PrepareProgress(read, len(self._seen), self.tokens))
 
@@ -170,21 +173,44 @@ class _Drawing:
                 )
             self.dropped["empty_documents"] += 1
 
-    def _tokenise(self, documents: list[Document]) -> Iterator[Tokens]:
+    def _tokenise(self, documents: list[Document]) -> Iterator[Tokens | ImageTokens]:
         """A source holds texts or conversations, never both."""
         if not documents[0].messages:
             return self.tokenizer.texts([document.text for document in documents])
         self.used_template = True
-        return map(self.tokenizer.chat, documents)
+        return map(self._chat, documents)
 
-    def _windows(self, source: str, document_id: str, tokens: Tokens) -> Iterator[Example]:
-        for token_ids, mask in windows(tokens, self.config.window, self.config.overlap):
-            example_id = content_id(token_ids, mask)
+    def _chat(self, document: Document) -> Tokens | ImageTokens:
+        """Conversations with images, and all others of an image-text teacher, go through its
+        processor."""
+        if not document.images and not self.tokenizer.has_processor:
+            return self.tokenizer.chat(document)
+        return self._image_chat(document)
+
+    @cached_property
+    def _image_chat(self) -> ImageChat:
+        return self.tokenizer.image_chat(self.config.processor_args)
+
+    @property
+    def image_facts(self) -> dict[str, Any]:
+        """What else identifies a corpus that an image processor had a part in."""
+        used = "_image_chat" in vars(self)
+        return {"processor": self._image_chat.facts} if used else {}
+
+    def _windows(
+        self, source: str, document_id: str, tokens: Tokens | ImageTokens
+    ) -> Iterator[Example]:
+        text, images = tokens[:2], tokens.images if isinstance(tokens, ImageTokens) else ()
+        if images and len(tokens[0]) > self.config.window:
+            self.dropped["conversations_with_images_longer_than_the_window"] += 1
+            return
+        for token_ids, mask in windows(text, self.config.window, self.config.overlap):
+            example_id = content_id(token_ids, mask, images)
             if reason := self._unfit(token_ids, mask, example_id):
                 self.dropped[reason] += 1
                 continue
             self._count(example_id, document_id, token_ids)
-            yield Example(example_id, document_id, source, token_ids, mask)
+            yield Example(example_id, document_id, source, token_ids, mask, images)
 
     def _unfit(self, token_ids: np.ndarray, mask: np.ndarray, example_id: str) -> str:
         if len(token_ids) < self.config.min_tokens:
@@ -209,32 +235,6 @@ class _Drawing:
         )
 
 
-def _split(drawn: _Drawing, made: Path) -> dict[str, Any]:
-    """Deal the examples to the splits by document; counts and digest of the result."""
-    held = heldout_documents(drawn.documents, drawn.config.heldout, drawn.config.seed)
-    counts = {name: Counter(documents=0, examples=0, tokens=0, targets=0) for name in SPLITS}
-    counts["heldout"]["documents"] = len(held)
-    counts["train"]["documents"] = len(drawn.documents) - len(held)
-    digest = hashlib.sha256()
-    with ExitStack() as stack:
-        files = {n: stack.enter_context(ExampleFile(made / f"{n}.arrow")) for n in SPLITS}
-        for example in read_examples(made / "all.arrow"):
-            name = "heldout" if example.document_id in held else "train"
-            files[name].write(example)
-            digest.update(_line(name, example))
-            size = {"examples": 1, "tokens": len(example.token_ids)}
-            counts[name].update(size, targets=int(example.loss_mask[1:].sum()))
-    (made / "all.arrow").unlink()
-    digest.update(_json(drawn.tokenizer.facts | _meaning(drawn.config)))
-    template = drawn.tokenizer.template if drawn.used_template else ""
-    return {
-        "digest": digest.hexdigest(),
-        "counts": {name: dict(count) for name, count in counts.items()},
-        "dropped": dict(drawn.dropped),
-        "chat_template": template,
-    }
-
-
 def _identity(config: Prepare, tokenizer: CorpusTokenizer, sources: list[OpenSource]) -> dict:
     """Everything that the result follows from: equal identities need no second preparation."""
     settings = config.model_dump(mode="json", exclude={"tokenizer"})
@@ -247,7 +247,11 @@ def _unchanged(directory: Path, identity: dict) -> Corpus | None:
         corpus = Corpus.open(directory)
     except CorpusError:
         return None
-    same = all(corpus.facts.get(key) == json.loads(_json(v)) for key, v in identity.items())
+    if "processor" in corpus.facts:
+        return None  # image files lie outside the sources' hashes
+    same = all(
+        corpus.facts.get(key) == json.loads(canonical_json(v)) for key, v in identity.items()
+    )
     return corpus if same else None
 
 
@@ -271,17 +275,10 @@ def _check_window(config: Prepare, context: int) -> None:
 
 
 def _document_id(document: Document) -> str:
-    content = document.text.encode() if document.text else _json(list(document.messages))
+    content = document.text.encode() if document.text else canonical_json(list(document.messages))
+    for data in document.images:
+        content += image_sha256(data).encode()
     return hashlib.sha256(content).hexdigest()[:32]
-
-
-def _line(split: str, example: Example) -> bytes:
-    facts = (split, example.example_id, example.document_id, example.source, example.weight)
-    return _json(list(facts)) + b"\n"
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:

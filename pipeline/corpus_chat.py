@@ -7,6 +7,8 @@ others the spans are found in the rendered text and carried to tokens by charact
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -53,15 +55,8 @@ class ChatTokenizer:
             CorpusError: the template refuses the messages, or a turn cannot be found in its text.
         """
         messages = [_plain(message) for message in document.messages]
-        try:
+        with _refusals(document):
             return self._marked(messages) if self.marks_itself else self._found(messages, document)
-        except CorpusError:
-            raise
-        except Exception as error:  # jinja raises whatever a template author chose
-            raise CorpusError(
-                f"the chat template refuses these messages ({type(error).__name__}: {error})",
-                where=document.where,
-            ) from None
 
     def _marked(self, messages: list[dict[str, Any]]) -> Tokens:
         made = self.tokenizer.apply_chat_template(
@@ -71,15 +66,31 @@ class ChatTokenizer:
         return np.asarray(made["input_ids"], dtype=np.int32), mask
 
     def _found(self, messages: list[dict[str, Any]], document: Document) -> Tokens:
+        text, spans = self._spans(messages, document)
+        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.asarray(made["input_ids"], dtype=np.int32)
+        return ids, inside(np.asarray(made["offset_mapping"]).reshape(-1, 2), text, spans)
+
+    def rendered(self, document: Document) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and which of its characters the assistant said.
+
+        Raises:
+            CorpusError: as for a call.
+        """
+        messages = [_plain(message) for message in document.messages]
+        with _refusals(document):
+            if not self.marks_itself:
+                return self._spans(messages, document)
+            return _marked_spans(self.tokenizer, messages)
+
+    def _spans(self, messages: list[dict[str, Any]], document: Document) -> tuple[str, list]:
         text = self._render(messages)
         spans = [
             self._span(text, messages, index, document)
             for index, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
-        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.asarray(made["input_ids"], dtype=np.int32)
-        return ids, _inside(np.asarray(made["offset_mapping"]).reshape(-1, 2), text, spans)
+        return text, spans
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
         return self.tokenizer.apply_chat_template(
@@ -108,6 +119,33 @@ class ChatTokenizer:
             if at >= 0 and (calls or not text[spoken:at].strip()):
                 return at + len(end)
         return spoken
+
+
+@contextmanager
+def _refusals(document: Document) -> Iterator[None]:
+    """Makes whatever a template raises into one kind of error that names the document."""
+    try:
+        yield
+    except CorpusError:
+        raise
+    except Exception as error:  # jinja raises whatever a template author chose
+        raise CorpusError(
+            f"the chat template refuses these messages ({type(error).__name__}: {error})",
+            where=document.where,
+        ) from None
+
+
+def _marked_spans(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, list]:
+    """Text and characters inside the template's generation blocks."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        conversations=[messages],
+        chat_template=tokenizer.chat_template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
 
 def _spoken(message: dict[str, Any]) -> str:
@@ -141,7 +179,7 @@ def _common_prefix(text: str, prompt: str) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(prompt)))
 
 
-def _inside(offsets: np.ndarray, text: str, spans: list[tuple[int, int]]) -> np.ndarray:
+def inside(offsets: np.ndarray, text: str, spans: list[tuple[int, int]]) -> np.ndarray:
     """Tokens [L] that hold characters of a span and, beside them, at most white space before it.
 
     Prompts that end in a space need this: most tokenizers join that space to the first word.

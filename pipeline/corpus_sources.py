@@ -7,19 +7,22 @@ file and the line. Sources do not tokenise and never skip anything silently.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cache_schemas.errors import CorpusError
 from pipeline.config import Source
+from pipeline.corpus_images import inline_images, read_caption, read_images
+from pipeline.images import SUFFIXES as SUFFIXES_OF_IMAGES
 from pipeline.strict import nearest
 
 SUFFIXES = {
     "text": (".txt", ".md", ".rst"),
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet",),
+    "images": SUFFIXES_OF_IMAGES,
 }
 ROWS_PER_READ = 1024
 
@@ -32,11 +35,13 @@ class Document:
         where: file and line, row or topic, for messages.
         text: plain text; empty for a conversation.
         messages: chat messages as the template takes them; empty for plain text.
+        images: bytes of the image files that the messages show, in order.
     """
 
     where: str
     text: str = ""
     messages: tuple[dict[str, Any], ...] = ()
+    images: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +79,37 @@ def read_jsonl(source: Source, path: Path) -> Iterator[Document]:
             where = f"{path}:{number}"
             if line.strip():
                 row = _json_object(decode(line, str(path), number, offset), where)
-                yield _document(source, row, where)
+                yield _document(source, row, where, path.parent)
             offset += len(line)
 
 
 def read_parquet(source: Source, path: Path) -> Iterator[Document]:
-    """The one column that is needed, a batch of rows at a time."""
+    """The columns that are needed, a batch of rows at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    column = source.messages_column or source.text_column
+    columns = [source.messages_column or source.text_column]
+    columns += [source.image_column] if source.image_column else []
     try:
         file = pq.ParquetFile(path)
-        _require_column(column, file.schema_arrow.names, str(path))
-        row = 0
-        for batch in file.iter_batches(ROWS_PER_READ, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield _document(source, {column: value}, f"{path} row {row}")
+        for column in columns:
+            _require_column(column, file.schema_arrow.names, str(path))
+        number = 0
+        for batch in file.iter_batches(ROWS_PER_READ, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield _document(source, row, f"{path} row {number}", path.parent)
     except pa.ArrowInvalid as error:
         raise CorpusError(f"is not Parquet ({_first_line(error)})", where=str(path)) from None
+
+
+def read_captioned(path: Path) -> Iterator[Document]:
+    """An image file and the caption beside it as a conversation of two turns."""
+    messages = (
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": read_caption(path)},
+    )
+    yield Document(str(path), messages=messages, images=(path.read_bytes(),))
 
 
 def read_topics() -> Iterator[Document]:
@@ -156,26 +172,19 @@ def _open_hub(source: Source) -> OpenSource:
     return open_hub(source)
 
 
-def _open_images(source: Source) -> OpenSource:
-    raise CorpusError(
-        "images cannot be prepared by this release",
-        where=f"[[prepare.source]] {source.name}",
-        remedy="Use a source of text or chat messages.",
-    )
-
-
 OPENERS: dict[str, Callable[[Source], OpenSource]] = {
     "text": _open_files,
     "jsonl": _open_files,
     "parquet": _open_files,
     "pydoc_topics": _open_topics,
     "hub": _open_hub,
-    "images": _open_images,
+    "images": _open_files,
 }
 READERS: dict[str, Callable[[Source, Path], Iterator[Document]]] = {
     "text": lambda _, path: read_text(path),
     "jsonl": read_jsonl,
     "parquet": read_parquet,
+    "images": lambda _, path: read_captioned(path),
 }
 
 
@@ -184,13 +193,15 @@ def _read_all(reader, source: Source, files: list[Path]) -> Iterator[Document]:
         yield from reader(source, path)
 
 
-def _document(source: Source, row: dict[str, Any], where: str) -> Document:
-    """The configured column of a row, checked to be text or messages."""
+def _document(source: Source, row: dict[str, Any], where: str, folder: Path) -> Document:
+    """The configured column of a row, checked to be text or messages; images it names."""
     column = source.messages_column or source.text_column
     _require_column(column, list(row), where)
     value = row[column]
     if source.messages_column:
-        return Document(where, messages=_messages(value, column, where))
+        return _with_images(
+            source, Document(where, messages=_messages(value, column, where)), row, folder
+        )
     if value is None or isinstance(value, str):
         return Document(where, text=value or "")
     raise CorpusError(
@@ -199,6 +210,16 @@ def _document(source: Source, row: dict[str, Any], where: str) -> Document:
         where=where,
         remedy="For chats set messages_column instead of text_column.",
     )
+
+
+def _with_images(source: Source, document: Document, row: dict[str, Any], folder: Path) -> Document:
+    """The document with its images: those of the image column, or those its messages carry."""
+    if source.image_column:
+        _require_column(source.image_column, list(row), document.where)
+        found = row[source.image_column]
+    else:
+        found = inline_images(document.messages)
+    return replace(document, images=read_images(found, folder, document.where))
 
 
 def _messages(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]:

@@ -17,6 +17,7 @@ import numpy as np
 from cache_schemas.errors import CorpusError, PlanMismatch
 from pipeline.config import Teacher
 from pipeline.corpus_chat import ChatTokenizer, Tokens
+from pipeline.corpus_image_chat import ImageChat, has_image_processor
 from pipeline.corpus_sources import Document
 from pipeline.teacher.facts import model_directory, model_shape
 
@@ -38,6 +39,7 @@ class CorpusTokenizer:
         hf: the transformers tokenizer.
         facts: see `tokenizer_facts`.
         where: directory or hub id, for messages.
+        directory: where its files lie.
         context: most tokens the teacher attends to; 0 when unknown.
         head: size of the teacher's vocabulary; 0 when there is no teacher.
         end_ids: ids that end a turn according to the model's generation config.
@@ -46,6 +48,7 @@ class CorpusTokenizer:
     hf: Any
     facts: dict[str, Any]
     where: str
+    directory: Path
     context: int
     head: int
     end_ids: tuple[int, ...]
@@ -69,6 +72,7 @@ class CorpusTokenizer:
             hf=hf,
             facts=facts,
             where=tokenizer or teacher_model,
+            directory=directory,
             context=shape.context if shape else 0,
             head=shape.vocab_size if shape else 0,
             end_ids=_end_ids(directory),
@@ -87,6 +91,15 @@ class CorpusTokenizer:
     def chat(self, document: Document) -> Tokens:
         """A conversation, with the assistant's tokens as targets."""
         return self._chat(document)
+
+    @cached_property
+    def has_processor(self) -> bool:
+        """Whether this is the tokenizer of an image-text model."""
+        return has_image_processor(self.directory)
+
+    def image_chat(self, arguments: dict[str, Any]) -> ImageChat:
+        """What reads conversations with images, by the model's processor."""
+        return ImageChat(self.directory, arguments, self.end_ids)
 
     def check_ids(self, highest: int) -> None:
         """Refuse token ids that the teacher has no logits for."""

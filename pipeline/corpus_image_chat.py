@@ -1,0 +1,173 @@
+"""Conversations with images as tokens: what the teacher's own processor makes of them.
+
+One idea: the processor is applied once, here. It expands each image's place in the rendered
+conversation into placeholders and says which characters it replaced, so spans, loss mask and
+tokens all follow from one text with its character offsets. Pixels are not kept: engines make
+them again from the bytes, and must arrive at the same placeholders.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cache_schemas.errors import CorpusError
+from pipeline.corpus_chat import ChatTokenizer, inside
+from pipeline.corpus_images import place_images
+from pipeline.corpus_sources import Document
+from pipeline.images import decode_image, image_sha256
+from pipeline.record import ImageSpan
+
+
+class ImageTokens(NamedTuple):
+    """A conversation as one example: int32 ids [L], bool mask [L], image spans in order."""
+
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    images: tuple[ImageSpan, ...]
+
+
+class ImageChat:
+    """Turns conversations with images into tokens by a model's processor.
+
+    Args:
+        directory: HF directory of the model.
+        arguments: passed to the processor with every call, such as `max_pixels`.
+        end_ids: ids that end a turn.
+
+    Raises:
+        CorpusError: the model has no image processor or its processor has no chat template.
+    """
+
+    def __init__(self, directory: Path, arguments: dict[str, Any], end_ids: tuple[int, ...] = ()):
+        self._processor = _load(directory)
+        self._arguments = arguments
+        self._chat = ChatTokenizer(_Renderer(self._processor), end_ids)
+        self.facts = {"sha256": _sha256_of_settings(self._processor), "arguments": arguments}
+
+    def __call__(self, document: Document) -> ImageTokens:
+        """One example.
+
+        Raises:
+            CorpusError: an image cannot be decoded, the numbers of images and of their places
+                differ, or the processor refuses the conversation.
+        """
+        pictures = [
+            decode_image(data, f"{document.where} image {number}")
+            for number, data in enumerate(document.images, start=1)
+        ]
+        messages = place_images(document.messages, len(pictures), document.where)
+        text, spoken = self._chat.rendered(replace(document, messages=messages))
+        made = self._process(text, pictures, document.where)
+        offsets = np.asarray(made["offset_mapping"][0]).reshape(-1, 2)
+        replaced = (made.get("text_replacement_offsets") or [[]])[0]
+        if len(replaced) != len(pictures):
+            raise CorpusError(
+                f"the chat template gave {len(replaced)} image places for {len(pictures)} images",
+                where=document.where,
+                remedy="Use the model's own chat template.",
+            )
+        hashes = [image_sha256(data) for data in document.images]
+        spans = [_tokens_of(offsets, place["new_span"]) for place in replaced]
+        grown = [
+            (start + _growth(replaced, start), end + _growth(replaced, end))
+            for start, end in spoken
+        ]
+        expanded = _expand(text, replaced)
+        return ImageTokens(
+            np.asarray(made["input_ids"][0], dtype=np.int32),
+            inside(offsets, expanded, grown),
+            tuple(ImageSpan(name, *span) for name, span in zip(hashes, spans)),
+        )
+
+    def _process(self, text: str, pictures: list, where: str) -> dict[str, Any]:
+        bos = self._processor.tokenizer.bos_token
+        try:
+            return self._processor(
+                text=[text],
+                images=[pictures] if pictures else None,
+                add_special_tokens=not (bos and text.startswith(bos)),
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+                **self._arguments,
+            )
+        except Exception as error:  # processors raise whatever their authors chose
+            raise CorpusError(
+                f"the processor refuses this conversation ({type(error).__name__}: {error})",
+                where=where,
+            ) from None
+
+
+class _Renderer:
+    """A processor in the place where `ChatTokenizer` expects a tokenizer."""
+
+    def __init__(self, processor: Any):
+        self._processor = processor
+        self.chat_template = processor.chat_template
+        self.is_fast = getattr(processor.tokenizer, "is_fast", False)
+
+    def apply_chat_template(self, messages, **options):
+        return self._processor.apply_chat_template(messages, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor.tokenizer, name)
+
+
+def _tokens_of(offsets: np.ndarray, characters: tuple[int, int]) -> tuple[int, int]:
+    """(first token, number of tokens) of a run of characters."""
+    start, end = characters
+    touching = (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    at = np.flatnonzero(touching)
+    return int(at[0]), int(at[-1]) - int(at[0]) + 1
+
+
+def _growth(replaced: list[dict], character: int) -> int:
+    """How far a place of the rendered text moved when the images before it were expanded."""
+    before = [place for place in replaced if place["span"][1] <= character]
+    return before[-1]["new_span"][1] - before[-1]["span"][1] if before else 0
+
+
+def _expand(text: str, replaced: list[dict]) -> str:
+    done, last = [], 0
+    for place in replaced:
+        done += [text[last : place["span"][0]], place["replacement"]]
+        last = place["span"][1]
+    return "".join([*done, text[last:]])
+
+
+def _load(directory: Path) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(directory)
+    except Exception as error:  # whatever a broken configuration makes the libraries raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CorpusError(f"no processor can be loaded ({reason})", where=str(directory)) from None
+    if not hasattr(processor, "image_processor"):
+        raise CorpusError(
+            "has no image processor",
+            expected="preprocessor_config.json or processor_config.json of an image-text model",
+            where=str(directory),
+            remedy="Use an image-text teacher, or leave the images out.",
+        )
+    return processor
+
+
+def has_image_processor(directory: Path) -> bool:
+    """Whether a model directory comes with an image processor."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        try:
+            settings = json.loads((directory / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if "image_processor" in settings or "image_processor_type" in settings:
+            return True
+    return False
+
+
+def _sha256_of_settings(processor: Any) -> str:
+    settings = json.loads(processor.to_json_string())
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

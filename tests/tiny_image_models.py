@@ -1,0 +1,211 @@
+"""Tiny image-text teachers of three families, saved as vLLM 0.32 and transformers both read them.
+
+One idea: the real architecture, processor and chat template of a family at toy sizes, so that what
+differs between families (how an image becomes placeholders, which positions they get) is real.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tests import tiny_models
+
+FAMILIES = ("llava", "qwen2_5_vl", "idefics3")
+EXTRA = {
+    "llava": ("<image>",),
+    "qwen2_5_vl": ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    "idefics3": (
+        "<image>",
+        "<fake_token_around_image>",
+        "<global-img>",
+        "<end_of_utterance>",
+        *(f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)),
+    ),
+}
+MARKER = {
+    "llava": "<image>",
+    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "idefics3": "<image>",
+}
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ 'MARKER' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save(family: str, directory: str | Path, seed: int = 0) -> Path:
+    """An image-text model of a family with its processor, fp32, as an HF directory."""
+    import torch
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_models.save_tokenizer(directory, chat_template=None)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(EXTRA[family])})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MODELS[family](tokenizer).float().eval()
+    model.save_pretrained(directory)
+    processor = PROCESSORS[family](tokenizer)
+    processor.chat_template = TEMPLATE.replace("MARKER", MARKER[family])
+    processor.save_pretrained(directory)
+    _rename_for_vllm(family, directory)
+    return directory
+
+
+def image(seed: int = 0, width: int = 40, height: int = 30, form: str = "PNG") -> bytes:
+    """The bytes of an image file with smooth content."""
+    from PIL import Image
+
+    random = np.random.default_rng(seed)
+    small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    stream = io.BytesIO()
+    small.resize((width, height), Image.Resampling.BICUBIC).save(stream, form)
+    return stream.getvalue()
+
+
+def _text(tokenizer, **more) -> dict:
+    shape = tiny_models._shape(2, 64, len(tokenizer))
+    return shape | {"tie_word_embeddings": False, "max_position_embeddings": 1024} | more
+
+
+def _llava(tokenizer):
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=7,
+        initializer_range=0.3,
+    )
+    config = LlavaConfig(
+        text_config=LlamaConfig(**_text(tokenizer, head_dim=32)),
+        vision_config=vision,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def _qwen(tokenizer):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = _text(tokenizer) | {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]},
+    }
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in EXTRA["qwen2_5_vl"]}
+    config = Qwen2_5_VLConfig(
+        text_config=text | {"model_type": "qwen2_5_vl_text"},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_heads": 2,
+            "out_hidden_size": 128,
+            "patch_size": 14,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+            "initializer_range": 0.1,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _idefics3(tokenizer):
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    config = Idefics3Config(
+        text_config=_text(tokenizer, head_dim=32) | {"model_type": "llama"},
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 7,
+            "initializer_range": 0.1,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
+    return Idefics3ForConditionalGeneration(config)
+
+
+def _llava_processor(tokenizer):
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    size = {"height": 28, "width": 28}
+    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size)
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def _qwen_processor(tokenizer):
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 8}
+    images, videos = Qwen2VLImageProcessor(size=pixels), Qwen2VLVideoProcessor(size=pixels)
+    return Qwen2_5_VLProcessor(images, tokenizer, videos)
+
+
+def _idefics3_processor(tokenizer):
+    from transformers import Idefics3ImageProcessor, Idefics3Processor
+
+    images = Idefics3ImageProcessor(
+        size={"longest_edge": 56}, max_image_size={"longest_edge": 28}, do_image_splitting=True
+    )
+    return Idefics3Processor(images, tokenizer, image_seq_len=4)
+
+
+def _rename_for_vllm(family: str, directory: Path) -> None:
+    """vLLM 0.32 looks for CLIP's weights where transformers 5.18 and earlier saved them."""
+    from safetensors.torch import load_file, save_file
+
+    if family != "llava":
+        return
+    path = directory / "model.safetensors"
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    weights = {name.replace(old, new): tensor for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    index = directory / "model.safetensors.index.json"
+    assert not index.exists(), json.loads(index.read_text())
+
+
+MODELS = {"llava": _llava, "qwen2_5_vl": _qwen, "idefics3": _idefics3}
+PROCESSORS = {
+    "llava": _llava_processor,
+    "qwen2_5_vl": _qwen_processor,
+    "idefics3": _idefics3_processor,
+}
