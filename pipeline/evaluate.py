@@ -180,7 +180,7 @@ def _logprobs(states: StudentStates, rows: torch.Tensor, vocabulary: int) -> tor
     """fp32 log-softmax [rows, vocabulary] of chosen rows."""
     head = states.head
     bias = None if head.bias is None else head.bias[:vocabulary]
-    logits = nn.functional.linear(states.final[rows], head.weight[:vocabulary], bias).float()
+    logits = nn.functional.linear(states.at(rows), head.weight[:vocabulary], bias).float()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     return logits.log_softmax(dim=-1)

@@ -38,13 +38,13 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The LM head: logits = softcap(hidden @ weight.T + bias).
+    """The LM head: logits = softcap(scale * hidden @ weight.T + bias).
 
     Attributes:
         weight: [V, D].
         bias: [V] or None.
         softcap: c of c * tanh(z / c), or None.
-        scale: factor that the architecture puts on the hidden states' logits.
+        scale: factor that some architectures put on the product.
     """
 
     weight: torch.Tensor
@@ -58,14 +58,19 @@ class StudentStates:
     """What one forward pass of a student gives the objectives.
 
     Attributes:
-        final: [B * S, D], after the final norm and the architecture's logit scale.
-        blocks: block number (1-based) -> [B * S, D], the block's output.
+        final: [B * S, D], after the final norm.
         head: the LM head.
+        blocks: block number (1-based) -> [B * S, D], the block's output.
     """
 
     final: torch.Tensor
+    head: Head
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)
-    head: Head | None = None
+
+    def at(self, rows: torch.Tensor) -> torch.Tensor:
+        """[N, D]: what the head multiplies at chosen flat positions."""
+        chosen = self.final[rows]
+        return chosen if self.head.scale == 1.0 else chosen * self.head.scale
 
 
 def initial_student(student: Student, teacher: Teacher | None, directory: Path) -> Path:
@@ -194,9 +199,7 @@ def forward_states(
     finally:
         for hook in hooks:
             hook.remove()
-    head = head_of(model)
-    final = found.last_hidden_state.flatten(0, 1)
-    return StudentStates(final if head.scale == 1.0 else final * head.scale, outputs, head)
+    return StudentStates(found.last_hidden_state.flatten(0, 1), head_of(model), outputs)
 
 
 def check_documents_are_isolated(model: nn.Module, vocab_size: int) -> None:

@@ -255,7 +255,7 @@ class _Training:
         scale = self._scale(totals, done)
         torch.manual_seed(_step_seed(settings.seed, number, parallel.rank))
         found = [
-            self._microbatch(batch, weights, scale, last=place == len(batches) - 1)
+            self._microbatch(batch, weights, scale, done, last=place == len(batches) - 1)
             for place, (batch, (weights, _)) in enumerate(zip(batches, weighed))
         ]
         values = self._finite(number, batches, torch.stack(found).cpu())
@@ -276,12 +276,14 @@ class _Training:
             for term, total in zip(self.terms, totals.tolist())
         ]
 
-    def _microbatch(self, batch: DistillBatch, weights, scale, last: bool) -> torch.Tensor:
+    def _microbatch(
+        self, batch: DistillBatch, weights, scale, done: float, last: bool
+    ) -> torch.Tensor:
         device = self.parallel.device
-        scaled = [(w * s).to(device, torch.float32) for w, s in zip(weights, scale)]
+        scaled = [(w * s).float() for w, s in zip(weights, scale)]
         with accumulating(self.module, last):
             with _autocast(device, self.settings.precision):
-                values = self.module(batch.to(device), scaled)
+                values = self.module(batch.to(device), scaled, done)
             values.sum().backward()
         return values.detach()
 

@@ -55,8 +55,11 @@ class Objective(Table):
     """Name of one of `[train.caches]`; empty takes `train.cache`."""
     source_weights: dict[str, float] = Field(default_factory=dict)
     """Corpus source -> factor on its rows; sources not named keep 1."""
-    curriculum: Literal["none", "easy_first", "hard_first"] = "none"
-    """Keep rows of low (high) teacher entropy at first and all of them at the end."""
+    curriculum: Literal[
+        "none", "low_entropy_first", "high_entropy_first", "small_gap_first", "large_gap_first"
+    ] = "none"
+    """Which rows come first: those where the teacher's entropy, or its advantage over the student on
+    the text's own token, is low or high; all of them at the end. A gap costs one more sweep."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of this objective; see the runbook on objectives."""
 

@@ -6,19 +6,32 @@ pass then returns contributions that add up, over microbatches and ranks, to the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from cache_schemas.errors import ConfigError, StudentError
-from cache_schemas.signals import is_hidden
 from pipeline.data.batch import DistillBatch, Units
 from pipeline.objectives import registry
+from pipeline.objectives.presets import expand
 from pipeline.objectives.registry import CacheFacts, Context, Needs, Spec
 from pipeline.student import blocks_of, forward_states
 from pipeline.training_tables import Objective
+
+CURRICULUM_SIGNALS = {
+    "none": (),
+    "low_entropy_first": ("entropy",),
+    "high_entropy_first": ("entropy",),
+    "small_gap_first": ("token_logprob",),
+    "large_gap_first": ("token_logprob",),
+}
+"""What ranks the rows: the teacher's entropy, or how much likelier than the student it finds the
+token that follows (its log p minus the student's log q)."""
+
+FIRST_SHARE = 0.25
+"""Share of the rows that a curriculum admits at the first step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +65,8 @@ def terms_of(objectives: Sequence[Objective], caches: Mapping[str, CacheFacts]) 
     """
     if not objectives:
         raise ConfigError("no [[objective]]", remedy="Add one, for example name = 'forward_kl'.")
-    terms = [_term(number, table, caches) for number, table in enumerate(objectives)]
-    return terms
+    lines = [line for table in objectives for line in expand(table)]
+    return [_term(number, table, caches) for number, table in enumerate(lines)]
 
 
 def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts]) -> Term:
@@ -67,6 +80,8 @@ def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts]) -> Te
             remedy="Name it under [train.caches].",
         )
     needs, facts = spec.needs(options), caches[table.cache]
+    ranked = CURRICULUM_SIGNALS[table.curriculum]
+    needs = replace(needs, signals=(*needs.signals, *ranked))
     _check_needs(needs, facts, f"{where} '{table.name}'")
     label = f"{number + 1}.{table.name}" + (f"@{table.cache}" if table.cache else "")
     return Term(label, table, spec, options, needs, facts)
@@ -90,8 +105,6 @@ def _check_needs(needs: Needs, facts: CacheFacts, where: str) -> None:
             where=where,
             remedy="It cannot be derived from top-k probabilities: add it to [capture].",
         )
-    if needs.teacher_head and facts.head is None:
-        raise StudentError("needs the teacher's head, which the cache does not hold", where=where)
 
 
 def signals_needed(terms: Sequence[Term], caches: Mapping[str, CacheFacts]) -> dict[str, set[str]]:
@@ -99,8 +112,6 @@ def signals_needed(terms: Sequence[Term], caches: Mapping[str, CacheFacts]) -> d
     needed: dict[str, set[str]] = {name: set() for name in caches}
     for term in terms:
         needed[term.table.cache] |= set(term.needs.signals)
-        if term.table.curriculum != "none":
-            needed[term.table.cache].add("entropy")
     return needed
 
 
@@ -111,18 +122,27 @@ class Distiller(nn.Module):
         model: the student.
         projectors: those of the objectives, by number.
         terms: the checked objectives.
+        sums: what the objectives left in the last forward passes, to be added up and reported.
     """
 
-    def __init__(self, model: nn.Module, terms: Sequence[Term], kernel: str = "chunked"):
+    def __init__(
+        self,
+        model: nn.Module,
+        terms: Sequence[Term],
+        kernel: str = "chunked",
+        teacher_head: torch.Tensor | None = None,
+    ):
         super().__init__()
         self.model, self.terms, self.kernel = model, list(terms), kernel
+        self.register_buffer("teacher_head", teacher_head, persistent=False)
         self.projectors = nn.ModuleDict()
         for number, term in enumerate(self.terms):
-            made = term.spec.projector(term.options, _text_config(model), term.facts)
+            made = term.spec.projector(term.options, model.config.get_text_config(), term.facts)
             if made is not None:
                 self.projectors[str(number)] = made
         self.blocks = sorted({block for term in self.terms for block in term.needs.blocks})
         _check_blocks(self.blocks, model)
+        self.sums: dict[str, dict[str, torch.Tensor]] = {}
 
     def weigh(
         self, batch: DistillBatch, progress: float
@@ -135,19 +155,21 @@ class Distiller(nn.Module):
 
         Returns:
             One float32 [units] per objective, and float64 [objectives] totals to be summed over
-            microbatches and ranks.
+            microbatches and ranks. With `reduction = "sample"` a total counts examples.
         """
         weights = [unit_weights(term, batch, progress) for term in self.terms]
-        totals = [_total(term, batch, w) for term, w in zip(self.terms, weights)]
-        return weights, torch.tensor(totals, dtype=torch.float64)
+        return weights, torch.stack([w.double().sum() for w in weights])
 
-    def forward(self, batch: DistillBatch, weights: list[torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, batch: DistillBatch, weights: list[torch.Tensor], progress: float = 1.0
+    ) -> torch.Tensor:
         """Each objective's contribution to the step's loss.
 
         Args:
             batch: on the student's device.
-            weights: per objective float32 [units], divided by the global totals and multiplied by
-                the objective's weight.
+            weights: per objective float32 [units] on the CPU, divided by the global totals and
+                multiplied by the objective's weight.
+            progress: share of the run that is done.
 
         Returns:
             float32 [objectives].
@@ -155,22 +177,32 @@ class Distiller(nn.Module):
         states = forward_states(self.model, batch.input_ids, batch.position_ids, self.blocks)
         values = []
         for number, (term, weight) in enumerate(zip(self.terms, weights, strict=True)):
-            key = str(number)
-            projector = self.projectors[key] if key in self.projectors else None  # noqa: SIM401
-            teacher = batch.teachers[term.table.cache]
-            context = Context(
-                states,
-                batch,
-                teacher.signals,
-                teacher.positions,
-                weight,
-                term.options,
-                term.facts,
-                projector,
-                self.kernel,
-            )
+            context = self._context(number, term, states, batch, weight)
+            if term.table.curriculum.endswith("gap_first"):
+                context = admit_by_gap(context, term.table.curriculum, progress)
             values.append(term.spec.compute(context).float().sum())
+            self._keep_sums(term.label, context.sums)
         return torch.stack(values)
+
+    def _context(self, number: int, term: Term, states, batch: DistillBatch, weight) -> Context:
+        teacher, key = batch.teachers[term.table.cache], str(number)
+        return Context(
+            states,
+            batch,
+            teacher.signals,
+            teacher.positions,
+            weight if term.spec.unit == "row" else weight.to(states.final.device),
+            term.options,
+            term.facts,
+            self.projectors[key] if key in self.projectors else None,  # noqa: SIM401
+            self.kernel,
+            self.teacher_head,
+        )
+
+    def _keep_sums(self, label: str, sums: dict[str, torch.Tensor]) -> None:
+        mine = self.sums.setdefault(label, {}) if sums else {}
+        for name, value in sums.items():
+            mine[name] = mine.get(name, 0) + value.detach().double().cpu()
 
 
 def unit_weights(term: Term, batch: DistillBatch, progress: float) -> torch.Tensor:
@@ -179,12 +211,19 @@ def unit_weights(term: Term, batch: DistillBatch, progress: float) -> torch.Tens
     A unit outside the mask weighs 0, one inside it its example's weight times its source's factor;
     `reduction = "sample"` divides that by the number of the example's units, so that examples and
     not rows are averaged.
+
+    Returns:
+        float32 [units].
     """
     factors = batch.sample_weight * _source_factors(term, batch)
+    teacher = batch.teachers[term.table.cache]
+    applies = term.spec.applies
     if term.spec.unit == "example":
-        return factors
-    units = _units(term, batch)
-    inside = _mask(term, batch, units) & _curriculum(term, batch, progress)
+        return factors if applies is None else factors * applies(term.options, batch, teacher)
+    units = batch.rows if term.spec.unit == "row" else teacher.positions
+    inside = _mask(term, batch, units) & _admitted(term, batch, progress, len(units.flat))
+    if applies is not None:
+        inside = inside & applies(term.options, batch, teacher)
     weights = inside * factors[units.example]
     if term.table.reduction == "sample":
         counts = torch.zeros(len(factors)).index_add_(0, units.example, inside.float())
@@ -192,20 +231,9 @@ def unit_weights(term: Term, batch: DistillBatch, progress: float) -> torch.Tens
     return weights
 
 
-def _total(term: Term, batch: DistillBatch, weights: torch.Tensor) -> float:
-    """What the weights are divided by: with `sample` this counts each example once."""
-    return float(weights.double().sum())
-
-
 def _source_factors(term: Term, batch: DistillBatch) -> torch.Tensor:
     factors = term.table.source_weights
     return torch.tensor([factors.get(source, 1.0) for source in batch.sources])
-
-
-def _units(term: Term, batch: DistillBatch) -> Units:
-    if term.spec.unit == "row":
-        return batch.rows
-    return batch.teachers[term.table.cache].positions
 
 
 def _mask(term: Term, batch: DistillBatch, units: Units) -> torch.Tensor:
@@ -217,18 +245,48 @@ def _mask(term: Term, batch: DistillBatch, units: Units) -> torch.Tensor:
     return ~units.image if term.table.mask == "text" else torch.ones_like(units.image)
 
 
-def _curriculum(term: Term, batch: DistillBatch, progress: float) -> torch.Tensor:
-    """Rows admitted now: a share that grows from a quarter to all, by rank of teacher entropy."""
-    if term.table.curriculum == "none" or term.spec.unit != "row":
-        return torch.ones(len(_units(term, batch).flat), dtype=torch.bool)
+def _admitted(term: Term, batch: DistillBatch, progress: float, count: int) -> torch.Tensor:
+    """bool [units]: rows that a curriculum by teacher entropy admits now."""
+    if not term.table.curriculum.endswith("entropy_first") or term.spec.unit != "row":
+        return torch.ones(count, dtype=torch.bool)
     entropy = batch.teachers[term.table.cache].signals["entropy"]
-    ranks = entropy.argsort().argsort().double() / max(len(entropy) - 1, 1)
-    share = 0.25 + 0.75 * progress
-    return ranks <= share if term.table.curriculum == "easy_first" else ranks >= 1.0 - share
+    return admitted(entropy, progress, term.table.curriculum.startswith("low"))
 
 
-def _text_config(model: nn.Module) -> Any:
-    return model.config.get_text_config()
+def admitted(score: torch.Tensor, progress: float, low_first: bool) -> torch.Tensor:
+    """Rows of lowest (highest) score: `FIRST_SHARE` of them at first, all of them at the end.
+
+    Args:
+        score: [N].
+        progress: 0 to 1.
+        low_first: which end comes first.
+
+    Returns:
+        bool [N].
+    """
+    ranks = (score if low_first else -score).argsort(stable=True).argsort().double()
+    share = FIRST_SHARE + (1 - FIRST_SHARE) * progress
+    return ranks < max(1.0, share * len(score))
+
+
+def admit_by_gap(context: Context, curriculum: str, progress: float) -> Context:
+    """Leave out rows by the gap between teacher and student; those that stay weigh more.
+
+    The total weight of the microbatch stays, because it is divided out before the student is run.
+    """
+    from pipeline.objectives.divergence import hard_label
+
+    weights, labels = context.weights, context.batch.labels
+    inside = (weights != 0).float()
+    with torch.no_grad():
+        log_q = -hard_label(context, labels, weights=inside)
+    gap = (context.teacher["token_logprob"] - log_q).cpu()
+    rows = inside.nonzero()[:, 0]
+    stay = torch.zeros_like(weights)
+    stay[rows] = admitted(gap[rows], progress, curriculum.startswith("small")).float()
+    kept = weights * stay
+    total = kept.sum()
+    return replace(context, weights=kept * (weights.sum() / total if total > 0 else 0.0))
 
 
 def _check_blocks(blocks: Sequence[int], model: nn.Module) -> None:
@@ -240,8 +298,3 @@ def _check_blocks(blocks: Sequence[int], model: nn.Module) -> None:
             expected=f"1 to {depth}",
             where="[[objective]] options",
         )
-
-
-def hidden_widths(signals: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Widths of the dense signals of a batch or record."""
-    return {name: array.shape[-1] for name, array in signals.items() if is_hidden(name)}

@@ -8,6 +8,7 @@ With several `forward_kl` objectives on caches of several teachers the gradient 
 KL to their weighted arithmetic mixture (it is linear in the teacher's p).
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -128,7 +129,7 @@ def _divergence(context: Context, divergence: str) -> torch.Tensor:
     if options.tail == "sampled":
         tail_ids, tail_weights = sampled_tail(context.teacher)
     k = options.k or ids.shape[1]
-    hidden = context.states.final[context.batch.rows.flat]
+    hidden = context.states.at(context.batch.rows.flat)
     if options.normalise_logits:
         head = context.states.head.weight[: context.cache.vocab_size]
         hidden = hidden / (MAX_SPREAD + logit_spread(hidden, head))[:, None].to(hidden.dtype)
@@ -185,12 +186,10 @@ def hard_label(context: Context, labels: torch.Tensor, weights=None) -> torch.Te
         weights: in place of the context's.
     """
     if weights is not None:
-        from dataclasses import replace
-
         context = replace(context, weights=weights)
     ids = labels[:, None]
     certain = torch.zeros_like(ids, dtype=torch.float32)
-    hidden = context.states.final[context.batch.rows.flat]
+    hidden = context.states.at(context.batch.rows.flat)
     return sweep(context, hidden, ids, certain, divergence="forward_kl", tail="truncate")
 
 

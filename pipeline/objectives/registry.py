@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cache_schemas.errors import ConfigError
-from pipeline.data.batch import DistillBatch, Units
+from pipeline.data.batch import DistillBatch, Teacher, Units
 from pipeline.strict import Table, nearest, validate
 from pipeline.student import StudentStates
 
@@ -28,7 +28,7 @@ class Needs:
         signals: names of signals that must be in the cache.
         temperatures: temperatures whose log-sum-exp must be in the cache.
         blocks: student blocks (1-based) whose outputs must be kept.
-        teacher_head: the teacher's LM head must be in the cache.
+        teacher_head: the teacher's LM head must be kept beside the student.
     """
 
     signals: tuple[str, ...] = ()
@@ -46,14 +46,12 @@ class CacheFacts:
         temperatures: those of its log-sum-exps.
         vocab_size: ids of the tokenizer; columns of the student's head beyond it are padding.
         widths: signal -> width of a dense signal.
-        head: the teacher's LM head [V, D], where the cache keeps it.
     """
 
     signals: tuple[str, ...]
     temperatures: tuple[float, ...]
     vocab_size: int
     widths: dict[str, int] = field(default_factory=dict)
-    head: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +63,15 @@ class Context:
         batch: the microbatch.
         teacher: signals of this objective's cache.
         positions: where the hidden states of this objective's cache are.
-        weights: float32 [units]; already divided by the global count, so that the sum of weighted
-            values over all microbatches and ranks is the step's value. Zero drops a unit.
+        weights: float32 [units] (rows: on the CPU, else on the device); already divided by the
+            global count, so that the sum of weighted values over all microbatches and ranks is the
+            step's value. Zero drops a unit.
         options: this objective's options.
         cache: facts of its cache.
         projector: trained with the student and dropped at export; None where there is none.
         kernel: implementation of the divergences.
+        teacher_head: [V, D_t], where an objective needs it.
+        sums: numbers that an objective leaves to be added up over microbatches and ranks.
     """
 
     states: StudentStates
@@ -82,6 +83,8 @@ class Context:
     cache: CacheFacts
     projector: nn.Module | None
     kernel: str
+    teacher_head: torch.Tensor | None = None
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,9 @@ class Spec:
         compute: Context -> float32 [units], each value times its weight.
         needs: options -> Needs.
         projector: (options, student config, CacheFacts) -> module or None.
+        applies: (options, batch, Teacher) -> bool [units]: which ones have what it takes.
+        report: `Context.sums`, added up -> numbers to log.
+        warn: those numbers -> a warning, or nothing.
     """
 
     name: str
@@ -103,6 +109,9 @@ class Spec:
     compute: Callable[[Context], torch.Tensor]
     needs: Callable[[Any], Needs]
     projector: Callable[[Any, Any, CacheFacts], nn.Module | None] = lambda *_: None
+    applies: Callable[[Any, DistillBatch, Teacher], torch.Tensor] | None = None
+    report: Callable[[dict[str, float]], dict[str, float]] | None = None
+    warn: Callable[[dict[str, float]], str] | None = None
 
 
 OBJECTIVES: dict[str, Spec] = {}
