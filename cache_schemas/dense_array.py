@@ -8,18 +8,21 @@ business; shorter examples are padded with zeros.
 """
 
 import struct
+import threading
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import zarr
-import zarr.codecs
 import zarr.storage
+from zarr.core.buffer import default_buffer_prototype
 
+from cache_schemas import dense_codec
 from cache_schemas.errors import ShardCorrupt
 
 MISSING = (1 << 64) - 1
 _CHECKSUM = 4
+_CHUNK = "c/0/0/0"
 
 
 class DenseArray:
@@ -35,14 +38,14 @@ class DenseArray:
     ):
         self.num_examples, self.per_shard = num_examples, per_shard
         self.positions, self.width, self.codec = positions, width, codec
+        self._own = threading.local()
         self.index_bytes = 16 * per_shard + _CHECKSUM
 
     def metadata(self) -> bytes:
         """Content of the array's zarr.json."""
         store = zarr.storage.MemoryStore()
         shape = (self.num_examples, self.positions, self.width)
-        shards = (self.per_shard, *shape[1:])
-        self._create(store, shape, shards)
+        self._create(store, shape, (self.per_shard, *shape[1:]))
         return store._store_dict["zarr.json"].to_bytes()
 
     def encode(self, array: np.ndarray) -> bytes:
@@ -50,16 +53,17 @@ class DenseArray:
 
         Raises:
             ValueError: the array does not fit the signal's shape.
+            CacheError: the codec cannot hold a value within its bound.
         """
         used, width = array.shape
         if used > self.positions or width != self.width:
             raise ValueError(f"shape {array.shape}; at most ({self.positions}, {self.width})")
-        store = zarr.storage.MemoryStore()
-        chunk = self._create(store, (1, self.positions, self.width), None)
-        padded = np.zeros((1, self.positions, self.width), dtype=np.float32)
-        padded[0, :used] = array
+        store, chunk = self._one_chunk()
+        stored = dense_codec.to_stored(self.codec, array)
+        padded = np.zeros(chunk.shape, dtype=stored.dtype)
+        padded[0, :used] = stored
         chunk[...] = padded
-        return store._store_dict["c/0/0/0"].to_bytes()
+        return store._store_dict.pop(_CHUNK).to_bytes()
 
     def decode(self, chunk: bytes, used: int, where: str) -> np.ndarray:
         """The first `used` positions of one example.
@@ -67,20 +71,19 @@ class DenseArray:
         Raises:
             ShardCorrupt: the bytes are not such a chunk.
         """
-        if used > self.positions:
-            raise ShardCorrupt(
-                f"{used} positions", expected=f"at most {self.positions}", where=where
-            )
-        from zarr.core.buffer import default_buffer_prototype
-
-        buffer = default_buffer_prototype().buffer.from_bytes(chunk)
-        store = zarr.storage.MemoryStore()
-        array = self._create(store, (1, self.positions, self.width), None)
-        store._store_dict["c/0/0/0"] = buffer
+        if not 0 <= used <= self.positions:
+            limit = f"at most {self.positions}"
+            raise ShardCorrupt(f"{used} positions", expected=limit, where=where)
+        store, array = self._one_chunk()
+        self._check_size(chunk, where)
+        store._store_dict[_CHUNK] = default_buffer_prototype().buffer.from_bytes(chunk)
         try:
-            return np.asarray(array[0, :used])
+            stored = np.asarray(array[0])[:used]
         except Exception as error:
             raise ShardCorrupt(f"does not decode ({str(error)[:120]})", where=where) from None
+        finally:
+            store._store_dict.pop(_CHUNK, None)
+        return dense_codec.from_stored(self.codec, stored)
 
     def pack(self, chunks: list[bytes]) -> bytes:
         """A Zarr shard of the chunks of its examples (fewer in the last shard)."""
@@ -112,14 +115,27 @@ class DenseArray:
             raise ShardCorrupt("a chunk lies outside the shard", where=where)
         return entries
 
+    def _check_size(self, chunk: bytes, where: str) -> None:
+        """Blosc allocates what its header names: refuse another size than the chunk's."""
+        if self.codec["name"] not in ("bf16", "fp16"):
+            return
+        named = int.from_bytes(chunk[4:8], "little")
+        if named != 2 * self.positions * self.width:
+            raise ShardCorrupt(f"would unpack to {named} bytes", where=where)
+
+    def _one_chunk(self) -> tuple[zarr.storage.MemoryStore, zarr.Array]:
+        """This thread's array of a single chunk; making one takes milliseconds."""
+        if not hasattr(self._own, "made"):
+            store = zarr.storage.MemoryStore()
+            self._own.made = store, self._create(store, (1, self.positions, self.width), None)
+        return self._own.made
+
     def _create(self, store: Any, shape: tuple, shards: tuple | None) -> zarr.Array:
         return zarr.create_array(
             store=store,
             shape=shape,
             chunks=(1, *shape[1:]),
             shards=shards,
-            dtype="float32",
-            fill_value=0.0,
-            compressors=[zarr.codecs.ZstdCodec(level=3), zarr.codecs.Crc32cCodec()],
             config={"write_empty_chunks": True},
+            **dense_codec.chain(self.codec),
         )

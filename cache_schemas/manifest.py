@@ -9,9 +9,16 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from cache_schemas import canonical
 from cache_schemas.errors import FormatTooNew, ShardCorrupt
@@ -223,11 +230,27 @@ def signals_of(
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,40}(\.[A-Za-z0-9_-]{1,64})?$")]
 
 
+MAX_CHUNK_ELEMENTS = 1 << 28
+"""Elements of one example's chunk of a dense signal, at most: 1 GB of float32."""
+
+
+class _DenseCodec(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: Literal["bf16", "fp16", "int8", "fp8", "step"]
+    step: Annotated[float, Field(gt=0, le=16)] | None
+
+
 class _DenseShape(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     positions: Annotated[int, Field(ge=1, le=1 << 24)]
     width: Annotated[int, Field(ge=1, le=1 << 20)]
-    codec: dict[str, Any]
+    codec: _DenseCodec
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> "_DenseShape":
+        if self.positions * self.width > MAX_CHUNK_ELEMENTS:
+            raise ValueError(f"chunks of more than {MAX_CHUNK_ELEMENTS} elements")
+        return self
 
 
 class _Signals(BaseModel):

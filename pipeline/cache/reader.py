@@ -20,7 +20,7 @@ from cache_schemas import layout
 from cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
 from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
 from pipeline.cache import shard as shards
-from pipeline.cache.formats import Format, read_codec
+from pipeline.cache.formats import Encoded, Format, read_codec
 from pipeline.cache.location import open_storage
 from pipeline.cache.partial import present_signals
 from pipeline.cache.sealing import check_receipt
@@ -120,6 +120,16 @@ class TeacherCache:
 
         return shards.decode(self.form, message, number, where, dense, signals)
 
+    def encoded(self, number: int) -> Encoded:
+        """One record as it is stored, its row signals and dense chunks not decoded."""
+        shard, position = divmod(range(len(self))[number], self.plan.examples_per_shard)
+        where = f"{self.storage.location}/{layout.rows(shard)} example {number}"
+        values = shards.parse(self.form, self._message(shard, position), number, where)
+        chunks = {name: self._chunk(name, shard, position) for name in self.form.dense}
+        lengths = self.form.dense_lengths(values)
+        values["dense_lengths"] = np.array([lengths[n] for n in self.form.dense], dtype=np.int32)
+        return Encoded({"images": [], **values}, chunks)
+
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """The index, one row per example in order (columns: see FORMAT.md)."""
         parts = (name for name in self.manifest.files if name.startswith("index/"))
@@ -186,10 +196,12 @@ class TeacherCache:
         return array.parse_index(tail, size, count, where)
 
     def _dense(self, name: str, shard: int, position: int, used: int) -> np.ndarray:
-        path = layout.dense_shard(name, shard)
+        where = f"{self.storage.location}/{layout.dense_shard(name, shard)}"
+        return self.form.dense[name].decode(self._chunk(name, shard, position), used, where)
+
+    def _chunk(self, name: str, shard: int, position: int) -> bytes:
         offset, length = (int(value) for value in self._dense_index(name, shard)[position])
-        chunk = self._present(path, offset, length)
-        return self.form.dense[name].decode(chunk, used, f"{self.storage.location}/{path}")
+        return self._present(layout.dense_shard(name, shard), offset, length)
 
 
 def _manifest_bytes(storage: Storage) -> bytes:

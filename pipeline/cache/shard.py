@@ -21,10 +21,12 @@ from cache_schemas.errors import CacheError, ShardCorrupt
 from cache_schemas.manifest import FileEntry, Records, ShardReceipt
 from pipeline.cache.formats import Encoded, Format
 from pipeline.cache.storage import Storage
-from pipeline.record import TeacherRecord
+from pipeline.plain_text import plain
+from pipeline.record import Example, TeacherRecord
 
-Preview = Callable[[np.ndarray], str]
-"""Text of the first tokens of an example, for people."""
+PREVIEW_CHARACTERS = 160
+Preview = Callable[[Example], str]
+"""The beginning of an example's text, for people."""
 
 
 def build(folder: Path, form: Format, shard: int, examples: Iterable[Encoded]) -> None:
@@ -131,7 +133,7 @@ def summary(record: TeacherRecord, preview: Preview | None) -> dict[str, Any]:
         "num_rows": record.num_rows,
         "entropy": _mean(entropy) if entropy is not None else None,
         "tail": _mean(np.exp(tail.astype(np.float64))) if tail is not None else None,
-        "preview": preview(record.example.token_ids) if preview else "",
+        "preview": plain(preview(record.example), PREVIEW_CHARACTERS) if preview else "",
     }
 
 

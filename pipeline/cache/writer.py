@@ -46,7 +46,7 @@ class CacheWriter:
         Args:
             root: directory, fsspec URL or storage.
             plan: what the cache is to hold.
-            preview: text of an example's tokens, for the index; the same for every worker.
+            preview: the beginning of an example's text, for the index; the same for every worker.
 
         Raises:
             PlanMismatch: the cache there has another plan; names every fact that differs.
@@ -113,12 +113,12 @@ class CacheWriter:
         """
         if self.needs_fit:
             records = self._fit_on_own(number, records)
-        form = self._fitted()
+        form = self.fitted()
         return self.write_encoded(number, (form.encode(record) for record in records))
 
     def write_encoded(self, number: int, examples: Iterable[Encoded]) -> ShardReceipt:
         """`write` for examples that are encoded already, by the codec of this cache."""
-        form = self._fitted()
+        form = self.fitted()
         with self.storage.staging() as folder:
             shard.build(folder, form, number, examples)
             receipt = shard.inspect(DirectoryStorage(folder), form, number, self.preview)
@@ -143,7 +143,7 @@ class CacheWriter:
                 f"the first is {missing[0]}",
                 where=self.storage.location,
             )
-        return sealing.seal(self.storage, self._fitted())
+        return sealing.seal(self.storage, self.fitted())
 
     def _publish(self, folder: Path, receipt: ShardReceipt) -> bool:
         """True if every file in place is the one from `folder`."""
@@ -161,7 +161,12 @@ class CacheWriter:
             )
         return theirs
 
-    def _fitted(self) -> Format:
+    def fitted(self) -> Format:
+        """How this cache's records are stored.
+
+        Raises:
+            ValueError: no worker has fitted the codec yet.
+        """
         form = self._find_form()
         if form is None:
             raise ValueError("the codec is not fitted: call fit() with records of shard 0")
