@@ -16,6 +16,8 @@ from cache_schemas.topk_streams import PARAMETERS, Lists, RowError, TopkCoder
 
 LISTS = ("topk_ids", "topk_logprobs", "tail_logprob")
 DRAWS = ("draw_ids", "draw_counts")
+_FROM_PLACES = {"token_ids", "token_rank", "token_logprob"}
+_FROM_LISTS = _FROM_PLACES | {*LISTS, *DRAWS, "entropy"}
 
 
 class LossyRows:
@@ -64,12 +66,12 @@ class LossyRows:
         """Those of `names` that the record codes."""
         found: dict[str, np.ndarray] = {}
         lists, places = None, None
-        if PARAMETERS in record.entries:
+        if PARAMETERS in record.entries and not _FROM_LISTS.isdisjoint(names):
             lists = self._lists.decode(record, self.k)
             found = {"topk_ids": lists.ids, "topk_logprobs": lists.logprobs}
             if lists.tail.size or not record.rows:
                 found["tail_logprob"] = lists.tail
-            if token_streams.PROMPT in record.entries:
+            if token_streams.PROMPT in record.entries and not _FROM_PLACES.isdisjoint(names):
                 tokens, places = token_streams.decode_tokens(record, lists, self.rankings)
                 found["token_ids"] = tokens
             if token_streams.RANKS_ALONE in record.entries and places is not None:

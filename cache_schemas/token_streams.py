@@ -42,22 +42,26 @@ def decode_tokens(
     prompt = rankings.common[prompt]
     if not num_following:
         return prompt, np.empty(0, dtype=np.int64)
+    from cache_schemas.kernels.topk import tokens_after
+
     places = record.stream(PLACES, num_following, "u2").astype(np.int64)
-    if (places > lists.ids.shape[1]).any():
-        corrupt("a token's place outside its list")
-    outside = places == lists.ids.shape[1]
-    following = lists.ids[np.arange(num_following), np.where(outside, 0, places)]
-    ranks = record.stream(OUTSIDERS, int(outside.sum()), "u4").astype(np.int64)
-    following[outside] = _looked_up(ranks, lists.classes[outside], rankings)
-    if (following < 0).any():
-        corrupt("a token's place in the padding of its list")
-    return np.concatenate([prompt, following]), places
+    k = lists.ids.shape[1]
+    outsiders = record.stream(OUTSIDERS, int((places >= k).sum()), "u4")
+    following = np.empty(num_following, dtype=np.int32)
+    bases, length = rankings.base(lists.classes), rankings.lists.shape[1]
+    tables = rankings.lookup, length, rankings.num_ranks
+    if tokens_after(lists.ids, places, outsiders, bases, *tables, following)[0]:
+        corrupt("a token's place or rank that does not exist")
+    return np.concatenate([prompt, following]), np.minimum(places, k)
 
 
 def places_of(following: np.ndarray, lists: Lists) -> np.ndarray:
     """int64 [R]: where each token stands in its row's list; k where it does not."""
-    hits = lists.ids == following[:, None]
-    return np.where(hits.any(axis=1), hits.argmax(axis=1), lists.ids.shape[1])
+    from cache_schemas.kernels import topk
+
+    places = np.empty(len(following), dtype=np.int64)
+    topk.places_of(lists.ids, following, places)
+    return places
 
 
 def encode_ranks(ranks: np.ndarray, places: np.ndarray, lists: Lists) -> Streams:

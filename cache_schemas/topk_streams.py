@@ -5,6 +5,7 @@ else in a record is predicted from the decoded lists. The KL divergence of every
 while it is written; a record with a row above the bound is written again with finer levels.
 """
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn
@@ -69,9 +70,11 @@ class RowError:
 
 @dataclass(frozen=True, slots=True)
 class LevelTable:
-    """Edges, log-probabilities and masses (in units of 2**-MASS_BITS) of a codebook's levels."""
+    """Edges, log-probabilities and masses (in units of 2**-MASS_BITS) of a codebook's levels, and
+    where the search for one starts."""
 
     edges: np.ndarray
+    coarse: np.ndarray
     logprobs: np.ndarray
     masses: np.ndarray
 
@@ -158,12 +161,18 @@ class TopkCoder:
     def _levels(self, ids, logprobs, tail, finer):  # type: ignore[no-untyped-def]
         from cache_schemas.kernels.topk import quantise, quantise_each
 
-        edges = self._table(finer).edges
+        table = self._table(finer)
+        edges = table.edges
         counts = np.empty(len(ids), dtype=np.int32)
         levels = np.empty(ids.shape, dtype=np.uint16)
         tail_levels = np.empty(len(tail), dtype=np.uint16)
         vocab_size = self.rankings.common.size
-        _explain("topk", ids, logprobs, *quantise(ids, logprobs, edges, vocab_size, counts, levels))
+        _explain(
+            "topk",
+            ids,
+            logprobs,
+            *quantise(ids, logprobs, edges, table.coarse, vocab_size, counts, levels),
+        )
         _explain("tail_logprob", ids, tail[:, None], *quantise_each(tail, edges, tail_levels))
         return levels, tail_levels, counts
 
@@ -230,7 +239,8 @@ class TopkCoder:
         levels = np.empty((record.rows, k), dtype=np.uint32)
         last = len(self._table(finer).logprobs) - 1
         joined = np.concatenate(quads)
-        _refuse(merge_levels(first, following, joined, at, counts, np.uint64(last), levels))
+        parts = first, following, joined, at
+        _refuse(merge_levels(*parts, counts, np.uint64(last), _running_sums(), levels))
         return levels
 
     def _tail_levels(self, record: Record, finer: int) -> np.ndarray:
@@ -242,12 +252,14 @@ class TopkCoder:
         return levels
 
     def _table(self, finer: int) -> LevelTable:
-        from cache_schemas.kernels.topk import MASS_BITS
+        from cache_schemas.kernels.topk import MASS_BITS, coarse_levels
 
         if finer not in self._levels_of:
             book = self.codebook.finer(finer)
             masses = np.rint(np.exp(book.logprobs.astype(np.float64)) * 2.0**MASS_BITS)
-            table = LevelTable(book.edges, book.logprobs, masses.astype(np.int64))
+            edges = book.edges
+            masses = masses.astype(np.int64)
+            table = LevelTable(edges, coarse_levels(edges), book.logprobs, masses)
             self._levels_of[finer] = table
         return self._levels_of[finer]
 
@@ -269,6 +281,13 @@ def _sums_to_one(logprobs: np.ndarray, tail: np.ndarray) -> bool:
 
 def _largest(quads: np.ndarray, ends: np.ndarray) -> int:
     return max(int(quads[i, : ends[2 + i]].max(initial=0)) for i in range(NUM_QUADS))
+
+
+@functools.cache
+def _running_sums() -> np.ndarray:
+    from cache_schemas.kernels.topk import running_sums
+
+    return running_sums()
 
 
 def _spread(values: np.ndarray, where: np.ndarray) -> np.ndarray:

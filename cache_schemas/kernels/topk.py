@@ -27,8 +27,24 @@ SLACK = 1e-3
 """Nats by which a log-probability may exceed 0, for rounding by the teacher."""
 
 
+COARSE = 32
+"""Steps per nat of the table from which the search for a level starts."""
+
+
 @compiled
-def quantise(ids, logprobs, edges, vocab_size, counts, levels):
+def coarse_levels(edges):
+    """int64: the level of a = i / COARSE, for all i within the codebook."""
+    found = np.empty(int(edges[-1] * COARSE) + 1, dtype=np.int64)
+    level = 0
+    for i in range(found.size):
+        while level < edges.size - 2 and i / COARSE >= edges[level + 1]:
+            level += 1
+        found[i] = level
+    return found
+
+
+@compiled
+def quantise(ids, logprobs, edges, coarse, vocab_size, counts, levels):
     """Fill counts [R] (entries before the padding) and levels [R, k] (uint16)."""
     num_rows, k = ids.shape
     last = edges.size - 2
@@ -41,18 +57,21 @@ def quantise(ids, logprobs, edges, vocab_size, counts, levels):
             if ids[t, r] != -1 or logprobs[t, r] != -np.inf:
                 return BAD_PADDING, t
             levels[t, r] = 0
-        level = 0
         for r in range(n):
             if ids[t, r] >= vocab_size:
                 return BAD_ID, t
-            a = -logprobs[t, r]
+            a = -np.float64(logprobs[t, r])
             if not a >= -SLACK:
                 return BAD_LOGPROB, t
             if r > 0 and logprobs[t, r] > logprobs[t, r - 1]:
                 return UNSORTED, t
+            if a == np.inf:
+                levels[t, r] = last + 1
+                continue
+            level = coarse[min(int(max(a, 0.0) * COARSE), coarse.size - 1)]
             while level < last and a >= edges[level + 1]:
                 level += 1
-            levels[t, r] = last + 1 if a == np.inf else level
+            levels[t, r] = level
     return 0, -1
 
 
@@ -85,11 +104,13 @@ def rank_steps(ids, levels, counts, classes, ranks, steps, sorted_ids):
     for t in range(num_rows):
         n = counts[t]
         rank_of = ranks[classes[t]]
+        for r in range(n):  # by itself, so that the machine waits for all these look-ups at once
+            key[r] = (np.int64(rank_of[ids[t, r]]) << 32) | ids[t, r]
         start = 0
-        for r in range(n):
-            if r > 0 and levels[t, r] != levels[t, r - 1]:
+        for r in range(1, n):
+            if levels[t, r] != levels[t, r - 1]:
                 start = r
-            new = (np.int64(rank_of[ids[t, r]]) << 32) | ids[t, r]
+            new = key[r]
             place = r
             while place > start and key[place - 1] > new:
                 key[place] = key[place - 1]
@@ -135,23 +156,27 @@ def level_gaps(levels, counts, single, quads, ends):
 
 
 @compiled
-def divergence(logprobs, tail, levels, tail_levels, counts, table, normalise, kl, worst):
+def divergence(
+    logprobs, tail, levels, tail_levels, counts, table, normalise, kl, worst
+):  # fmt: skip
     """KL(given || decoded) [R] over the entries and the tail, in nats, and max |delta log p| [R]
     over entries above the codebook's floor.
 
     The given row is normalised too, so that rounding by the teacher is not counted.
     """
     floor = table[table.size - 2]
+    mass_of = np.exp(table.astype(np.float64))
     for t in range(logprobs.shape[0]):
         mass, stored, cross, largest = 0.0, 0.0, 0.0, 0.0
         for r in range(counts[t] + 1):
             a = np.float64(logprobs[t, r]) if r < counts[t] else np.float64(tail[t])
-            b = np.float64(table[levels[t, r]] if r < counts[t] else table[tail_levels[t]])
+            level = levels[t, r] if r < counts[t] else tail_levels[t]
+            b = np.float64(table[level])
             if a == -np.inf:
                 continue
             p = math.exp(a)
             mass += p
-            stored += math.exp(b)
+            stored += mass_of[level]
             cross += p * (a - b)
             if a > floor:
                 largest = max(largest, abs(a - b))
@@ -190,11 +215,29 @@ def every_fourth_bit(x):
     return (x | x >> np.uint64(24)) & np.uint64(0xFFFF)
 
 
+SMALL_QUADS = 1 << 12
+"""Quads below this have no gap above 7."""
+
+
 @compiled
-def merge_levels(first, next_three, quads, quad_at, counts, last_level, levels):
+def running_sums():
+    """uint32 [SMALL_QUADS]: the four running sums of a quad's gaps, one byte each."""
+    sums = np.empty(SMALL_QUADS, dtype=np.uint32)
+    for quad in range(SMALL_QUADS):
+        total, packed = np.uint64(0), np.uint64(0)
+        for j in range(4):
+            total += every_fourth_bit(np.uint64(quad) >> np.uint64(j))
+            packed |= total << np.uint64(8 * j)
+        sums[quad] = packed
+    return sums
+
+
+@compiled
+def merge_levels(first, next_three, quads, quad_at, counts, last_level, sums, levels):
     """Fill levels [R, k] (uint32) from the gap streams, which are as long as `counts` ask for.
 
-    `quads` holds the three interleaved streams one after another from `quad_at` [3].
+    `quads` holds the three interleaved streams one after another from `quad_at` [3]; `sums` is
+    `running_sums()`.
     """
     at = np.uint64(0)
     for t in range(np.uint64(levels.shape[0])):
@@ -217,6 +260,14 @@ def merge_levels(first, next_three, quads, quad_at, counts, last_level, levels):
                 for r in range(begin, full, np.uint64(4)):
                     quad = np.uint64(quads[quad_index])
                     quad_index += np.uint64(1)
+                    if quad < np.uint64(SMALL_QUADS):
+                        four = np.uint64(sums[quad])
+                        row[r] = level + (four & np.uint64(255))
+                        row[r + np.uint64(1)] = level + (four >> np.uint64(8) & np.uint64(255))
+                        row[r + np.uint64(2)] = level + (four >> np.uint64(16) & np.uint64(255))
+                        level += four >> np.uint64(24)
+                        row[r + np.uint64(3)] = level
+                        continue
                     level += every_fourth_bit(quad)
                     row[r] = level
                     level += every_fourth_bit(quad >> np.uint64(1))
@@ -293,3 +344,33 @@ def merge_logprobs(levels, tail_levels, counts, table, masses, normalise, logpro
                     logprobs[t, r] -= shift
         for r in range(n, k):
             logprobs[t, r] = -np.inf
+
+
+@compiled
+def tokens_after(ids, places, outsiders, bases, lookup, length, num_ranks, tokens):
+    """Fill tokens [R]: each the id at its place, or, where the place is k, the rank next in
+    `outsiders`, looked up as in `merge_ids`."""
+    k = ids.shape[1]
+    used = 0
+    for t in range(ids.shape[0]):
+        if places[t] < k:
+            tokens[t] = ids[t, places[t]]
+        elif used < outsiders.size and outsiders[used] < num_ranks:
+            rank = np.int64(outsiders[used])
+            used += 1
+            tokens[t] = lookup[bases[t] + rank if rank < length else rank - length]
+        else:
+            return BAD_RANK, t
+        if tokens[t] < 0:
+            return BAD_RANK, t
+    return 0, -1
+
+
+@compiled
+def places_of(ids, tokens, places):
+    """Fill places [R]: where each token stands in its row of ids; k where it does not."""
+    for t in range(ids.shape[0]):
+        place = 0
+        while place < ids.shape[1] and ids[t, place] != tokens[t]:
+            place += 1
+        places[t] = place
