@@ -46,10 +46,8 @@ def stop(error: RejectedExample) -> None:
     raise error
 
 
-class TeacherEngine(Protocol):
-    """A running teacher."""
-
-    shape: ModelShape
+class Engine(Protocol):
+    """Whatever answers about examples: a language model, or image encoders."""
 
     def score(self, examples: Iterable[Example], reject: Reject = stop) -> Iterator[TeacherRecord]:
         """One record per example, in the order given.
@@ -67,6 +65,12 @@ class TeacherEngine(Protocol):
     def close(self) -> None:
         """Give back memory and processes."""
         ...
+
+
+class TeacherEngine(Engine, Protocol):
+    """A running teacher."""
+
+    shape: ModelShape
 
 
 def open_engine(

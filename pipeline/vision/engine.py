@@ -5,6 +5,7 @@ answers about texts does the same for images. Threads open pictures ahead, the e
 batch after another, and a picture that cannot be answered leaves an empty record.
 """
 
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,10 +17,10 @@ import numpy as np
 
 from cache_schemas.errors import TeacherError
 from cache_schemas.signals import IMAGE_PREFIX
+from pipeline.images import BadImage, decode_image
 from pipeline.record import Example, ImageSpan, TeacherRecord
 from pipeline.teacher.engine import Reject, RejectedExample, stop
 from pipeline.vision.encoders import ImageEncoder
-from pipeline.vision.images import BadImage, open_image
 
 NO_TOKENS = np.empty(0, dtype=np.int32)
 NO_MASK = np.empty(0, dtype=bool)
@@ -85,14 +86,19 @@ class VisionEngine:
         self._pool.shutdown(cancel_futures=True)
 
     def _prepare(self, example: Example) -> _Prepared:
-        (span,) = example.images
         try:
-            image = open_image(self._read(span.sha256))
+            image = decode_image(self._bytes(example.images[0].sha256), "")
         except FileNotFoundError:
             return _Prepared(example, error=RejectedExample(example, "the image file is gone"))
         except BadImage as error:
             return _Prepared(example, error=RejectedExample(example, f"the image {error.found}"))
         return _Prepared(example, tuple(e.preparation.pixels(image) for e in self.encoders))
+
+    def _bytes(self, sha256: str) -> bytes:
+        data = self._read(sha256)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise BadImage("is not the one that the corpus was made with: its bytes have changed")
+        return data
 
     def _answer(self, batch: list[_Prepared], reject: Reject) -> Iterator[TeacherRecord]:
         good = [item for item in batch if item.error is None]

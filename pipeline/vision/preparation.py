@@ -5,13 +5,16 @@ done and needs no library's defaults to be understood.
 """
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
-from pipeline.vision.images import Preparation
 from pipeline.vision.tables import Encoder
+
+Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -25,6 +28,35 @@ NORMAL = {
 """Where a model's directory has no preprocessor_config.json; ImageNet's for all other kinds."""
 SIZES = {"depth_anything": 336, "mask2former": 768, "oneformer": 768}
 """As OLA-VLM prepares them; they take precedence over the model's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How a picture becomes an encoder's input; part of the plan.
+
+    Attributes:
+        size: pixels of a side.
+        crop: `squash` takes the whole picture, `center` its largest centred square.
+        resample: Pillow's filter.
+        mean, std: of the three channels, for values from 0 to 1.
+    """
+
+    size: int
+    crop: Literal["squash", "center"] = "squash"
+    resample: Resample = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """uint8 [3, size, size]; normalising is left to the encoder's device."""
+        box = None if self.crop == "squash" else _centre(*image.size)
+        side = (self.size, self.size)
+        made = image.resize(side, Image.Resampling[self.resample.upper()], box=box)
+        return np.ascontiguousarray(np.asarray(made, dtype=np.uint8).transpose(2, 0, 1))
+
+    def facts(self) -> dict[str, Any]:
+        """JSON for a plan."""
+        return asdict(self)
 
 
 def preparation_of(table: Encoder, directory: Path, config: Any) -> Preparation:
@@ -73,3 +105,9 @@ def _side(size: Any) -> int:
 
 def _resample(stated: dict[str, Any]) -> Any:
     return Image.Resampling(stated.get("resample", Image.Resampling.BICUBIC)).name.lower()
+
+
+def _centre(width: int, height: int) -> tuple[float, float, float, float]:
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return (left, top, left + side, top + side)
