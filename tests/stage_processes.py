@@ -10,7 +10,18 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOADED = ["stages.__main__", "pipeline.capture", "pipeline.trainer", "pipeline.evaluate"]
+PRELOADED = [
+    "stages.__main__",
+    "pipeline.capture",
+    "pipeline.trainer",
+    "pipeline.evaluate",
+    "pipeline.corpus",
+    "pipeline.teacher.reference",
+    "pipeline.curves",
+    "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto",
+]
 POLL_SECONDS = 0.01
 MOST_SECONDS = 240.0
 
