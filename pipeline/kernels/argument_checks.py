@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.kernels import autocasting
 from pipeline.kernels.divergences import DivergenceName, Objective, TailName
 
+IMPLEMENTATIONS = ("eager", "chunked", "triton")
 MASS_TOLERANCE = 1e-3
 
 
@@ -62,13 +63,13 @@ def check_student(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, word
         _same_dtype(name, tensor, hidden)
 
 
-def check_how(impl: str, known: tuple[str, ...], budget: int | None) -> None:
+def check_how(impl: str, budget: int | None) -> None:
     """The implementation's name and its memory budget.
 
     Raises:
         ValueError: either cannot be.
     """
-    _one_of("impl", impl, known)
+    _one_of("impl", impl, IMPLEMENTATIONS)
     _require(budget is None or budget > 0, f"memory_budget: found {budget}; expected bytes")
 
 
@@ -113,16 +114,54 @@ def check_sparse(
         raise TypeError(f"{values_name}: found {values.dtype}; expected a floating dtype")
 
 
-def check_values(
+def check_teacher(
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    teacher_unembedding: Tensor,
+    teacher_bias: Tensor | None,
+    words: int,
+) -> None:
+    """Shapes and devices of a teacher given by its hidden states.
+
+    Raises:
+        ValueError: a shape or device that does not fit, or fewer words than the student has.
+    """
+    found, rows = tuple(teacher_hidden.shape), hidden.shape[0]
+    fits = len(found) == 2 and found[0] == rows
+    _require(fits, f"teacher_hidden: found shape {found}; expected [{rows}, D']")
+    head = tuple(teacher_unembedding.shape)
+    fits = len(head) == 2 and head[0] >= words and head[1] == found[1]
+    expected = f"[V', {found[1]}] with V' >= {words}"
+    _require(fits, f"teacher_unembedding: found shape {head}; expected {expected}")
+    _shape("teacher_bias", teacher_bias, head[:1])
+    for name, tensor in (
+        ("teacher_hidden", teacher_hidden),
+        ("teacher_unembedding", teacher_unembedding),
+        ("teacher_bias", teacher_bias),
+    ):
+        _same_device(name, tensor, hidden)
+
+
+def check_row_values(labels: Tensor | None, weights: Tensor | None, words: int) -> None:
+    """Ranges of labels and weights; makes a device wait.
+
+    Raises:
+        ValueError: names the argument, the row and the value.
+    """
+    if labels is not None:
+        _all(labels < words, "labels", labels, f"expected less than {words} words")
+    if weights is not None:
+        _all(weights.isfinite(), "weights", weights, "expected a finite number")
+
+
+def check_lists(
     ids: Tensor,
     logprobs: Tensor,
     tail_ids: Tensor | None,
     tail_weights: Tensor | None,
-    labels: Tensor | None,
-    weights: Tensor | None,
     words: int,
 ) -> None:
-    """Ranges and values; makes a device wait.
+    """Ranges and values of the teacher's lists; makes a device wait.
 
     Raises:
         ValueError: names the argument, the row and the value.
@@ -146,10 +185,6 @@ def check_values(
         mass = mass + (tail_weights.double() * drawn).sum(1)
     _all(mass <= 1 + MASS_TOLERANCE, "logprobs", mass, "expected a total mass of at most 1.001")
     _no_duplicates(ids)
-    if labels is not None:
-        _all(labels < words, "labels", labels, f"expected less than {words} words")
-    if weights is not None:
-        _all(weights.isfinite(), "weights", weights, "expected a finite number")
 
 
 def _no_duplicates(ids: Tensor) -> None:

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.kernels.divergences import LOG_ZERO, Objective, Outcomes, teacher_outcomes, values
+from pipeline.kernels.dense_sweep import DenseTargets, dense_outcomes, teacher_logits
+from pipeline.kernels.divergences import LOG_ZERO, Objective, teacher_outcomes, values
+from pipeline.kernels.targets import Targets
 from pipeline.kernels.vocabulary_shards import FAR_BELOW
 
 
@@ -17,27 +19,58 @@ def topk_divergence(
     hidden: Tensor,
     unembedding: Tensor,
     bias: Tensor | None,
-    ids: Tensor,
-    logprobs: Tensor,
+    targets: Targets,
+    objective: Objective,
+    words: int,
+) -> Tensor:
+    """Per-row loss [N]; see `topk_divergence.topk_divergence` for the arguments."""
+    logits = head_logits(hidden, unembedding, bias, words, objective.softcap)
+    teacher = teacher_outcomes(targets.ids, targets.logprobs, objective.tail, words, logits.dtype)
+    log_q = student_outcomes(logits / objective.temperature, targets.ids)
+    soft = values(objective, teacher, log_q).sum(1)
+    return total(soft, logits, targets.labels, targets.weights, objective)
+
+
+def linear_divergence(
+    hidden: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None,
+    targets: DenseTargets,
+    objective: Objective,
+    words: int,
+) -> Tensor:
+    """Per-row loss [N]; see `linear_divergence.linear_divergence` for the arguments."""
+    logits = head_logits(hidden, unembedding, bias, words, objective.softcap)
+    teacher = dense_outcomes(teacher_logits(targets, words).to(logits.dtype), objective.temperature)
+    log_q = (logits / objective.temperature).log_softmax(1).clamp(min=LOG_ZERO)
+    soft = values(objective, teacher, F.pad(log_q, (0, 1), value=LOG_ZERO)).sum(1)
+    return total(soft, logits, targets.labels, targets.weights, objective)
+
+
+def head_logits(
+    hidden: Tensor, unembedding: Tensor, bias: Tensor | None, words: int, softcap: float | None
+) -> Tensor:
+    """Logits [N, words] in at least fp32, after the soft cap: cap * tanh(logits / cap)."""
+    bias = None if bias is None else bias[:words]
+    logits = F.linear(hidden, unembedding[:words], bias)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def total(
+    soft: Tensor,
+    logits: Tensor,
     labels: Tensor | None,
     weights: Tensor | None,
     objective: Objective,
 ) -> Tensor:
-    """Per-row loss [N]; see `topk_divergence.topk_divergence` for the arguments."""
-    logits = capped(F.linear(hidden, unembedding, bias), objective.softcap)
-    scaled = logits / objective.temperature
-    teacher = teacher_outcomes(ids, logprobs, objective.tail, logits.shape[1], logits.dtype)
-    log_q = student_outcomes(scaled, ids)
-    loss = objective.temperature**2 * values(objective, teacher, log_q).sum(1)
+    """temperature^2 * soft + ce_weight * cross-entropy, times the weights."""
+    loss = objective.temperature**2 * soft
     if objective.ce_weight and labels is not None:
-        loss = loss + objective.ce_weight * cross_entropy(logits, labels)
+        labels = labels.clamp(min=-1).long()
+        hard = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+        loss = loss + objective.ce_weight * hard
     return loss if weights is None else loss * weights.to(loss)
-
-
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits in at least fp32, after Gemma's soft cap: cap * tanh(logits / cap)."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def student_outcomes(logits: Tensor, ids: Tensor) -> Tensor:
@@ -50,37 +83,3 @@ def student_outcomes(logits: Tensor, ids: Tensor) -> Tensor:
     where = torch.where(ids < 0, logits.shape[1], ids).long()
     outside = padded.scatter(1, where, FAR_BELOW).logsumexp(1, keepdim=True)
     return (torch.cat([padded.gather(1, where), outside], 1) - lse).clamp(min=LOG_ZERO)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy [N] at temperature 1; 0 where the label is negative."""
-    return F.cross_entropy(logits, labels.clamp(min=-1).long(), ignore_index=-1, reduction="none")
-
-
-def linear_divergence(
-    hidden: Tensor,
-    unembedding: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_unembedding: Tensor,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    objective: Objective,
-    teacher_softcap: float | None,
-) -> Tensor:
-    """Per-row loss [N] against the teacher's whole distribution; see `linear_divergence`."""
-    logits = capped(F.linear(hidden, unembedding, bias), objective.softcap)
-    teacher_logits = capped(F.linear(teacher_hidden, teacher_unembedding), teacher_softcap)
-    teacher = dense_outcomes((teacher_logits / objective.temperature).to(logits.dtype))
-    log_q = (logits / objective.temperature).log_softmax(1).clamp(min=LOG_ZERO)
-    log_q = F.pad(log_q, (0, 1), value=LOG_ZERO)
-    loss = objective.temperature**2 * values(objective, teacher, log_q).sum(1)
-    if objective.ce_weight and labels is not None:
-        loss = loss + objective.ce_weight * cross_entropy(logits, labels)
-    return loss if weights is None else loss * weights.to(loss)
-
-
-def dense_outcomes(logits: Tensor) -> Outcomes:
-    """Every word an outcome, and an empty tail."""
-    log_p = F.pad(logits.log_softmax(1).clamp(min=LOG_ZERO), (0, 1), value=LOG_ZERO)
-    return Outcomes(log_p.exp(), log_p, F.pad(torch.ones_like(logits, dtype=torch.bool), (0, 1)))

@@ -51,23 +51,16 @@ Log-probabilities below -10^4 count as -10^4, and reverse KL takes the logarithm
 tail as at least that of 2^-24, so reverse divergences stay finite.
 """
 
-import os
 from dataclasses import replace
-from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pipeline.kernels import argument_checks, autocasting, chunked, eager, torch_sweep
+from pipeline.kernels import argument_checks, chunked, eager, execution
 from pipeline.kernels.divergences import DivergenceName, Objective, TailName
+from pipeline.kernels.execution import Implementation
 from pipeline.kernels.targets import Targets
 from pipeline.kernels.vocabulary_shards import Shard
-
-Implementation = Literal["eager", "chunked", "triton"]
-
-CPU_BUDGET = 2**24
-CUDA_BUDGET = 5 * 2**28
-"""1.25 GiB: four thousand rows of bf16 logits over 152 thousand words."""
 
 
 def topk_divergence(
@@ -137,12 +130,13 @@ def topk_divergence(
     argument_checks.check_objective(objective, tail_ids, tail_weights)
     argument_checks.check_student(hidden, unembedding, bias, words)
     argument_checks.check_rows(hidden, labels=labels, weights=weights, ce_weight=ce_weight)
-    argument_checks.check_how(impl, get_args(Implementation), memory_budget)
+    argument_checks.check_how(impl, memory_budget)
     argument_checks.check_sparse(hidden, "ids", ids, "logprobs", logprobs)
     if tail_ids is not None and tail_weights is not None:
         argument_checks.check_sparse(hidden, "tail_ids", tail_ids, "tail_weights", tail_weights)
-    if _debugging(debug, hidden):
-        argument_checks.check_values(ids, logprobs, tail_ids, tail_weights, labels, weights, words)
+    if execution.debugging(debug, hidden):
+        argument_checks.check_lists(ids, logprobs, tail_ids, tail_weights, words)
+        argument_checks.check_row_values(labels, weights, words)
     targets = Targets(ids, logprobs.detach(), labels, weights)
     if tail_ids is not None and tail_weights is not None:
         targets = _with_draws(targets, tail_ids, tail_weights)
@@ -150,12 +144,6 @@ def topk_divergence(
     return _run(
         impl, hidden, unembedding, bias, targets, objective, words, memory_budget, accumulate_fp32
     )
-
-
-def _debugging(debug: bool | None, hidden: Tensor) -> bool:
-    if debug is not None:
-        return debug
-    return hidden.device.type == "cpu" or os.environ.get("STILLROOM_DEBUG_KERNELS") == "1"
 
 
 def _with_draws(targets: Targets, tail_ids: Tensor, tail_weights: Tensor) -> Targets:
@@ -177,66 +165,16 @@ def _run(
     accumulate_fp32: bool,
 ) -> Tensor:
     if impl == "eager":
-        bias = None if bias is None else bias[:words]
-        return eager.topk_divergence(
-            hidden,
-            unembedding[:words],
-            bias,
-            targets.ids,
-            targets.logprobs,
-            targets.labels,
-            _on_device(targets.weights, hidden),
-            objective,
-        )
-    plan = _plan(
-        impl, hidden, unembedding, targets, objective, Shard.whole(words), budget, accumulate_fp32
+        return eager.topk_divergence(hidden, unembedding, bias, targets, objective, words)
+    plan = execution.plan(
+        execution.sparse_sweep(impl, hidden),
+        hidden,
+        unembedding,
+        targets,
+        objective,
+        Shard.whole(words),
+        budget,
+        accumulate_fp32,
+        sweep_in_place=impl == "triton",
     )
     return chunked.FusedDivergence.apply(hidden, unembedding, bias, plan)
-
-
-def _on_device(weights: Tensor | None, hidden: Tensor) -> Tensor | None:
-    return None if weights is None else weights.to(hidden.device, non_blocking=True)
-
-
-def _plan(
-    impl: Implementation,
-    hidden: Tensor,
-    unembedding: Tensor,
-    targets: Any,
-    objective: Objective,
-    shard: Shard,
-    budget: int | None,
-    accumulate_fp32: bool,
-) -> chunked.Plan:
-    compute = autocasting.dtype_of(hidden)
-    wide = torch.float64 if compute == torch.float64 else torch.float32
-    sweep = torch_sweep.sweep if impl == "chunked" else _triton_sweep(hidden.device, compute)
-    return chunked.Plan(
-        sweep=sweep,
-        sweep_dtype=wide if impl == "chunked" else compute,
-        targets=targets,
-        objective=objective,
-        shard=shard,
-        compute_dtype=compute,
-        sum_dtype=wide if accumulate_fp32 else unembedding.dtype,
-        budget=budget or (CUDA_BUDGET if hidden.is_cuda else CPU_BUDGET),
-    )
-
-
-def _triton_sweep(device: torch.device, compute: torch.dtype) -> chunked.Sweep:
-    """The kernel, or the reason why there is none.
-
-    Raises:
-        RuntimeError: Triton is missing, the device is not CUDA, or the dtype is fp64.
-    """
-    try:
-        from pipeline.kernels import triton_sweep
-    except ImportError as error:
-        raise RuntimeError(
-            f"impl: 'triton' needs Triton, which does not import ({error})"
-        ) from None
-    if not triton_sweep.available(device):
-        raise RuntimeError(f"impl: 'triton' needs a CUDA device; hidden is on {device}")
-    if compute == torch.float64:
-        raise RuntimeError("impl: 'triton' computes in fp32; found fp64 inputs")
-    return triton_sweep.sweep

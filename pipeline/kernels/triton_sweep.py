@@ -31,8 +31,10 @@ LOG_TAIL_FLOOR = tl.constexpr(divergences.LOG_TAIL_FLOOR)
 HEAD_MASS = tl.constexpr(divergences.HEAD_MASS)
 FAR_BELOW = tl.constexpr(FAR)
 
-MAX_BLOCK = 8192
 NUM_WARPS = 8
+PLAIN_BLOCK, HEAVY_BLOCK, HEAVY_REGISTERS = 8192, 4096, 96
+"""Words of a block. Where a word needs two exponentials or a tanh, a smaller block and a limit that
+is above what it needs keep ptxas from spilling a few bytes to reach a higher occupancy."""
 
 
 def available(device: torch.device) -> bool:
@@ -56,6 +58,8 @@ def sweep(
         targets = _sorted(targets)
     ids, logprobs = targets.ids.contiguous(), targets.logprobs.float().contiguous()
     loss = torch.empty(len(buffer), dtype=torch.float32, device=buffer.device)
+    if not len(buffer):
+        return loss
     hard = targets.labels is not None and objective.ce_weight > 0
     labels = targets.labels.contiguous() if hard and targets.labels is not None else ids
     weights = loss if targets.weights is None else targets.weights.float().contiguous()
@@ -83,10 +87,18 @@ def sweep(
         CAPPED=objective.softcap is not None,
         GRADIENT=with_gradient,
         BLOCK_K=triton.next_power_of_2(ids.shape[1]),
-        BLOCK_V=min(MAX_BLOCK, triton.next_power_of_2(shard.width)),
-        num_warps=NUM_WARPS,
+        **launch_options(shard.width, objective),
     )
     return loss
+
+
+def launch_options(width: int, objective: Objective) -> dict[str, int]:
+    """Block size, warps and registers for an objective."""
+    tempered = objective.ce_weight > 0 and objective.temperature != 1
+    heavy = objective.softcap is not None or tempered
+    block = HEAVY_BLOCK if heavy else PLAIN_BLOCK
+    limit = {"maxnreg": HEAVY_REGISTERS} if heavy else {}
+    return {"BLOCK_V": min(block, triton.next_power_of_2(width)), "num_warps": NUM_WARPS} | limit
 
 
 def _sorted(targets: Targets) -> Targets:
@@ -132,8 +144,8 @@ def _sweep_row(
     named = ids >= 0
 
     # The student's logits at the teacher's words and at the label: z at temperature 1, x = z / T.
-    raw = tl.load(logits + ids, mask=named, other=0.0).to(tl.float32)
-    z, slope = _cap(raw, softcap, CAPPED)
+    raw_named = tl.load(logits + ids, mask=named, other=0.0).to(tl.float32)
+    z, slope = _cap(raw_named, softcap, CAPPED)
     x = tl.where(named, z * cold, FAR_BELOW)
     label, z_label, slope_label = -1, 0.0, 1.0
     if HARD:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.kernels.topk_divergence import topk_divergence
 
@@ -138,3 +139,19 @@ def logit_gradients(case: Case, impl: str, logits: Tensor, **options: Any) -> di
     case = replace(case, hidden=one_hot, unembedding=logits.T.contiguous(), bias=None)
     found = case.run(impl, **options)
     return {"loss": found["loss"], "logits": found["unembedding"].T}
+
+
+class Recorder(TorchDispatchMode):
+    """The operations run inside, and the elements of the largest tensor any of them made."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations.append(func.overloadpacket._qualified_op_name)
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // 4)
+        return result

@@ -1,14 +1,15 @@
 """The door of the top-k divergence: bad input, memory, synchronisation, what is not computed."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import pipeline.kernels
 from pipeline.kernels.topk_divergence import topk_divergence
-from tests.contract.divergence_cases import error, make_case, with_draws
+from tests.contract.divergence_cases import Recorder, error, make_case, with_draws
 
 
 @pytest.fixture(autouse=True)
@@ -161,22 +162,6 @@ def test_bad_dtypes_are_named(name):
         call(**changes)
 
 
-class Recorder(TorchDispatchMode):
-    """The operations run inside, and the elements of the largest tensor any of them made."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations, self.largest = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.operations.append(func.overloadpacket._qualified_op_name)
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // 4)
-        return result
-
-
 def run_recorded(case, head_needs_gradient=True, **options):
     hidden = case.hidden.clone().requires_grad_()
     head = case.unembedding.clone().requires_grad_(head_needs_gradient)
@@ -273,3 +258,17 @@ def test_gradcheck():
 
     assert torch.autograd.gradcheck(rows, leaves, nondet_tol=1e-12)
     assert torch.autograd.gradcheck(lambda *t: rows(*t).sum() / 3, leaves, nondet_tol=1e-12)
+
+
+def test_triton_on_the_cpu_is_an_error_not_a_fallback(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="impl: 'triton' needs a CUDA device"):
+        call(impl="triton")
+
+
+def test_triton_missing_is_an_error_not_a_fallback(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "pipeline.kernels.triton_sweep", raising=False)
+    monkeypatch.delattr(pipeline.kernels, "triton_sweep", raising=False)
+    with pytest.raises(RuntimeError, match="needs Triton, which does not import"):
+        call(impl="triton")

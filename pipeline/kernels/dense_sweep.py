@@ -1,0 +1,125 @@
+"""The sweep against a dense teacher: every word is an outcome.
+
+One idea: the teacher's logits of the same rows are made beside the student's, chunk by chunk, from
+its final hidden states and its head, so a cache of hidden states [N, D'] is a cache of whole
+distributions at any temperature. With nothing left for a tail, the gradient is r_v - q_v R for
+every word v: the closed forms of `divergences` with k = V and a tail column that counts nothing.
+They make some ten tensors of their rows' size, so they see a few rows of the chunk at a time.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels.divergences import (
+    LOG_ZERO,
+    Objective,
+    Outcomes,
+    outcome_gradient,
+    values,
+)
+from pipeline.kernels.vocabulary_shards import FAR_BELOW, Shard
+
+CPU_BLOCK = 2**19
+CUDA_BLOCK = 2**26
+"""Bytes of one tensor of the row arithmetic: cache-sized, or enough to fill a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseTargets:
+    """A teacher known by its hidden states.
+
+    Attributes:
+        hidden: [N, D'] the teacher's final states.
+        unembedding: [V', D'] its head; rows beyond the student's words are not read.
+        bias: [V'] or None.
+        softcap: soft cap of its logits, or None.
+        labels, weights: as in `targets.Targets`.
+    """
+
+    hidden: Tensor
+    unembedding: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    labels: Tensor | None
+    weights: Tensor | None
+
+    def __getitem__(self, rows: slice | Tensor) -> "DenseTargets":
+        labels = None if self.labels is None else self.labels[rows]
+        weights = None if self.weights is None else self.weights[rows]
+        return replace(self, hidden=self.hidden[rows], labels=labels, weights=weights)
+
+
+def sweep(
+    buffer: Tensor, targets: DenseTargets, objective: Objective, shard: Shard, with_gradient: bool
+) -> Tensor:
+    """Losses [C] of a chunk; `buffer` [C, width + spare] turns from raw logits into gradients."""
+    width = shard.width
+    teacher = teacher_logits(targets, width).to(buffer.dtype)
+    block = CUDA_BLOCK if buffer.is_cuda else CPU_BLOCK
+    size = max(1, block // (buffer.element_size() * (width + 1)))
+    losses = [
+        _sweep_block(logits, teacher[i : i + size], targets[i : i + size], objective, with_gradient)
+        for i, logits in zip(range(0, len(buffer), size), buffer[:, : width + 1].split(size))
+    ]
+    return torch.cat(losses)
+
+
+def teacher_logits(targets: DenseTargets, words: int) -> Tensor:
+    """[C, words] logits of the teacher, soft-capped."""
+    hidden = targets.hidden.to(targets.unembedding.dtype)
+    logits = hidden @ targets.unembedding[:words].T
+    if targets.bias is not None:
+        logits = logits + targets.bias[:words]
+    if targets.softcap is None:
+        return logits
+    return targets.softcap * torch.tanh(logits.float() / targets.softcap)
+
+
+def _sweep_block(
+    logits: Tensor,
+    teacher: Tensor,
+    targets: DenseTargets,
+    objective: Objective,
+    with_gradient: bool,
+) -> Tensor:
+    slope = None
+    if objective.softcap is not None:
+        bent = torch.tanh(logits / objective.softcap)
+        logits[:], slope = objective.softcap * bent, 1 - bent.square()
+    logits[:, -1] = FAR_BELOW
+    outcomes = dense_outcomes(teacher, objective.temperature)
+    log_q = (logits / objective.temperature).log_softmax(1).clamp_(min=LOG_ZERO)
+    loss = objective.temperature**2 * values(objective, outcomes, log_q).sum(1)
+    log_plain = log_q if objective.temperature == 1 else logits.log_softmax(1)
+    hard, label = _hard(targets, objective, logits)
+    loss -= hard[:, 0] * log_plain.gather(1, label)[:, 0]
+    if with_gradient:
+        logits[:] = objective.temperature * outcome_gradient(objective, outcomes, log_q)
+        if objective.ce_weight:
+            logits += hard * log_plain.exp()
+            logits.scatter_add_(1, label, -hard)
+        if slope is not None:
+            logits *= slope
+        if targets.weights is not None:
+            logits *= targets.weights.to(logits)[:, None]
+    return loss if targets.weights is None else loss * targets.weights.to(loss)
+
+
+def dense_outcomes(logits: Tensor, temperature: float) -> Outcomes:
+    """The teacher's distribution over every word, and a tail column that counts nothing."""
+    log_p = (logits / temperature).log_softmax(1).clamp_(min=LOG_ZERO)
+    log_p = torch.nn.functional.pad(log_p, (0, 1), value=LOG_ZERO)
+    counted = torch.ones_like(log_p[:1], dtype=torch.bool)
+    counted[:, -1] = False
+    return Outcomes(log_p.exp(), log_p, counted)
+
+
+def _hard(targets: DenseTargets, objective: Objective, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [C, 1] and column [C, 1] of each row's cross-entropy; weight 0 without a label."""
+    if targets.labels is None or not objective.ce_weight:
+        label = torch.zeros(len(like), 1, dtype=torch.int64, device=like.device)
+        return like.new_zeros(len(like), 1), label
+    labels = targets.labels[:, None].long()
+    return (labels >= 0).to(like) * objective.ce_weight, labels.clamp(min=0)
