@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch
+from cache_schemas.errors import CacheError, CacheIncomplete
+from stages import cache_compare, cache_sharing
+from stages.cache_arguments import Cache, location, tokenizer_of
 from stages.console import out, progress, say, table
 
 app = typer.Typer(help="Look at caches, check, mend and share them.", no_args_is_help=True)
 
-Cache = Annotated[str, typer.Argument(help="Directory, URL or RUN.toml.", metavar="CACHE")]
 Tokenizer = Annotated[str, typer.Option(help="HF directory or hub id, to show tokens in words.")]
 
 
@@ -35,7 +36,7 @@ def show(
     seen = overview(storage)
     facts_table(seen)
     if seen.sealed and rows:
-        guesses_table(storage, example, rows, guesses, tokenizer or _tokenizer_of(cache))
+        guesses_table(storage, example, rows, guesses, tokenizer or tokenizer_of(cache))
     if not seen.sealed:
         left = seen.plan.num_shards - seen.shards_done
         say(f"not sealed: {left} of {seen.plan.num_shards} shards are missing")
@@ -119,35 +120,14 @@ def repair(cache: Cache) -> None:
     )
 
 
-def location(cache: str) -> str:
-    """A cache's location, also from the run file that makes it."""
-    if not cache.endswith(".toml"):
-        return cache
-    from pipeline import config
-
-    return str(config.load(cache).path("cache"))
-
-
-def _tokenizer_of(cache: str) -> str:
-    """The tokenizer that a run file names; empty for anything else."""
-    if not cache.endswith(".toml"):
-        return ""
-    from pipeline import config
-
-    run = config.load(cache)
-    named = run.prepare.tokenizer if run.prepare else ""
-    return named or (run.teacher.model if run.teacher else "")
-
-
-def check_tokenizer(model: str, expected: str) -> None:
-    """Refuse a tokenizer that is not the cache's."""
-    from pipeline.corpus_tokenizer import tokenizer_facts
-
-    found = tokenizer_facts(model)["sha256"]
-    if found != expected:
-        raise PlanMismatch(
-            f"the tokenizer's sha256 is {found[:12]}",
-            expected=f"{expected[:12]}, the one the cache was made with",
-            where=model,
-            remedy="Name the teacher's own tokenizer with --tokenizer.",
-        )
+for verb in (
+    cache_sharing.push,
+    cache_sharing.pull,
+    cache_sharing.sign,
+    cache_sharing.merge,
+    cache_sharing.subset,
+    cache_sharing.reshard,
+    cache_compare.diff,
+    cache_compare.audit,
+):
+    app.command()(verb)

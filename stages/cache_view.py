@@ -105,7 +105,7 @@ def _words(expected: str, tokenizer: str) -> Callable[[int], str]:
         return str
     from transformers import AutoTokenizer
 
-    from stages.cache import check_tokenizer
+    from stages.cache_arguments import check_tokenizer
 
     check_tokenizer(tokenizer, expected)
     loaded = AutoTokenizer.from_pretrained(tokenizer)

@@ -102,3 +102,64 @@ def test_bad_input_gives_one_message(capsys, cache, case):
     code, _, err = stillroom(capsys, "verify", cache)
     assert code == expected
     assert message in err
+
+
+def test_push_pull_and_partial_pull(capsys, cache, tmp_path):
+    code, out, _ = stillroom(capsys, "push", cache, f"file://{tmp_path}/shared")
+    assert (code, f"{tmp_path}/shared" in out.replace("\n", "")) == (0, True)
+    code, _, err = stillroom(
+        capsys, "pull", tmp_path / "shared", tmp_path / "part", "--signal", "logits"
+    )
+    assert (code, "dense: none" in err) == (0, True)
+    assert stillroom(capsys, "verify", tmp_path / "part")[0] == 0
+    code, _, err = stillroom(capsys, "pull", tmp_path / "shared", tmp_path / "x", "--signal", "z")
+    assert (code, "no signal z" in err) == (2, True)
+
+
+def test_a_signed_cache_is_pulled_only_with_its_owners_key(capsys, cache, tmp_path):
+    mine, other = (key_pair(tmp_path / name) for name in ("mine", "other"))
+    code, _, err = stillroom(capsys, "verify", cache, "--public-key", mine[1])
+    assert (code, "there is no signature" in err) == (2, True)
+    assert stillroom(capsys, "sign", cache, "--key", mine[0])[0] == 0
+    pull = ("pull", cache, tmp_path / "copy", "--public-key")
+    code, _, err = stillroom(capsys, *pull, other[1])
+    assert (code, "not this key's" in err) == (2, True)
+    assert not (tmp_path / "copy").exists()
+    assert stillroom(capsys, *pull, mine[1])[0] == 0
+    assert stillroom(capsys, "verify", tmp_path / "copy", "--public-key", mine[1])[0] == 0
+
+
+def key_pair(path):
+    """Paths of an ed25519 key pair in PEM files."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        NoEncryption,
+        PrivateFormat,
+        PublicFormat,
+    )
+
+    key = Ed25519PrivateKey.generate()
+    private, public = path.with_suffix(".key"), path.with_suffix(".pub")
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(
+        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    return private, public
+
+
+def test_subset_reshard_merge_and_diff(capsys, cache, tmp_path):
+    code, _, _ = stillroom(capsys, "subset", cache, tmp_path / "code", "--source", "code")
+    assert code == 0
+    assert stillroom(capsys, "subset", cache, tmp_path / "rest", "--source", "prose")[0] == 0
+    code, _, _ = stillroom(capsys, "merge", tmp_path / "both", tmp_path / "code", tmp_path / "rest")
+    assert code == 0
+    code, out, err = stillroom(capsys, "diff", cache, tmp_path / "both")
+    assert code == 0
+    assert re.search(r"examples in both +│ +10 ", out)
+    assert "plan: corpus.digest" in err
+    reshard = ("reshard", cache, tmp_path / "new", "--examples-per-shard", 5)
+    assert stillroom(capsys, *reshard, "--profile", "portable")[0] == 0
+    assert stillroom(capsys, "verify", tmp_path / "new")[0] == 0
+    code, _, err = stillroom(capsys, *reshard, "--profile", "tiny")
+    assert (code, "unknown profile 'tiny'" in err) == (2, True)

@@ -1,0 +1,105 @@
+"""`stillroom cache diff | audit`: how far apart two answers to the same examples are.
+
+One idea: numbers on stdout, judgement in the exit code.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_schemas.errors import CacheError, PlanMismatch
+from pipeline.plain_text import plain
+from stages.cache_arguments import Cache, location
+from stages.console import say, table
+
+Sample = Annotated[int, typer.Option(min=1, help="Examples to compare, evenly spaced.")]
+
+
+def diff(
+    first: Cache,
+    second: Annotated[str, typer.Argument(help="Another.", metavar="CACHE")],
+    sample: Sample = 200,
+) -> None:
+    """Compare two caches by plan, by examples and by value."""
+    from pipeline.cache.comparing import diff
+    from pipeline.cache.reader import TeacherCache
+
+    caches = [TeacherCache.open(location(cache)) for cache in (first, second)]
+    found = diff(caches[0], caches[1], sample)
+    for line in found.plan:
+        say(f"plan: {plain(line)}")
+    rows = [
+        ["examples in both", f"{found.shared:,}"],
+        ["only in the first", f"{found.only_first:,}"],
+        ["only in the second", f"{found.only_second:,}"],
+    ]
+    table("examples", ["", "number"], rows)
+    if found.values:
+        table("values", COLUMNS, [_row("first || second", found.values)])
+
+
+def audit(
+    cache: Cache,
+    run_file: Annotated[Path, typer.Argument(help="Run with the [teacher].", metavar="RUN.toml")],
+    engine: Annotated[str, typer.Option(help="vllm or reference.")] = "vllm",
+    sample: Sample = 32,
+) -> None:
+    """Score examples of a cache again: cache against live teacher, live against live."""
+    from pipeline import config
+    from pipeline.cache.audit import audit
+    from pipeline.cache.reader import TeacherCache
+    from pipeline.teacher.engine import open_engine
+    from pipeline.teacher.facts import teacher_facts
+
+    run = config.load(run_file)
+    teacher = config.require(run.teacher, "teacher", str(run_file))
+    opened = TeacherCache.open(location(cache))
+    _check_teacher(opened.plan.facts["teacher"], teacher_facts(teacher), str(run_file))
+    capture = _capture_table(opened.plan.facts["capture"])
+    running = open_engine(engine, teacher, capture)  # type: ignore[arg-type]
+    try:
+        result = audit(opened, running.score, sample)
+    finally:
+        running.close()
+    rows = [_row("live || cache", result.cached), _row("live || live again", result.live)]
+    table(f"{result.cached.examples} examples", COLUMNS, rows)
+    if not result.passed:
+        raise CacheError(
+            f"mean KL {result.cached.kl_mean:.3g} nats from the live teacher",
+            expected=f"at most {result.allowed:.3g}: its own noise, and what storing may add",
+            where=opened.storage.location,
+            remedy="Capture again: this is not the teacher that made it, or not run as it was.",
+        )
+
+
+COLUMNS = ["", "mean KL", "max KL", "top-1", "max |dlogp|", "dense"]
+
+
+def _row(name: str, values) -> list[str]:
+    dense = ", ".join(f"{signal} {error:.2g}" for signal, error in values.hidden.items())
+    return [
+        name,
+        f"{values.kl_mean:.3g}",
+        f"{values.kl_max:.3g}",
+        f"{values.top1:.4f}",
+        f"{values.logprob:.3g}",
+        dense or "-",
+    ]
+
+
+def _check_teacher(expected: dict, found: dict, where: str) -> None:
+    if found["weights_sha256"] != expected.get("weights_sha256"):
+        raise PlanMismatch(
+            f"the teacher's weights are {found['weights_sha256'][:12]}",
+            expected=f"{str(expected.get('weights_sha256'))[:12]}, those of the cache",
+            where=where,
+            remedy="Name the teacher that made the cache under [teacher].",
+        )
+
+
+def _capture_table(facts: dict):
+    """The [capture] table that a cache was made with."""
+    from pipeline.config import Capture
+
+    return Capture.model_validate({k: v for k, v in facts.items() if k in Capture.model_fields})

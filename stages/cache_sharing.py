@@ -1,0 +1,129 @@
+"""`stillroom cache push | pull | sign | merge | subset | reshard`: caches that come from caches.
+
+One idea: every verb here makes another cache out of a sealed one, can be run again after any
+interruption, and ends with the location of what it made on stdout.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_schemas.errors import ConfigError
+from stages.cache_arguments import Cache, location
+from stages.console import out, progress, say
+
+Target = Annotated[str, typer.Argument(help="Directory or URL.", metavar="TARGET")]
+Signals = Annotated[
+    list[str] | None,
+    typer.Option(help="A dense signal to take, such as hidden.12; 'logits' for none. Repeatable."),
+]
+Threads = Annotated[int, typer.Option(min=1, help="Shards in flight.")]
+
+
+def push(cache: Cache, target: Target, signal: Signals = None, threads: Threads = 8) -> None:
+    """Copy a sealed cache to a bucket or directory; the manifest travels last."""
+    _copy(location(cache), target, signal, threads, "push")
+
+
+def pull(
+    cache: Cache,
+    target: Target,
+    signal: Signals = None,
+    threads: Threads = 8,
+    public_key: Annotated[
+        str, typer.Option(help="PEM file; refuse what its owner has not signed.")
+    ] = "",
+) -> None:
+    """Copy a cache from a bucket or web server, verified on arrival."""
+    from pipeline.cache.location import open_storage
+
+    if public_key:
+        from pipeline.cache.signing import check_signature
+
+        check_signature(open_storage(cache), public_key)
+    _copy(cache, target, signal, threads, "pull")
+
+
+def sign(
+    cache: Cache,
+    key: Annotated[Path, typer.Option(help="PEM file with an ed25519 private key.")],
+) -> None:
+    """Sign the manifest, and with it every byte of the cache."""
+    from pipeline.cache.location import open_storage
+    from pipeline.cache.signing import sign
+
+    storage = open_storage(location(cache))
+    sign(storage, key)
+    out.print(f"{storage.location}/manifest.sig")
+
+
+def merge(
+    target: Target,
+    caches: Annotated[list[str], typer.Argument(help="Two or more caches.", metavar="CACHE...")],
+    recode: Annotated[
+        bool, typer.Option(help="Encode again where codec tables differ; adds its error again.")
+    ] = False,
+) -> None:
+    """One cache of all examples of several caches of one teacher."""
+    from pipeline.cache.reader import TeacherCache
+    from pipeline.cache.rewriting import merge
+
+    if len(caches) < 2:
+        raise ConfigError("one cache", expected="two or more", where="merge")
+    opened = [TeacherCache.open(location(cache)) for cache in caches]
+    with progress("merge", "shards") as report:
+        merge(opened, target, recode, report)
+    out.print(target)
+
+
+def subset(
+    cache: Cache,
+    target: Target,
+    source: Annotated[list[str] | None, typer.Option(help="Keep this source. Repeatable.")] = None,
+    min_entropy: Annotated[float | None, typer.Option(help="Least mean entropy, nats.")] = None,
+    max_entropy: Annotated[float | None, typer.Option(help="Largest mean entropy, nats.")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="At most so many examples.")] = 0,
+    tokens: Annotated[int, typer.Option(min=0, help="At most so many tokens.")] = 0,
+) -> None:
+    """A cache of some of the examples, by source, entropy or size."""
+    from pipeline.cache.reader import TeacherCache
+    from pipeline.cache.rewriting import Selection, subset
+
+    opened = TeacherCache.open(location(cache))
+    chosen = Selection(tuple(source or ()), (min_entropy, max_entropy), examples, tokens)
+    with progress("subset", "shards") as report:
+        subset(opened, target, chosen, report)
+    out.print(target)
+
+
+def reshard(
+    cache: Cache,
+    target: Target,
+    examples_per_shard: Annotated[int, typer.Option(min=1, help="Size of the new shards.")],
+    profile: Annotated[
+        str, typer.Option(help="Encode again: small, strict, exact, portable.")
+    ] = "",
+) -> None:
+    """The same examples in shards of another size, or in another codec profile."""
+    from pipeline.cache.reader import TeacherCache
+    from pipeline.cache.rewriting import reshard
+
+    if profile not in ("", "small", "strict", "exact", "portable"):
+        known = "small, strict, exact or portable"
+        raise ConfigError(f"unknown profile '{profile}'", expected=known, where="--profile")
+    opened = TeacherCache.open(location(cache))
+    with progress("reshard", "shards") as report:
+        reshard(opened, target, examples_per_shard, profile, report)
+    out.print(target)
+
+
+def _copy(source: str, target: str, signals: list[str] | None, threads: int, title: str) -> None:
+    from pipeline.cache.location import open_storage
+    from pipeline.cache.sharing import copy
+
+    end = open_storage(target)
+    with progress(title, "shards") as report:
+        done = copy(open_storage(source), end, signals, threads, report)
+    say(f"{done.files:,} files, {done.num_bytes:,} bytes; dense: {', '.join(done.dense) or 'none'}")
+    out.print(end.location)
