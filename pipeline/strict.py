@@ -42,7 +42,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _explain(model: type[Table], error: ValidationError, where: str) -> ConfigError:
     """The first problem, in words, with the nearest known key for a misspelt one."""
-    first = error.errors(include_url=False)[0]
+    # A misspelt key is also a missing one; the misspelling is the mistake.
+    problems = error.errors(include_url=False)
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         hint = nearest(str(first["loc"][-1]), _known_keys(model, first["loc"][:-1]))
