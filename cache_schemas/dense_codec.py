@@ -118,7 +118,7 @@ def to_stored(codec: dict[str, Any], array: np.ndarray) -> np.ndarray:
         return _to_bfloat16(array)
     if name == "fp16":
         largest = float(np.abs(array).max(initial=0))
-        if largest > np.finfo(np.float16).max:
+        if largest > float(np.finfo(np.float16).max):
             remedy = "Use codec 'bf16' or 'step'."
             raise CacheError(f"{largest:.6g}", expected="at most 65504 (fp16)", remedy=remedy)
         return array.astype(np.float16)

@@ -6,19 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_schemas.record_codec import MAX_KL, MEAN_KL, NAMES, RowCodec
-from tests.codec_samples import SHAPES, divergence, record, sorted_rows
+from tests.codec_samples import (
+    SHAPES,
+    assert_same,
+    assert_within_bounds,
+    divergence,
+    record,
+    sorted_rows,
+)
 
 PROFILES = ("exact", "small", "strict")
-HALF_STEPS = {
-    "token_logprob": 1 / 128,
-    "entropy": 1 / 128,
-    "lse": 1 / 128,
-    "logit_mean": 1 / 128,
-    "zscore_lse": 1 / 128,
-    "behaviour_logprob": 1 / 512,
-}
-LOSSLESS = ("token_ids", "token_rank")
-
 sizes = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 2**32 - 1),
@@ -42,42 +39,6 @@ def fitted(profile: str, size: dict, samples: list) -> RowCodec:
         draws=size["draws"],
         temperatures=2,
     )
-
-
-def assert_same(found: dict, expected: dict, names=NAMES) -> None:
-    for name in names:
-        if name in expected:
-            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-
-
-def assert_draws(found: dict, expected: dict) -> None:
-    for ids, times, given_ids, given_times in zip(
-        found["draw_ids"], found["draw_counts"], expected["draw_ids"], expected["draw_counts"]
-    ):
-        held, given_held = ids >= 0, given_ids >= 0
-        assert dict(zip(ids[held], times[held])) == dict(
-            zip(given_ids[given_held], given_times[given_held])
-        )
-        assert (ids[held.sum() :] == -1).all()
-        assert (times[~held] == 0).all()
-
-
-def assert_within_bounds(profile: str, found: dict, expected: dict) -> None:
-    ids, logprobs = sorted_rows(found)
-    given_ids, given_logprobs = sorted_rows(expected)
-    np.testing.assert_array_equal(ids, given_ids)
-    assert_same(found, expected, LOSSLESS)
-    if "draw_ids" in expected:
-        assert_draws(found, expected)
-    finer = 4 if profile == "strict" else 1
-    for name, bound in HALF_STEPS.items():
-        np.testing.assert_allclose(found[name], expected[name], atol=bound / finer, rtol=1e-6)
-    np.testing.assert_allclose(found["logit_std"], expected["logit_std"], rtol=2.0**-10)
-    if profile == "strict":
-        near = given_logprobs > -1000
-        assert (np.abs(logprobs[near] - given_logprobs[near]) <= 0.025 + 1e-5).all()
-    else:
-        assert (divergence(expected, found) <= MAX_KL * MEAN_KL + 1e-9).all()
 
 
 @settings(max_examples=60, deadline=None)
