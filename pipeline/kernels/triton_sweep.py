@@ -98,7 +98,8 @@ def launch_options(width: int, objective: Objective) -> dict[str, int]:
     heavy = objective.softcap is not None or tempered
     block = HEAVY_BLOCK if heavy else PLAIN_BLOCK
     limit = {"maxnreg": HEAVY_REGISTERS} if heavy else {}
-    return {"BLOCK_V": min(block, triton.next_power_of_2(width)), "num_warps": NUM_WARPS} | limit
+    limit |= {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    return {"BLOCK_V": min(block, triton.next_power_of_2(width))} | limit
 
 
 def _sorted(targets: Targets) -> Targets:

@@ -1,0 +1,64 @@
+"""The contract of the divergences on a real GPU: every implementation, Triton compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.kernels.topk_divergence import topk_divergence
+
+CONTRACT = Path(__file__).parent.parent / "contract" / "test_topk_divergence.py"
+
+
+@pytest.mark.gpu
+def test_the_contract_holds_on_cuda():
+    environment = os.environ | {
+        "STILLROOM_TEST_DEVICE": "cuda",
+        "STILLROOM_TEST_KERNELS": "eager chunked triton",
+    }
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", str(CONTRACT)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert " passed" in run.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_the_hot_path_never_synchronises(impl):
+    hidden = torch.randn(300, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    head = torch.randn(5003, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    logprobs, ids = torch.randn(300, 5003, device="cuda").log_softmax(1).topk(64, 1)
+    weights = torch.rand(300, device="cuda")
+
+    def step():
+        loss = topk_divergence(hidden, head, ids, logprobs, weights=weights, impl=impl)
+        (loss.sum() / 300).backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_extra_memory_stays_within_the_budget(impl):
+    """bf16, V = 151,936: one chunk's buffers, the head's gradient, and little else."""
+    rows, width, words, k = 4096, 512, 151_936, 64
+    hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    head = torch.randn(words, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.stack([torch.randperm(words, device="cuda")[:k] for _ in range(rows)])
+    logprobs = torch.full((rows, k), -8.0, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    budget = 2**28
+    loss = topk_divergence(hidden, head, ids, logprobs, impl=impl, memory_budget=budget)
+    loss.sum().backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= budget + head.nbytes + hidden.nbytes + 2**26
