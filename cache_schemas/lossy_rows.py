@@ -10,9 +10,10 @@ import numpy as np
 
 from cache_schemas import scalar_streams, token_streams
 from cache_schemas.codebook import Codebook
+from cache_schemas.lists import Lists, RowError
 from cache_schemas.rankings import Rankings
 from cache_schemas.streams import Record, Streams
-from cache_schemas.topk_streams import PARAMETERS, Lists, RowError, TopkCoder
+from cache_schemas.topk_streams import PARAMETERS, TopkCoder
 
 LISTS = ("topk_ids", "topk_logprobs", "tail_logprob")
 DRAWS = ("draw_ids", "draw_counts")

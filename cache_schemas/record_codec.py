@@ -17,10 +17,10 @@ import numpy as np
 from cache_schemas import streams
 from cache_schemas.codebook import Codebook
 from cache_schemas.errors import CacheError
+from cache_schemas.lists import RowError
 from cache_schemas.lossy_rows import LossyRows
 from cache_schemas.rankings import Rankings
 from cache_schemas.signals import ROW_SIGNALS
-from cache_schemas.topk_streams import RowError
 
 Profile = Literal["small", "strict", "exact", "portable"]
 Signals = dict[str, np.ndarray]

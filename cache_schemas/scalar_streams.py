@@ -8,8 +8,8 @@ small. A signal that cannot be coded so (not finite, or enormous) is kept exactl
 import numpy as np
 
 from cache_schemas.errors import CacheError
+from cache_schemas.lists import Lists
 from cache_schemas.streams import Record, Streams
-from cache_schemas.topk_streams import Lists
 
 FIRST_STREAM = 48
 STEPS = {

@@ -8,9 +8,9 @@ of their ranks).
 import numpy as np
 
 from cache_schemas.errors import CacheError
+from cache_schemas.lists import Lists
 from cache_schemas.rankings import Rankings
 from cache_schemas.streams import Record, Streams, corrupt
-from cache_schemas.topk_streams import Lists
 
 DRAW_SIZES, DRAW_STEPS, DRAW_TIMES = 26, 27, 28
 PLACES, OUTSIDERS, PROMPT = 29, 30, 31

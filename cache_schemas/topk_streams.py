@@ -6,14 +6,13 @@ while it is written; a record with a row above the bound is written again with f
 """
 
 import functools
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import NoReturn
 
 import numpy as np
 
 from cache_schemas.codebook import Codebook
 from cache_schemas.errors import CacheError
+from cache_schemas.lists import LevelTable, Lists, RowError, explain, refuse
 from cache_schemas.rankings import Rankings
 from cache_schemas.streams import Record, Streams, corrupt
 
@@ -31,52 +30,6 @@ NUM_QUADS = 3
 MAX_FINER = 6
 SUM_SLACK = 2e-3
 """Rows whose mass is within this of one are scaled to sum to one when they are decoded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lists:
-    """Decoded top-k lists, and what they were coded with.
-
-    Attributes:
-        ids, logprobs: int32, float32 [R, k]; padded with -1 and -inf.
-        tail: float32 [R], or empty where the record has none.
-        levels: uint32 [R, k]; equal levels are one group.
-        counts: int32 [R] entries before the padding.
-        classes: uint8 [R].
-    """
-
-    ids: np.ndarray
-    logprobs: np.ndarray
-    tail: np.ndarray
-    levels: np.ndarray
-    counts: np.ndarray
-    classes: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class RowError:
-    """What coding did to a record's rows: KL(given || decoded) in nats, max |delta log p|."""
-
-    kl_sum: float = 0.0
-    kl_max: float = 0.0
-    delta_max: float = 0.0
-    rows: int = 0
-
-    @property
-    def kl_mean(self) -> float:
-        """Mean KL over rows; 0 without rows."""
-        return self.kl_sum / max(self.rows, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class LevelTable:
-    """Edges, log-probabilities and masses (in units of 2**-MASS_BITS) of a codebook's levels, and
-    where the search for one starts."""
-
-    edges: np.ndarray
-    coarse: np.ndarray
-    logprobs: np.ndarray
-    masses: np.ndarray
 
 
 class TopkCoder:
@@ -150,7 +103,7 @@ class TopkCoder:
         rankings = self.rankings
         bases = rankings.base(classes)
         length = rankings.lists.shape[1]
-        _refuse(
+        refuse(
             merge_ids(
                 steps, levels, counts, bases, rankings.lookup, length, rankings.num_ranks, ids
             )
@@ -158,7 +111,10 @@ class TopkCoder:
         tail_levels = self._tail_levels(record, finer)
         return self._lists(ids, levels, tail_levels, counts, classes, finer, bool(scale))
 
-    def _levels(self, ids, logprobs, tail, finer):  # type: ignore[no-untyped-def]
+    def _levels(
+        self, ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray, finer: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(levels [R, k], levels of the tail, entries before the padding)."""
         from cache_schemas.kernels.topk import quantise, quantise_each
 
         table = self._table(finer)
@@ -167,13 +123,13 @@ class TopkCoder:
         levels = np.empty(ids.shape, dtype=np.uint16)
         tail_levels = np.empty(len(tail), dtype=np.uint16)
         vocab_size = self.rankings.common.size
-        _explain(
+        explain(
             "topk",
             ids,
             logprobs,
             *quantise(ids, logprobs, edges, table.coarse, vocab_size, counts, levels),
         )
-        _explain("tail_logprob", ids, tail[:, None], *quantise_each(tail, edges, tail_levels))
+        explain("tail_logprob", ids, tail[:, None], *quantise_each(tail, edges, tail_levels))
         return levels, tail_levels, counts
 
     def _error(self, logprobs, tail, levels, tail_levels, counts, finer, scale) -> RowError:
@@ -240,7 +196,7 @@ class TopkCoder:
         last = len(self._table(finer).logprobs) - 1
         joined = np.concatenate(quads)
         parts = first, following, joined, at
-        _refuse(merge_levels(*parts, counts, np.uint64(last), _running_sums(), levels))
+        refuse(merge_levels(*parts, counts, np.uint64(last), _running_sums(), levels))
         return levels
 
     def _tail_levels(self, record: Record, finer: int) -> np.ndarray:
@@ -252,15 +208,8 @@ class TopkCoder:
         return levels
 
     def _table(self, finer: int) -> LevelTable:
-        from cache_schemas.kernels.topk import MASS_BITS, coarse_levels
-
         if finer not in self._levels_of:
-            book = self.codebook.finer(finer)
-            masses = np.rint(np.exp(book.logprobs.astype(np.float64)) * 2.0**MASS_BITS)
-            edges = book.edges
-            masses = masses.astype(np.int64)
-            table = LevelTable(edges, coarse_levels(edges), book.logprobs, masses)
-            self._levels_of[finer] = table
+            self._levels_of[finer] = LevelTable.of(self.codebook.finer(finer))
         return self._levels_of[finer]
 
 
@@ -308,31 +257,3 @@ def _stream_sizes(counts: np.ndarray, k: int, full: bool) -> list[int]:
     for start, end in pairwise(QUAD_STARTS):
         sizes.append((-(-(np.clip(counts, start, end) - start) // 4)).sum())
     return [int(size) * times for size in sizes]
-
-
-def _refuse(status: tuple[int, int]) -> None:
-    code, row = status
-    if code:
-        corrupt(f"row {row} names a level or rank that does not exist")
-
-
-def _explain(signal: str, ids: np.ndarray, values: np.ndarray, code: int, row: int) -> None:
-    """Turn a kernel's status into an error that names signal, row, value and bound."""
-    from cache_schemas.kernels import topk
-
-    if not code:
-        return
-    problems = {
-        topk.BAD_ID: ("topk_ids", f"id {ids[row].max(initial=-1)}", "an id of the vocabulary"),
-        topk.BAD_PADDING: ("topk_ids", "an entry after the padding", "-1 with -inf to the end"),
-        topk.BAD_LOGPROB: (
-            signal if signal != "topk" else "topk_logprobs",
-            f"log-probability {np.max(values[row]):.6g}",
-            f"at most 0 (+{topk.SLACK})",
-        ),
-    }
-    _refuse_value(row, *problems[code])
-
-
-def _refuse_value(row: int, signal: str, found: str, bound: str) -> NoReturn:
-    raise CacheError(found, expected=bound, where=f"signal {signal}, row {row}")

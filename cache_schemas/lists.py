@@ -1,0 +1,93 @@
+"""What a record's top-k lists are once decoded, and what may be wrong with those given.
+
+One idea: everything beside the lists is predicted from `Lists`, so encoder and decoder share it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache_schemas.codebook import Codebook
+from cache_schemas.errors import CacheError
+from cache_schemas.streams import corrupt
+
+
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """Decoded top-k lists, and what they were coded with.
+
+    Attributes:
+        ids, logprobs: int32, float32 [R, k]; padded with -1 and -inf.
+        tail: float32 [R], or empty where the record has none.
+        levels: uint32 [R, k]; equal levels are one group.
+        counts: int32 [R] entries before the padding.
+        classes: uint8 [R].
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    tail: np.ndarray
+    levels: np.ndarray
+    counts: np.ndarray
+    classes: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """What coding did to a record's rows: KL(given || decoded) in nats, max |delta log p|."""
+
+    kl_sum: float = 0.0
+    kl_max: float = 0.0
+    delta_max: float = 0.0
+    rows: int = 0
+
+    @property
+    def kl_mean(self) -> float:
+        """Mean KL over rows; 0 without rows."""
+        return self.kl_sum / max(self.rows, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LevelTable:
+    """Edges, log-probabilities and masses (in units of 2**-MASS_BITS) of a codebook's levels, and
+    where the search for one starts."""
+
+    edges: np.ndarray
+    coarse: np.ndarray
+    logprobs: np.ndarray
+    masses: np.ndarray
+
+    @classmethod
+    def of(cls, codebook: Codebook) -> "LevelTable":
+        """The table of a codebook."""
+        from cache_schemas.kernels.topk import MASS_BITS, coarse_levels
+
+        edges, logprobs = codebook.edges, codebook.logprobs
+        masses = np.rint(np.exp(logprobs.astype(np.float64)) * 2.0**MASS_BITS).astype(np.int64)
+        return cls(edges, coarse_levels(edges), logprobs, masses)
+
+
+def refuse(status: tuple[int, int]) -> None:
+    """Turn a decoding kernel's status into a corrupt record."""
+    code, row = status
+    if code:
+        corrupt(f"row {row} names a level or rank that does not exist")
+
+
+def explain(signal: str, ids: np.ndarray, values: np.ndarray, code: int, row: int) -> None:
+    """Turn a kernel's status into an error that names signal, row, value and bound."""
+    from cache_schemas.kernels import topk
+
+    if not code:
+        return
+    problems = {
+        topk.BAD_ID: ("topk_ids", f"id {ids[row].max(initial=-1)}", "an id of the vocabulary"),
+        topk.BAD_PADDING: ("topk_ids", "an entry after the padding", "-1 with -inf to the end"),
+        topk.BAD_LOGPROB: (
+            signal if signal != "topk" else "topk_logprobs",
+            f"log-probability {np.max(values[row]):.6g}",
+            f"at most 0 (+{topk.SLACK})",
+        ),
+    }
+    signal, found, bound = problems[code]
+    raise CacheError(found, expected=bound, where=f"signal {signal}, row {row}")
