@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.kernels import autocasting
 from pipeline.kernels.divergences import DivergenceName, Objective, TailName
+from pipeline.kernels.vocabulary_shards import Shard
 
 IMPLEMENTATIONS = ("eager", "chunked", "triton")
 MASS_TOLERANCE = 1e-3
@@ -43,24 +44,45 @@ def check_objective(objective: Objective, tail_ids: Tensor | None, tail_weights:
         _require(not given, f"tail_ids: only for tail='sampled'; found tail={objective.tail!r}")
 
 
-def check_student(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, words: int) -> None:
+def check_student(hidden: Tensor, unembedding: Tensor, bias: Tensor | None) -> None:
     """Shapes, dtypes and devices of what is differentiated.
 
     Raises:
-        ValueError: shapes, devices or `valid_vocab` that do not fit.
+        ValueError: shapes or devices that do not fit.
         TypeError: dtypes that do not fit.
     """
+    for name, tensor in (("hidden", hidden), ("unembedding", unembedding), ("bias", bias)):
+        sharded = hasattr(tensor, "placements")
+        _require(not sharded, f"{name}: is a DTensor; see pipeline.kernels.distributed_head")
     _require(hidden.dim() == 2, f"hidden: found shape {tuple(hidden.shape)}; expected [N, D]")
     if not hidden.is_floating_point():
         raise TypeError(f"hidden: found {hidden.dtype}; expected a floating dtype")
     width, found = hidden.shape[1], tuple(unembedding.shape)
     fits = unembedding.dim() == 2 and found[1] == width
     _require(fits, f"unembedding: found shape {found}; expected [V, {width}]")
-    _require(0 < words <= found[0], f"valid_vocab: found {words}; expected 1 to {found[0]}")
     _shape("bias", bias, (found[0],))
     for name, tensor in (("unembedding", unembedding), ("bias", bias)):
         _same_device(name, tensor, hidden)
         _same_dtype(name, tensor, hidden)
+
+
+def check_words(
+    unembedding: Tensor, valid_vocab: int | None, shard: Shard | None, impl: str
+) -> Shard:
+    """The real words of the head, as a shard (of one, unless one is given).
+
+    Raises:
+        ValueError: `valid_vocab` or `shard` does not fit the head or the implementation.
+    """
+    rows = unembedding.shape[0]
+    if shard is None:
+        words = rows if valid_vocab is None else valid_vocab
+        _require(0 < words <= rows, f"valid_vocab: found {words}; expected 1 to {rows}")
+        return Shard.whole(words)
+    _require(valid_vocab is None, "valid_vocab: is shard.total where a shard is given")
+    _require(impl == "chunked", f"shard: needs impl='chunked'; found {impl!r}")
+    _require(0 <= shard.width <= rows, f"shard: holds {shard.width} words; the head, {rows}")
+    return shard
 
 
 def check_how(impl: str, budget: int | None) -> None:

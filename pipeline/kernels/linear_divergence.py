@@ -11,7 +11,6 @@ from pipeline.kernels import argument_checks, chunked, dense_sweep, eager, execu
 from pipeline.kernels.dense_sweep import DenseTargets
 from pipeline.kernels.divergences import DivergenceName, Objective
 from pipeline.kernels.execution import Implementation
-from pipeline.kernels.vocabulary_shards import Shard
 
 
 def linear_divergence(
@@ -61,14 +60,16 @@ def linear_divergence(
         RuntimeError: `triton` was asked for; there is no such kernel.
     """
     objective = Objective(divergence, beta, alpha, "truncate", temperature, ce_weight, softcap)
-    words = unembedding.shape[0] if valid_vocab is None else valid_vocab
     argument_checks.check_objective(objective, None, None)
-    argument_checks.check_student(hidden, unembedding, bias, words)
+    argument_checks.check_student(hidden, unembedding, bias)
+    shard = argument_checks.check_words(unembedding, valid_vocab, None, impl)
     argument_checks.check_rows(hidden, labels=labels, weights=weights, ce_weight=ce_weight)
     argument_checks.check_how(impl, memory_budget)
-    argument_checks.check_teacher(hidden, teacher_hidden, teacher_unembedding, teacher_bias, words)
+    argument_checks.check_teacher(
+        hidden, teacher_hidden, teacher_unembedding, teacher_bias, shard.total
+    )
     if execution.debugging(debug, hidden):
-        argument_checks.check_row_values(labels, weights, words)
+        argument_checks.check_row_values(labels, weights, shard.total)
     if impl == "triton":
         raise RuntimeError("impl: 'triton' has no dense kernel; use 'chunked' on any device")
     targets = DenseTargets(
@@ -80,14 +81,14 @@ def linear_divergence(
         weights,
     )
     if impl == "eager":
-        return eager.linear_divergence(hidden, unembedding, bias, targets, objective, words)
+        return eager.linear_divergence(hidden, unembedding, bias, targets, objective, shard.total)
     plan = execution.plan(
         dense_sweep.sweep,
         hidden,
         unembedding,
         targets,
         objective,
-        Shard.whole(words),
+        shard,
         memory_budget,
         accumulate_fp32,
     )

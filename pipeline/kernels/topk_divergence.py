@@ -86,6 +86,7 @@ def topk_divergence(
     memory_budget: int | None = None,
     accumulate_fp32: bool = False,
     debug: bool | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     """Per-row divergence between a sparse teacher and `softmax(hidden @ unembedding.T)`.
 
@@ -116,6 +117,9 @@ def topk_divergence(
         accumulate_fp32: sum d_unembedding over chunks in fp32 (for bf16 and fp16 heads).
         debug: check ranges and values of tensors, which makes a device wait. None checks CPU
             tensors and, if the environment has STILLROOM_DEBUG_KERNELS=1, all others.
+        shard: for a head sharded over ranks (`chunked` only): which words `unembedding` holds.
+            Everything else, ids included, is the same on all ranks; so is the loss. For heads that
+            are DTensors see `distributed_head`.
 
     Returns:
         fp32 [N] (fp64 for fp64 inputs). Reduce it with `.sum()`: other reductions make the
@@ -126,23 +130,23 @@ def topk_divergence(
         RuntimeError: `triton` was asked for and cannot run.
     """
     objective = Objective(divergence, beta, alpha, tail, temperature, ce_weight, softcap)
-    words = unembedding.shape[0] if valid_vocab is None else valid_vocab
     argument_checks.check_objective(objective, tail_ids, tail_weights)
-    argument_checks.check_student(hidden, unembedding, bias, words)
+    argument_checks.check_student(hidden, unembedding, bias)
+    shard = argument_checks.check_words(unembedding, valid_vocab, shard, impl)
     argument_checks.check_rows(hidden, labels=labels, weights=weights, ce_weight=ce_weight)
     argument_checks.check_how(impl, memory_budget)
     argument_checks.check_sparse(hidden, "ids", ids, "logprobs", logprobs)
     if tail_ids is not None and tail_weights is not None:
         argument_checks.check_sparse(hidden, "tail_ids", tail_ids, "tail_weights", tail_weights)
     if execution.debugging(debug, hidden):
-        argument_checks.check_lists(ids, logprobs, tail_ids, tail_weights, words)
-        argument_checks.check_row_values(labels, weights, words)
+        argument_checks.check_lists(ids, logprobs, tail_ids, tail_weights, shard.total)
+        argument_checks.check_row_values(labels, weights, shard.total)
     targets = Targets(ids, logprobs.detach(), labels, weights)
     if tail_ids is not None and tail_weights is not None:
         targets = _with_draws(targets, tail_ids, tail_weights)
         objective = replace(objective, tail="truncate")
     return _run(
-        impl, hidden, unembedding, bias, targets, objective, words, memory_budget, accumulate_fp32
+        impl, hidden, unembedding, bias, targets, objective, shard, memory_budget, accumulate_fp32
     )
 
 
@@ -160,19 +164,19 @@ def _run(
     bias: Tensor | None,
     targets: Targets,
     objective: Objective,
-    words: int,
+    shard: Shard,
     budget: int | None,
     accumulate_fp32: bool,
 ) -> Tensor:
     if impl == "eager":
-        return eager.topk_divergence(hidden, unembedding, bias, targets, objective, words)
+        return eager.topk_divergence(hidden, unembedding, bias, targets, objective, shard.total)
     plan = execution.plan(
         execution.sparse_sweep(impl, hidden),
         hidden,
         unembedding,
         targets,
         objective,
-        Shard.whole(words),
+        shard,
         budget,
         accumulate_fp32,
         sweep_in_place=impl == "triton",
