@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,11 +24,11 @@ from pipeline.capture_progress import CaptureProgress, Totals
 from pipeline.config import Run, require
 from pipeline.corpus import Corpus
 from pipeline.record import Example, TeacherRecord
-from pipeline.teacher.engine import EngineName, OutOfMemory, RejectedExample, TeacherEngine
+from pipeline.teacher.engine import Engine, EngineName, OutOfMemory, RejectedExample
 from pipeline.teacher.engine import open_engine as open_named_engine
 
 OnError = Literal["stop", "quarantine"]
-OpenEngine = Callable[[float], TeacherEngine]
+OpenEngine = Callable[[float], Engine]
 """Starts the engine with its step's token budget scaled; called again after an out-of-memory."""
 
 
@@ -64,20 +65,42 @@ def capture(
         RejectedExample: an example cannot be answered and `on_error` is `stop`.
         TeacherError: the teacher cannot be loaded or served, or ran out of memory twice.
     """
-    where = run.directory
-    teacher = require(run.teacher, "teacher", where)
-    table = require(run.capture, "capture", where)
-    corpus = Corpus.open(run.path("corpus"))
-    check_tokenizer(corpus, teacher)
-    plan = make_plan(corpus, split, teacher, table, engine)
-    writer = CacheWriter.open(location or str(run.path("cache")), plan)
-    start = open_engine or (
-        lambda scale: open_named_engine(
-            engine, teacher, table, max_tokens=longest(corpus), batch_scale=scale
-        )
-    )
+    task = Task.open(run, engine, split, location)
     notes = Notes(run.path(), rank, on_error)
-    return fill(writer, corpus.split(split), start, notes, rank, world_size, on_progress)
+    start = open_engine or task.start
+    return fill(task.writer, task.examples, start, notes, rank, world_size, on_progress)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One capture, opened.
+
+    Attributes:
+        writer: where records go.
+        examples: what the teacher is asked about, in the plan's order.
+        start: starts the engine that answers.
+    """
+
+    writer: CacheWriter
+    examples: Sequence[Example]
+    start: OpenEngine
+
+    @classmethod
+    def open(cls, run: Run, engine: EngineName, split: str, location: str = "") -> "Task":
+        """Plan a capture and open its cache; see `capture`."""
+        teacher = require(run.teacher, "teacher", run.directory)
+        table = require(run.capture, "capture", run.directory)
+        corpus = Corpus.open(run.path("corpus"))
+        check_tokenizer(corpus, teacher)
+        plan = make_plan(corpus, split, teacher, table, engine)
+        writer = CacheWriter.open(location or str(run.path("cache")), plan)
+
+        def start(scale: float) -> Engine:
+            return open_named_engine(
+                engine, teacher, table, max_tokens=longest(corpus), batch_scale=scale
+            )
+
+        return cls(writer, corpus.split(split), start)
 
 
 def fill(
@@ -90,13 +113,13 @@ def fill(
     on_progress: Callable[[CaptureProgress], None] | None = None,
 ) -> Manifest | None:
     """Answer one worker's missing shards of any cache, and seal it when none is missing."""
-    if (sealed := _sealed(writer)) is not None:
+    if (sealed := manifest_of(writer)) is not None:
         return sealed
     missing = writer.missing(rank, world_size)
     if missing:
         totals = Totals.of(writer.plan, missing, rank)
         tell = on_progress or (lambda _: None)
-        _Work(writer, examples, notes, totals, tell, start).score(missing)
+        ShardWork(writer, examples, notes, totals, tell, start).score(missing)
     return None if writer.missing() else writer.seal()
 
 
@@ -121,8 +144,8 @@ class Notes:
         _append(self._rejects, line | {"reason": error.found})
 
 
-class _Work:
-    """One worker's run over its missing shards."""
+class ShardWork:
+    """One worker's run over shards that are missing."""
 
     def __init__(
         self,
@@ -152,13 +175,13 @@ class _Work:
         finally:
             engine.close()
 
-    def _fit(self, engine: TeacherEngine) -> None:
+    def _fit(self, engine: Engine) -> None:
         """Codec tables follow from shard 0 alone, whichever worker comes first."""
         if self._writer.needs_fit:
             first = self._writer.plan.shard_range(0)
             self._writer.fit(engine.score(self._of(first), self._notes.reject))
 
-    def _write(self, engine: TeacherEngine, missing: list[int]) -> None:
+    def _write(self, engine: Engine, missing: list[int]) -> None:
         """Score ahead while the shard before is being encoded and committed."""
         ranges = [self._writer.plan.shard_range(number) for number in missing]
         wanted = (example for numbers in ranges for example in self._of(numbers))
@@ -187,8 +210,8 @@ class _Work:
         return (self._examples[number] for number in numbers)
 
 
-def _sealed(writer: CacheWriter) -> Manifest | None:
-    """The manifest of a cache that was finished before."""
+def manifest_of(writer: CacheWriter) -> Manifest | None:
+    """The manifest of a cache that is finished; None before."""
     if writer.storage.size(layout.MANIFEST) is None:
         return None
     return TeacherCache.open(writer.storage.location).manifest

@@ -1,0 +1,115 @@
+"""Capture over a real local Ray cluster of two nodes, one of them killed mid-run."""
+
+import contextlib
+import os
+
+import pytest
+
+from cache_schemas.errors import CacheIncomplete, ConfigError, PlanMismatch
+from pipeline.cache.reader import TeacherCache
+from pipeline.capture import capture
+from pipeline.config import Capture, Prepare, Run, Source, Teacher
+from pipeline.corpus import prepare
+from pipeline.ray_capture import Place, Problem, capture_on_ray, gpus_per_engine, places
+from pipeline.teacher.engine import RejectedExample
+from tests.memory_cache import examples
+
+SHARDS = 40
+
+
+def run_in(directory, teacher) -> Run:
+    source = Source(name="help", kind="pydoc_topics", limit=30)
+    settings = Prepare(source=(source,), window=64, heldout=0.0)
+    corpus = prepare(settings, str(teacher), directory / "corpus")
+    per_shard = -(-len(corpus.split("train")) // SHARDS)
+    table = Capture(k=8, hidden_layers=(1, "final"), examples_per_shard=per_shard)
+    made = Teacher(model=str(teacher), dtype="float32")
+    return Run(name="run", directory=str(directory), prepare=settings, teacher=made, capture=table)
+
+
+@contextlib.contextmanager
+def two_nodes():
+    """A Ray cluster of two one-processor nodes on the loopback interface.
+
+    Ray takes 127.0.0.1 for this machine's outward address; the rest of 127/8 it takes as it is.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "node_ip_address": "127.0.0.2"}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    second = cluster.add_node(**node)
+    ray.init(address=cluster.address, _node_ip_address="127.0.0.2", log_to_driver=False)
+    try:
+        yield cluster, second
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_node_killed_mid_run_changes_nothing_about_the_seal(tiny_llama, tmp_path):
+    alone = run_in(tmp_path / "alone", tiny_llama)
+    capture(alone, engine="reference")
+    spread = run_in(tmp_path / "spread", tiny_llama)
+    seen = []
+    with two_nodes() as (cluster, second):
+
+        def kill_when_both_have_worked(now):
+            seen.append(now)
+            logs = list((tmp_path / "spread").glob("capture.*.jsonl"))
+            if len(logs) == 2 and second in cluster.list_all_nodes():
+                cluster.remove_node(second, allow_graceful=False)
+
+        capture_on_ray(spread, engine="reference", on_progress=kill_when_both_have_worked)
+        assert second not in cluster.list_all_nodes()
+    sealed = [
+        (tmp_path / name / "cache" / "manifest.json").read_bytes() for name in ("alone", "spread")
+    ]
+    assert sealed[0] == sealed[1]
+    cache = TeacherCache.open(str(tmp_path / "spread" / "cache"))
+    assert len(cache) == len(TeacherCache.open(str(tmp_path / "alone" / "cache")))
+    assert seen[-1].total_shards == cache.plan.num_shards
+    again = capture_on_ray(spread, engine="reference")
+    assert again == cache.manifest
+
+
+@pytest.mark.ray
+def test_what_a_worker_cannot_do_reaches_the_driver_as_it_was_said(tiny_llama, tmp_path):
+    run = run_in(tmp_path / "run", tiny_llama)
+    capture(run, engine="reference")
+    other = run.model_copy(update={"capture": run.capture.model_copy(update={"k": 9})})
+    with pytest.raises(PlanMismatch):
+        capture_on_ray(other, engine="reference")
+    (example,) = examples(1)
+    error = RejectedExample(example, "NaN at position 3", remedy="Check the weights.")
+    again = Problem.of(error).error()
+    assert str(again) == str(error)
+    assert Problem.of(CacheIncomplete("x")).error().exit_code == CacheIncomplete.exit_code
+
+
+def node(name, alive=True, **resources):
+    return {"NodeID": name, "Alive": alive, "Resources": resources}
+
+
+def test_an_engine_takes_a_whole_node_where_there_are_no_accelerators():
+    nodes = [node("a", CPU=8.0), node("b", CPU=4.0), node("c", alive=False, CPU=4.0)]
+    assert places(nodes, 1) == {Place("a", 0): {"num_cpus": 8.0}, Place("b", 0): {"num_cpus": 4.0}}
+
+
+def test_as_many_engines_as_accelerators_allow_and_none_on_nodes_without():
+    nodes = [node("head", CPU=8.0), node("a", CPU=64.0, GPU=8.0), node("b", CPU=64.0, GPU=4.0)]
+    teacher = Teacher(
+        model="m", engine_args={"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    )
+    need = gpus_per_engine(teacher, "vllm")
+    assert need == 4
+    assert set(places(nodes, need)) == {Place("a", 0), Place("a", 1), Place("b", 0)}
+    assert all(resources["num_gpus"] == 4 for resources in places(nodes, need).values())
+
+
+def test_an_engine_larger_than_every_node_is_refused():
+    with pytest.raises(ConfigError, match="needs 16 accelerators and no node has more than 8"):
+        places([node("a", CPU=64.0, GPU=8.0)], 16)
