@@ -7,7 +7,7 @@ made; training, resuming and evaluating read it and never the teacher. Losses ar
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,19 @@ from torch import nn
 
 from cache_schemas.errors import PlanMismatch, StudentError
 from pipeline.config import Teacher
+from pipeline.data.images import ImageBatch
 from pipeline.pruning import prune_layers, prune_width
 from pipeline.teacher.facts import model_directory, teacher_facts
 from pipeline.training_tables import Student
+from pipeline.vision.parts import assemble, name_for_vllm
+from pipeline.vision.student import (
+    TASK_TOKENS,
+    WideStates,
+    embed,
+    insert_behind_images,
+    load_task_tokens,
+    with_tokens,
+)
 
 RECEIPT = "student.json"
 TOKENIZER_FILES = (
@@ -61,11 +71,13 @@ class StudentStates:
         final: [B * S, D], after the final norm.
         head: the LM head.
         blocks: block number (1-based) -> [B * S, D], the block's output.
+        wide: the same with task tokens in the sequence; None where there are none.
     """
 
     final: torch.Tensor
     head: Head
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)
+    wide: WideStates | None = None
 
     def at(self, rows: torch.Tensor) -> torch.Tensor:
         """[N, D]: what the head multiplies at chosen flat positions."""
@@ -98,22 +110,23 @@ def initial_student(student: Student, teacher: Teacher | None, directory: Path) 
         )
     model = _MAKERS[student.init](student, teacher)
     facts = {"student": settings, "teacher": _origin(student, teacher)}
-    export(model, directory, tokenizer_from=model_directory(teacher), facts=facts)
+    tokens = load_task_tokens(Path(student.model)) if student.model else None
+    export(model, directory, model_directory(teacher), facts, tokens)
     return directory
 
 
-def load(directory: str | Path, attention: str = "sdpa", dtype=torch.float32) -> nn.Module:
-    """A causal LM from an HF directory, in training precision.
+def load(directory: str | Path, attention: str = "sdpa", dtype=torch.float32) -> Any:
+    """A causal LM or image-text model from an HF directory, in training precision.
 
     Raises:
         StudentError: the directory is missing or is not a model that transformers knows.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=attention
-        )
+        sees = hasattr(AutoConfig.from_pretrained(directory), "vision_config")
+        kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        return kind.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise StudentError(
             f"cannot be loaded ({str(error).splitlines()[0]})",
@@ -122,7 +135,13 @@ def load(directory: str | Path, attention: str = "sdpa", dtype=torch.float32) ->
         ) from None
 
 
-def export(model: Any, directory: Path, tokenizer_from: Path, facts: dict) -> None:
+def export(
+    model: Any,
+    directory: Path,
+    tokenizer_from: Path,
+    facts: dict,
+    task_tokens: torch.Tensor | None = None,
+) -> None:
     """Write a plain HF directory in one move: it is there complete, or not at all.
 
     Args:
@@ -130,10 +149,16 @@ def export(model: Any, directory: Path, tokenizer_from: Path, facts: dict) -> No
         directory: where it goes; what is there is replaced.
         tokenizer_from: HF directory whose tokenizer files are copied byte for byte.
         facts: JSON kept as `student.json`.
+        task_tokens: [count, D], kept beside a student that was trained with them.
     """
+    from safetensors.torch import save_file
+
     staging = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
     model.save_pretrained(staging)
+    name_for_vllm(staging)
+    if task_tokens is not None:
+        save_file({"task_tokens": task_tokens.contiguous()}, staging / TASK_TOKENS)
     for pattern in TOKENIZER_FILES:
         for path in tokenizer_from.glob(pattern):
             shutil.copyfile(path, staging / path.name)
@@ -148,7 +173,7 @@ def export(model: Any, directory: Path, tokenizer_from: Path, facts: dict) -> No
         staging.rename(directory)
 
 
-def blocks_of(model: nn.Module) -> nn.ModuleList:
+def blocks_of(model: Any) -> nn.ModuleList:
     """The decoder's blocks, found by their number, so that any architecture will do."""
     depth = model.config.get_text_config().num_hidden_layers
     found = [
@@ -164,7 +189,7 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     return found[0]
 
 
-def decoder_of(model: Any) -> nn.Module:
+def decoder_of(model: Any) -> Any:
     """The part that turns tokens into final hidden states."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
@@ -179,30 +204,49 @@ def head_of(model: Any) -> Head:
 
 
 def forward_states(
-    model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor, blocks=()
+    model: Any,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    blocks: Sequence[int] = (),
+    images: ImageBatch | None = None,
+    task_tokens: torch.Tensor | None = None,
 ) -> StudentStates:
     """Run the decoder without its head.
 
     Args:
-        model: a causal LM.
+        model: a causal LM, or a LLaVA-type model where there are pixels.
         input_ids: [B, S].
         position_ids: [B, S], restarting at every packed document.
         blocks: numbers (1-based) of blocks whose outputs are wanted too.
+        images: of the batch.
+        task_tokens: [count, D], stand behind every image; they are in `wide` only.
     """
+    given, layout = {"input_ids": input_ids}, None
+    if images is not None and (images.pixels is not None or task_tokens is not None):
+        embeddings = embed(model, input_ids, images)
+        if task_tokens is not None:
+            layout = insert_behind_images(position_ids, images, len(task_tokens))
+            embeddings = with_tokens(embeddings, layout, task_tokens)
+            position_ids = layout.position_ids
+        given = {"inputs_embeds": embeddings}
     outputs: dict[int, torch.Tensor] = {}
     layers = blocks_of(model) if blocks else ()
     hooks = [layers[n - 1].register_forward_hook(_keep(outputs, n)) for n in blocks]
     try:
         found = decoder_of(model)(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
+            **given, position_ids=position_ids, attention_mask=None, use_cache=False
         )
     finally:
         for hook in hooks:
             hook.remove()
-    return StudentStates(found.last_hidden_state.flatten(0, 1), head_of(model), outputs)
+    final, head = found.last_hidden_state.flatten(0, 1), head_of(model)
+    if layout is None:
+        return StudentStates(final, head, outputs)
+    kept = {number: states[layout.kept] for number, states in outputs.items()}
+    return StudentStates(final[layout.kept], head, kept, WideStates(layout, outputs))
 
 
-def check_documents_are_isolated(model: nn.Module, vocab_size: int) -> None:
+def check_documents_are_isolated(model: Any, vocab_size: int) -> None:
     """Refuse a model that lets a packed document see the one before it.
 
     Two rows that differ only in their first document must give equal states in the second.
@@ -254,23 +298,23 @@ def _origin(student: Student, teacher: Teacher) -> dict:
     return {"model": student.model}
 
 
-def _source(student: Student, teacher: Teacher) -> nn.Module:
+def _source(student: Student, teacher: Teacher) -> Any:
     named = teacher.model_copy(update={"model": student.model}) if student.model else teacher
     return load(model_directory(named), dtype=torch.float32)
 
 
-def _layer_pruned(student: Student, teacher: Teacher) -> nn.Module:
+def _layer_pruned(student: Student, teacher: Teacher) -> Any:
     model = _source(student, teacher)
     keep = student.keep_layers or tuple(range(0, len(blocks_of(model)), student.keep_every))
     return prune_layers(model, blocks_of(model), keep)
 
 
-def _width_pruned(student: Student, teacher: Teacher) -> nn.Module:
+def _width_pruned(student: Student, teacher: Teacher) -> Any:
     model = _source(student, teacher)
     return prune_width(model, blocks_of(model), student.keep_intermediate, student.keep_heads)
 
 
-def _from_config(student: Student, _teacher: Teacher) -> nn.Module:
+def _from_config(student: Student, _teacher: Teacher) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if not student.model:
@@ -286,7 +330,7 @@ def _from_config(student: Student, _teacher: Teacher) -> nn.Module:
         )
 
 
-def _model(student: Student, teacher: Teacher) -> nn.Module:
+def _model(student: Student, teacher: Teacher) -> Any:
     if not student.model:
         raise StudentError(
             "init = 'model' without a model",
@@ -296,9 +340,20 @@ def _model(student: Student, teacher: Teacher) -> nn.Module:
     return _source(student, teacher)
 
 
-_MAKERS: dict[str, Callable[[Student, Teacher], nn.Module]] = {
+def _parts(student: Student, teacher: Teacher) -> Any:
+    if not (student.model and student.vision_model):
+        raise StudentError(
+            "init = 'parts' needs a language model and a vision tower",
+            where="[student] model, vision_model",
+            remedy="Name an HF directory for each.",
+        )
+    return assemble(Path(student.vision_model), Path(student.model), seed=student.seed)
+
+
+_MAKERS: dict[str, Callable[[Student, Teacher], Any]] = {
     "prune_layers": _layer_pruned,
     "prune_width": _width_pruned,
     "config": _from_config,
     "model": _model,
+    "parts": _parts,
 }

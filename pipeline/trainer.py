@@ -43,8 +43,18 @@ from pipeline.student import (
     initial_student,
     load,
 )
-from pipeline.training_run import check_fit, facts_of, geometry_of, identity_of, open_caches
+from pipeline.training_run import (
+    check_fit,
+    facts_of,
+    freeze,
+    geometry_of,
+    identity_of,
+    open_caches,
+    open_image_caches,
+    pictures_of,
+)
 from pipeline.training_tables import Train
+from pipeline.vision.student import load_task_tokens
 
 RESULT = "train.json"
 
@@ -142,7 +152,9 @@ class _Training:
 
     def __post_init__(self):
         run, settings, parallel = self.settings_run, self.settings, self.parallel
-        self.facts = {name: facts_of(cache) for name, cache in self.caches.items()}
+        self.image_caches = open_image_caches(settings, self.caches)
+        everything = {**self.caches, **self.image_caches}
+        self.facts = {name: facts_of(cache) for name, cache in everything.items()}
         self.terms = terms_of(run.objective, self.facts)
         self.geometry = geometry_of(settings, self.caches[""], parallel)
         self.initial = run.path("student-initial")
@@ -150,7 +162,7 @@ class _Training:
             initial_student(require(run.student, "student", run.name), run.teacher, self.initial)
         parallel.barrier()
         check_fit(self.initial, self.caches)
-        self.identity = identity_of(run, settings, self.caches, self.initial)
+        self.identity = identity_of(run, settings, everything, self.initial)
 
     def run(self, on_progress, stop) -> TrainResult:
         """From wherever the run stands to its end."""
@@ -173,14 +185,18 @@ class _Training:
         return self._finish(loss, time.perf_counter() - start)
 
     def _build(self) -> None:
-        settings, parallel = self.settings, self.parallel
+        run, settings, parallel = self.settings_run, self.settings, self.parallel
         torch.manual_seed(settings.seed)
         model = load(self.initial, settings.attention).to(parallel.device).train()
         check_documents_are_isolated(model, self.facts[""].vocab_size)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        freeze(model, settings.freeze)
         adapt(model, settings.lora)
-        self.distiller = Distiller(model, self.terms, settings.kernel).to(parallel.device)
+        task_tokens = load_task_tokens(self.initial)
+        self.distiller = Distiller(model, self.terms, settings.kernel, task_tokens=task_tokens).to(
+            parallel.device
+        )
         if settings.compile:
             for block in blocks_of(model):
                 block.compile()
@@ -195,14 +211,16 @@ class _Training:
             settings.keep_last,
             settings.async_checkpoint,
         )
+        signals = signals_needed(self.terms, self.facts)
         self.loader = DistillLoader(
             self.caches,
-            signals_needed(self.terms, self.facts),
+            signals,
             self.geometry,
             settings.seed,
             settings.shuffle_shards,
             settings.workers,
             pin_memory=parallel.device.type == "cuda",
+            pictures=pictures_of(run, settings, self.initial, self.image_caches, signals),
         )
 
     def _resume(self) -> TrainingState:
@@ -342,14 +360,16 @@ class _Training:
         )
         if self.parallel.is_main:
             model = self._assembled(full)
-            export(model, student, self.initial, {"identity": self.identity})
+            tokens = self.distiller.task_tokens.embeddings()
+            tokens = None if tokens is None else whole(tokens.detach()).cpu()
+            export(model, student, self.initial, {"identity": self.identity}, tokens)
             facts = {name: getattr(result, name) for name in TrainResult.__slots__}
             text = json.dumps(facts | {"identity": self.identity}, indent=2) + "\n"
             write_durably(self.settings_run.path(RESULT), text)
         self.parallel.barrier()
         return result
 
-    def _assembled(self, full: dict[str, torch.Tensor]) -> nn.Module:
+    def _assembled(self, full: dict[str, torch.Tensor]) -> Any:
         """A plain model on the CPU with the trained weights, adapters merged."""
         model = load(self.initial)
         merge = adapt(model, self.settings.lora)

@@ -5,12 +5,17 @@ something else is refused by name; how fast or where it runs is not in it.
 """
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from cache_schemas.errors import StudentError
+from torch import nn
+
+from cache_schemas.errors import ConfigError, StudentError
 from pipeline.config import Run
+from pipeline.data.images import Pictures, processor_of
 from pipeline.data.loader import Geometry, RecordSource, lengths_of
 from pipeline.objectives.registry import CacheFacts
 from pipeline.parallel import Parallel
@@ -19,6 +24,8 @@ from pipeline.training_tables import Train
 HOW_NOT_WHAT = {
     "cache",
     "caches",
+    "images",
+    "corpus",
     "workers",
     "checkpoint_every",
     "async_checkpoint",
@@ -32,7 +39,7 @@ HOW_NOT_WHAT = {
 """Keys of `[train]` that may change between two halves of one run; caches count by their digest."""
 
 
-def open_caches(run: Run, settings: Train) -> dict[str, RecordSource]:
+def open_caches(run: Run, settings: Train) -> dict[str, Any]:
     """Every cache of a run by name; "" is the main one."""
     from pipeline.cache.reader import TeacherCache
 
@@ -43,9 +50,63 @@ def open_caches(run: Run, settings: Train) -> dict[str, RecordSource]:
     }
 
 
+def open_image_caches(settings: Train, taken: Collection[str]) -> dict[str, Any]:
+    """Every cache of vision targets by name.
+
+    Raises:
+        ConfigError: a name that a cache of texts already has.
+    """
+    from pipeline.cache.reader import TeacherCache
+
+    for name in settings.images:
+        if name in taken:
+            raise ConfigError(f"two caches are called '{name}'", where="[train.images]")
+    return {name: TeacherCache.open(location) for name, location in settings.images.items()}
+
+
+def pictures_of(
+    run: Run,
+    settings: Train,
+    student: Path,
+    caches: Mapping[str, Any],
+    signals: Mapping[str, Collection[str]],
+) -> Pictures | None:
+    """What looks up images for the student; None where neither pixels nor targets are wanted."""
+    from pipeline.corpus_files import Corpus
+
+    sees = "vision_config" in json.loads((student / "config.json").read_text())
+    if not sees and not caches:
+        return None
+    wanted = {name: sorted(signals[name]) for name in caches}
+    if not sees:
+        return Pictures(None, None, caches, wanted)
+    corpus = Corpus.open(settings.corpus or run.path("corpus"))
+    return Pictures(corpus.image_bytes, processor_of(student), caches, wanted)
+
+
+def freeze(student: nn.Module, patterns: Sequence[str]) -> None:
+    """Leave weights out of training.
+
+    Raises:
+        ConfigError: a pattern fits no weight.
+    """
+    for pattern in patterns:
+        found = [p for name, p in student.named_parameters() if fnmatchcase(name, pattern)]
+        if not found:
+            raise ConfigError(f"'{pattern}' fits no weight", where="[train] freeze")
+        for parameter in found:
+            parameter.requires_grad_(False)
+
+
 def facts_of(cache: Any) -> CacheFacts:
     """What objectives must know of a cache."""
     facts = cache.plan.facts
+    if "encoders" in facts["teacher"]:
+        dense = facts["signals"]["dense"]
+        widths, positions = (
+            {name: shape[key] for name, shape in dense.items()} for key in ("width", "positions")
+        )
+        return CacheFacts(tuple(cache.signals), (), 0, widths, positions)
     width = facts["teacher"]["hidden_size"]
     return CacheFacts(
         signals=tuple(cache.signals),

@@ -14,9 +14,12 @@ from pipeline.strict import Table
 class Student(Table):
     """Where the student's first weights come from."""
 
-    init: Literal["prune_layers", "prune_width", "config", "model"] = "prune_layers"
+    init: Literal["prune_layers", "prune_width", "config", "model", "parts"] = "prune_layers"
     model: str = ""
-    """HF directory or hub id for `model`, JSON config for `config`; empty takes the teacher."""
+    """HF directory or hub id for `model`, JSON config for `config`; empty takes the teacher.
+    `parts`: the language model."""
+    vision_model: str = ""
+    """`parts`: HF directory of the vision tower; both are joined by a fresh projector."""
     keep_every: int = Field(default=3, ge=1)
     """`prune_layers`: keep blocks 0, n, 2n, ..."""
     keep_layers: tuple[int, ...] = ()
@@ -58,8 +61,8 @@ class Objective(Table):
     curriculum: Literal[
         "none", "low_entropy_first", "high_entropy_first", "small_gap_first", "large_gap_first"
     ] = "none"
-    """Which rows come first: those where the teacher's entropy, or its advantage over the student on
-    the text's own token, is low or high; all of them at the end. A gap costs one more sweep."""
+    """Which rows come first: those where the teacher's entropy, or its advantage over the student
+    on the text's own token, is low or high; all of them at the end. A gap costs one more sweep."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of this objective; see the runbook on objectives."""
 
@@ -71,6 +74,13 @@ class Train(Table):
     """Directory or URL of the cache; empty takes `<directory>/cache`."""
     caches: dict[str, str] = Field(default_factory=dict)
     """Further caches of the same corpus, by name: other teachers, other signals."""
+    images: dict[str, str] = Field(default_factory=dict)
+    """Caches of vision targets, by name; joined by image, whatever corpus they were made from."""
+    corpus: str = ""
+    """Directory of the prepared corpus that holds the image files; empty takes
+    `<directory>/corpus`. Read only for a student with a vision tower."""
+    freeze: tuple[str, ...] = ()
+    """Patterns (as in file names, `*vision_tower*`) of student weights that stay as they are."""
     steps: int = Field(default=100, ge=1)
     batch_tokens: int = Field(default=2048, ge=2)
     """Tokens of one microbatch, padding included."""

@@ -7,7 +7,7 @@ block-diagonal mask, or the varlen lengths, from exactly that).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 
 from cache_schemas.errors import StudentError
 from cache_schemas.signals import is_hidden
+from pipeline.data.images import ImageBatch, images_of
 from pipeline.record import Example, TeacherRecord
 
 NO_LABEL = -100
@@ -52,6 +53,11 @@ class Teacher:
     positions: Units
 
 
+_NOWHERE = torch.empty(0, dtype=torch.int64)
+NO_TEACHER = Teacher({}, Units(_NOWHERE, _NOWHERE, _NOWHERE.bool(), _NOWHERE.bool()))
+"""Stands for a cache that says nothing about tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class DistillBatch:
     """One microbatch.
@@ -67,6 +73,7 @@ class DistillBatch:
         sources: [E].
         sample_weight: float32 [E].
         num_tokens: tokens without padding.
+        images: the examples' images; None where there are none.
     """
 
     input_ids: torch.Tensor
@@ -79,6 +86,7 @@ class DistillBatch:
     sources: tuple[str, ...]
     sample_weight: torch.Tensor
     num_tokens: int
+    images: ImageBatch | None = None
 
     def to(self, device: torch.device | str) -> "DistillBatch":
         """The same batch on another device."""
@@ -94,7 +102,7 @@ def _map(value: Any, change) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {key: _map(item, change) for key, item in value.items()}
-    if isinstance(value, Units | Teacher | DistillBatch):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(
             value, **{f.name: _map(getattr(value, f.name), change) for f in fields(value)}
         )
@@ -135,6 +143,7 @@ def collate(
         sources=tuple(record.example.source for record in mains),
         sample_weight=torch.tensor([record.example.weight for record in mains]),
         num_tokens=sum(len(record.example.token_ids) for record in mains),
+        images=images_of(mains, starts),
     )
 
 

@@ -7,13 +7,14 @@ The state of a loader is a `Position`; nothing about ranks or workers is in it.
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from cache_schemas.errors import ConfigError, StudentError
 from pipeline.data.batch import DistillBatch, collate
+from pipeline.data.images import Pictures
 from pipeline.data.packing import Position, RowPlan
 from pipeline.record import TeacherRecord
 
@@ -81,6 +82,7 @@ class DistillLoader:
         shuffle_shards: shards shuffled together.
         workers: threads that decode ahead (decoding leaves Python's lock); 0 decodes when asked.
         pin_memory: page-lock batches for a faster copy to a GPU.
+        pictures: looks up pixels and targets of the examples' images; None leaves them out.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class DistillLoader:
         shuffle_shards: int = 16,
         workers: int = 0,
         pin_memory: bool = False,
+        pictures: Pictures | None = None,
     ):
         main = sources[""]
         shards = np.fromiter((main.shard_of(i) for i in range(len(main))), dtype=np.int64)
@@ -99,6 +102,7 @@ class DistillLoader:
         self._sources, self._signals = dict(sources), dict(signals)
         self._others = {name: _match(main, cache, name) for name, cache in sources.items() if name}
         self.geometry, self._workers, self._pin_memory = geometry, workers, pin_memory
+        self._pictures = pictures
 
     def steps(
         self, position: Position, count: int
@@ -133,6 +137,8 @@ class DistillLoader:
     def _batch(self, rows: list[tuple[int, ...]]) -> DistillBatch:
         records = [[self._read(number) for number in row] for row in rows]
         batch = collate(records, self.geometry.capacity, self.geometry.padding_free)
+        if self._pictures is not None and batch.images is not None:
+            batch = replace(batch, images=self._pictures.fill(batch.images))
         return batch.pin_memory() if self._pin_memory else batch
 
     def _read(self, number: int) -> dict[str, TeacherRecord]:

@@ -1,3 +1,3 @@
 """Losses a student can learn from a cache; importing this package registers all of them."""
 
-from pipeline.objectives import alignment, divergence, policy  # noqa: F401
+from pipeline.objectives import alignment, divergence, embedding, policy  # noqa: F401

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from cache_schemas.errors import ConfigError, StudentError
-from pipeline.data.batch import DistillBatch, Units
+from pipeline.data.batch import NO_TEACHER, DistillBatch, Units
 from pipeline.objectives import registry
 from pipeline.objectives.presets import expand
 from pipeline.objectives.registry import CacheFacts, Context, Needs, Spec
 from pipeline.student import blocks_of, forward_states
 from pipeline.training_tables import Objective
+from pipeline.vision.predictor import TaskTokens
 
 CURRICULUM_SIGNALS = {
     "none": (),
@@ -127,10 +128,11 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         terms: Sequence[Term],
         kernel: str = "chunked",
         teacher_head: torch.Tensor | None = None,
+        task_tokens: torch.Tensor | None = None,
     ):
         super().__init__()
         self.model, self.terms, self.kernel = model, list(terms), kernel
@@ -140,6 +142,7 @@ class Distiller(nn.Module):
             made = term.spec.projector(term.options, model.config.get_text_config(), term.facts)
             if made is not None:
                 self.projectors[str(number)] = made
+        self.task_tokens = TaskTokens(self.projectors, task_tokens)
         self.blocks = sorted({block for term in self.terms for block in term.needs.blocks})
         _check_blocks(self.blocks, model)
         self.sums: dict[str, dict[str, torch.Tensor]] = {}
@@ -174,7 +177,14 @@ class Distiller(nn.Module):
         Returns:
             float32 [objectives].
         """
-        states = forward_states(self.model, batch.input_ids, batch.position_ids, self.blocks)
+        states = forward_states(
+            self.model,
+            batch.input_ids,
+            batch.position_ids,
+            self.blocks,
+            batch.images,
+            self.task_tokens.embeddings(),
+        )
         values = []
         for number, (term, weight) in enumerate(zip(self.terms, weights, strict=True)):
             context = self._context(number, term, states, batch, weight)
@@ -185,7 +195,7 @@ class Distiller(nn.Module):
         return torch.stack(values)
 
     def _context(self, number: int, term: Term, states, batch: DistillBatch, weight) -> Context:
-        teacher, key = batch.teachers[term.table.cache], str(number)
+        teacher, key = batch.teachers.get(term.table.cache, NO_TEACHER), str(number)
         return Context(
             states,
             batch,
@@ -197,6 +207,8 @@ class Distiller(nn.Module):
             self.projectors[key] if key in self.projectors else None,  # noqa: SIM401
             self.kernel,
             self.teacher_head,
+            cache_name=term.table.cache,
+            task_tokens=self.task_tokens.columns.get(key, range(0)),
         )
 
     def _keep_sums(self, label: str, sums: dict[str, torch.Tensor]) -> None:
@@ -216,6 +228,8 @@ def unit_weights(term: Term, batch: DistillBatch, progress: float) -> torch.Tens
         float32 [units].
     """
     factors = batch.sample_weight * _source_factors(term, batch)
+    if term.spec.unit == "image":
+        return _image_weights(term, batch, factors)
     teacher = batch.teachers[term.table.cache]
     applies = term.spec.applies
     if term.spec.unit == "example":
@@ -229,6 +243,13 @@ def unit_weights(term: Term, batch: DistillBatch, progress: float) -> torch.Tens
         counts = torch.zeros(len(factors)).index_add_(0, units.example, inside.float())
         weights = weights / counts.clamp_min(1.0)[units.example]
     return weights
+
+
+def _image_weights(term: Term, batch: DistillBatch, factors: torch.Tensor) -> torch.Tensor:
+    """An image weighs its example's weight where it has a target, and nothing elsewhere."""
+    if batch.images is None:
+        return factors[:0]
+    return factors[batch.images.example] * batch.images.targets[term.table.cache].present
 
 
 def _source_factors(term: Term, batch: DistillBatch) -> torch.Tensor:
@@ -289,7 +310,7 @@ def admit_by_gap(context: Context, curriculum: str, progress: float) -> Context:
     return replace(context, weights=kept * (weights.sum() / total if total > 0 else 0.0))
 
 
-def _check_blocks(blocks: Sequence[int], model: nn.Module) -> None:
+def _check_blocks(blocks: Sequence[int], model: Any) -> None:
     depth = len(blocks_of(model)) if blocks else 0
     bad = [number for number in blocks if not 1 <= number <= depth]
     if bad:

@@ -17,7 +17,7 @@ from pipeline.data.batch import DistillBatch, Teacher, Units
 from pipeline.strict import Table, nearest, validate
 from pipeline.student import StudentStates
 
-Unit = Literal["row", "position", "example"]
+Unit = Literal["row", "position", "example", "image"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,14 @@ class CacheFacts:
         temperatures: those of its log-sum-exps.
         vocab_size: ids of the tokenizer; columns of the student's head beyond it are padding.
         widths: signal -> width of a dense signal.
+        positions: image signal -> positions of a target.
     """
 
     signals: tuple[str, ...]
     temperatures: tuple[float, ...]
     vocab_size: int
     widths: dict[str, int] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class Context:
         kernel: implementation of the divergences.
         teacher_head: [V, D_t], where an objective needs it.
         sums: numbers that an objective leaves to be added up over microbatches and ranks.
+        cache_name: of this objective's cache; key of `ImageBatch.targets` for image targets.
+        task_tokens: columns of this objective's own task tokens behind every image.
     """
 
     states: StudentStates
@@ -85,6 +89,8 @@ class Context:
     kernel: str
     teacher_head: torch.Tensor | None = None
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    cache_name: str = ""
+    task_tokens: range = range(0)
 
 
 @dataclass(frozen=True, slots=True)
