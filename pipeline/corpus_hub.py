@@ -51,54 +51,65 @@ def _belongs(name: str, split: str, subset: str) -> bool:
 
 def _fetch(source: Source) -> tuple[Path, list[str]]:
     """Directory of the snapshot and the names of the split's files in it."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-
-    revisions = [source.revision] if source.revision else ["", CONVERTED]
     seen: list[str] = []
-    try:
-        for revision in revisions:
-            names = _listed(source.path, revision)
-            seen += names
-            if chosen := choose(names, source.split, source.subset):
-                _one_subset(chosen, source)
-                return _snapshot(source.path, revision, chosen), chosen
-    except RepositoryNotFoundError:
-        raise _refused(source, "no such data set on the hub (or it is private)") from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        reason = f"cannot be reached and is not in the local cache ({type(error).__name__})"
-        raise _refused(source, reason) from None
+    for revision in [source.revision] if source.revision else ["", CONVERTED]:
+        names = _listed(source, revision)
+        seen += names
+        if chosen := choose(names, source.split, source.subset):
+            _one_subset(chosen, source)
+            return _snapshot(source, revision, chosen), chosen
     raise _no_split(source, seen)
 
 
-def _listed(repo: str, revision: str) -> list[str]:
-    """Names of a revision's files: from the hub, or from the cached snapshot without a network."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
+def _listed(source: Source, revision: str) -> list[str]:
+    """Names of a revision's files: from the hub, or as it said them last without a network.
+
+    The converted copy that a data set may lack is then an empty list.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return HfApi().list_repo_files(repo, repo_type="dataset", revision=revision or None)
+        return HfApi().list_repo_files(source.path, repo_type="dataset", revision=revision or None)
     except RevisionNotFoundError:
-        return []
-    except (OfflineModeIsEnabled, ConnectionError):
-        pass
-    except OSError as error:
-        if getattr(error, "response", None) is not None:
-            raise
-    directory = Path(
-        snapshot_download(
-            repo, repo_type="dataset", revision=revision or None, local_files_only=True
-        )
-    )
-    return [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
+        if revision == CONVERTED:
+            return []
+        raise _refused(source, f"no such revision '{revision or 'main'}'") from None
+    except RepositoryNotFoundError:
+        raise _refused(source, "no such data set on the hub (or it is private)") from None
+    except ValueError as error:
+        raise _refused(source, f"is not a data set id ({error})") from None
+    except Exception as error:  # offline mode, or whatever the HTTP client raises
+        return _remembered(source, revision, error)
 
 
-def _snapshot(repo: str, revision: str, names: list[str]) -> Path:
+def _remembered(source: Source, revision: str, error: Exception) -> list[str]:
+    """The whole listing that the hub's cache keeps beside a snapshot, fetched or not."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        kept = get_cached_repo_tree(source.path, repo_type="dataset", revision=revision or None)
+    except (CachedRepoTreeNotFoundError, OSError):
+        raise _unreachable(source, error) from None
+    return [entry.path for entry in kept]
+
+
+def _snapshot(source: Source, revision: str, names: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    fetched = snapshot_download(
-        repo, repo_type="dataset", revision=revision or None, allow_patterns=names
-    )
-    return Path(fetched)
+    try:
+        found = snapshot_download(
+            source.path, repo_type="dataset", revision=revision or None, allow_patterns=names
+        )
+    except Exception as error:  # as above; nothing is lost by trying again
+        raise _unreachable(source, error) from None
+    return Path(found)
+
+
+def _unreachable(source: Source, error: Exception) -> CorpusError:
+    reason = f"cannot be reached and is not whole in the local cache ({type(error).__name__})"
+    return _refused(source, reason)
 
 
 def _one_subset(names: list[str], source: Source) -> None:
