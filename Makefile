@@ -28,12 +28,14 @@ check: setup  ## Lint, format and types
 	@$(BIN)/pyright
 
 bench: setup  ## Run every benchmark; each prints one JSON object
-	@for name in $$(ls benchmarks/*.py | xargs -n1 basename -s .py | grep -v '^_'); do \
+	@for name in $$(grep -l __main__ benchmarks/*.py | xargs -n1 basename -s .py); do \
 		echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name --json || exit 1; \
 	done
 
-golden: setup  ## Rewrite golden fixtures; the diff is for a person to review
-	@$(BIN)/python -m tests.golden.regenerate
+golden: setup  ## Make golden fixtures of a new format version; old ones are never rewritten
+	@for name in $$(ls tests/golden/make_*.py | xargs -n1 basename -s .py); do \
+		$(BIN)/python -m tests.golden.$$name || exit 1; \
+	done
 
 clean:  ## Remove results of runs; keeps .venv and downloaded models
 	rm -rf runs build dist
