@@ -19,7 +19,7 @@ from cache_schemas import layout
 from cache_schemas.manifest import Manifest, Plan, ShardReceipt
 from pipeline.cache.reader import TeacherCache
 from pipeline.cache.writer import CacheWriter
-from pipeline.capture_plan import check_tokenizer, longest, make_plan
+from pipeline.capture_plan import check_processor, check_tokenizer, longest, make_plan, pictures_of
 from pipeline.capture_progress import CaptureProgress, Totals
 from pipeline.config import Run, require
 from pipeline.corpus import Corpus
@@ -92,12 +92,18 @@ class Task:
         table = require(run.capture, "capture", run.directory)
         corpus = Corpus.open(run.path("corpus"))
         check_tokenizer(corpus, teacher)
+        check_processor(corpus, teacher)
         plan = make_plan(corpus, split, teacher, table, engine)
         writer = CacheWriter.open(location or str(run.path("cache")), plan)
 
         def start(scale: float) -> Engine:
             return open_named_engine(
-                engine, teacher, table, max_tokens=longest(corpus), batch_scale=scale
+                engine,
+                teacher,
+                table,
+                max_tokens=longest(corpus),
+                batch_scale=scale,
+                pictures=pictures_of(corpus),
             )
 
         return cls(writer, corpus.split(split), start)

@@ -11,9 +11,11 @@ from cache_schemas.errors import PlanMismatch, TeacherError
 from cache_schemas.manifest import Plan
 from pipeline.config import Capture, Teacher
 from pipeline.corpus import Corpus
+from pipeline.corpus_image_chat import processor_sha256
 from pipeline.corpus_tokenizer import tokenizer_facts
 from pipeline.teacher.engine import EngineName
 from pipeline.teacher.facts import model_directory, teacher_facts
+from pipeline.teacher.images import Pictures
 from pipeline.teacher.rows import kept_temperatures
 
 SPEED_AND_PLACEMENT = frozenset(
@@ -71,11 +73,20 @@ def make_plan(
             "split": split,
             "counts": corpus.facts["counts"][split],
             "chat_template": bool(corpus.facts["chat_template"]),
+            **{name: corpus.facts[name] for name in ("processor",) if name in corpus.facts},
         },
         capture=capture,
         num_examples=num_examples or len(corpus.split(split)),
         max_tokens=longest(corpus),
+        images="processor" in corpus.facts,
     )
+
+
+def pictures_of(corpus: Corpus) -> Pictures | None:
+    """The images of a corpus for an engine; None where its tokens came without a processor."""
+    if "processor" not in corpus.facts:
+        return None
+    return Pictures(corpus.image_bytes, corpus.facts["processor"]["arguments"])
 
 
 def engine_facts(engine: EngineName) -> dict[str, str]:
@@ -108,6 +119,23 @@ def check_tokenizer(corpus: Corpus, teacher: Teacher) -> None:
                 where=str(corpus.directory),
                 remedy="Run `stillroom prepare` again for this teacher.",
             )
+
+
+def check_processor(corpus: Corpus, teacher: Teacher) -> None:
+    """Refuse a corpus whose images went through another processor than the teacher's."""
+    if "processor" not in corpus.facts:
+        return
+    found, expected = (
+        corpus.facts["processor"]["sha256"],
+        processor_sha256(model_directory(teacher)),
+    )
+    if found != expected:
+        raise PlanMismatch(
+            f"the corpus was prepared with another image processor ({found[:12]})",
+            expected=f"{expected[:12]} of {teacher.model}",
+            where=str(corpus.directory),
+            remedy="Run `stillroom prepare` again for this teacher and these versions.",
+        )
 
 
 def _meaningful(engine_args: dict) -> dict:

@@ -46,7 +46,7 @@ class ImageChat:
         self._processor = _load(directory)
         self._arguments = arguments
         self._chat = ChatTokenizer(_Renderer(self._processor), end_ids)
-        self.facts = {"sha256": _sha256_of_settings(self._processor), "arguments": arguments}
+        self.facts = {"sha256": settings_sha256(self._processor), "arguments": arguments}
 
     def __call__(self, document: Document) -> ImageTokens:
         """One example.
@@ -168,6 +168,12 @@ def has_image_processor(directory: Path) -> bool:
     return False
 
 
-def _sha256_of_settings(processor: Any) -> str:
+def processor_sha256(directory: Path) -> str:
+    """Identity of a model's image processor: its settings, every default spelled out."""
+    return settings_sha256(_load(directory))
+
+
+def settings_sha256(processor: Any) -> str:
+    """sha256 over a processor's settings in canonical form."""
     settings = json.loads(processor.to_json_string())
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

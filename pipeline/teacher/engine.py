@@ -8,7 +8,7 @@ tested against. Nothing falls back from one to the other.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from pipeline.config import Capture, Teacher
 from pipeline.record import Example, TeacherRecord
 from pipeline.teacher.facts import ModelShape, model_shape
 from pipeline.teacher.rows import RowSpec
+
+if TYPE_CHECKING:
+    from pipeline.teacher.images import Pictures
 
 EngineName = Literal["vllm", "reference"]
 
@@ -79,6 +82,7 @@ def open_engine(
     capture: Capture,
     max_tokens: int = 0,
     batch_scale: float = 1.0,
+    pictures: "Pictures | None" = None,
 ) -> TeacherEngine:
     """Load a teacher.
 
@@ -87,6 +91,7 @@ def open_engine(
         teacher, capture: what to load and what to ask.
         max_tokens: tokens of the longest example; 0 stands for the model's whole context.
         batch_scale: share of the usual tokens per step, for a machine that ran out of memory.
+        pictures: images of the examples; an image-text model needs them.
 
     Raises:
         ConfigError: the [capture] table asks what this teacher does not have.
@@ -96,11 +101,11 @@ def open_engine(
     if name == "reference":
         from pipeline.teacher.reference import ReferenceEngine
 
-        return ReferenceEngine(teacher, capture)
+        return ReferenceEngine(teacher, capture, pictures)
     if name == "vllm":
         from pipeline.teacher.vllm import VllmEngine
 
-        return VllmEngine(teacher, capture, max_tokens, batch_scale)
+        return VllmEngine(teacher, capture, max_tokens, batch_scale, pictures)
     raise ConfigError(f"unknown engine '{name}'", expected="'vllm' or 'reference'")
 
 
@@ -161,13 +166,22 @@ def check_finite(example: Example, first_row: int, signals: dict[str, np.ndarray
 
 def empty_record(example: Example, capture: Capture, shape: ModelShape) -> TeacherRecord:
     """Stands for an example without an answer: its first token alone, and no rows."""
-    cut = replace(example, token_ids=example.token_ids[:1], loss_mask=np.zeros(1, dtype=bool))
+    nothing = np.zeros(1, dtype=bool)
+    cut = replace(example, token_ids=example.token_ids[:1], loss_mask=nothing, images=())
     spec = RowSpec.of(capture)
     ints = np.empty((0, spec.int_columns), dtype=np.int32)
     signals = spec.unpack(ints, np.empty((0, spec.float_columns), dtype=np.float32))
     for layer in capture.hidden_layers:
         signals[hidden_name(layer)] = np.empty((0, shape.hidden_size), dtype=np.float32)
     return TeacherRecord(cut, 0, signals)
+
+
+def first_row(example: Example, capture: Capture) -> int:
+    """First row to score: the one that predicts the first target, or, where images are to be
+    scored too, the first placeholder if that comes before it."""
+    if not (capture.score_images and example.images):
+        return example.first_row
+    return min(example.first_row, max(example.images[0].start, 0))
 
 
 def hidden_positions(example: Example, capture: Capture) -> np.ndarray:
@@ -181,5 +195,5 @@ def hidden_positions(example: Example, capture: Capture) -> np.ndarray:
     if capture.hidden_rows == "answer":
         rows = np.flatnonzero(example.loss_mask[1:])
     else:
-        rows = np.arange(example.first_row, len(example.token_ids) - 1)
+        rows = np.arange(first_row(example, capture), len(example.token_ids) - 1)
     return rows[:: capture.hidden_stride].astype(np.int32)

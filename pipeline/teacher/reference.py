@@ -16,6 +16,8 @@ from pipeline.config import Capture, Teacher
 from pipeline.record import Example, TeacherRecord
 from pipeline.teacher import engine
 from pipeline.teacher.facts import model_directory, model_shape
+from pipeline.teacher.images import Pictures
+from pipeline.teacher.reference_images import ImageInputs, is_image_text
 from pipeline.teacher.rows import RowSpec, draw_key
 from pipeline.teacher.sweep import sweep
 
@@ -25,7 +27,7 @@ ROW_BLOCK_BYTES = 64 << 20
 class ReferenceEngine:
     """A teacher under transformers on the default device."""
 
-    def __init__(self, teacher: Teacher, capture: Capture):
+    def __init__(self, teacher: Teacher, capture: Capture, pictures: Pictures | None = None):
         self.shape = model_shape(teacher)
         self._capture = capture
         self._spec = RowSpec.of(capture)
@@ -33,6 +35,9 @@ class ReferenceEngine:
         self._model: Any = _load(teacher)
         self._model.to(self._device).eval()
         self._context = self.shape.context or 1 << 30
+        self._images = None
+        if pictures is not None and is_image_text(self._model.config):
+            self._images = ImageInputs(model_directory(teacher), self._model.config, pictures)
 
     def close(self) -> None:
         self._model = None
@@ -51,32 +56,48 @@ class ReferenceEngine:
 
     @torch.inference_mode()
     def _score(self, example: Example) -> TeacherRecord:
-        logits, states = self._forward(example)
-        signals = self._row_signals(example, logits)
-        engine.check_finite(example, example.first_row, signals)
+        first = engine.first_row(example, self._capture)
+        logits, states = self._forward(example, first)
+        signals = self._row_signals(example, first, logits)
+        engine.check_finite(example, first, signals)
         positions = engine.hidden_positions(example, self._capture)
         for layer in self._capture.hidden_layers:
             kept = states[layer][torch.as_tensor(positions, device=self._device, dtype=torch.long)]
             signals[hidden_name(layer)] = kept.float().cpu().numpy()
-        return TeacherRecord(example, example.first_row, signals, positions)
+        return TeacherRecord(example, first, signals, positions)
 
-    def _forward(self, example: Example) -> tuple[torch.Tensor, dict]:
+    def _forward(self, example: Example, first: int) -> tuple[torch.Tensor, dict]:
         """Logits of the scored rows [R, V], and states [L, H] of the layers asked for."""
         ids = torch.tensor(example.token_ids, dtype=torch.long, device=self._device)[None]
-        rows = torch.arange(example.first_row, ids.shape[1] - 1, device=self._device)
+        rows = torch.arange(first, ids.shape[1] - 1, device=self._device)
         layers = self._capture.hidden_layers
         blocks = [layer for layer in layers if layer != "final"]
         with _BlockOutputs(self._model, blocks) as states:
             out = self._model(
-                input_ids=ids, logits_to_keep=rows, output_hidden_states="final" in layers
+                input_ids=ids,
+                logits_to_keep=rows,
+                output_hidden_states="final" in layers,
+                **self._image_inputs(example),
             )
         if "final" in layers:
             states["final"] = out.hidden_states[-1][0]
         return out.logits[0], states
 
-    def _row_signals(self, example: Example, logits: torch.Tensor) -> dict[str, np.ndarray]:
+    def _image_inputs(self, example: Example) -> dict[str, torch.Tensor]:
+        if not example.images:
+            return {}
+        if self._images is None:
+            raise engine.RejectedExample(
+                example, "has images", remedy="Use an image-text teacher, or leave the images out."
+            )
+        inputs = {name: value.to(self._device) for name, value in self._images.of(example).items()}
+        dtype = self._model.dtype
+        return {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+
+    def _row_signals(
+        self, example: Example, first: int, logits: torch.Tensor
+    ) -> dict[str, np.ndarray]:
         key = draw_key(self._spec.seed, example.example_id)
-        first = example.first_row
         targets = torch.tensor(example.token_ids[first + 1 :], dtype=torch.long)
         targets = targets.to(self._device)
         positions = torch.arange(first, first + len(targets), device=self._device)
@@ -124,12 +145,14 @@ class _BlockOutputs:
 
 
 def _load(teacher: Teacher):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     directory = model_directory(teacher)
+    reads_images = is_image_text(AutoConfig.from_pretrained(directory))
+    loader = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
     dtype = teacher.dtype if teacher.dtype == "auto" else getattr(torch, teacher.dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        return loader.from_pretrained(directory, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise TeacherError(
             f"cannot be loaded ({str(error).splitlines()[0]})",

@@ -22,7 +22,9 @@ from pipeline.config import Capture, Teacher
 from pipeline.record import Example, TeacherRecord
 from pipeline.teacher import engine
 from pipeline.teacher.facts import model_directory, model_shape
+from pipeline.teacher.images import Pictures
 from pipeline.teacher.self_test import self_test
+from pipeline.teacher.vllm_images import with_pictures
 from pipeline.teacher.vllm_requests import MarkedRequests, PublicRequests
 
 VLLM_VERSION = "0.32.0"
@@ -42,12 +44,19 @@ class VllmEngine:
     """A teacher under vLLM, in this process (its workers may be others)."""
 
     def __init__(
-        self, teacher: Teacher, capture: Capture, max_tokens: int = 0, batch_scale: float = 1.0
+        self,
+        teacher: Teacher,
+        capture: Capture,
+        max_tokens: int = 0,
+        batch_scale: float = 1.0,
+        pictures: Pictures | None = None,
     ):
         self.shape = model_shape(teacher)
-        self._capture = capture
+        self._capture, self._pictures = capture, pictures
         self._requests = _requests(capture)
         arguments = _arguments(teacher, self.shape.context, max_tokens, batch_scale)
+        if pictures is not None:
+            arguments["skip_tokenizer_init"] = False  # vLLM's image processors ask for it
         self._llm: Any = _start(teacher, arguments | self._requests.engine_arguments())
         self._context = self._llm.model_config.max_model_len - 1
         self._num_asked = 0
@@ -87,15 +96,20 @@ class VllmEngine:
     def _admit(self, example: Example) -> _Asked:
         try:
             engine.check_example(example, self.shape, self._context)
+            prompt = self._prompt(example)
         except engine.RejectedExample as error:
             return _Asked(example, error=error)
-        return _Asked(example, self._add(example, self._requests.sampling(example)))
+        return _Asked(example, self._add(example, prompt, self._requests.sampling(example)))
 
-    def _add(self, example: Example, sampling) -> str:
+    def _prompt(self, example: Example) -> Any:
+        if not example.images:
+            return {"prompt_token_ids": example.token_ids.tolist()}
+        return with_pictures(example, self._pictures, self._llm)
+
+    def _add(self, example: Example, prompt: Any, sampling) -> str:
         """Hand a prompt to vLLM; returns the request's id."""
         self._num_asked += 1
         request_id = f"{self._num_asked}-{example.example_id}"
-        prompt = {"prompt_token_ids": example.token_ids.tolist()}
         self._llm.llm_engine.add_request(request_id, prompt, sampling)
         return request_id
 
@@ -113,12 +127,13 @@ class VllmEngine:
             if item.error is not None:
                 raise item.error
             signals = self._requests.signals(example, output)
-            engine.check_finite(example, example.first_row, signals)
+            first = engine.first_row(example, self._capture)
+            engine.check_finite(example, first, signals)
         except engine.RejectedExample as error:
             reject(error)
             return engine.empty_record(example, self._capture, self.shape)
         positions = engine.hidden_positions(example, self._capture)
-        return TeacherRecord(example, example.first_row, signals, positions)
+        return TeacherRecord(example, first, signals, positions)
 
     def _forget(self, asked: Iterable[_Asked]) -> None:
         """Drop requests whose answers nobody will read."""
@@ -127,7 +142,7 @@ class VllmEngine:
             self._finished.clear()
 
     def _ask_alone(self, example: Example, sampling):
-        return self._wait_for(_Asked(example, self._add(example, sampling)))
+        return self._wait_for(_Asked(example, self._add(example, self._prompt(example), sampling)))
 
 
 def _requests(capture: Capture) -> MarkedRequests | PublicRequests:

@@ -51,7 +51,7 @@ class MarkedRequests:
         """`SamplingParams` of one example."""
         mark = {
             "key": draw_key(self._spec.seed, example.example_id),
-            "first_row": example.first_row,
+            "first_row": engine.first_row(example, self._capture),
             "positions": engine.hidden_positions(example, self._capture).tobytes(),
         }
         return one_pass(prompt_logprobs=1, extra_args={MARK: mark})
@@ -64,7 +64,7 @@ class MarkedRequests:
         """
         tensors = getattr(output.prompt_logprobs, "tensors", None)
         ints, floats, states = tensors or (torch.empty(0),) * 3
-        check_rows(example, len(ints))
+        check_rows(example, engine.first_row(example, self._capture), len(ints))
         signals = self._spec.unpack(ints.numpy(), floats.numpy())
         names = [*self._layers, *(["final"] if self._final else [])]
         for i, layer in enumerate(names):
@@ -84,7 +84,7 @@ class PublicRequests:
                 where="[capture] hidden_layers",
                 remedy="Install the vLLM release named above, or drop hidden_layers.",
             )
-        self._spec = RowSpec.of(capture)
+        self._capture, self._spec = capture, RowSpec.of(capture)
 
     def engine_arguments(self) -> dict:
         """What vLLM must be started with."""
@@ -101,8 +101,9 @@ class PublicRequests:
             TeacherError: rows are missing.
         """
         flat = output.prompt_logprobs
-        first, key = example.first_row, draw_key(self._spec.seed, example.example_id)
-        check_rows(example, len(flat) - 1 - first)
+        first = engine.first_row(example, self._capture)
+        key = draw_key(self._spec.seed, example.example_id)
+        check_rows(example, first, len(flat) - 1 - first)
         targets = torch.tensor(example.token_ids, dtype=torch.int64)
         parts = []
         for row in range(first, len(flat) - 1):
@@ -122,11 +123,12 @@ def _all_logits(flat, index: int) -> torch.Tensor:
     return torch.from_numpy(logits)
 
 
-def check_rows(example: Example, found: int) -> None:
+def check_rows(example: Example, first_row: int, found: int) -> None:
     """Refuse an answer that does not have every row (a prefix cache would do that)."""
-    if found != example.num_rows:
+    num_rows = len(example.token_ids) - 1 - first_row
+    if found != num_rows:
         raise TeacherError(
-            f"vLLM returned {found} of {example.num_rows} rows",
+            f"vLLM returned {found} of {num_rows} rows",
             where=f"example {example.example_id}",
             remedy="Report this with your vLLM version; `--engine reference` is not affected.",
         )

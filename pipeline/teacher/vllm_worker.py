@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.model_executor.models.interfaces import EagleModelMixin
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -174,6 +175,20 @@ def _score_request(self, req_id: str, mark: dict, hidden_states, num_scheduled_t
     return True, progress.finish()
 
 
+def ask_for_blocks(model: torch.nn.Module, layers: tuple[int, ...]) -> None:
+    """Make a model return the outputs of these blocks beside its last states.
+
+    Idefics3 and others do not offer it themselves, but hand on whatever their decoder returns.
+    """
+    if hasattr(model, "set_aux_hidden_state_layers"):
+        model.set_aux_hidden_state_layers(layers)
+        return
+    decoders = [part for part in model.modules() if isinstance(part, EagleModelMixin)]
+    if len(decoders) != 1:
+        raise RuntimeError(f"{type(model).__name__} does not give its hidden layers in vLLM")
+    decoders[0]._set_aux_hidden_state_layers(layers)
+
+
 def _setup(self) -> None:
     """V1 runner, after the model is loaded and before it is compiled: ask it for block outputs."""
     self.stillroom_settings = settings = Settings.of(self.vllm_config)
@@ -181,10 +196,7 @@ def _setup(self) -> None:
     if settings is None or not settings.layers:
         _their_setup(self)
         return
-    model = self.get_model()
-    if not hasattr(model, "set_aux_hidden_state_layers"):
-        raise RuntimeError(f"{type(model).__name__} does not give its hidden layers in vLLM")
-    model.set_aux_hidden_state_layers(settings.layers)
+    ask_for_blocks(self.get_model(), settings.layers)
     self.use_aux_hidden_state_outputs = True
 
 

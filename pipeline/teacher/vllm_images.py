@@ -1,0 +1,35 @@
+"""Prompts with images for vLLM: rendered by vLLM's own processor, compared before they are asked.
+
+One idea: vLLM expands one placeholder per image itself, so it is given the tokens as they were
+before the corpus's processor ran, and what it renders must be the prepared example again. Images
+are named by their content hash, so vLLM processes each only once.
+"""
+
+from typing import Any
+
+from pipeline.record import Example
+from pipeline.teacher.engine import RejectedExample
+from pipeline.teacher.images import Pictures, check_expansion, collapsed, image_token
+
+
+def with_pictures(example: Example, pictures: Pictures | None, llm: Any) -> Any:
+    """What vLLM's engine takes for an example with images.
+
+    Raises:
+        RejectedExample: an image is missing or damaged, or vLLM makes other placeholders of it.
+    """
+    if pictures is None or not llm.model_config.is_multimodal_model:
+        raise RejectedExample(
+            example, "has images", remedy="Use an image-text teacher, or leave the images out."
+        )
+    prompt = {
+        "prompt_token_ids": collapsed(example, image_token(llm.model_config.hf_config)),
+        "multi_modal_data": {"image": pictures.of(example)},
+        "multi_modal_uuids": {"image": [span.sha256 for span in example.images]},
+        "mm_processor_kwargs": pictures.arguments,
+    }
+    (rendered,) = llm.llm_engine.renderer.render_cmpl([prompt])
+    found = rendered["mm_placeholders"].get("image", [])
+    spans = [(place.offset, place.length) for place in found]
+    check_expansion(example, rendered["prompt_token_ids"], spans)
+    return rendered
