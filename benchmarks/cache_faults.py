@@ -1,0 +1,120 @@
+"""Damage and interruption in the full counts that the format promises to survive.
+
+    python -m benchmarks.cache_faults --json
+
+2,000 flipped bits anywhere in a sealed cache: found by `verify`, or harmless because every record
+still reads as it was written; the training path is tried as well. 200 processes killed with
+SIGKILL at random moments of writing, 50 full disks, 50 power losses: the cache that the same
+command then seals must be bit for bit the one of an uninterrupted run, and only shards without a
+receipt may be written again. The trials of `tests/cache_trials.py` raise when one fails.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.cache_trial import publish
+from pipeline.cache.reader import TeacherCache
+from tests import cache_trials as trials
+from tests.faulty_disk import full
+
+LONGEST_SECONDS = 1.0
+"""Random kills fall within this time of the writer's start."""
+
+
+def flips(root: Path, plan, count: int) -> dict:
+    """Outcome of flipped bits, one at a time."""
+    trials.write(root, plan)
+    expected = trials.contents(root)
+    records, choice = list(TeacherCache.open(root)), random.Random(0)
+    outcome = {"detected": 0, "harmless": 0, "refused_by_reader": 0, "silent": 0}
+    for _ in range(count):
+        name, _ = trials.flip_bit(root, expected, choice)
+        found = trials.is_found_by_verify(root)
+        try:
+            outcome["refused_by_reader"] += trials.is_found_by_reading(root, records)
+        except AssertionError:
+            outcome["silent"] += 1
+        outcome["detected" if found else "harmless"] += 1
+        (root / name).write_bytes(expected[name])
+    return outcome
+
+
+def kills(folder: Path, plan, expected: dict, count: int) -> dict:
+    """SIGKILL at random moments of wall-clock time."""
+    choice, survived, redone = random.Random(1), 0, []
+    for trial in range(count):
+        root = folder / f"kill{trial}"
+        if not _killed_after(root, plan, choice.random() * LONGEST_SECONDS):
+            survived += 1
+        committed = trials.receipts(root)
+        staged = len(list(root.glob("rows/*/*.arrow"))) - committed
+        redone.append(staged)
+        trials.resume(root, plan)
+        assert trials.contents(root) == expected, trial
+        shutil.rmtree(root)
+    return {"killed": count - survived, "ended_before": survived, "most_half_done": max(redone)}
+
+
+def _killed_after(root: Path, plan, seconds: float) -> bool:
+    child = os.fork()
+    if child == 0:
+        try:
+            trials.write(root, plan)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def at_operations(folder: Path, plan, expected: dict, count: int, trial) -> dict:
+    """A fault before `count` of the writer's disk operations, evenly spaced."""
+    counter = full(1 << 40)
+    trials.write(folder / "counted", plan, counter)
+    done = 0
+    for number in range(count):
+        root = folder / f"op{number}"
+        done += trial(root, plan, number * counter.count // count)
+        assert trials.contents(root) == expected, number
+        shutil.rmtree(root)
+    return {"trials": done, "disk_operations_of_a_run": counter.count}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--flips", type=int, default=2000)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--others", type=int, default=50)
+    options = parser.parse_args()
+    plan = trials.small_plan()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        folder = Path(name)
+        trials.write(folder / "whole", plan)
+        expected = trials.contents(folder / "whole")
+        sizes = {"cache_bytes": sum(map(len, expected.values())), "files": len(expected)}
+        powered_off = lambda root, plan, at: trials.powered_off(root, plan, at, seed=at)  # noqa: E731
+        result = {
+            **sizes,
+            "flips": flips(folder / "flips", plan, options.flips),
+            "kills": kills(folder, plan, expected, options.kills),
+            "full_disks": at_operations(
+                folder / "full", plan, expected, options.others, trials.filled
+            ),
+            "power_losses": at_operations(
+                folder / "power", plan, expected, options.others, powered_off
+            ),
+        }
+    publish("cache_faults", result, options.json)
+
+
+if __name__ == "__main__":
+    main()
