@@ -6,6 +6,7 @@ request, and checked (xxh3-64) before it is parsed. The row signals travel as th
 This module maps dicts of values to messages; which codec, which file and which shard are others'.
 """
 
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,14 +77,41 @@ def parse(message: bytes, schema: pa.Schema, where: str) -> dict[str, Any]:
     Raises:
         ShardCorrupt: the bytes are not one example of this schema.
     """
+    if _is_compressed(message):
+        raise ShardCorrupt("has compressed buffers", expected="plain ones", where=where)
     try:
         read = pa.ipc.read_record_batch(pa.py_buffer(message), schema)
         read.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         raise ShardCorrupt(f"is not a record batch ({str(error)[:120]})", where=where) from None
     if read.num_rows != 1 or any(column.null_count for column in read.columns):
         raise ShardCorrupt(f"holds {read.num_rows} examples", expected="1", where=where)
     return {name: _value(column) for name, column in zip(schema.names, read.columns)}
+
+
+def _is_compressed(message: bytes) -> bool:
+    """True if a message declares compressed buffers, or cannot be understood.
+
+    pyarrow would allocate whatever size such a buffer names. The field is `compression`, the fourth
+    of the flatbuffers table RecordBatch, which is the third field of Message.
+    """
+    try:
+        start = 8
+        table = start + struct.unpack_from("<I", message, start)[0]
+        header = _field(message, table, 2)
+        batch = header + struct.unpack_from("<I", message, header)[0]
+        return header == 0 or _field(message, batch, 3) != 0
+    except struct.error:
+        return True
+
+
+def _field(message: bytes, table: int, number: int) -> int:
+    """Position of a field of a flatbuffers table; 0 if it is not set."""
+    vtable = table - struct.unpack_from("<i", message, table)[0]
+    size = struct.unpack_from("<H", message, max(vtable, 0))[0]
+    slot = 4 + 2 * number
+    offset = struct.unpack_from("<H", message, vtable + slot)[0] if slot < size else 0
+    return table + offset if offset else 0
 
 
 def _value(column: pa.Array) -> Any:

@@ -23,12 +23,13 @@ from pipeline.cache import shard as shards
 from pipeline.cache.formats import Encoded, Format, read_codec
 from pipeline.cache.location import open_storage
 from pipeline.cache.partial import present_signals
+from pipeline.cache.readthrough import ReadThrough
 from pipeline.cache.sealing import check_receipt
 from pipeline.cache.storage import Storage
 from pipeline.record import TeacherRecord
 
-SHARDS_HELD = 4096
-"""Shards whose offsets are kept in memory."""
+EXAMPLES_HELD, SHARDS_HELD = 2_000_000, 4096
+"""How many examples' offsets (24 bytes each) are kept in memory, and of how many shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class _Offsets:
 
     starts: np.ndarray
     sizes: np.ndarray
-    checksums: list[str]
+    checksums: np.ndarray
     file_bytes: dict[str, int]
 
 
@@ -47,12 +48,21 @@ class TeacherCache:
     def __init__(self, storage: Storage, manifest: Manifest, form: Format):
         self.storage, self.manifest, self.form = storage, manifest, form
         self.plan: Plan = form.plan
-        self._offsets = lru_cache(SHARDS_HELD)(self._read_offsets)
-        self._dense_index = lru_cache(SHARDS_HELD)(self._read_dense_index)
+        held = min(SHARDS_HELD, max(EXAMPLES_HELD // self.plan.examples_per_shard, 8))
+        self._offsets = lru_cache(held)(self._read_offsets)
+        self._dense_index = lru_cache(held)(self._read_dense_index)
 
     @classmethod
-    def open(cls, location: str | Path | Storage) -> "TeacherCache":
+    def open(
+        cls, location: str | Path | Storage, local: str | Path = "", local_bytes: int = 1 << 34
+    ) -> "TeacherCache":
         """Open a directory or fsspec URL; reads the manifest and the codec's tables.
+
+        Args:
+            location: where the cache lies.
+            local: directory that keeps what was read, so that a second epoch needs no network;
+                empty for none.
+            local_bytes: what that directory may hold.
 
         Raises:
             CacheError: there is no cache, or it is not sealed.
@@ -60,6 +70,7 @@ class TeacherCache:
             FormatTooNew: a later release wrote it.
         """
         storage = open_storage(location)
+        storage = ReadThrough(storage, local, local_bytes) if local else storage
         where = f"{storage.location}/{layout.MANIFEST}"
         manifest = read(Manifest, _manifest_bytes(storage), where)
         plan = Plan.from_facts(manifest.plan, where)
@@ -170,7 +181,8 @@ class TeacherCache:
         receipt = self.receipt(shard)
         listed = receipt.records
         sizes = {name: entry.bytes for name, entry in receipt.files.items()}
-        return _Offsets(np.array(listed.offset), np.array(listed.bytes), listed.xxh3, sizes)
+        checksums = np.array([int(digits, 16) for digits in listed.xxh3], dtype=np.uint64)
+        return _Offsets(np.array(listed.offset), np.array(listed.bytes), checksums, sizes)
 
     def _message(self, shard: int, position: int) -> bytes:
         offsets, name = self._offsets(shard), layout.rows(shard)
@@ -178,7 +190,7 @@ class TeacherCache:
         if start + size > offsets.file_bytes[name]:
             raise ShardCorrupt("names bytes beyond its file", where=layout.receipt(shard))
         message = self._present(name, start, size)
-        if xxhash.xxh3_64_hexdigest(message) != offsets.checksums[position]:
+        if xxhash.xxh3_64_intdigest(message) != int(offsets.checksums[position]):
             raise ShardCorrupt(
                 f"example {position} of the shard does not fit its checksum",
                 where=f"{self.storage.location}/{name}",

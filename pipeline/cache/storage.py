@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,8 @@ from cache_schemas import layout
 from cache_schemas.errors import CacheError, ShardCorrupt
 
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+PATHS_CHECKED = 1 << 16
+"""How many names are known not to be reached through a link."""
 
 
 class Storage(Protocol):
@@ -101,8 +104,9 @@ class DirectoryStorage:
         self.root = Path(root)
         self.location = str(self.root)
         self.disk = disk or Disk()
+        self.path = lru_cache(PATHS_CHECKED)(self._confined)
 
-    def path(self, name: str) -> Path:
+    def _confined(self, name: str) -> Path:
         """The file of a name.
 
         Raises:

@@ -1,0 +1,209 @@
+"""What a stranger's bytes reach: every decoder of a cache, each as one function of bytes.
+
+One idea: a decoder may refuse (StillroomError) or succeed; anything else is a finding. Digests and
+checksums are made right first, because a stranger can make them right too.
+"""
+
+import struct
+from collections.abc import Callable
+
+import google_crc32c
+import numpy as np
+import xxhash
+
+from cache_schemas import canonical, layout, rows
+from cache_schemas.dense_array import DenseArray
+from cache_schemas.errors import StillroomError
+from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from cache_schemas.record_codec import RowCodec
+from pipeline.cache.formats import Format, codec_sizes, parse_table, read_codec, table_bytes
+from pipeline.cache.sealing import check_receipt
+from tests.synthetic_records import make_plan, make_record, records_of
+
+
+class Memory:
+    """A storage of a few files, enough to open a codec."""
+
+    location = "memory"
+
+    def __init__(self, files: dict[str, bytes]):
+        self.files = files
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """A whole file."""
+        if name not in self.files:
+            raise FileNotFoundError(name)
+        return self.files[name]
+
+
+PLANS = {
+    name: make_plan(3, 2, 8, profile=name, hidden_layers=[2], images=True, tail_draws=2)
+    for name in ("exact", "portable", "small", "strict")
+}
+CODECS = {
+    name: RowCodec.fit(
+        name,  # type: ignore[arg-type]
+        [{n: r.signals[n] for n in plan.row_signals} for r in records_of(plan, 0)],
+        **codec_sizes(plan),
+    )
+    for name, plan in PLANS.items()
+}
+FORMS = {name: Format(PLANS[name], CODECS[name]) for name in PLANS}
+DENSE = {
+    name: DenseArray(3, 2, 8, 12, {"name": name, "step": 0.05})
+    for name in ("bf16", "fp16", "int8", "fp8", "step")
+}
+
+
+def _tables() -> Memory:
+    files = {}
+    for made in CODECS.values():
+        for name, sha in made.facts()["tables"].items():
+            files[layout.table(sha)] = table_bytes(made.tables[name])
+    return Memory(files)
+
+
+TABLES = _tables()
+
+
+def manifest(data: bytes) -> None:
+    """manifest.json, and the plan in it."""
+    body = read(Manifest, _signed(data), "manifest")
+    plan = Plan.from_facts(body.plan, "manifest")
+    read_codec(TABLES, body.codec, plan)  # type: ignore[arg-type]
+
+
+def plan(data: bytes) -> None:
+    """plan.json, and what is computed from it."""
+    found = Plan.from_bytes(_signed(data))
+    found.differences(PLANS["exact"])
+    Format(found, CODECS["exact"])
+
+
+def receipt(data: bytes) -> None:
+    """A receipt."""
+    check_receipt(read(ShardReceipt, _signed(data), "receipt"), FORMS["exact"], 0, "receipt")
+
+
+def codec(data: bytes) -> None:
+    """codec.json."""
+    body = canonical.check(_signed(data), "codec")
+    rows_facts = body.get("rows")
+    profile = rows_facts.get("profile") if isinstance(rows_facts, dict) else None
+    expected = PLANS.get(profile, PLANS["small"]) if isinstance(profile, str) else PLANS["small"]
+    read_codec(TABLES, body, expected)  # type: ignore[arg-type]
+
+
+def table(data: bytes) -> None:
+    """A table; refused by ValueError, which `read_codec` turns into a ShardCorrupt."""
+    try:
+        parse_table(data)
+    except (ValueError, TypeError) as error:
+        raise StillroomError(str(error)) from None
+
+
+def message(data: bytes) -> None:
+    """An Arrow message and the record in it; the first byte chooses the profile."""
+    form = FORMS[sorted(FORMS)[data[0] % len(FORMS)]] if data else FORMS["exact"]
+    values = rows.parse(data[1:], form.schema, "message")
+    form.dense_lengths(values)
+    form.record(values, {})
+
+
+def record(data: bytes) -> None:
+    """The bytes of row signals, their checksum made right; the first byte chooses the profile."""
+    name = sorted(set(FORMS) - {"portable"})[data[0] % 3] if data else "exact"
+    body = data[1:-8]
+    CODECS[name].decode(body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little"))
+
+
+def dense(data: bytes) -> None:
+    """A Zarr chunk, its checksum made right; the first byte chooses the codec."""
+    array = DENSE[sorted(DENSE)[data[0] % len(DENSE)]] if data else DENSE["step"]
+    array.decode(_with_crc(data[1:]), 5, "chunk")
+
+
+def index(data: bytes) -> None:
+    """The index of a Zarr shard, its checksum made right."""
+    DENSE["step"].parse_index(_with_crc(data), 1000, 2, "index")
+
+
+def seeds() -> dict[str, list[bytes]]:
+    """Sound inputs of every target."""
+    found: dict[str, list[bytes]] = {name: [] for name in TARGETS}
+    for number, (name, form) in enumerate(sorted(FORMS.items())):
+        example = form.encode(make_record(form.plan, 1))
+        batch = rows.batch(form.schema, {**example.values, "number": 1})
+        found["message"].append(bytes([number]) + batch.serialize().to_pybytes())
+        found["plan"].append(form.plan.to_bytes())
+        found["codec"].append(canonical.sign(form.codec_body))
+        if name != "portable":
+            at = sorted(set(FORMS) - {"portable"}).index(name)
+            found["record"].append(bytes([at]) + bytes(example.values["record"]))
+    for number, (_, array) in enumerate(sorted(DENSE.items())):
+        values = np.linspace(-3, 3, 60, dtype=np.float32).reshape(5, 12)
+        found["dense"].append(bytes([number]) + array.encode(values)[:-4])
+    found["index"].append(struct.pack("<QQQQ", 0, 10, 10, 10))
+    for file in TABLES.files.values():
+        found["table"].append(file)
+    found["manifest"].append(_sample_manifest())
+    found["receipt"].append(_sample_receipt())
+    return found
+
+
+def _sample_receipt() -> bytes:
+    from cache_schemas.manifest import FileEntry, Records
+
+    form = FORMS["exact"]
+    entry = FileEntry(bytes=1, sha256="0" * 64)
+    columns = {name: [0, 0] for name in ("offset", "bytes", "num_tokens", "num_rows")}
+    columns |= {name: ["", ""] for name in ("example_id", "source", "preview")}
+    columns |= {"xxh3": ["0" * 16] * 2, "entropy": [None, 1.0], "tail": [0.5, None]}
+    names = layout.shard_files(0, list(form.dense))
+    return ShardReceipt(
+        plan=form.plan.digest,
+        codec=form.codec_digest,
+        shard=0,
+        files=dict.fromkeys(names, entry),
+        records=Records(**columns),
+    ).to_bytes()
+
+
+def _sample_manifest() -> bytes:
+    from cache_schemas.manifest import ShardTable
+
+    form = FORMS["small"]
+    table = ShardTable(num_tokens=[1], num_rows=[1], bytes=[1], receipt=["0" * 64])
+    return Manifest(plan=form.plan.facts, codec=form.codec_body, files={}, shards=table).to_bytes()
+
+
+def _signed(data: bytes) -> bytes:
+    """The document with a digest that fits, where it is a JSON object at all."""
+    body = canonical.parse(data, "fuzz")
+    if not isinstance(body, dict):
+        return data
+    body.pop(canonical.DIGEST, None)
+    return canonical.sign(body)
+
+
+def _with_crc(body: bytes) -> bytes:
+    return body + struct.pack("<I", google_crc32c.value(body))
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    target.__name__: target
+    for target in (manifest, plan, receipt, codec, table, message, record, dense, index)
+}
+
+
+def survives(name: str, data: bytes) -> bool:
+    """True if the target took the bytes, False if it refused them as it should.
+
+    Raises:
+        whatever the target lets through: a finding.
+    """
+    try:
+        TARGETS[name](data)
+    except (StillroomError, FileNotFoundError):
+        return False
+    return True
