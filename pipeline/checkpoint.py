@@ -16,9 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from cache_schemas.errors import PlanMismatch, StudentError
 from pipeline.data.packing import Position
@@ -73,7 +78,7 @@ class Checkpoints:
         self._background = background
         self._pending: tuple[Any, Path, TrainingState] | None = None
         # Collectives of a background save must not meet those of training.
-        self._group = dist.new_group(backend="gloo") if background and _distributed() else None
+        self._group: Any = dist.new_group(backend="gloo") if background and _distributed() else None
 
     def latest(self) -> Path | None:
         """The newest finished checkpoint."""
@@ -91,15 +96,15 @@ class Checkpoints:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         self._parallel.barrier()
-        writer = dcp.HuggingFaceStorageWriter(str(staging), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
         alone = not _distributed()
         if self._background:
-            future = dcp.async_save(
+            future = async_save(
                 tensors, storage_writer=writer, process_group=self._group, no_dist=alone
             )
             self._pending = (future, target, state)
             return
-        dcp.save(tensors, storage_writer=writer, no_dist=alone)
+        save(tensors, storage_writer=writer, no_dist=alone)
         self._commit(target, state)
 
     def finish(self) -> None:
@@ -118,8 +123,8 @@ class Checkpoints:
         """
         try:
             state = TrainingState.from_json((checkpoint / STATE).read_text())
-            reader = dcp.HuggingFaceStorageReader(str(checkpoint))
-            dcp.load(tensors, storage_reader=reader, no_dist=not _distributed())
+            reader = HuggingFaceStorageReader(str(checkpoint))
+            load(tensors, storage_reader=reader, no_dist=not _distributed())
         except (CheckpointException, OSError, ValueError, KeyError) as error:
             raise StudentError(
                 f"cannot be read ({type(error).__name__})",

@@ -20,7 +20,8 @@ from cache_schemas.errors import CorpusError, StudentError
 from pipeline.checkpoint import write_durably
 from pipeline.config import Run, Teacher, require
 from pipeline.record import Example
-from pipeline.student import StudentStates, forward_states, load
+from pipeline.student import load
+from pipeline.student_states import StudentStates, forward_states
 from pipeline.teacher.facts import model_directory
 from pipeline.training_tables import Evaluate
 
@@ -203,7 +204,7 @@ def _common_vocabulary(models: Mapping[str, Any]) -> int:
     return smallest
 
 
-def _size(model: nn.Module) -> int:
+def _size(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -5,13 +5,12 @@ nothing else knows about them.
 """
 
 from collections.abc import Callable
-
-from torch import nn
+from typing import Any
 
 from pipeline.training_tables import Lora
 
 
-def adapt(model: nn.Module, lora: Lora | None) -> Callable[[], nn.Module]:
+def adapt(model: Any, lora: Lora | None) -> Callable[[], Any]:
     """Put adapters into a model, in place, and freeze the rest of it.
 
     Returns:
@@ -22,7 +21,9 @@ def adapt(model: nn.Module, lora: Lora | None) -> Callable[[], nn.Module]:
     from peft import LoraConfig, get_peft_model
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    # PEFT takes any number for alpha; its annotation says int.
+    alpha: Any = lora.alpha
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
+        r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets
     )
     return get_peft_model(model, config).merge_and_unload

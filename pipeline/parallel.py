@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cache_schemas.errors import ConfigError
-from pipeline.student import blocks_of
+from pipeline.student_states import blocks_of
 from pipeline.training_tables import Train
 
 
@@ -78,7 +78,7 @@ class Parallel:
         if self.started and dist.is_initialized():
             dist.destroy_process_group()
 
-    def wrap(self, distiller: nn.Module, train: Train) -> nn.Module:
+    def wrap(self, distiller: Any, train: Train) -> Any:
         """The module to call in training: the same one, or its DDP or FSDP2 form."""
         if train.parallel == "fsdp":
             return self._sharded(distiller, train.precision)
@@ -89,7 +89,7 @@ class Parallel:
             distiller, find_unused_parameters=not whole, broadcast_buffers=False
         )
 
-    def _sharded(self, distiller: nn.Module, precision: str) -> nn.Module:
+    def _sharded(self, distiller: Any, precision: str) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -109,7 +109,7 @@ class Parallel:
         return distiller
 
 
-def accumulating(module: nn.Module, last: bool) -> Any:
+def accumulating(module: Any, last: bool) -> Any:
     """Context of one microbatch: gradients travel between ranks only with the last."""
     if hasattr(module, "set_requires_gradient_sync"):
         module.set_requires_gradient_sync(last)
@@ -118,6 +118,6 @@ def accumulating(module: nn.Module, last: bool) -> Any:
     return nullcontext()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Any) -> torch.Tensor:
     """A tensor with all its shards (a collective when it has any)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

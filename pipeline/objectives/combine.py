@@ -17,7 +17,7 @@ from pipeline.data.batch import NO_TEACHER, DistillBatch, Units
 from pipeline.objectives import registry
 from pipeline.objectives.presets import expand
 from pipeline.objectives.registry import CacheFacts, Context, Needs, Spec
-from pipeline.student import blocks_of, forward_states
+from pipeline.student_states import blocks_of, forward_states
 from pipeline.training_tables import Objective
 from pipeline.vision.predictor import TaskTokens
 
@@ -136,7 +136,8 @@ class Distiller(nn.Module):
     ):
         super().__init__()
         self.model, self.terms, self.kernel = model, list(terms), kernel
-        self.register_buffer("teacher_head", teacher_head, persistent=False)
+        # Not a buffer: it is never trained, sharded or moved with the student.
+        self.teacher_head = teacher_head
         self.projectors = nn.ModuleDict()
         for number, term in enumerate(self.terms):
             made = term.spec.projector(term.options, model.config.get_text_config(), term.facts)

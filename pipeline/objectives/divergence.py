@@ -9,24 +9,17 @@ KL to their weighted arithmetic mixture (it is linear in the teacher's p).
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from pydantic import Field
 
+from pipeline.kernels.divergences import DivergenceName
 from pipeline.kernels.topk_divergence import topk_divergence
 from pipeline.objectives.registry import Context, Needs, Spec, register
 from pipeline.strict import Table
 
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "adaptive_kl",
-    "tv",
-)
+DIVERGENCES = get_args(DivergenceName)
 MAX_SPREAD = 1e-7
 """LLaVADI's guard of the z-score: (z - mean) / (MAX_SPREAD + std)."""
 

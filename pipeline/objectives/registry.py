@@ -15,7 +15,7 @@ from torch import nn
 from cache_schemas.errors import ConfigError
 from pipeline.data.batch import DistillBatch, Teacher, Units
 from pipeline.strict import Table, nearest, validate
-from pipeline.student import StudentStates
+from pipeline.student_states import StudentStates
 
 Unit = Literal["row", "position", "example", "image"]
 
@@ -85,8 +85,8 @@ class Context:
     weights: torch.Tensor
     options: Any
     cache: CacheFacts
-    projector: nn.Module | None
-    kernel: str
+    projector: Any
+    kernel: Any
     teacher_head: torch.Tensor | None = None
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     cache_name: str = ""

@@ -11,7 +11,8 @@ from cache_schemas.errors import StudentError
 from pipeline.data.batch import collate
 from pipeline.data.images import ImageBatch, Pictures
 from pipeline.record import Example, ImageSpan, TeacherRecord
-from pipeline.student import forward_states, load
+from pipeline.student import load
+from pipeline.student_states import forward_states
 from pipeline.vision.student import embed, insert_behind_images, with_tokens
 from tests import tiny_image_models
 
