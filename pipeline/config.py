@@ -62,6 +62,30 @@ class Prepare(Table):
     seed: int = 0
 
 
+class Generate(Table):
+    """Answers that a model writes to the prompts of [prepare]'s sources, in place of their own."""
+
+    n: int = Field(default=1, ge=1, le=1024)
+    """Answers drawn for each prompt; equal ones become one example with their number as weight."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Tokens of one answer, at most; with its prompt it must fit [prepare] window."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0 takes the most probable token every time."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    teacher_share: float = Field(default=1.0, ge=0, le=1)
+    """Share of the teacher in the mixture a * teacher + (1 - a) * student that every token is drawn
+    from (MiniLLM's alpha; they take 0.2). 1 needs no student."""
+    student: str = ""
+    """HF directory or hub id of the mixture's student; same tokenizer as the teacher."""
+    prompt_tokens: int = Field(default=0, ge=0)
+    """`text_column` sources: the prompt is a document's first tokens, this many; 0 takes all."""
+    long_prompts: Literal["error", "skip"] = "error"
+    """What a prompt means that leaves no room for an answer: a mistake, or one to leave out."""
+    prompts_per_part: int = Field(default=64, ge=1)
+    """Prompts answered between two commits."""
+    seed: int = 0
+
+
 class Teacher(Table):
     """The model that is run once."""
 
@@ -94,6 +118,8 @@ class Capture(Table):
     """Step of the RMS-scaled integers of codec `step`; normalised squared error is step^2/12."""
     profile: Literal["small", "strict", "exact", "portable"] = "small"
     """Codec profile of the top-k records (see FORMAT.md)."""
+    mean_kl: float = Field(default=1e-4, gt=0)
+    """Mean KL divergence, nats per row, that profile `small` may add; no row adds thrice it."""
     score_images: bool = False
     """Also keep rows at image placeholder positions."""
     examples_per_shard: int = Field(default=16, ge=1)
@@ -107,6 +133,7 @@ class Run(Table):
     directory: str
     """Where results go, relative to the working directory."""
     prepare: Prepare | None = None
+    generate: Generate | None = None
     teacher: Teacher | None = None
     capture: Capture | None = None
     vision: Vision | None = None

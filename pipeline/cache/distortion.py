@@ -1,0 +1,109 @@
+"""What a setting of a cache does to the gradient that a student gets.
+
+One idea: everything follows from long lists of the teacher, cut to what the setting would keep.
+
+**Gradient error.** The gradient of cross-entropy in the student's logits is q - p, so a stored
+target t in place of p changes it by t - p. Its *bias* is the root mean square, over rows, of
+|| E[t] - p ||; its *noise* that of the standard deviation of t. With a tail bucket, t spreads the
+tail's mass like the corpus's mean distribution: a student that knows how common ids are. With n
+draws of the tail (mass P, shares s), E[t] = p and the variance is P^2 (1 - sum s^2) / n (Sparse
+Logit Sampling, arXiv 2503.16870, applied to the tail).
+"""
+
+import numpy as np
+
+Signals = dict[str, np.ndarray]
+
+
+def gradient(
+    rows: list[Signals], k: int, draws: int, usual: np.ndarray, found: list[Signals]
+) -> tuple[float, float]:
+    """(bias, noise) over rows, of the tail's treatment and of the coding together."""
+    bias, noise = [], []
+    for signals, decoded in zip(rows, found):
+        p = np.exp(signals["topk_logprobs"], dtype=np.float64)
+        tail = np.maximum(1 - p[:, :k].sum(axis=1), 1e-12)
+        squares = (p[:, k:] ** 2).sum(axis=1)
+        if draws:
+            noise.append(tail**2 * (1 - np.minimum(squares / tail**2, 1)) / draws)
+            missed = np.zeros(len(p))
+        else:
+            noise.append(np.zeros(len(p)))
+            missed = _bucket_error(signals["topk_ids"], p, k, tail, squares, usual)
+        bias.append(missed + _coding_error(signals, decoded))
+    squares = np.concatenate(bias).mean(), np.concatenate(noise).mean()
+    return float(np.sqrt(squares[0])), float(np.sqrt(squares[1]))
+
+
+def _bucket_error(
+    ids: np.ndarray,
+    p: np.ndarray,
+    k: int,
+    tail: np.ndarray,
+    squares: np.ndarray,
+    usual: np.ndarray,
+) -> np.ndarray:
+    """Squared error [R] of spreading the tail's mass like `usual` over the ids outside the list."""
+    listed = usual[ids[:, :k]]
+    outside = np.maximum(1 - listed.sum(axis=1), 1e-12)
+    spread = tail / outside
+    crossed = (p[:, k:] * usual[ids[:, k:]]).sum(axis=1)
+    usual_squares = (usual**2).sum() - (listed**2).sum(axis=1)
+    return np.maximum(squares - 2 * spread * crossed + spread**2 * usual_squares, 0)
+
+
+def _coding_error(signals: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> np.ndarray:
+    """Squared error [R] of the listed probabilities."""
+    k = found["topk_ids"].shape[1]
+    given_order = np.argsort(signals["topk_ids"][:, :k], axis=1)
+    found_order = np.argsort(found["topk_ids"], axis=1)
+    given = np.take_along_axis(signals["topk_logprobs"][:, :k], given_order, 1)
+    stored = np.take_along_axis(found["topk_logprobs"], found_order, 1)
+    return ((np.exp(given, dtype=np.float64) - np.exp(stored, dtype=np.float64)) ** 2).sum(axis=1)
+
+
+def cut(signals: Signals, k: int, draws: int, vocab_size: int, seed: int) -> Signals:
+    """The record that a capture with lists of `k` and `draws` draws would give."""
+    p = np.exp(signals["topk_logprobs"], dtype=np.float64)
+    tail = np.maximum(1 - p[:, :k].sum(axis=1), 1e-12)
+    record = signals | {
+        "topk_ids": np.ascontiguousarray(signals["topk_ids"][:, :k]),
+        "topk_logprobs": np.ascontiguousarray(signals["topk_logprobs"][:, :k]),
+        "tail_logprob": np.log(tail).astype(np.float32),
+    }
+    if draws:
+        record |= _drawn(signals, p, tail, k, draws, vocab_size, seed)
+    return record
+
+
+def _drawn(
+    signals: dict[str, np.ndarray],
+    p: np.ndarray,
+    tail: np.ndarray,
+    k: int,
+    draws: int,
+    vocab_size: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Draws from the tail; beyond the long list any id is as likely as another, which costs more
+    bytes than real draws would."""
+    rng = np.random.default_rng(seed)
+    ids = np.full((len(p), draws), -1, dtype=np.int32)
+    counts = np.zeros_like(ids)
+    shares = np.cumsum(p[:, k:], axis=1) / tail[:, None]
+    for t, row in enumerate(shares):
+        places = np.searchsorted(row, rng.random(draws))
+        listed = np.append(signals["topk_ids"][t, k:], -1)[places]
+        drawn = np.where(listed >= 0, listed, rng.integers(0, vocab_size, draws))
+        found, times = np.unique(drawn, return_counts=True)
+        ids[t, : found.size], counts[t, : found.size] = found, times
+    return {"draw_ids": ids, "draw_counts": counts}
+
+
+def mean_distribution(rows: list[Signals], vocab_size: int) -> np.ndarray:
+    """float64 [vocab]: the listed probability of every id, averaged over rows."""
+    total = np.zeros(vocab_size)
+    for signals in rows:
+        p = np.exp(signals["topk_logprobs"], dtype=np.float64)
+        total += np.bincount(signals["topk_ids"].ravel(), p.ravel(), minlength=total.size)
+    return total / max(total.sum(), 1e-12)

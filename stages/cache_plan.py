@@ -1,0 +1,67 @@
+"""`stillroom cache plan`: what each setting would cost and keep, before the teacher is run.
+
+One idea: a few hundred examples are scored once and coded in every way; a person sees the frontier
+and gets a run file with the setting that fits. The measuring is `pipeline.cache.planning`.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_schemas.errors import ConfigError
+from stages.console import out, progress, say, table
+
+COLUMNS = ["k", "tail", "profile", "B/token", "mass", "KL added", "bias", "noise", "error", "disk"]
+
+
+def plan(
+    run_file: Annotated[Path, typer.Argument(help="Run file with a prepared corpus.")],
+    budget: Annotated[float, typer.Option(help="Bytes per token, at most; 0: none.")] = 0.0,
+    max_kl: Annotated[float, typer.Option(help="Nats that storing may add; 0: any.")] = 0.0,
+    examples: Annotated[int, typer.Option(help="Examples to score.", min=2)] = 200,
+    engine: Annotated[str, typer.Option(help="vllm or reference.")] = "vllm",
+    write: Annotated[str, typer.Option(help="New run file; default: NAME.planned.toml.")] = "",
+    every: Annotated[bool, typer.Option("--all", help="Show every setting, not the best.")] = False,
+) -> None:
+    """Print and plot the rate-distortion frontier; write the run file with the best setting."""
+    from pipeline import config
+    from pipeline.cache import plan_files, planning
+
+    if engine not in ("vllm", "reference"):
+        raise ConfigError(f"unknown engine '{engine}'", expected="'vllm' or 'reference'")
+    if budget < 0 or max_kl < 0:
+        raise ConfigError("a limit below 0", where="--budget, --max-kl")
+    run = config.load(run_file)
+    with progress("score", "examples") as report:
+        sample = planning.sample(run, engine, examples, report)  # type: ignore[arg-type]
+    with progress("measure", "settings") as report:
+        points = planning.frontier(sample, on_progress=report)
+    chosen = planning.choose(points, budget or None, max_kl or None)
+    shown = [point for point in points if every or point.efficient or point is chosen]
+    table(f"{run.name}: bytes and error", COLUMNS, [_cells(point, chosen) for point in shown])
+    picture = run.path("plan.png")
+    plan_files.plot(points, chosen, picture)
+    target = write or str(run_file.with_suffix(".planned.toml"))
+    plan_files.write_run(run_file, target, chosen.setting.table())
+    out.print(f"{chosen.bytes_per_token:.1f} bytes/token, {chosen.corpus_bytes / 1e9:.3g} GB for "
+        f"{sample.corpus_rows:,} rows, {chosen.hours:.2g} hours on this machine")  # fmt: skip
+    say(f"* chosen; run file: {target}")
+    say(f"picture: {picture}")
+
+
+def _cells(point, chosen) -> list[str]:  # type: ignore[no-untyped-def]
+    setting = point.setting
+    profile = f"small {setting.mean_kl:g}" if setting.profile == "small" else setting.profile
+    return [
+        f"{setting.k} *" if point is chosen else str(setting.k),
+        setting.tail,
+        profile,
+        f"{point.bytes_per_token:.1f}",
+        f"{point.retained_mass:.4f}",
+        f"{point.kl_added:.1e}",
+        f"{point.gradient_bias:.1e}",
+        f"{point.gradient_noise:.1e}",
+        f"{point.gradient_error:.1e}",
+        f"{point.corpus_bytes / 1e9:.3g} GB",
+    ]
