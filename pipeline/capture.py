@@ -23,9 +23,11 @@ from pipeline.capture_plan import check_processor, check_tokenizer, longest, mak
 from pipeline.capture_progress import CaptureProgress, Totals
 from pipeline.config import Run, require
 from pipeline.corpus import Corpus
+from pipeline.preview import text_preview
 from pipeline.record import Example, TeacherRecord
 from pipeline.teacher.engine import Engine, EngineName, OutOfMemory, RejectedExample
 from pipeline.teacher.engine import open_engine as open_named_engine
+from pipeline.teacher.facts import model_directory
 
 OnError = Literal["stop", "quarantine"]
 OpenEngine = Callable[[float], Engine]
@@ -94,7 +96,8 @@ class Task:
         check_tokenizer(corpus, teacher)
         check_processor(corpus, teacher)
         plan = make_plan(corpus, split, teacher, table, engine)
-        writer = CacheWriter.open(location or str(run.path("cache")), plan)
+        preview = text_preview(str(model_directory(teacher)))
+        writer = CacheWriter.open(location or str(run.path("cache")), plan, preview)
 
         def start(scale: float) -> Engine:
             return open_named_engine(

@@ -1,0 +1,24 @@
+"""The beginning of an example in words, for the index of a cache.
+
+One idea: whoever browses a cache sees what it is about without a tokenizer. It decodes for people;
+nothing is ever trained on a preview.
+"""
+
+from collections.abc import Callable
+
+from pipeline.record import Example
+
+PREVIEW_TOKENS = 48
+
+
+def text_preview(model: str) -> Callable[[Example], str]:
+    """What decodes the first tokens of an example with the tokenizer of a model directory."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def preview(example: Example) -> str:
+        tokens = example.token_ids[:PREVIEW_TOKENS].tolist()
+        return " ".join(tokenizer.decode(tokens).split())
+
+    return preview
