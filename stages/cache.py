@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cache_schemas.errors import CacheError, CacheIncomplete
-from stages import cache_compare, cache_sharing
+from stages import cache_compare, cache_plan, cache_sharing
 from stages.cache_arguments import Cache, location, tokenizer_of
 from stages.console import out, progress, say, table
 
@@ -129,5 +129,6 @@ for verb in (
     cache_sharing.reshard,
     cache_compare.diff,
     cache_compare.audit,
+    cache_plan.plan,
 ):
     app.command()(verb)
