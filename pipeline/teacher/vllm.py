@@ -20,7 +20,7 @@ import torch
 from cache_schemas.errors import TeacherError
 from pipeline.config import Capture, Teacher
 from pipeline.record import Example, TeacherRecord
-from pipeline.teacher import engine
+from pipeline.teacher import engine, plugin
 from pipeline.teacher.facts import model_directory, model_shape
 from pipeline.teacher.images import Pictures
 from pipeline.teacher.self_test import self_test
@@ -54,10 +54,10 @@ class VllmEngine:
         self.shape = model_shape(teacher)
         self._capture, self._pictures = capture, pictures
         self._requests = _requests(capture)
-        arguments = _arguments(teacher, self.shape.context, max_tokens, batch_scale)
+        arguments = vllm_arguments(teacher, self.shape.context, max_tokens, batch_scale)
         if pictures is not None:
             arguments["skip_tokenizer_init"] = False  # vLLM's image processors ask for it
-        self._llm: Any = _start(teacher, arguments | self._requests.engine_arguments())
+        self._llm: Any = start_vllm(teacher, arguments | self._requests.engine_arguments())
         self._context = self._llm.model_config.max_model_len - 1
         self._num_asked = 0
         self._finished: dict[str, object] = {}
@@ -133,6 +133,7 @@ class VllmEngine:
             reject(error)
             return engine.empty_record(example, self._capture, self.shape)
         positions = engine.hidden_positions(example, self._capture)
+        signals |= engine.given_signals(example, first)
         return TeacherRecord(example, first, signals, positions)
 
     def _forget(self, asked: Iterable[_Asked]) -> None:
@@ -189,7 +190,7 @@ def _out_of_memory(error: BaseException) -> engine.OutOfMemory:
     )
 
 
-def _arguments(teacher: Teacher, context: int, max_tokens: int, batch_scale: float) -> dict:
+def vllm_arguments(teacher: Teacher, context: int, max_tokens: int, batch_scale: float) -> dict:
     """vLLM's engine arguments; those of [teacher.engine_args] win."""
     arguments = {
         "model": str(model_directory(teacher)),
@@ -212,13 +213,14 @@ def _arguments(teacher: Teacher, context: int, max_tokens: int, batch_scale: flo
     return arguments
 
 
-def _start(teacher: Teacher, arguments: dict):
+def start_vllm(teacher: Teacher, arguments: dict):
     """Start vLLM.
 
     Raises:
         TeacherError: it cannot serve this model.
     """
     _set_environment()
+    plugin.register()
     try:
         return _import_vllm().LLM(**arguments)
     except Exception as error:

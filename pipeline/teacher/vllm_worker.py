@@ -21,7 +21,7 @@ from vllm.model_executor.models.interfaces import EagleModelMixin
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from pipeline.teacher.blocks import score_block
+from pipeline.teacher.blocks import rows_within, score_block
 from pipeline.teacher.rows import RowSpec
 
 MARK = "stillroom"
@@ -39,13 +39,13 @@ class Settings:
         spec: signals of a row.
         layers: blocks (1-based) whose output is kept, then whether the final state is kept too.
         final: keep the state after the final norm.
-        scratch_bytes: bound on logits and temporaries.
+        block_rows: rows to score at a time.
     """
 
     spec: RowSpec
     layers: tuple[int, ...]
     final: bool
-    scratch_bytes: int
+    block_rows: int
 
     @classmethod
     def of(cls, vllm_config) -> "Settings | None":
@@ -54,7 +54,10 @@ class Settings:
         if data is None:
             return None
         spec = RowSpec.from_json(data["spec"])
-        return cls(spec, tuple(data["layers"]), data["final"], data["scratch_bytes"])
+        vocab_size = vllm_config.model_config.get_vocab_size()
+        device = vllm_config.device_config.device_type
+        block_rows = rows_within(data["scratch_bytes"], vocab_size, device)
+        return cls(spec, tuple(data["layers"]), data["final"], block_rows)
 
 
 @dataclass(slots=True)
@@ -102,7 +105,7 @@ class Progress:
             self.tokens[first + 1 : stop + 1],
             first,
             logits_fn,
-            settings.scratch_bytes,
+            settings.block_rows,
         )
         kept = self._kept_states(settings, start, stop, hidden, states)
         if get_tensor_model_parallel_rank() == 0:
@@ -175,7 +178,7 @@ def _score_request(self, req_id: str, mark: dict, hidden_states, num_scheduled_t
     return True, progress.finish()
 
 
-def ask_for_blocks(model: torch.nn.Module, layers: tuple[int, ...]) -> None:
+def ask_for_blocks(model: Any, layers: tuple[int, ...]) -> None:
     """Make a model return the outputs of these blocks beside its last states.
 
     Idefics3 and others do not offer it themselves, but hand on whatever their decoder returns.
