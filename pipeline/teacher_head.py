@@ -50,13 +50,13 @@ def keep_teacher_head(teacher: Teacher | None, wanted_sha256: str, path: Path) -
 
 
 def read_teacher_head(path: Path) -> torch.Tensor:
-    """The head [V, D] in the teacher's precision."""
+    """The head, float32 [V, D]."""
     with safe_open(path, "pt") as file:
         return file.get_tensor("head")
 
 
 def _write(teacher: Teacher, path: Path) -> None:
-    model = load(model_directory(teacher), dtype="auto")
+    model = load(model_directory(teacher), dtype=torch.float32)
     head = model.get_output_embeddings()
     text = model.config.get_text_config()
     capped = getattr(text, "final_logit_softcapping", None)

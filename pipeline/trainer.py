@@ -5,19 +5,16 @@ checkpoint is those tensors and three integers, and any number of ranks takes th
 `accumulate` microbatches over all of them, divided by the global count of each objective.
 """
 
-import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from cache_schemas.errors import EXIT_INCOMPLETE, StillroomError, StudentError
+from cache_schemas.errors import EXIT_INCOMPLETE, StillroomError
 from pipeline.checkpoint import (
     Checkpoints,
     TrainingState,
@@ -28,16 +25,18 @@ from pipeline.checkpoint import (
     write_durably,
 )
 from pipeline.config import Run, require
-from pipeline.data.batch import DistillBatch
 from pipeline.data.loader import DistillLoader, RecordSource
 from pipeline.data.packing import Position
 from pipeline.lora import adapt
 from pipeline.metrics import MetricsLog
 from pipeline.objectives.combine import Distiller, signals_needed, terms_of
-from pipeline.optimization import optimizer_of, rate
-from pipeline.parallel import Parallel, accumulating, whole
+from pipeline.optimization import optimizer_of
+from pipeline.parallel import Parallel, whole
+from pipeline.stepping import Progress, Stepper
 from pipeline.student import export, initial_student, load
 from pipeline.student_states import blocks_of, check_documents_are_isolated
+from pipeline.teacher_head import FILE as HEAD_FILE
+from pipeline.teacher_head import keep_teacher_head, read_teacher_head
 from pipeline.training_run import (
     check_fit,
     facts_of,
@@ -45,6 +44,7 @@ from pipeline.training_run import (
     geometry_of,
     identity_of,
     open_caches,
+    open_heldout,
     open_image_caches,
     pictures_of,
 )
@@ -58,31 +58,6 @@ class Interrupted(StillroomError):
     """Training was asked to stop; it goes on from its checkpoint when started again."""
 
     exit_code = EXIT_INCOMPLETE
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What a finished step tells whoever watches.
-
-    Attributes:
-        step: steps done.
-        steps: steps of the run.
-        loss: weighted sum of the objectives.
-        values: objective label -> its mean, before its weight.
-        learning_rate: of this step.
-        gradient_norm: before clipping.
-        tokens_per_second: over this step, all ranks, without padding.
-        data_wait_share: share of this step spent waiting for data, this rank.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    values: dict[str, float]
-    learning_rate: float
-    gradient_norm: float
-    tokens_per_second: float
-    data_wait_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +116,10 @@ class _Training:
     settings_run: Run
     settings: Train
     parallel: Parallel
-    caches: Mapping[str, RecordSource]
+    caches: Mapping[str, Any]
     tokens: int = 0
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
+    heldout: DistillLoader | None = None
 
     def __post_init__(self):
         run, settings, parallel = self.settings_run, self.settings, self.parallel
@@ -180,7 +156,7 @@ class _Training:
         return self._finish(loss, time.perf_counter() - start)
 
     def _build(self) -> None:
-        run, settings, parallel = self.settings_run, self.settings, self.parallel
+        settings, parallel = self.settings, self.parallel
         torch.manual_seed(settings.seed)
         model = load(self.initial, settings.attention).to(parallel.device).train()
         check_documents_are_isolated(model, self.facts[""].vocab_size)
@@ -189,34 +165,60 @@ class _Training:
         freeze(model, settings.freeze)
         adapt(model, settings.lora)
         task_tokens = load_task_tokens(self.initial)
-        self.distiller = Distiller(model, self.terms, settings.kernel, task_tokens=task_tokens).to(
-            parallel.device
-        )
+        self.distiller = Distiller(
+            model, self.terms, settings.kernel, self._teacher_head(), task_tokens
+        ).to(parallel.device)
         if settings.compile:
             for block in blocks_of(model):
                 block.compile()
         self.module = parallel.wrap(self.distiller, settings)
-        self.parameters = [parameter for _, parameter in trainable(self.distiller)]
-        self.optimizer = optimizer_of(self.parameters, settings)
+        parameters = [parameter for _, parameter in trainable(self.distiller)]
+        self.optimizer = optimizer_of(parameters, settings)
         if settings.ema:
             self.ema = {name: p.detach().clone() for name, p in trainable(self.distiller)}
+        self.stepper = Stepper(
+            settings, parallel, self.distiller, self.module, self.optimizer, list(self.ema.values())
+        )
         self.checkpoints = Checkpoints(
             self.settings_run.path("checkpoints"),
             parallel,
             settings.keep_last,
             settings.async_checkpoint,
         )
+        self.loader = self._loader(self.caches, settings.workers)
+
+    def _loader(self, caches: Mapping[str, RecordSource], workers: int) -> DistillLoader:
         signals = signals_needed(self.terms, self.facts)
-        self.loader = DistillLoader(
-            self.caches,
+        run, settings = self.settings_run, self.settings
+        return DistillLoader(
+            caches,
             signals,
             self.geometry,
             settings.seed,
             settings.shuffle_shards,
-            settings.workers,
-            pin_memory=parallel.device.type == "cuda",
+            workers,
+            pin_memory=self.parallel.device.type == "cuda",
             pictures=pictures_of(run, settings, self.initial, self.image_caches, signals),
         )
+
+    def _teacher_head(self) -> torch.Tensor | None:
+        if not any(term.needs.teacher_head for term in self.terms):
+            return None
+        path, teacher = self.settings_run.path(HEAD_FILE), self.settings_run.teacher
+        wanted = self.caches[""].plan.facts["teacher"]["weights_sha256"]
+        if self.parallel.is_main:
+            keep_teacher_head(teacher, wanted, path)
+        self.parallel.barrier()
+        return read_teacher_head(path).to(self.parallel.device)
+
+    def _heldout(self, step: int) -> dict[str, float]:
+        """Means of the objectives on the held-out cache, when it is time for them."""
+        settings = self.settings
+        if not settings.evaluate_every or step % settings.evaluate_every:
+            return {}
+        if self.heldout is None:
+            self.heldout = self._loader(open_heldout(settings, self.caches[""]), 0)
+        return self.stepper.measure(self.heldout, step / settings.steps)
 
     def _resume(self) -> TrainingState:
         latest = self.checkpoints.latest()
@@ -235,103 +237,26 @@ class _Training:
             began = time.perf_counter()
             batches, after = next(steps)
             waited = time.perf_counter() - began
-            progress, stopping = self._step(number, batches, stop)
-            if stopping:
+            done = self.stepper.step(number, batches, stop())
+            if done is None:
                 self._save(number, position)
                 self.checkpoints.finish()
                 raise Interrupted(
                     f"stopped after step {number} of {settings.steps}",
                     remedy="Run the same command again to go on.",
                 )
-            position, loss = after, progress["loss"]
-            seconds = time.perf_counter() - began
-            if log is not None and (number + 1) % settings.log_every == 0:
-                report = _report(number, settings, progress, waited, seconds)
-                log.write(report.step, _flat(report))
+            position, loss = after, done.loss
+            self.tokens += done.tokens
+            heldout = self._heldout(number + 1)
+            if log is not None and (heldout or (number + 1) % settings.log_every == 0):
+                seconds = time.perf_counter() - began
+                report = Progress.of(number, settings, done, waited, seconds, heldout)
+                log.write(report.step, report.flat())
                 if on_progress is not None:
                     on_progress(report)
             if (number + 1) % settings.checkpoint_every == 0 or number + 1 == settings.steps:
                 self._save(number + 1, position)
         return loss
-
-    def _step(self, number: int, batches: list[DistillBatch], stop) -> tuple[dict, bool]:
-        """One optimiser step, unless any rank wants to stop."""
-        settings, parallel = self.settings, self.parallel
-        done = number / max(settings.steps - 1, 1)
-        weighed = [self.distiller.weigh(batch, done) for batch in batches]
-        tokens = sum(batch.num_tokens for batch in batches)
-        sums = torch.stack([totals for _, totals in weighed]).sum(dim=0)
-        shared = parallel.sum(torch.cat([sums, torch.tensor([float(tokens), float(stop())])]))
-        totals, tokens, stopping = shared[:-2], int(shared[-2]), bool(shared[-1])
-        if stopping:
-            return {}, True
-        scale = self._scale(totals, done)
-        torch.manual_seed(_step_seed(settings.seed, number, parallel.rank))
-        found = [
-            self._microbatch(batch, weights, scale, done, last=place == len(batches) - 1)
-            for place, (batch, (weights, _)) in enumerate(zip(batches, weighed))
-        ]
-        values = self._finite(number, batches, torch.stack(found).cpu())
-        norm = self._update(number, batches)
-        weights = [term.weight(done) for term in self.terms]
-        means = {
-            term.label: value / weight if weight else 0.0
-            for term, value, weight in zip(self.terms, values.tolist(), weights)
-        }
-        self.tokens += tokens
-        loss = float(values.sum())
-        return {"loss": loss, "values": means, "norm": norm, "tokens": tokens}, False
-
-    def _scale(self, totals: torch.Tensor, done: float) -> list[float]:
-        """Per objective: weight x ranks / global total (DDP and FSDP average over ranks)."""
-        return [
-            term.weight(done) * self.parallel.world_size / total if total > 0 else 0.0
-            for term, total in zip(self.terms, totals.tolist())
-        ]
-
-    def _microbatch(
-        self, batch: DistillBatch, weights, scale, done: float, last: bool
-    ) -> torch.Tensor:
-        device = self.parallel.device
-        scaled = [(w * s).float() for w, s in zip(weights, scale)]
-        with accumulating(self.module, last):
-            with _autocast(device, self.settings.precision):
-                values = self.module(batch.to(device), scaled, done)
-            values.sum().backward()
-        return values.detach()
-
-    def _finite(self, number: int, batches, found: torch.Tensor) -> torch.Tensor:
-        """The step's values over all ranks; stops, naming examples, when one is not finite."""
-        values = self.parallel.sum(found.double().sum(dim=0)) / self.parallel.world_size
-        if torch.isfinite(values).all():
-            return values
-        bad = [b.example_ids for b, row in zip(batches, found) if not torch.isfinite(row).all()]
-        raise self._not_finite(f"loss of step {number + 1}", values.sum(), bad)
-
-    def _not_finite(self, what: str, value: Any, examples: list[tuple[str, ...]]) -> StudentError:
-        """The error that names the examples of all ranks."""
-        shared = self.parallel.gather([name for ids in examples for name in ids])
-        return StudentError(
-            f"the {what} is not finite ({value:g})",
-            where=f"examples {', '.join(name for part in shared for name in part)}",
-            remedy="The last good checkpoint is kept; lower learning_rate or look at these texts.",
-        )
-
-    def _update(self, number: int, batches: list[DistillBatch]) -> float:
-        """Clip, step, average; returns the gradient's norm before clipping."""
-        settings = self.settings
-        limit = settings.clip or math.inf
-        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, limit)))
-        if not math.isfinite(norm):
-            every = [batch.example_ids for batch in batches]
-            raise self._not_finite(f"gradient of step {number + 1}", norm, every)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate(settings, number)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for (_, parameter), average in zip(trainable(self.distiller), self.ema.values()):
-            average.lerp_(parameter.detach(), 1 - settings.ema)
-        return norm
 
     def _save(self, step: int, position: Position) -> None:
         state = TrainingState(step, position, self.identity)
@@ -375,38 +300,3 @@ class _Training:
                 if name.startswith(prefix):
                     named[name.removeprefix(prefix)].copy_(tensor)
         return merge()
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
-def _autocast(device: torch.device, precision: str) -> Any:
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def _report(number: int, settings: Train, progress: dict, waited: float, seconds: float):
-    return Progress(
-        step=number + 1,
-        steps=settings.steps,
-        loss=progress["loss"],
-        values=progress["values"],
-        learning_rate=rate(settings, number),
-        gradient_norm=progress["norm"],
-        tokens_per_second=progress["tokens"] / seconds,
-        data_wait_share=waited / seconds,
-    )
-
-
-def _flat(report: Progress) -> dict[str, float]:
-    flat = {f"objective/{label}": value for label, value in report.values.items()}
-    return flat | {
-        "loss": report.loss,
-        "learning_rate": report.learning_rate,
-        "gradient_norm": report.gradient_norm,
-        "tokens_per_second": report.tokens_per_second,
-        "data_wait_share": report.data_wait_share,
-    }

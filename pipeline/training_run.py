@@ -50,6 +50,31 @@ def open_caches(run: Run, settings: Train) -> dict[str, Any]:
     }
 
 
+def open_heldout(settings: Train, main: Any) -> dict[str, Any]:
+    """The held-out cache for measurement during training.
+
+    Raises:
+        ConfigError: none is named.
+        StudentError: it holds other signals than the training cache.
+    """
+    from pipeline.cache.reader import TeacherCache
+
+    if not settings.heldout_cache:
+        raise ConfigError(
+            "evaluate_every without heldout_cache",
+            where="[train]",
+            remedy="Capture the held-out split (stillroom capture --split heldout) and name it.",
+        )
+    cache = TeacherCache.open(settings.heldout_cache)
+    if lacking := set(main.signals) - set(cache.signals):
+        raise StudentError(
+            f"lacks signals {', '.join(sorted(lacking))}",
+            expected="those of train.cache",
+            where=settings.heldout_cache,
+        )
+    return {"": cache}
+
+
 def open_image_caches(settings: Train, taken: Collection[str]) -> dict[str, Any]:
     """Every cache of vision targets by name.
 
@@ -111,7 +136,7 @@ def facts_of(cache: Any) -> CacheFacts:
     return CacheFacts(
         signals=tuple(cache.signals),
         temperatures=tuple(cache.temperatures),
-        vocab_size=facts["tokenizer"]["vocab_size"],
+        vocab_size=facts["teacher"]["vocab_size"],
         widths={name: width for name in cache.signals if name.startswith("hidden.")},
     )
 
@@ -125,6 +150,14 @@ def check_fit(student: Path, caches: Mapping[str, Any]) -> None:
     from pipeline.corpus_tokenizer import tokenizer_facts
 
     own = tokenizer_facts(str(student))
+    rows = json.loads((student / "config.json").read_text())
+    head = rows.get("text_config", rows).get("vocab_size", own["vocab_size"])
+    if head < own["vocab_size"]:
+        raise StudentError(
+            f"the head has {head} rows",
+            expected=f"at least the tokenizer's {own['vocab_size']} ids",
+            where=str(student),
+        )
     for name, cache in caches.items():
         for key, wanted in cache.plan.facts["tokenizer"].items():
             if own.get(key) != wanted:

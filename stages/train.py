@@ -26,10 +26,16 @@ def train(run_file: RunFile) -> None:
 
     run = config.load(run_file)
     settings = config.require(run.train, "train", str(run_file))
+    warned: set[str] = set()
     with progress("train", "steps") as report, stop_on_signals() as stop:
 
         def show(now: Progress) -> None:
-            report(now.step, settings.steps, loss=now.loss, tok_per_s=now.tokens_per_second)
+            more = {f"held-out {label}": value for label, value in now.heldout.items()}
+            numbers = {"loss": now.loss, "tok_per_s": now.tokens_per_second}
+            report(now.step, settings.steps, **numbers, **more)
+            for warning in set(now.warnings) - warned:
+                warned.add(warning)
+                say(f"warning: {warning}")
 
         result = train_student(run, on_progress=show, stop=stop)
     if not is_main_process():

@@ -118,6 +118,8 @@ def sampled_tail(signals: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.
 def _divergence(context: Context, divergence: str) -> torch.Tensor:
     options: DivergenceOptions = context.options
     ids, logprobs = context.teacher["topk_ids"], _logprobs(context)
+    # The student may have fewer padding rows than the teacher; what it lacks joins the tail.
+    ids = torch.where(ids < context.cache.vocab_size, ids, -1)
     tail_ids, tail_weights = (None, None)
     if options.tail == "sampled":
         tail_ids, tail_weights = sampled_tail(context.teacher)

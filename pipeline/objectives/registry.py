@@ -44,7 +44,8 @@ class CacheFacts:
     Attributes:
         signals: names of the signals it holds.
         temperatures: those of its log-sum-exps.
-        vocab_size: ids of the tokenizer; columns of the student's head beyond it are padding.
+        vocab_size: columns of the teacher's softmax; rows of the student's head beyond it are
+            padding and get no probability.
         widths: signal -> width of a dense signal.
         positions: image signal -> positions of a target.
     """
@@ -87,7 +88,7 @@ class Context:
     cache: CacheFacts
     projector: Any
     kernel: Any
-    teacher_head: torch.Tensor | None = None
+    teacher_head: Any = None
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     cache_name: str = ""
     task_tokens: range = range(0)

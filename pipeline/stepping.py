@@ -1,0 +1,277 @@
+"""One optimiser step over all ranks, and one measurement without a step.
+
+One idea: totals are agreed on before the first forward pass, so each microbatch's contribution is
+final when it is made, and DDP's or FSDP's mean over ranks is undone by the number of ranks.
+"""
+
+import hashlib
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from cache_schemas.errors import StudentError
+from pipeline.checkpoint import trainable
+from pipeline.data.batch import DistillBatch
+from pipeline.data.loader import DistillLoader
+from pipeline.data.packing import Position
+from pipeline.objectives.combine import Distiller
+from pipeline.objectives.weighting import Term
+from pipeline.optimization import rate
+from pipeline.parallel import Parallel, accumulating, whole
+from pipeline.training_tables import Train
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step did.
+
+    Attributes:
+        loss: weighted sum of the objectives.
+        values: objective label -> its mean, before its weight.
+        reports: further numbers of the objectives, by `label/name`.
+        warnings: what the objectives warn of.
+        gradient_norm: before clipping.
+        tokens: of all ranks, without padding.
+    """
+
+    loss: float
+    values: dict[str, float]
+    reports: dict[str, float]
+    warnings: tuple[str, ...]
+    gradient_norm: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a finished step tells whoever watches.
+
+    Attributes:
+        step: steps done.
+        steps: steps of the run.
+        loss: weighted sum of the objectives.
+        values: objective label -> its mean, before its weight.
+        learning_rate: of this step.
+        gradient_norm: before clipping.
+        tokens_per_second: over this step, all ranks, without padding.
+        data_wait_share: share of this step spent waiting for data, this rank.
+        reports: further numbers of the objectives, by `label/name`.
+        heldout: objective label -> mean on the held-out cache; empty when it was not measured.
+        warnings: what the objectives warn of.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    values: dict[str, float]
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    data_wait_share: float
+    reports: dict[str, float] = field(default_factory=dict)
+    heldout: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        number: int,
+        settings: Train,
+        done: Step,
+        waited: float,
+        seconds: float,
+        heldout: dict[str, float],
+    ) -> "Progress":
+        """Describe step `number` (0-based), which took `seconds`, of which `waited` for data."""
+        return cls(
+            number + 1,
+            settings.steps,
+            done.loss,
+            done.values,
+            rate(settings, number),
+            done.gradient_norm,
+            done.tokens / seconds,
+            waited / seconds,
+            done.reports,
+            heldout,
+            done.warnings,
+        )
+
+    def flat(self) -> dict[str, float]:
+        """Names and numbers for the curves."""
+        return {
+            "loss": self.loss,
+            **{f"objective/{label}": value for label, value in self.values.items()},
+            **{f"heldout/{label}": value for label, value in self.heldout.items()},
+            **{f"report/{label}": value for label, value in self.reports.items()},
+            "learning_rate": self.learning_rate,
+            "gradient_norm": self.gradient_norm,
+            "tokens_per_second": self.tokens_per_second,
+            "data_wait_share": self.data_wait_share,
+        }
+
+
+@dataclass
+class Stepper:
+    """Takes steps with one student on one rank.
+
+    Attributes:
+        settings: the [train] table.
+        parallel: the ranks.
+        distiller: student and objectives.
+        module: the same, wrapped for the ranks.
+        optimizer: over the trainable weights.
+        averages: moving averages of the trainable weights, in their order; may be empty.
+    """
+
+    settings: Train
+    parallel: Parallel
+    distiller: Distiller
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    averages: list[torch.Tensor]
+
+    def step(self, number: int, batches: list[DistillBatch], stop: bool) -> Step | None:
+        """Step `number` (0-based) on this rank's microbatches; None if any rank wants to stop.
+
+        Raises:
+            StudentError: the loss or the gradient is not finite.
+        """
+        done = number / max(self.settings.steps - 1, 1)
+        weighed = [self.distiller.weigh(batch, done) for batch in batches]
+        totals, tokens, stopping = self._agree(batches, [own for _, own in weighed], stop)
+        if stopping:
+            return None
+        scale = self._scale(totals, done)
+        torch.manual_seed(_seed(self.settings.seed, number, self.parallel.rank))
+        found = [
+            self._microbatch(batch, weights, scale, done, last=place == len(batches) - 1)
+            for place, (batch, (weights, _)) in enumerate(zip(batches, weighed))
+        ]
+        values = self._finite(number, batches, torch.stack(found).cpu())
+        norm = self._update(number, batches)
+        reports, warnings = self._reports()
+        means = self._means(values, done)
+        return Step(float(values.sum()), means, reports, warnings, norm, tokens)
+
+    def measure(self, loader: DistillLoader, done: float) -> dict[str, float]:
+        """Means of the objectives over a cache's first epoch, without training on it.
+
+        A last step that the epoch does not fill is left out, so that all ranks do the same work.
+        """
+        size = loader.geometry.accumulate * loader.geometry.rows
+        steps = max(1, len(loader.plan.epoch(0)) // size)
+        weighed = []
+        self.module.eval()
+        with torch.no_grad():
+            for batches, _ in loader.steps(Position(), steps):
+                for batch in batches:
+                    weights, own = self.distiller.weigh(batch, 1.0)
+                    with _autocast(self.parallel.device, self.settings.precision):
+                        values = self.module(batch.to(self.parallel.device), weights)
+                    weighed.append(torch.stack([values.double().cpu(), own]))
+        self.module.train()
+        self.distiller.sums.clear()
+        values, totals = self.parallel.sum(torch.stack(weighed).sum(dim=0))
+        means = (values / totals.clamp_min(1e-30)).tolist()
+        return {term.label: mean for term, mean in zip(self.distiller.terms, means)}
+
+    def _agree(self, batches, totals: list[torch.Tensor], stop: bool):
+        """Totals of every objective, tokens and the wish to stop, over all ranks."""
+        tokens = sum(batch.num_tokens for batch in batches)
+        own = torch.stack(totals).sum(dim=0)
+        shared = self.parallel.sum(torch.cat([own, torch.tensor([float(tokens), float(stop)])]))
+        return shared[:-2], int(shared[-2]), bool(shared[-1])
+
+    def _scale(self, totals: torch.Tensor, done: float) -> list[float]:
+        """Per objective: weight x ranks / global total (DDP and FSDP average over ranks)."""
+        return [
+            term.weight(done) * self.parallel.world_size / total if total > 0 else 0.0
+            for term, total in zip(self._terms, totals.tolist())
+        ]
+
+    @property
+    def _terms(self) -> list[Term]:
+        return self.distiller.terms
+
+    def _means(self, values: torch.Tensor, done: float) -> dict[str, float]:
+        weights = [term.weight(done) for term in self._terms]
+        return {
+            term.label: value / weight if weight else 0.0
+            for term, value, weight in zip(self._terms, values.tolist(), weights)
+        }
+
+    def _microbatch(
+        self, batch: DistillBatch, weights, scale: list[float], done: float, last: bool
+    ) -> torch.Tensor:
+        device = self.parallel.device
+        scaled = [(w * s).float() for w, s in zip(weights, scale)]
+        with accumulating(self.module, last):
+            with _autocast(device, self.settings.precision):
+                values = self.module(batch.to(device), scaled, done)
+            values.sum().backward()
+        return values.detach()
+
+    def _finite(self, number: int, batches, found: torch.Tensor) -> torch.Tensor:
+        """The step's values over all ranks; stops, naming examples, when one is not finite."""
+        values = self.parallel.sum(found.double().sum(dim=0)) / self.parallel.world_size
+        if torch.isfinite(values).all():
+            return values
+        bad = [b.example_ids for b, row in zip(batches, found) if not torch.isfinite(row).all()]
+        raise self._not_finite(f"loss of step {number + 1}", float(values.sum()), bad)
+
+    def _not_finite(self, what: str, value: float, examples: list[tuple[str, ...]]) -> StudentError:
+        """The error that names the examples of all ranks."""
+        shared = self.parallel.gather([name for ids in examples for name in ids])
+        return StudentError(
+            f"the {what} is not finite ({value:g})",
+            where=f"examples {', '.join(name for part in shared for name in part)}",
+            remedy="The last good checkpoint is kept; lower learning_rate or look at these texts.",
+        )
+
+    def _update(self, number: int, batches: list[DistillBatch]) -> float:
+        """Clip, step, average; returns the gradient's norm before clipping."""
+        parameters = [parameter for _, parameter in trainable(self.distiller)]
+        limit = self.settings.clip or math.inf
+        norm = float(whole(nn.utils.clip_grad_norm_(parameters, limit)))
+        if not math.isfinite(norm):
+            every = [batch.example_ids for batch in batches]
+            raise self._not_finite(f"gradient of step {number + 1}", norm, every)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(self.settings, number)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for parameter, average in zip(parameters, self.averages):
+            average.lerp_(parameter.detach(), 1 - self.settings.ema)
+        return norm
+
+    def _reports(self) -> tuple[dict[str, float], tuple[str, ...]]:
+        """Numbers and warnings of the objectives that left sums, over all ranks."""
+        reports: dict[str, float] = {}
+        warnings: list[str] = []
+        for term in self._terms:
+            own = self.distiller.sums.pop(term.label, None)
+            if own is None or term.spec.report is None:
+                continue
+            shared = self.parallel.sum(torch.stack(list(own.values()))).tolist()
+            found = term.spec.report(dict(zip(own, shared)))
+            reports |= {f"{term.label}/{name}": value for name, value in found.items()}
+            warning = term.spec.warn(found) if term.spec.warn else ""
+            warnings += [f"{term.label}: {warning}"] if warning else []
+        return reports, tuple(warnings)
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    """Of dropout: a function of the step, so that a resume needs no generator state."""
+    digest = hashlib.sha256(f"{seed}:{step}:{rank}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _autocast(device: torch.device, precision: str) -> Any:
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
