@@ -29,8 +29,8 @@ def receipt(shard: int) -> str:
 
 
 def claim(shard: int) -> str:
-    """Who is at work on a shard; gone from a sealed cache."""
-    return f"claims/{folder(shard)}/{shard:06d}.json"
+    """Held by whoever is at work on a shard; gone from a sealed cache."""
+    return f"{STAGING}/claim-{shard:06d}"
 
 
 def index(number: int) -> str:

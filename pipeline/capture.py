@@ -182,6 +182,7 @@ class ShardWork:
             self._fit(engine)
             self._write(engine, missing)
         finally:
+            self._writer.release()
             engine.close()
 
     def _fit(self, engine: Engine) -> None:
@@ -192,13 +193,14 @@ class ShardWork:
 
     def _write(self, engine: Engine, missing: list[int]) -> None:
         """Score ahead while the shard before is being encoded and committed."""
-        ranges = [self._writer.plan.shard_range(number) for number in missing]
-        wanted = (example for numbers in ranges for example in self._of(numbers))
+        ahead, order = itertools.tee(self._writer.unclaimed(missing))
+        shard_range = self._writer.plan.shard_range
+        wanted = (example for number in ahead for example in self._of(shard_range(number)))
         records = self._watched(engine.score(wanted, self._notes.reject))
         with ThreadPoolExecutor(1, "writer") as pool:
             before: Future[ShardReceipt] | None = None
-            for number, numbers in zip(missing, ranges):
-                shard = list(itertools.islice(records, len(numbers)))
+            for number in order:
+                shard = list(itertools.islice(records, len(shard_range(number))))
                 self._committed(before)
                 before = pool.submit(self._writer.write, number, shard)
             self._committed(before)

@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 
 from cache_schemas.errors import CacheError, CacheIncomplete
 from pipeline.cache.location import scrub
-from pipeline.cache.storage import cut_short
+from pipeline.cache.storage import Claim, cut_short
 
 ATTEMPTS = 6
 READ_TIMEOUT_SECONDS = 60
@@ -102,6 +102,10 @@ class BucketStorage:
 
     def sweep(self) -> None:
         """Staging is on this machine's own disk, and is removed with its owner's session."""
+
+    def claim(self, name: str) -> Claim:
+        """Always granted: a bucket cannot tell whether a claimant is alive."""
+        return Claim()
 
     def _files(self) -> tuple[Any, str]:
         """The file system and the root in it, anew after a fork."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import xxhash
 
 from cache_schemas.errors import CacheError
-from pipeline.cache.storage import Disk, Storage
+from pipeline.cache.storage import Claim, Disk, Storage
 
 CHECKSUM_BYTES = 8
 
@@ -64,6 +64,9 @@ class ReadThrough:
 
     def sweep(self) -> None:
         self.behind.sweep()
+
+    def claim(self, name: str) -> Claim | None:
+        return self.behind.claim(name)
 
     def _keep(self, path: Path, data: bytes) -> None:
         """Store a range; a full disk only means that it is not kept."""

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from cache_schemas import layout
 from cache_schemas.errors import CacheError, ShardCorrupt
@@ -67,6 +67,27 @@ class Storage(Protocol):
     def sweep(self) -> None:
         """Remove what writers that were killed left in their staging directories."""
         ...
+
+    def claim(self, name: str) -> "Claim | None":
+        """Hold a name until it is released or this process ends; None if another process does.
+
+        Where the storage cannot tell the living from the dead, everyone gets a claim: it saves
+        double work and guards nothing.
+        """
+        ...
+
+
+class Claim:
+    """A name that is held; see `Storage.claim`."""
+
+    def __init__(self, path: Path | None = None, file: IO | None = None):
+        self._path, self._file = path, file
+
+    def release(self) -> None:
+        """Give it up."""
+        if self._path is not None and self._file is not None:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
 
 
 class Disk:
@@ -178,9 +199,25 @@ class DirectoryStorage:
         parent = self.root / layout.STAGING
         for left in list(parent.iterdir()) if parent.is_dir() else []:
             with contextlib.suppress(OSError), _locked(left):
-                shutil.rmtree(left)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         with contextlib.suppress(OSError):
             parent.rmdir()
+
+    def claim(self, name: str) -> Claim | None:
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "a")  # noqa: SIM115
+        except FileNotFoundError:
+            return Claim()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:
+            return Claim(path, file)
+        return Claim(path, file)
 
     def _new_staging(self) -> tuple[Path, int]:
         """A directory and the lock that tells others that its owner is alive."""
@@ -229,7 +266,7 @@ class DirectoryStorage:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds a staging directory; OSError if its owner lives, or where there are no such locks."""
+    """Holds what lies in staging; OSError if its owner lives, or where there are no such locks."""
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

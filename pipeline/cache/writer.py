@@ -7,7 +7,7 @@ not decide who writes which shard.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cache_schemas import layout
@@ -26,7 +26,7 @@ from pipeline.cache.formats import (
 )
 from pipeline.cache.location import open_storage
 from pipeline.cache.shard import Preview
-from pipeline.cache.storage import DirectoryStorage, Storage
+from pipeline.cache.storage import Claim, DirectoryStorage, Storage
 from pipeline.record import TeacherRecord
 
 
@@ -36,6 +36,7 @@ class CacheWriter:
     def __init__(self, storage: Storage, plan: Plan, preview: Preview | None):
         self.storage, self.plan, self.preview = storage, plan, preview
         self._form: Format | None = None
+        self._claims: dict[int, Claim] = {}
 
     @classmethod
     def open(
@@ -103,6 +104,28 @@ class CacheWriter:
             raise _lost(self.storage, layout.rows(lost[0]))
         return [number for number in range(first, last) if number not in done]
 
+    def unclaimed(self, shards: Iterable[int]) -> Iterator[int]:
+        """Those of `shards` that nobody else is at work on, each claimed as it is taken.
+
+        A claim ends with `write`, `release` or the process that holds it, so no clock is asked. It
+        only saves double work: the receipt decides.
+        """
+        for number in shards:
+            claim = self._claims.get(number) or self.storage.claim(layout.claim(number))
+            if claim is None:
+                continue
+            self._claims[number] = claim
+            if self.storage.size(layout.receipt(number)) is None:
+                yield number
+            else:
+                self.release(number)
+
+    def release(self, number: int | None = None) -> None:
+        """Give up the claim on one shard, or all."""
+        for held in list(self._claims) if number is None else [number]:
+            if claim := self._claims.pop(held, None):
+                claim.release()
+
     def write(self, number: int, records: Iterable[TeacherRecord]) -> ShardReceipt:
         """Write one shard: build, check, publish its files, then its receipt.
 
@@ -125,7 +148,9 @@ class CacheWriter:
             if not self._publish(folder, receipt):
                 receipt = self._adopt(form, number, receipt)
         name = layout.receipt(number)
-        if self.storage.create(name, receipt.to_bytes()):
+        created = self.storage.create(name, receipt.to_bytes())
+        self.release(number)
+        if created:
             return receipt
         return read(ShardReceipt, self.storage.read(name), f"{self.storage.location}/{name}")
 

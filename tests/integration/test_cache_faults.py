@@ -6,6 +6,7 @@ The whole counts (2,000 flips, 200 kills, 50 full disks) run in `benchmarks.cach
 import errno
 import os
 import random
+import signal
 import threading
 
 import pytest
@@ -156,3 +157,33 @@ def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_kept(tmp_path, 
         storage.sweep()
         assert [path.name for path in (tmp_path / layout.STAGING).iterdir()] == [mine.name]
     assert not (tmp_path / layout.STAGING).exists()
+
+
+def test_two_workers_of_one_share_do_not_score_the_same_shard(tmp_path, plan):
+    first, second = (CacheWriter.open(tmp_path, plan) for _ in range(2))
+    first.fit(records_of(plan, 0))
+    mine, theirs = first.unclaimed(first.missing()), second.unclaimed(second.missing())
+    assert (next(mine), next(theirs), next(mine)) == (0, 1, 2)
+    first.write(0, records_of(plan, 0))
+    assert list(theirs) == [3]
+    first.release()
+    assert list(second.unclaimed(second.missing())) == [1, 2, 3]
+
+
+def test_a_dead_workers_claim_is_free_at_once(tmp_path, plan):
+    def die_with_a_claim():
+        next(CacheWriter.open(tmp_path, plan).unclaimed([0]))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    trials.in_child(die_with_a_claim)
+    assert (tmp_path / layout.claim(0)).exists()
+    assert next(CacheWriter.open(tmp_path, plan).unclaimed([0])) == 0
+
+
+def test_claims_leave_nothing_in_a_sealed_cache(tmp_path, plan, expected):
+    writer = CacheWriter.open(tmp_path, plan)
+    writer.fit(records_of(plan, 0))
+    for shard in writer.unclaimed(writer.missing()):
+        writer.write(shard, records_of(plan, shard))
+    writer.seal()
+    assert trials.contents(tmp_path) == expected
