@@ -1,3 +1,9 @@
 """Losses a student can learn from a cache; importing this package registers all of them."""
 
-from pipeline.objectives import alignment, divergence, embedding, policy  # noqa: F401
+from pipeline.objectives import (  # noqa: F401
+    alignment,
+    divergence,
+    embedding,
+    policy,
+    reconstruction,
+)
