@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.cache.writer import CacheWriter
-from pipeline.capture_plan import check_tokenizer, longest, make_plan
+from pipeline.capture_plan import check_tokenizer, longest, make_plan, pictures_of
 from pipeline.config import Run, require
 from pipeline.corpus import Corpus
 from pipeline.teacher.engine import EngineName, TeacherEngine, open_engine
@@ -60,7 +60,9 @@ def estimate(run: Run, *, engine: EngineName = "vllm", split: str = "train") -> 
     examples = corpus.split(split)
     picked = np.unique(np.linspace(0, len(examples) - 1, SAMPLE, dtype=int))
     sample = [examples[int(number)] for number in picked]
-    started = open_engine(engine, teacher, table, max_tokens=longest(corpus))
+    started = open_engine(
+        engine, teacher, table, max_tokens=longest(corpus), pictures=pictures_of(corpus)
+    )
     try:
         seconds, records = _timed(started, sample)
     finally:

@@ -8,7 +8,7 @@ machine and finished on another.
 from importlib.metadata import PackageNotFoundError, version
 
 from cache_schemas.errors import PlanMismatch, TeacherError
-from cache_schemas.manifest import Plan
+from cache_schemas.manifest import Plan, signals_of
 from pipeline.config import Capture, Teacher
 from pipeline.corpus import Corpus
 from pipeline.corpus_image_chat import processor_sha256
@@ -79,7 +79,15 @@ def make_plan(
         num_examples=num_examples or len(corpus.split(split)),
         max_tokens=longest(corpus),
         images="processor" in corpus.facts,
+        signals=_signals(corpus, capture, facts),
     )
+
+
+def _signals(corpus: Corpus, capture: dict, teacher: dict) -> dict:
+    """Those of the [capture] table, and what a corpus that a model wrote brings with it."""
+    signals = signals_of(capture, teacher, longest(corpus))
+    brought = ["behaviour_logprob"] * ("generated" in corpus.facts)
+    return signals | {"rows": sorted([*signals["rows"], *brought])}
 
 
 def pictures_of(corpus: Corpus) -> Pictures | None:

@@ -157,7 +157,7 @@ class _Drawing:
             for document, tokens in zip(documents, self._tokenise(documents)):
                 for data in document.images:
                     images.put(data)
-                yield from self._windows(source.name, _document_id(document), tokens)
+                yield from self._windows(source.name, document_digest(document), tokens)
             self.progress(PrepareProgress(read, len(self._seen), self.tokens))
 
     def _not_empty(self, documents: Iterable[Document]) -> Iterator[Document]:
@@ -274,7 +274,7 @@ def _check_window(config: Prepare, context: int) -> None:
         )
 
 
-def _document_id(document: Document) -> str:
+def document_digest(document: Document) -> str:
     content = document.text.encode() if document.text else canonical_json(list(document.messages))
     for data in document.images:
         content += image_sha256(data).encode()

@@ -83,6 +83,16 @@ class ChatTokenizer:
                 return self._spans(messages, document)
             return _marked_spans(self.tokenizer, messages)
 
+    def prompt(self, document: Document) -> str:
+        """The text that asks for the last answer of a conversation, whether it is there or not.
+
+        Raises:
+            CorpusError: as for a call; or nobody but the assistant says anything.
+        """
+        messages = unanswered(document)
+        with _refusals(document):
+            return self._render([_plain(message) for message in messages], prompt=True)
+
     def _spans(self, messages: list[dict[str, Any]], document: Document) -> tuple[str, list]:
         text = self._render(messages)
         spans = [
@@ -119,6 +129,18 @@ class ChatTokenizer:
             if at >= 0 and (calls or not text[spoken:at].strip()):
                 return at + len(end)
         return spoken
+
+
+def unanswered(document: Document) -> tuple[dict[str, Any], ...]:
+    """The messages before the last answer.
+
+    Raises:
+        CorpusError: there are none.
+    """
+    asked = [i for i, message in enumerate(document.messages) if message["role"] != "assistant"]
+    if not asked:
+        raise CorpusError("has no message to answer", where=document.where)
+    return document.messages[: asked[-1] + 1]
 
 
 @contextmanager

@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
         ("loss_mask", pa.list_(pa.bool_())),
         ("images", pa.list_(IMAGE)),
         ("weight", pa.float32()),
+        ("behaviour_logprob", pa.list_(pa.float32())),
     ]
 )
 
@@ -195,6 +196,7 @@ def _row(example: Example) -> dict[str, Any]:
         "loss_mask": example.loss_mask,
         "images": images,
         "weight": example.weight,
+        "behaviour_logprob": example.behaviour_logprob,
     }
 
 
@@ -207,7 +209,15 @@ def _example(batch: pa.RecordBatch, row: int) -> Example:
         loss_mask=batch.column("loss_mask")[row].values.to_numpy(zero_copy_only=False),
         images=_images(batch.column("images")[row].as_py()),
         weight=batch.column("weight")[row].as_py(),
+        behaviour_logprob=_floats(batch, "behaviour_logprob", row),
     )
+
+
+def _floats(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray | None:
+    """A list of floats; None where there is none, as in corpora that no model wrote."""
+    if name not in batch.schema.names or not batch.column(name)[row].is_valid:
+        return None
+    return batch.column(name)[row].values.to_numpy()
 
 
 def _images(found: Iterable[dict[str, Any]]) -> tuple[ImageSpan, ...]:

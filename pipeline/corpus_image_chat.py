@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cache_schemas.errors import CorpusError
-from pipeline.corpus_chat import ChatTokenizer, inside
+from pipeline.corpus_chat import ChatTokenizer, inside, unanswered
 from pipeline.corpus_images import place_images
 from pipeline.corpus_sources import Document
 from pipeline.images import decode_image, image_sha256
@@ -55,12 +55,24 @@ class ImageChat:
             CorpusError: an image cannot be decoded, the numbers of images and of their places
                 differ, or the processor refuses the conversation.
         """
+        text, spoken = self._chat.rendered(_placed(document))
+        return self._tokens(document, text, spoken)
+
+    def prompt(self, document: Document) -> ImageTokens:
+        """A conversation up to its last answer, without a target.
+
+        Raises:
+            CorpusError: as for a call; or an image belongs to the answer.
+        """
+        asked = replace(document, messages=unanswered(document))
+        return self._tokens(document, self._chat.prompt(_placed(asked)), [])
+
+    def _tokens(self, document: Document, text: str, spoken: list[tuple[int, int]]) -> ImageTokens:
+        """The tokens of a rendered conversation, and which of them lie in `spoken`."""
         pictures = [
             decode_image(data, f"{document.where} image {number}")
             for number, data in enumerate(document.images, start=1)
         ]
-        messages = place_images(document.messages, len(pictures), document.where)
-        text, spoken = self._chat.rendered(replace(document, messages=messages))
         made = self._process(text, pictures, document.where)
         offsets = np.asarray(made["offset_mapping"][0]).reshape(-1, 2)
         replaced = (made.get("text_replacement_offsets") or [[]])[0]
@@ -99,6 +111,11 @@ class ImageChat:
                 f"the processor refuses this conversation ({type(error).__name__}: {error})",
                 where=where,
             ) from None
+
+
+def _placed(document: Document) -> Document:
+    messages = place_images(document.messages, len(document.images), document.where)
+    return replace(document, messages=messages)
 
 
 class _Renderer:

@@ -92,6 +92,18 @@ class CorpusTokenizer:
         """A conversation, with the assistant's tokens as targets."""
         return self._chat(document)
 
+    def prompt(self, document: Document) -> np.ndarray:
+        """int32 ids that ask for a conversation's last answer, or begin a text."""
+        if not document.messages:
+            return next(self.texts([document.text]))[0]
+        made = self.hf(self._chat.prompt(document), add_special_tokens=False, verbose=False)
+        return np.asarray(made["input_ids"], dtype=np.int32)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return tuple(sorted({*self.end_ids, self.hf.eos_token_id} - {None}))
+
     @cached_property
     def has_processor(self) -> bool:
         """Whether this is the tokenizer of an image-text model."""

@@ -37,6 +37,9 @@ class Example:
         loss_mask: bool [L]; True where the token is one a student learns to predict.
         images: spans in order of appearance.
         weight: sample weight for training.
+        behaviour_logprob: float32 [L], for text that a model wrote: log probability, in nats, with
+            which each token was drawn; 0 where it was given. Not part of the identity: a cache
+            keeps it as the signal of that name.
     """
 
     example_id: str
@@ -46,6 +49,7 @@ class Example:
     loss_mask: np.ndarray
     images: tuple[ImageSpan, ...] = ()
     weight: float = 1.0
+    behaviour_logprob: np.ndarray | None = None
 
     @property
     def first_row(self) -> int:
@@ -65,7 +69,15 @@ class Example:
 
     def _key(self) -> tuple:
         tokens, mask = self.token_ids.tobytes(), self.loss_mask.tobytes()
-        return (self.example_id, self.document_id, self.source, tokens, mask, self.images, self.weight)
+        return (
+            self.example_id,
+            self.document_id,
+            self.source,
+            tokens,
+            mask,
+            self.images,
+            self.weight,
+        )
 
 
 def content_id(

@@ -173,7 +173,15 @@ def empty_record(example: Example, capture: Capture, shape: ModelShape) -> Teach
     signals = spec.unpack(ints, np.empty((0, spec.float_columns), dtype=np.float32))
     for layer in capture.hidden_layers:
         signals[hidden_name(layer)] = np.empty((0, shape.hidden_size), dtype=np.float32)
-    return TeacherRecord(cut, 0, signals)
+    return TeacherRecord(cut, 0, signals | given_signals(cut, 0))
+
+
+def given_signals(example: Example, first: int) -> dict[str, np.ndarray]:
+    """Signals of the rows from `first` on that the example brings with it."""
+    if example.behaviour_logprob is None:
+        return {}
+    kept = example.behaviour_logprob[first + 1 : len(example.token_ids)]
+    return {"behaviour_logprob": np.asarray(kept, dtype=np.float32)}
 
 
 def first_row(example: Example, capture: Capture) -> int:

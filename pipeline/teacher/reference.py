@@ -32,7 +32,7 @@ class ReferenceEngine:
         self._capture = capture
         self._spec = RowSpec.of(capture)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model: Any = _load(teacher)
+        self._model: Any = load_model(teacher)
         self._model.to(self._device).eval()
         self._context = self.shape.context or 1 << 30
         self._images = None
@@ -64,6 +64,7 @@ class ReferenceEngine:
         for layer in self._capture.hidden_layers:
             kept = states[layer][torch.as_tensor(positions, device=self._device, dtype=torch.long)]
             signals[hidden_name(layer)] = kept.float().cpu().numpy()
+        signals |= engine.given_signals(example, first)
         return TeacherRecord(example, first, signals, positions)
 
     def _forward(self, example: Example, first: int) -> tuple[torch.Tensor, dict]:
@@ -144,7 +145,12 @@ class _BlockOutputs:
             handle.remove()
 
 
-def _load(teacher: Teacher):
+def load_model(teacher: Teacher) -> Any:
+    """The model of a directory, with a head that writes text.
+
+    Raises:
+        TeacherError: it cannot be loaded.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     directory = model_directory(teacher)

@@ -1,0 +1,152 @@
+"""Engines that write: answers to prompts with the log probability of every token that was drawn.
+
+One idea: a token is drawn from one stated distribution b, and log b of what was drawn is kept, so
+an importance weight needs no model later. b is the mixture a p + (1 - a) q of teacher and student
+(MiniLLM, arXiv 2306.08543, section 2.2), both at the given temperature, cut to its nucleus of mass
+`top_p` and renormalised. Every draw has its own seed, from the run's, the prompt and the number of
+the answer, so that a redo writes the same.
+
+`reference` runs any mixture step by step under transformers. `vllm` runs one model: the teacher
+(a = 1) or the student (a = 0). What the teacher thinks of the answers, top-k and all, is the
+business of a capture over the corpus that they become.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from cache_schemas.errors import ConfigError
+from pipeline.config import Generate, Teacher
+from pipeline.record import Example
+from pipeline.teacher.engine import EngineName
+from pipeline.teacher.images import Pictures
+from pipeline.teacher.rows import draw_key
+from pipeline.teacher.sweep import uniforms
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        token_ids: int32 [n], with the token that ends it, if it ends.
+        behaviour_logprob: float32 [n], log b of each, in nats.
+        ended: False when it was cut at the longest length.
+    """
+
+    token_ids: np.ndarray
+    behaviour_logprob: np.ndarray
+    ended: bool
+
+
+class Generator(Protocol):
+    """A running writer."""
+
+    def answer(self, prompts: Iterable[Example]) -> Iterator[list[Answer]]:
+        """`Generate.n` answers for each prompt, in the order given."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and processes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Writers:
+    """Who writes, and how.
+
+    Attributes:
+        teacher: the teacher.
+        settings: the [generate] table.
+        stop_ids: tokens that end an answer.
+        max_tokens: of a prompt and its answer.
+        pictures: images of the prompts.
+    """
+
+    teacher: Teacher
+    settings: Generate
+    stop_ids: tuple[int, ...]
+    max_tokens: int
+    pictures: Pictures | None = None
+
+    def models(self) -> list[tuple[float, Teacher]]:
+        """(share of the mixture, model) of every model with a share.
+
+        Raises:
+            ConfigError: a student has a share and none is named.
+        """
+        share = self.settings.teacher_share
+        if share < 1 and not self.settings.student:
+            raise ConfigError(
+                f"teacher_share = {share:g} leaves {1 - share:g} to a student, and none is named",
+                where="[generate] student",
+                remedy="Name the student, or set teacher_share = 1.",
+            )
+        student = Teacher(model=self.settings.student, dtype=self.teacher.dtype)
+        pairs = [(share, self.teacher), (1 - share, student)]
+        return [(part, model) for part, model in pairs if part > 0]
+
+
+def open_generator(name: EngineName, writers: Writers) -> Generator:
+    """Load whoever writes.
+
+    Raises:
+        ConfigError: this engine cannot draw from that mixture.
+        TeacherError: a model cannot be loaded or served.
+    """
+    models = writers.models()
+    if name == "reference":
+        from pipeline.teacher.reference_generate import ReferenceGenerator
+
+        return ReferenceGenerator(writers)
+    if len(models) > 1:
+        raise ConfigError(
+            f"vLLM draws from one model, not from a mixture (teacher_share = {models[0][0]:g})",
+            expected="teacher_share = 1 (the teacher) or 0 (the student)",
+            where="[generate] teacher_share",
+            remedy="Use `--engine reference` for a mixture.",
+        )
+    from pipeline.teacher.vllm_generate import VllmGenerator
+
+    return VllmGenerator(writers, models[0][1])
+
+
+def answer_key(seed: int, prompt: Example, number: int) -> int:
+    """63-bit key of one answer's draws."""
+    return draw_key(seed, f"{prompt.example_id}:{number}")
+
+
+def mixture(logits: list[tuple[float, torch.Tensor]], settings: Generate) -> torch.Tensor:
+    """b: float64 [N, V], rows summing to 1.
+
+    Args:
+        logits: (share, [N, V]) of each model.
+        settings: temperature and top_p. Temperature 0 puts all mass on the mixture's mode at 1.
+    """
+    temperature = settings.temperature or 1.0
+    mixed: Any = sum(share * (z.double() / temperature).softmax(-1) for share, z in logits)
+    if settings.temperature == 0:
+        return torch.zeros_like(mixed).scatter(1, mixed.argmax(1, keepdim=True), 1.0)
+    if settings.top_p < 1:
+        falling, ids = mixed.sort(dim=1, descending=True, stable=True)
+        outside = falling.cumsum(1) - falling >= settings.top_p
+        mixed = mixed.scatter(1, ids, falling.masked_fill(outside, 0.0))
+    return mixed / mixed.sum(1, keepdim=True)
+
+
+def draw(b: torch.Tensor, keys: list[int], step: int) -> torch.Tensor:
+    """One id per row by inverse CDF in id order: int64 [N].
+
+    Args:
+        b: float64 [N, V].
+        keys: of each row's answer.
+        step: number of the token in its answer.
+    """
+    cdf = b.cumsum(1)
+    position = torch.tensor([step])
+    points = torch.cat([uniforms(position, key, 1) for key in keys]).to(b.device)
+    drawn = torch.searchsorted(cdf, points * cdf[:, -1:], right=True)[:, 0]
+    return drawn.clamp_max(b.shape[1] - 1)

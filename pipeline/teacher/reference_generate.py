@@ -1,0 +1,116 @@
+"""Writing step by step under transformers, from any mixture of teacher and student.
+
+One idea: one prompt at a time, its answers side by side in one batch that shares the prompt's keys
+and values; at every step both models say their next-token logits, one mixture is drawn from, and
+both read the same token. Slow and plain: it is what other engines are compared with.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache_schemas.errors import TeacherError
+from pipeline.config import Teacher
+from pipeline.record import Example
+from pipeline.teacher.facts import model_directory
+from pipeline.teacher.generate import Answer, Writers, answer_key, draw, mixture
+from pipeline.teacher.images import Pictures
+from pipeline.teacher.reference import load_model
+from pipeline.teacher.reference_images import ImageInputs, is_image_text
+
+
+class ReferenceGenerator:
+    """See `generate.Generator`."""
+
+    def __init__(self, writers: Writers):
+        self._writers = writers
+        self._models = [(part, _Reader(m, writers.pictures)) for part, m in writers.models()]
+        self._vocab_size = min(reader.vocab_size for _, reader in self._models)
+
+    def close(self) -> None:
+        """Forget the models."""
+        self._models = []
+
+    @torch.inference_mode()
+    def answer(self, prompts: Iterable[Example]) -> Iterator[list[Answer]]:
+        """See `Generator.answer`."""
+        for prompt in prompts:
+            yield self._answers(prompt)
+
+    def _answers(self, prompt: Example) -> list[Answer]:
+        settings = self._writers.settings
+        keys = [answer_key(settings.seed, prompt, number) for number in range(settings.n)]
+        logits = [(part, reader.begin(prompt, settings.n)) for part, reader in self._models]
+        tokens, logprobs = [], []
+        running = torch.ones(settings.n, dtype=torch.bool)
+        for step in range(settings.max_tokens):
+            b = mixture([(part, z[:, : self._vocab_size]) for part, z in logits], settings)
+            drawn = draw(b, keys, step)
+            tokens.append(drawn.cpu())
+            logprobs.append(b.gather(1, drawn[:, None])[:, 0].log().float().cpu())
+            running &= ~torch.isin(tokens[-1], torch.tensor(self._writers.stop_ids))
+            if not running.any() or step + 1 == settings.max_tokens:
+                break
+            logits = [(part, reader.go_on(drawn)) for part, reader in self._models]
+        return self._cut(torch.stack(tokens, 1).numpy(), torch.stack(logprobs, 1).numpy())
+
+    def _cut(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Answer]:
+        """Each row up to the token that ends it."""
+        ends = np.isin(tokens, self._writers.stop_ids)
+        answers = []
+        for row in range(len(tokens)):
+            ended = ends[row].any()
+            length = int(np.argmax(ends[row])) + 1 if ended else tokens.shape[1]
+            ids = tokens[row, :length].astype(np.int32)
+            answers.append(Answer(ids, logprobs[row, :length], bool(ended)))
+        return answers
+
+
+class _Reader:
+    """One model with the keys and values of what it has read."""
+
+    def __init__(self, model: Teacher, pictures: Pictures | None):
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model: Any = load_model(model).to(self._device).eval()
+        self._past: Any = None
+        self._images = None
+        self._name = model.model
+        if pictures is not None and is_image_text(self._model.config):
+            config = self._model.config
+            self._images = ImageInputs(model_directory(model), config, pictures)
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the head."""
+        return self._model.config.get_text_config().vocab_size
+
+    def begin(self, prompt: Example, copies: int) -> torch.Tensor:
+        """Read a prompt once for all its answers: next-token logits [copies, V]."""
+        ids = torch.tensor(prompt.token_ids, dtype=torch.long, device=self._device)[None]
+        out = self._model(
+            input_ids=ids, use_cache=True, logits_to_keep=1, **self._image_inputs(prompt)
+        )
+        self._past = out.past_key_values
+        self._past.batch_repeat_interleave(copies)
+        return out.logits[:, -1].expand(copies, -1)
+
+    def go_on(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Read one more token of every answer: next-token logits [N, V]."""
+        out = self._model(
+            input_ids=tokens[:, None].to(self._device),
+            past_key_values=self._past,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+    def _image_inputs(self, prompt: Example) -> dict[str, torch.Tensor]:
+        if not prompt.images:
+            return {}
+        if self._images is None:
+            raise TeacherError("reads no images and the prompts have some", where=self._name)
+        inputs = {name: value.to(self._device) for name, value in self._images.of(prompt).items()}
+        dtype = self._model.dtype
+        return {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}

@@ -1,0 +1,293 @@
+"""Teacher-written corpora: what is drawn, with which probability, and what becomes of it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cache_schemas.errors import ConfigError, CorpusError, PlanMismatch
+from pipeline.cache.reader import TeacherCache
+from pipeline.capture import capture
+from pipeline.config import Capture, Generate, Prepare, Run, Source, Teacher
+from pipeline.corpus import Corpus
+from pipeline.generation import generate
+from tests import tiny_image_models, tiny_models
+
+QUESTIONS = ["What is a list?", "Name two loops.", "Why?", "What is a dict?", "Say more."]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """Other weights under the teacher's tokenizer."""
+    return tiny_models.save_llama(tmp_path_factory.mktemp("models") / "student", 1, seed=7)
+
+
+def chats(directory, questions=QUESTIONS, **more):
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "prompts.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": "An answer that is not used."},
+            ]
+        }
+        for question in questions
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return Source(name="chats", kind="jsonl", path=str(path), messages_column="messages", **more)
+
+
+def run_in(directory, teacher, source=None, prepare=None, **settings) -> Run:
+    source = source or chats(directory.parent / "prompts")
+    table = {"window": 96, "heldout": 0.0} | (prepare or {})
+    return Run(
+        name="run",
+        directory=str(directory),
+        prepare=Prepare(source=(source,), **table),
+        teacher=Teacher(model=str(teacher), dtype="float32"),
+        generate=Generate(**{"max_tokens": 12, "prompts_per_part": 2} | settings),
+        capture=Capture(k=16, profile="exact", examples_per_shard=4),
+    )
+
+
+def written(run, **options) -> Corpus:
+    corpus = generate(run, engine="reference", **options)
+    assert corpus is not None
+    return corpus
+
+
+def next_logits(model, token_ids) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        loaded = AutoModelForCausalLM.from_pretrained(model)
+        return loaded(torch.tensor(token_ids)[None].long()).logits[0, -1].double()
+
+
+@pytest.mark.parametrize(
+    ("share", "temperature", "top_p"), [(1.0, 1.0, 1.0), (0.2, 1.0, 1.0), (0.5, 0.7, 0.6)]
+)
+def test_tokens_are_drawn_from_the_stated_mixture(
+    tiny_llama, student, tmp_path, share, temperature, top_p
+):
+    count = 1024
+    corpus = written(
+        run_in(
+            tmp_path / "run",
+            tiny_llama,
+            chats(tmp_path, QUESTIONS[:1]),
+            n=count,
+            max_tokens=1,
+            temperature=temperature,
+            top_p=top_p,
+            teacher_share=share,
+            student=str(student) if share < 1 else "",
+        )
+    )
+    examples = list(corpus.split("train"))
+    prompt = examples[0].token_ids[:-1]
+    p, q = (
+        (next_logits(model, prompt.copy()) / temperature).softmax(-1)
+        for model in (tiny_llama, student)
+    )
+    b = share * p + (1 - share) * q
+    falling, ids = b.sort(descending=True)
+    kept = ids[: int((falling.cumsum(0) < top_p).sum()) + 1] if top_p < 1 else ids
+    allowed = torch.zeros_like(b).scatter(0, kept, b[kept])
+    allowed = (allowed / allowed.sum()).numpy()
+    assert sum(example.weight for example in examples) == count
+    for example in examples:
+        token = example.token_ids[-1]
+        assert example.behaviour_logprob[-1] == pytest.approx(np.log(allowed[token]), abs=1e-5)
+        spread = np.sqrt(count * allowed[token])
+        assert abs(example.weight - count * allowed[token]) < 5 * spread + 1
+    seen = sum(allowed[example.token_ids[-1]] for example in examples)
+    assert seen > 0.5
+
+
+def test_an_answer_is_the_target_and_everything_else_was_given(
+    tiny_llama, tiny_tokenizer, tmp_path
+):
+    corpus = written(run_in(tmp_path / "run", tiny_llama, n=2))
+    for example in corpus.split("train"):
+        first = int(np.argmax(example.loss_mask))
+        assert example.loss_mask[first:].all()
+        assert tiny_tokenizer.decode(example.token_ids[:first]).endswith("<|im_start|>assistant\n")
+        assert "not used" not in tiny_tokenizer.decode(example.token_ids)
+        assert (example.behaviour_logprob[:first] == 0).all()
+        assert (example.behaviour_logprob[first:] <= 0).all()
+        assert len(example.token_ids) - first <= 12
+    answers = corpus.facts["generated"]["answers"]
+    assert sum(answers.values()) == 2 * len(QUESTIONS)
+
+
+def test_greedy_answers_are_the_most_probable_tokens(tiny_llama, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    corpus = written(run_in(tmp_path / "run", tiny_llama, temperature=0, max_tokens=8))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for example in corpus.split("train"):
+        first = int(np.argmax(example.loss_mask))
+        with torch.inference_mode():
+            logits = model(torch.tensor(example.token_ids.copy())[None].long()).logits[0]
+        assert (logits.argmax(-1)[first - 1 : -1].numpy() == example.token_ids[first:]).all()
+        assert (example.behaviour_logprob == 0).all()
+
+
+def test_interruption_workers_and_repetition_do_not_change_what_is_written(
+    tiny_llama, student, tmp_path
+):
+    settings = {"n": 2, "teacher_share": 0.4, "student": str(student)}
+    digest = written(run_in(tmp_path / "whole", tiny_llama, **settings)).digest
+    stopped = run_in(tmp_path / "stopped", tiny_llama, **settings)
+
+    def stop(progress):
+        if progress.prompts == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(stopped, engine="reference", on_progress=stop)
+    done = []
+    assert written(stopped, on_progress=done.append).digest == digest
+    assert done[-1].total_prompts < len(QUESTIONS)
+    shared = run_in(tmp_path / "shared", tiny_llama, **settings)
+    assert generate(shared, engine="reference", rank=1, world_size=2) is None
+    assert generate(shared, engine="reference", rank=0, world_size=2).digest == digest
+    assert written(shared, on_progress=pytest.fail).digest == digest
+    assert [p.name for p in (tmp_path / "shared").iterdir()] == ["corpus"]
+    other = run_in(tmp_path / "shared", tiny_llama, **settings | {"seed": 1})
+    assert written(other).digest != digest
+
+
+def test_a_capture_gives_the_teachers_rows_and_keeps_the_behaviour(tiny_llama, student, tmp_path):
+    alone = run_in(tmp_path / "alone", tiny_llama, n=2)
+    mixed = run_in(tmp_path / "mixed", tiny_llama, n=2, teacher_share=0.3, student=str(student))
+    gaps = []
+    for run in (alone, mixed):
+        corpus = written(run)
+        capture(run, engine="reference")
+        cache = TeacherCache.open(str(run.path("cache")))
+        assert "behaviour_logprob" in cache.signals
+        for i, example in enumerate(corpus.split("train")):
+            record = cache[i]
+            rows = example.loss_mask[1:][record.first_row :]
+            kept = record.signals["behaviour_logprob"]
+            expected = example.behaviour_logprob[record.first_row + 1 :]
+            np.testing.assert_array_equal(kept, expected)
+            gaps.append(np.abs(kept - record.signals["token_logprob"])[rows].max())
+    alone_gaps, mixed_gaps = gaps[: len(gaps) // 2], gaps[len(gaps) // 2 :]
+    assert max(alone_gaps) < 1e-4
+    assert max(mixed_gaps) > 1e-2
+
+
+def test_roll_outs_of_a_mixture_train_a_student_by_policy_gradient(tiny_llama, student, tmp_path):
+    from pipeline.config import parse
+    from pipeline.trainer import train
+
+    run = run_in(tmp_path / "run", tiny_llama, n=2, teacher_share=0.2, student=str(student))
+    written(run)
+    capture(run, engine="reference")
+    tables = run.model_dump(mode="json", exclude_none=True) | {
+        "student": {"init": "model", "model": str(student)},
+        "objective": [
+            {"name": "policy_gradient", "options": {"behaviour": "cached"}},
+            {"name": "reverse_kl"},
+        ],
+        "train": {"steps": 2, "batch_tokens": 256},
+    }
+    result = train(parse(tables, "test"))
+    assert result.steps == 2
+
+
+def test_texts_are_continued_from_their_first_tokens(tiny_llama, tmp_path):
+    source = Source(name="help", kind="pydoc_topics", limit=3)
+    corpus = written(run_in(tmp_path / "run", tiny_llama, source, prompt_tokens=9))
+    assert [int(np.argmax(e.loss_mask)) for e in corpus.split("train")] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_answers_about_images_are_as_probable_as_a_capture_says(tmp_path, family):
+    model = tiny_image_models.save(family, tmp_path / "model")
+    rows = []
+    for number in range(2):
+        picture = tiny_image_models.image(number, 50 + 30 * number, 40)
+        (tmp_path / f"{number}.png").write_bytes(picture)
+        message = {"role": "user", "content": "<image>What is it?"}
+        rows.append({"messages": [message], "images": [f"{number}.png"]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = {"messages_column": "messages", "image_column": "images"}
+    source = Source(name="s", kind="jsonl", path=str(tmp_path / "rows.jsonl"), **columns)
+    run = run_in(tmp_path / "run", model, source, n=2, max_tokens=6)
+    corpus = written(run)
+    capture(run, engine="reference")
+    cache = TeacherCache.open(str(run.path("cache")))
+    for i, example in enumerate(corpus.split("train")):
+        assert cache[i].example.images == example.images
+        corpus.image_bytes(example.images[0].sha256)
+        signals = cache[i].signals
+        np.testing.assert_allclose(
+            signals["behaviour_logprob"], signals["token_logprob"], atol=1e-4
+        )
+
+
+def test_a_mixture_needs_a_student(tiny_llama, tmp_path):
+    with pytest.raises(ConfigError, match="none is named"):
+        written(run_in(tmp_path / "run", tiny_llama, teacher_share=0.5))
+
+
+def test_vllm_refuses_a_mixture_before_it_starts(tiny_llama, student, tmp_path):
+    run = run_in(tmp_path / "run", tiny_llama, teacher_share=0.5, student=str(student))
+    with pytest.raises(ConfigError, match="one model, not from a mixture"):
+        generate(run, engine="vllm")
+
+
+def test_a_student_with_another_tokenizer_is_refused(tiny_llama, tmp_path):
+    other = tiny_models.save_llama(tmp_path / "other", vocab_size=700)
+    run = run_in(tmp_path / "run", tiny_llama, teacher_share=0.5, student=str(other))
+    with pytest.raises(PlanMismatch, match="tokenizer is another"):
+        written(run)
+
+
+def test_prompts_without_room_are_an_error_or_left_out(tiny_llama, tmp_path):
+    source = chats(tmp_path, [*QUESTIONS[:2], "so " * 200])
+    with pytest.raises(CorpusError, match=r"prompts.jsonl:3: a prompt of \d+ tokens; expected at"):
+        written(run_in(tmp_path / "run", tiny_llama, source))
+    corpus = written(run_in(tmp_path / "run", tiny_llama, source, long_prompts="skip"))
+    assert corpus.facts["dropped"] == {"long_prompts": 1}
+    with pytest.raises(ConfigError, match="leaves no prompt"):
+        written(run_in(tmp_path / "run", tiny_llama, source, max_tokens=96))
+
+
+def test_a_conversation_that_asks_nothing_is_an_error(tiny_llama, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": [{"role": "assistant", "content": "I speak."}]}')
+    source = Source(name="s", kind="jsonl", path=str(path), messages_column="messages")
+    with pytest.raises(CorpusError, match="no message to answer"):
+        written(run_in(tmp_path / "run", tiny_llama, source))
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_writes_what_it_says_it_writes(tiny_llama, tmp_path):
+    settings = {"n": 3, "temperature": 0.8, "top_p": 0.7}
+    corpora = []
+    for name in ("one", "two"):
+        run = run_in(tmp_path / name, tiny_llama, **settings)
+        corpora.append(generate(run, engine="vllm"))
+    assert corpora[0].digest == corpora[1].digest
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for example in corpora[0].split("train"):
+        first = int(np.argmax(example.loss_mask))
+        with torch.inference_mode():
+            logits = model(torch.tensor(example.token_ids.copy())[None].long()).logits[0].double()
+        b = (logits[first - 1 : -1] / 0.8).softmax(-1)
+        falling, ids = b.sort(dim=1, descending=True)
+        inside = falling.cumsum(1) - falling < 0.7
+        b = torch.zeros_like(b).scatter(1, ids, falling * inside)
+        b = b / b.sum(1, keepdim=True)
+        drawn = b.gather(1, torch.tensor(example.token_ids[first:].copy()).long()[:, None])[:, 0]
+        np.testing.assert_allclose(example.behaviour_logprob[first:], drawn.log(), atol=1e-4)
