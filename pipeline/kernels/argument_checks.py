@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.kernels import autocasting
 from pipeline.kernels.divergences import DivergenceName, Objective, TailName
+from pipeline.kernels.packed_topk import PackedTopk
 from pipeline.kernels.vocabulary_shards import Shard
 
 IMPLEMENTATIONS = ("eager", "chunked", "triton")
@@ -134,6 +135,19 @@ def check_sparse(
     _same_device(values_name, values, hidden)
     if not values.is_floating_point():
         raise TypeError(f"{values_name}: found {values.dtype}; expected a floating dtype")
+
+
+def check_packed(hidden: Tensor, lists: PackedTopk, logprobs: Tensor | None) -> None:
+    """Shapes and device of packed lists; what is in them was checked when they were read.
+
+    Raises:
+        ValueError: rows or device that do not fit, or log-probabilities beside them.
+    """
+    _require(logprobs is None, "logprobs: are in the packed lists already; expected none")
+    found, rows = tuple(lists.shape), hidden.shape[0]
+    fits = found[0] == rows and found[1] > 0
+    _require(fits, f"ids: found packed lists {found}; expected [{rows}, k] with k >= 1")
+    _same_device("ids", lists.gaps, hidden)
 
 
 def check_teacher(

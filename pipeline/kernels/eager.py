@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.kernels.dense_sweep import DenseTargets, dense_outcomes, teacher_logits
 from pipeline.kernels.divergences import LOG_ZERO, Objective, teacher_outcomes, values
+from pipeline.kernels.packed_topk import PackedTargets
 from pipeline.kernels.targets import Targets
 from pipeline.kernels.vocabulary_shards import FAR_BELOW
 
@@ -19,11 +20,12 @@ def topk_divergence(
     hidden: Tensor,
     unembedding: Tensor,
     bias: Tensor | None,
-    targets: Targets,
+    targets: Targets | PackedTargets,
     objective: Objective,
     words: int,
 ) -> Tensor:
     """Per-row loss [N]; see `topk_divergence.topk_divergence` for the arguments."""
+    targets = targets.unpack()
     logits = head_logits(hidden, unembedding, bias, words, objective.softcap)
     teacher = teacher_outcomes(targets.ids, targets.logprobs, objective.tail, words, logits.dtype)
     log_q = student_outcomes(logits / objective.temperature, targets.ids)

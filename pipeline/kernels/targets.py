@@ -28,3 +28,7 @@ class Targets:
         labels = None if self.labels is None else self.labels[rows]
         weights = None if self.weights is None else self.weights[rows]
         return Targets(self.ids[rows], self.logprobs[rows], labels, weights)
+
+    def unpack(self) -> "Targets":
+        """Itself: these lists are plain."""
+        return self

@@ -59,6 +59,7 @@ from torch import Tensor
 from pipeline.kernels import argument_checks, chunked, eager, execution
 from pipeline.kernels.divergences import DivergenceName, Objective, TailName
 from pipeline.kernels.execution import Implementation
+from pipeline.kernels.packed_topk import PackedTargets, PackedTopk
 from pipeline.kernels.targets import Targets
 from pipeline.kernels.vocabulary_shards import Shard
 
@@ -66,8 +67,8 @@ from pipeline.kernels.vocabulary_shards import Shard
 def topk_divergence(
     hidden: Tensor,
     unembedding: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
+    ids: Tensor | PackedTopk,
+    logprobs: Tensor | None = None,
     *,
     divergence: DivergenceName = "forward_kl",
     beta: float = 0.5,
@@ -96,7 +97,9 @@ def topk_divergence(
     Args:
         hidden: [N, D] student states that the head reads; fp32, bf16, fp16 or fp64.
         unembedding: [V, D] head.
-        ids: [N, k] teacher words, int32 or int64, distinct in a row; -1 is padding.
+        ids: [N, k] teacher words, int32 or int64, distinct in a row; -1 is padding. Or the lists
+            in the cache's packed form, ids and log-probabilities in one, and no `logprobs`: the
+            `triton` sweep decodes them in registers.
         logprobs: [N, k] the teacher's full-softmax log-probabilities at `temperature`, nats.
         divergence: which; formulas in `divergences`.
         beta: mixture of `jsd`, in (0, 1).
@@ -135,19 +138,35 @@ def topk_divergence(
     shard = argument_checks.check_words(unembedding, valid_vocab, shard, impl)
     argument_checks.check_rows(hidden, labels=labels, weights=weights, ce_weight=ce_weight)
     argument_checks.check_how(impl, memory_budget)
-    argument_checks.check_sparse(hidden, "ids", ids, "logprobs", logprobs)
+    targets = _targets(hidden, ids, logprobs, labels, weights)
     if tail_ids is not None and tail_weights is not None:
         argument_checks.check_sparse(hidden, "tail_ids", tail_ids, "tail_weights", tail_weights)
     if execution.debugging(debug, hidden):
-        argument_checks.check_lists(ids, logprobs, tail_ids, tail_weights, shard.total)
+        lists = targets.unpack()
+        argument_checks.check_lists(lists.ids, lists.logprobs, tail_ids, tail_weights, shard.total)
         argument_checks.check_row_values(labels, weights, shard.total)
-    targets = Targets(ids, logprobs.detach(), labels, weights)
     if tail_ids is not None and tail_weights is not None:
-        targets = _with_draws(targets, tail_ids, tail_weights)
+        targets = _with_draws(targets.unpack(), tail_ids, tail_weights)
         objective = replace(objective, tail="truncate")
     return _run(
         impl, hidden, unembedding, bias, targets, objective, shard, memory_budget, accumulate_fp32
     )
+
+
+def _targets(
+    hidden: Tensor,
+    ids: Tensor | PackedTopk,
+    logprobs: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor | None,
+) -> Targets | PackedTargets:
+    if isinstance(ids, PackedTopk):
+        argument_checks.check_packed(hidden, ids, logprobs)
+        return PackedTargets(ids, labels, weights)
+    if logprobs is None:
+        raise ValueError("logprobs: missing; expected [N, k] beside ids")
+    argument_checks.check_sparse(hidden, "ids", ids, "logprobs", logprobs)
+    return Targets(ids, logprobs.detach(), labels, weights)
 
 
 def _with_draws(targets: Targets, tail_ids: Tensor, tail_weights: Tensor) -> Targets:
@@ -162,7 +181,7 @@ def _run(
     hidden: Tensor,
     unembedding: Tensor,
     bias: Tensor | None,
-    targets: Targets,
+    targets: Targets | PackedTargets,
     objective: Objective,
     shard: Shard,
     budget: int | None,

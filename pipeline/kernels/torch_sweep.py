@@ -18,6 +18,7 @@ from pipeline.kernels.divergences import (
     teacher_outcomes,
     values,
 )
+from pipeline.kernels.packed_topk import PackedTargets
 from pipeline.kernels.targets import Targets
 from pipeline.kernels.vocabulary_shards import (
     FAR_BELOW,
@@ -29,7 +30,11 @@ from pipeline.kernels.vocabulary_shards import (
 
 
 def sweep(
-    buffer: Tensor, targets: Targets, objective: Objective, shard: Shard, with_gradient: bool
+    buffer: Tensor,
+    targets: Targets | PackedTargets,
+    objective: Objective,
+    shard: Shard,
+    with_gradient: bool,
 ) -> Tensor:
     """Losses [C] of a chunk; `buffer` [C, width + spare] turns from raw logits into gradients.
 
@@ -40,6 +45,7 @@ def sweep(
         shard: which words the columns are.
         with_gradient: False leaves the buffer undefined and saves two passes.
     """
+    targets = targets.unpack()
     columns = shard.columns(targets.ids)
     label = label_column(targets, objective, shard)
     cap_slope = _cap_(buffer, objective.softcap, with_gradient)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.kernels import divergences
 from pipeline.kernels.divergences import Objective
+from pipeline.kernels.packed_topk import PackedTargets, PackedTopk
 from pipeline.kernels.targets import Targets
 from pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
 from pipeline.kernels.vocabulary_shards import Shard
@@ -43,7 +44,11 @@ def available(device: torch.device) -> bool:
 
 
 def sweep(
-    buffer: Tensor, targets: Targets, objective: Objective, shard: Shard, with_gradient: bool
+    buffer: Tensor,
+    targets: Targets | PackedTargets,
+    objective: Objective,
+    shard: Shard,
+    with_gradient: bool,
 ) -> Tensor:
     """Losses [C] of a chunk; `buffer` [C, width + spare] turns from raw logits into gradients.
 
@@ -54,31 +59,29 @@ def sweep(
         shard: must hold all words.
         with_gradient: False leaves the buffer undefined.
     """
-    if objective.divergence == "adaptive_kl":
-        targets = _sorted(targets)
-    ids, logprobs = targets.ids.contiguous(), targets.logprobs.float().contiguous()
     loss = torch.empty(len(buffer), dtype=torch.float32, device=buffer.device)
     if not len(buffer):
         return loss
+    lists, k = _lists(targets, objective)
     hard = targets.labels is not None and objective.ce_weight > 0
-    labels = targets.labels.contiguous() if hard and targets.labels is not None else ids
+    labels = targets.labels.contiguous() if targets.labels is not None else loss
     weights = loss if targets.weights is None else targets.weights.float().contiguous()
     _sweep_row[(len(buffer),)](
         buffer,
         buffer.stride(0),
-        ids,
-        logprobs,
+        *lists,
         labels,
         weights,
         loss,
         shard.width,
-        ids.shape[1],
+        k,
         1 / objective.temperature,
         objective.temperature,
         objective.beta,
         objective.alpha,
         objective.ce_weight,
         objective.softcap or 1.0,
+        PACKED=isinstance(targets, PackedTargets),
         DIVERGENCE=objective.divergence,
         TAIL=objective.tail,
         HARD=hard,
@@ -86,10 +89,23 @@ def sweep(
         WEIGHTED=targets.weights is not None,
         CAPPED=objective.softcap is not None,
         GRADIENT=with_gradient,
-        BLOCK_K=triton.next_power_of_2(ids.shape[1]),
+        BLOCK_K=triton.next_power_of_2(k),
         **launch_options(shard.width, objective),
     )
     return loss
+
+
+def _lists(targets: Targets | PackedTargets, objective: Objective) -> tuple[tuple, int]:
+    """The kernel's arguments for the rows' lists, and k."""
+    if isinstance(targets, PackedTargets):
+        packed = targets.lists
+        rows = (getattr(packed, name).contiguous() for name in PackedTopk.ROWS)
+        tables = packed.scale, packed.table, packed.lookup, packed.length, packed.words
+        return (*rows, *tables), packed.shape[1]
+    if objective.divergence == "adaptive_kl":
+        targets = _sorted(targets)
+    ids, logprobs = targets.ids.contiguous(), targets.logprobs.float().contiguous()
+    return (ids, ids, logprobs, ids, ids, ids, 1.0, ids, ids, 0, 0), ids.shape[1]
 
 
 def launch_options(width: int, objective: Objective) -> dict[str, int]:
@@ -114,8 +130,17 @@ def _sorted(targets: Targets) -> Targets:
 def _sweep_row(
     buffer,
     stride,
-    ids_ptr,
-    logprobs_ptr,
+    ids_or_gaps_ptr,
+    first_ptr,
+    logprobs_or_ranks_ptr,
+    classes_ptr,
+    counts_ptr,
+    shift_ptr,
+    scale,
+    table_ptr,
+    lookup_ptr,
+    length,
+    words,
     labels_ptr,
     weights_ptr,
     loss_ptr,
@@ -127,6 +152,7 @@ def _sweep_row(
     alpha,
     ce_weight,
     softcap,
+    PACKED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     TAIL: tl.constexpr,
     HARD: tl.constexpr,
@@ -140,8 +166,21 @@ def _sweep_row(
     row = tl.program_id(0).to(tl.int64)
     logits = buffer + row * stride
     place = tl.arange(0, BLOCK_K)
-    ids = tl.load(ids_ptr + row * k + place, mask=place < k, other=-1).to(tl.int64)
-    given = tl.load(logprobs_ptr + row * k + place, mask=place < k, other=LOG_ZERO)
+    if PACKED:
+        inside_list = place < tl.load(counts_ptr + row)
+        gap = tl.load(ids_or_gaps_ptr + row * k + place, mask=inside_list, other=0).to(tl.int32)
+        level = tl.load(first_ptr + row) + tl.cumsum(gap, 0)
+        table = tl.load(table_ptr + level, mask=inside_list, other=0.0)
+        given = table * scale + tl.load(shift_ptr + row)
+        rank = tl.load(logprobs_or_ranks_ptr + row * k + place, mask=inside_list, other=0)
+        if logprobs_or_ranks_ptr.dtype.element_ty == tl.int16:
+            rank = rank.to(tl.int32) & 0xFFFF
+        own = words + tl.load(classes_ptr + row).to(tl.int32) * length
+        at = tl.where(rank < length, own + rank, rank - length)
+        ids = tl.load(lookup_ptr + at, mask=inside_list, other=-1).to(tl.int64)
+    else:
+        ids = tl.load(ids_or_gaps_ptr + row * k + place, mask=place < k, other=-1).to(tl.int64)
+        given = tl.load(logprobs_or_ranks_ptr + row * k + place, mask=place < k, other=0.0)
     named = ids >= 0
 
     # The student's logits at the teacher's words and at the label: z at temperature 1, x = z / T.

@@ -17,15 +17,25 @@ from triton.compiler import ASTSource
 from pipeline.kernels.divergences import DivergenceName, Objective
 from pipeline.kernels.triton_sweep import _sweep_row, launch_options
 
-CONTRACT = Path(__file__).with_name("test_topk_divergence.py")
+CONTRACT = [
+    Path(__file__).with_name(name) for name in ("test_topk_divergence.py", "test_packed_topk.py")
+]
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
-    "ids_ptr": "*i32",
-    "logprobs_ptr": "*fp32",
+    "ids_or_gaps_ptr": "*i32",
+    "first_ptr": "*i32",
+    "logprobs_or_ranks_ptr": "*fp32",
+    "classes_ptr": "*u8",
+    "counts_ptr": "*i32",
+    "shift_ptr": "*fp32",
+    "table_ptr": "*fp32",
+    "lookup_ptr": "*i32",
     "labels_ptr": "*i64",
     "weights_ptr": "*fp32",
     "loss_ptr": "*fp32",
 }
+PACKED_POINTERS = {"ids_or_gaps_ptr": "*u8", "logprobs_or_ranks_ptr": "*i16"}
+INTEGERS = ("stride", "width", "k", "length", "words")
 PLAIN = {}
 TEMPERED = {"temperature": 2.0, "ce_weight": 0.5}
 CAPPED = {"softcap": 30.0}
@@ -35,17 +45,18 @@ CAPPED = {"softcap": 30.0}
 def test_the_contract_holds_under_the_interpreter():
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "STILLROOM_TEST_KERNELS": "triton"}
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", str(CONTRACT)]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", *map(str, CONTRACT)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     assert re.search(r"\d{3} passed", run.stdout), run.stdout[-500:]
 
 
-def compile_for_hopper(objective, k, dtype="bf16"):
+def compile_for_hopper(objective, k, dtype="bf16", packed=False):
     """Assembler of the kernel for a vocabulary of 151,936, and ptxas's report on it."""
     options = launch_options(151_936, objective)
     hard = objective.ce_weight > 0
     constants = {
+        "PACKED": packed,
         "DIVERGENCE": objective.divergence,
         "TAIL": objective.tail,
         "HARD": hard,
@@ -58,7 +69,8 @@ def compile_for_hopper(objective, k, dtype="bf16"):
     }
     place = _sweep_row.arg_names.index
     types = dict.fromkeys(_sweep_row.arg_names, "fp32") | POINTERS
-    types |= {"buffer": f"*{dtype}", "stride": "i32", "width": "i32", "k": "i32"}
+    types |= {"buffer": f"*{dtype}"} | dict.fromkeys(INTEGERS, "i32")
+    types |= PACKED_POINTERS if packed else {}
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {(place(name),): [["tt.divisibility", 16]] for name in ("buffer", "stride", "width")}
     source = ASTSource(
@@ -92,6 +104,12 @@ def test_it_compiles_for_hopper_without_spills(divergence, k, options, tmp_path)
     assert "0 bytes spill stores, 0 bytes spill loads" in report
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     assert registers <= 96
+
+
+@pytest.mark.parametrize("k", [64, 512])
+def test_packed_lists_compile_for_hopper_without_spills(k, tmp_path):
+    kernel = compile_for_hopper(Objective(), k, packed=True)
+    assert "0 bytes spill stores, 0 bytes spill loads" in ptxas_report(kernel, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

@@ -10,7 +10,10 @@ import torch
 
 from pipeline.kernels.topk_divergence import topk_divergence
 
-CONTRACT = Path(__file__).parent.parent / "contract" / "test_topk_divergence.py"
+CONTRACT_DIRECTORY = Path(__file__).parent.parent / "contract"
+CONTRACT = [
+    CONTRACT_DIRECTORY / name for name in ("test_topk_divergence.py", "test_packed_topk.py")
+]
 
 
 @pytest.mark.gpu
@@ -19,7 +22,7 @@ def test_the_contract_holds_on_cuda():
         "STILLROOM_TEST_DEVICE": "cuda",
         "STILLROOM_TEST_KERNELS": "eager chunked triton",
     }
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", str(CONTRACT)]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", *map(str, CONTRACT)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout
