@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from cache_schemas.errors import EXIT_INCOMPLETE, EXIT_USER_ERROR, CacheIncomplete, StillroomError
-from stages import cache, capture, demo, evaluate, prepare, teacher, train
+from stages import cache, capture, demo, evaluate, generate, prepare, teacher, train
 from stages.console import say
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 
 app.command()(prepare.prepare)
+app.command()(generate.generate)
 app.command()(capture.capture)
 app.add_typer(cache.app, name="cache")
 app.command()(train.student)

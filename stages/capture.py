@@ -44,6 +44,10 @@ def capture(
     cache: Annotated[
         str, typer.Option(help="Directory or URL of the cache; by default inside the run.")
     ] = "",
+    ray: Annotated[bool, typer.Option(help="Use every node of a Ray cluster.")] = False,
+    ray_address: Annotated[
+        str, typer.Option(help="Of the cluster; by default RAY_ADDRESS, or one on this machine.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option(help="Score a sample and print the cost.")] = False,
 ) -> None:
     """Score the prepared corpus and seal the cache; run again to go on after any interruption."""
@@ -58,23 +62,26 @@ def capture(
     if dry_run:
         _dry_run(run, engine.value, split.value)
         return
-    _capture(
-        run,
-        engine=engine.value,
-        rank=rank,
-        world_size=world_size,
-        on_error=on_error.value,
-        split=split.value,
-        location=cache,
-    )
+    worker = {"rank": rank, "world_size": world_size, "on_error": on_error.value}
+    if run.capture is not None or run.vision is None:
+        where = {"engine": engine.value, "split": split.value, "location": cache}
+        if ray or ray_address:
+            where["address"] = ray_address
+        _capture(run, **where, **worker)
+    if run.vision is not None:
+        _capture_images(run, **worker)
 
 
 def _capture(run, **options) -> None:
     from pipeline import config, provenance
     from pipeline.capture import CaptureProgress
     from pipeline.capture import capture as score
+    from pipeline.ray_capture import capture_on_ray
 
     title = f"capture {options['rank']}" if options["world_size"] > 1 else "capture"
+    if "address" in options:
+        score, title = capture_on_ray, "capture on Ray"
+        _alone(options.pop("rank"), options.pop("world_size"))
     with progress(title, unit="examples") as report:
 
         def show(now: CaptureProgress) -> None:
@@ -94,6 +101,33 @@ def _capture(run, **options) -> None:
         say("this worker's shards are done; the last worker to finish seals the cache")
         return
     out.print(options["location"] or str(run.path("cache")))
+
+
+def _alone(rank: int, world_size: int) -> None:
+    """Ray hands out the shards itself."""
+    from cache_schemas.errors import ConfigError
+
+    if (rank, world_size) != (0, 1):
+        raise ConfigError("--rank and --world-size mean nothing with --ray", remedy="Drop them.")
+
+
+def _capture_images(run, **worker) -> None:
+    from pipeline import provenance
+    from pipeline.capture import CaptureProgress
+    from pipeline.vision.capture import capture_images
+
+    with progress("vision targets", unit="images") as report:
+
+        def show(now: CaptureProgress) -> None:
+            per_image = now.bytes / now.examples if now.shards else 0.0
+            report(now.examples, now.total_examples, bytes_per_image=per_image)
+
+        manifest = capture_images(run, on_progress=show, **worker)
+    provenance.record(run.path("run.json"), "vision")
+    if manifest is None:
+        say("this worker's shards are done; the last worker to finish seals the vision targets")
+        return
+    out.print(str(run.path("vision")))
 
 
 def _dry_run(run, engine: str, split: str) -> None:
