@@ -1,30 +1,30 @@
-"""Plan, receipt and manifest: what a cache is, what one shard holds, what all shards hold.
+"""Receipt and manifest: what one shard holds, and what all shards hold.
 
-One idea: the plan's digest is the identity of a cache; a receipt binds the bytes of one shard to
-that identity and is its commit; the manifest binds all receipts. All three are documents of
-`canonical.py`. This module reads and writes no file.
+One idea: a receipt binds the bytes of one shard to a plan and is its commit; the manifest binds all
+receipts. Both are documents of `canonical.py`. This module reads and writes no file; the plan is
+`plan.py`, whose names can also be had from here.
 """
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from cache_schemas import canonical
-from cache_schemas.errors import FormatTooNew, ShardCorrupt
-from cache_schemas.signals import hidden_name
+from cache_schemas.errors import ShardCorrupt
+from cache_schemas.plan import FORMAT_VERSION, Plan, check_version, signals_of
 
-FORMAT_VERSION = 1
+__all__ = [
+    "FORMAT_VERSION",
+    "FileEntry",
+    "Manifest",
+    "Plan",
+    "Records",
+    "ShardReceipt",
+    "ShardTable",
+    "check_version",
+    "read",
+    "signals_of",
+]
 
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -64,217 +64,6 @@ def read(kind: type[AnyDocument], data: bytes, where: str) -> AnyDocument:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ShardCorrupt(f"'{key}': {first['msg']}", where=where) from None
-
-
-def check_version(found: Any, where: str) -> None:
-    """Refuse a document of a later format.
-
-    Raises:
-        FormatTooNew: the version is above this release's.
-        ShardCorrupt: the version is not a positive integer.
-    """
-    if type(found) is not int or found < 1:
-        raise ShardCorrupt(f"format version {found!r} is not a version", where=where)
-    if found > FORMAT_VERSION:
-        raise FormatTooNew(
-            f"format version {found}",
-            expected=f"at most {FORMAT_VERSION}",
-            where=where,
-            remedy="Update stillroom to read it.",
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every fact that changes what a cache means.
-
-    Attributes:
-        facts: nested JSON with the keys of `make`, and `format_version`.
-    """
-
-    facts: dict[str, Any]
-
-    @classmethod
-    def make(
-        cls,
-        *,
-        teacher: Mapping[str, Any],
-        engine: Mapping[str, Any],
-        tokenizer: Mapping[str, Any],
-        corpus: Mapping[str, Any],
-        capture: Mapping[str, Any],
-        num_examples: int,
-        max_tokens: int,
-        images: bool = False,
-        signals: Mapping[str, Any] | None = None,
-    ) -> "Plan":
-        """A plan of one capture.
-
-        Args:
-            teacher: needs `vocab_size`, and `hidden_size` when hidden states are kept.
-            engine: name and versions.
-            tokenizer: its hashes.
-            corpus: needs `digest`; everything else is for the reader's information.
-            capture: a dumped [capture] table; `temperatures` sorted and with 1.0.
-            num_examples: examples of the captured split, in the corpus's order.
-            max_tokens: tokens of the longest example; bounds the dense arrays.
-            images: True when examples may have image spans.
-            signals: overrides what `capture` implies (see `signals_of`).
-        """
-        per_shard = int(capture["examples_per_shard"])
-        facts = {
-            "format_version": FORMAT_VERSION,
-            "teacher": dict(teacher),
-            "engine": dict(engine),
-            "tokenizer": dict(tokenizer),
-            "corpus": dict(corpus),
-            "capture": dict(capture),
-            "signals": dict(signals or signals_of(capture, teacher, max_tokens)),
-            "images": images,
-            "shards": {
-                "count": -(-num_examples // per_shard),
-                "examples_per_shard": per_shard,
-                "num_examples": num_examples,
-            },
-        }
-        return cls(json.loads(json.dumps(facts)))
-
-    @cached_property
-    def digest(self) -> str:
-        """Hex sha256 over the canonical JSON of the facts; names the cache."""
-        return canonical.digest({"facts": self.facts})
-
-    @property
-    def num_examples(self) -> int:
-        """Examples of the whole cache."""
-        return self.facts["shards"]["num_examples"]
-
-    @property
-    def num_shards(self) -> int:
-        """Shards of the whole cache."""
-        return self.facts["shards"]["count"]
-
-    @property
-    def examples_per_shard(self) -> int:
-        """Examples of every shard but the last."""
-        return self.facts["shards"]["examples_per_shard"]
-
-    @property
-    def row_signals(self) -> tuple[str, ...]:
-        """Names of the signals with axis `row`, sorted."""
-        return tuple(self.facts["signals"]["rows"])
-
-    @property
-    def dense_signals(self) -> dict[str, dict[str, Any]]:
-        """Dense signal -> {positions (at most), width, codec}."""
-        return self.facts["signals"]["dense"]
-
-    def shard_range(self, shard: int) -> range:
-        """Example numbers of one shard."""
-        start = shard * self.examples_per_shard
-        return range(start, min(start + self.examples_per_shard, self.num_examples))
-
-    def differences(self, other: "Plan") -> list[str]:
-        """One sentence per fact that differs: `key: found other's, expected this one's`."""
-        mine, theirs = _flat(self.facts), _flat(other.facts)
-        keys = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-        return [f"{k}: found {theirs.get(k)!r}, expected {mine.get(k)!r}" for k in keys]
-
-    def to_bytes(self) -> bytes:
-        """The content of plan.json."""
-        return canonical.sign({"facts": self.facts}, indent=1)
-
-    @classmethod
-    def from_bytes(cls, data: bytes, where: str = "plan.json") -> "Plan":
-        """Read plan.json.
-
-        Raises:
-            ShardCorrupt: it is not a plan.
-            FormatTooNew: a later release wrote it.
-        """
-        return cls.from_facts(canonical.check(data, where).get("facts"), where)
-
-    @classmethod
-    def from_facts(cls, facts: Any, where: str) -> "Plan":
-        """A plan of untrusted facts: versions, sizes and signal names are checked."""
-        check_version(facts.get("format_version") if isinstance(facts, dict) else None, where)
-        try:
-            _PlanShape.model_validate(facts)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise ShardCorrupt(f"plan key '{key}': {first['msg']}", where=where) from None
-        shards = facts["shards"]
-        if -(-shards["num_examples"] // shards["examples_per_shard"]) != shards["count"]:
-            raise ShardCorrupt("the plan's shard count does not fit its examples", where=where)
-        return cls(facts)
-
-
-def signals_of(
-    capture: Mapping[str, Any], teacher: Mapping[str, Any], max_tokens: int
-) -> dict[str, Any]:
-    """The signals that a [capture] table asks for: `{"rows": [...], "dense": {...}}`."""
-    rows = ["topk_ids", "topk_logprobs", "tail_logprob", "token_logprob", "token_rank", "lse"]
-    rows += ["entropy"] * bool(capture.get("entropy"))
-    rows += ["logit_mean", "logit_std", "zscore_lse"] * bool(capture.get("moments"))
-    rows += ["draw_ids", "draw_counts"] * bool(capture.get("tail_draws"))
-    shape = {
-        "positions": max_tokens,
-        "width": teacher.get("hidden_size"),
-        "codec": {"name": capture.get("hidden_codec"), "step": capture.get("hidden_step")},
-    }
-    layers = capture.get("hidden_layers") or ()
-    return {"rows": sorted(rows), "dense": {hidden_name(layer): shape for layer in layers}}
-
-
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,40}(\.[A-Za-z0-9_-]{1,64})?$")]
-
-
-MAX_CHUNK_ELEMENTS = 1 << 28
-"""Elements of one example's chunk of a dense signal, at most: 1 GB of float32."""
-
-
-class _DenseCodec(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    name: Literal["bf16", "fp16", "int8", "fp8", "step"]
-    step: Annotated[float, Field(gt=0, le=16)] | None
-
-
-class _DenseShape(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    positions: Annotated[int, Field(ge=1, le=1 << 24)]
-    width: Annotated[int, Field(ge=1, le=1 << 20)]
-    codec: _DenseCodec
-
-    @model_validator(mode="after")
-    def _fits_memory(self) -> "_DenseShape":
-        if self.positions * self.width > MAX_CHUNK_ELEMENTS:
-            raise ValueError(f"chunks of more than {MAX_CHUNK_ELEMENTS} elements")
-        return self
-
-
-class _Signals(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    rows: list[Name]
-    dense: dict[Name, _DenseShape]
-
-
-class _Shards(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    count: Annotated[int, Field(ge=1, le=1 << 32)]
-    examples_per_shard: Annotated[int, Field(ge=1, le=1 << 24)]
-    num_examples: Annotated[int, Field(ge=1, le=1 << 48)]
-
-
-class _PlanShape(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-    teacher: dict[str, Any]
-    capture: dict[str, Any]
-    corpus: dict[str, Any]
-    tokenizer: dict[str, Any]
-    images: bool
-    signals: _Signals
-    shards: _Shards
 
 
 class FileEntry(Document):
@@ -367,15 +156,3 @@ class Manifest(Document):
     def num_bytes(self) -> int:
         """Bytes of the shards' files."""
         return sum(self.shards.bytes)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    return dict(_walk(value, prefix))
-
-
-def _walk(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, Mapping) or not value:
-        yield prefix, value
-        return
-    for key, inner in value.items():
-        yield from _walk(inner, f"{prefix}.{key}" if prefix else str(key))
