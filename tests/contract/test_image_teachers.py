@@ -134,7 +134,8 @@ def test_vllm_agrees_with_reference(worlds, family):
     model, corpus = worlds(family)
     table = TABLE.model_copy(update={"score_images": True})
     examples = list(corpus.split("train"))
-    damaged = replace(examples[0], images=(replace(examples[0].images[0], length=1),))
+    span = examples[0].images[0]
+    damaged = replace(examples[0], images=(replace(span, length=span.length + 1),))
     teacher = Teacher(model=str(model), dtype="float32")
     running = open_engine("vllm", teacher, table, max_tokens=256, pictures=pictures_of(corpus))
     rejected = []
