@@ -23,9 +23,6 @@ from pipeline.cache.reader import TeacherCache
 from tests import cache_trials as trials
 from tests.faulty_disk import full
 
-LONGEST_SECONDS = 1.0
-"""Random kills fall within this time of the writer's start."""
-
 
 def flips(root: Path, plan, count: int) -> dict:
     """Outcome of flipped bits, one at a time."""
@@ -47,10 +44,13 @@ def flips(root: Path, plan, count: int) -> dict:
 
 def kills(folder: Path, plan, expected: dict, count: int) -> dict:
     """SIGKILL at random moments of wall-clock time."""
-    choice, survived, redone = random.Random(1), 0, []
+    choice, survived, redone = random.Random(1), 0, [0]
+    started = time.perf_counter()
+    _killed_after(folder / "timed", plan, None)
+    longest = time.perf_counter() - started
     for trial in range(count):
         root = folder / f"kill{trial}"
-        if not _killed_after(root, plan, choice.random() * LONGEST_SECONDS):
+        if not _killed_after(root, plan, choice.random() * longest):
             survived += 1
         committed = trials.receipts(root)
         staged = len(list(root.glob("rows/*/*.arrow"))) - committed
@@ -61,7 +61,8 @@ def kills(folder: Path, plan, expected: dict, count: int) -> dict:
     return {"killed": count - survived, "ended_before": survived, "most_half_done": max(redone)}
 
 
-def _killed_after(root: Path, plan, seconds: float) -> bool:
+def _killed_after(root: Path, plan, seconds: float | None) -> bool:
+    """True if the writer was still at work after so many seconds; None lets it finish."""
     child = os.fork()
     if child == 0:
         try:
@@ -69,8 +70,9 @@ def _killed_after(root: Path, plan, seconds: float) -> bool:
             os._exit(0)
         finally:
             os._exit(1)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1] == signal.SIGKILL
 
 

@@ -7,9 +7,13 @@ Inputs that reach new code are kept in `tests/fuzz/corpus/TARGET`; the sound one
 """
 
 import argparse
+import importlib
+import pkgutil
 import sys
 import tempfile
 from pathlib import Path
+
+from cache_schemas import kernels
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -38,6 +42,8 @@ def main() -> None:
         return
     import atheris
 
+    for module in pkgutil.iter_modules(kernels.__path__, "cache_schemas.kernels."):
+        importlib.import_module(module.name)  # numba cannot compile what is instrumented
     with atheris.instrument_imports(include=["cache_schemas", "pipeline"]):
         from tests.fuzz.targets import survives
     folder = CORPUS / options.target
