@@ -16,12 +16,13 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from cache_schemas import canonical
 from cache_schemas.errors import FormatTooNew, ShardCorrupt
-from cache_schemas.signals import hidden_name
+from cache_schemas.signals import ROW_SIGNALS, hidden_name
 
 FORMAT_VERSION = 1
 
@@ -216,7 +217,15 @@ class _DenseShape(BaseModel):
 class _Signals(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     rows: list[Name]
+
     dense: dict[Name, _DenseShape]
+
+    @field_validator("rows")
+    @classmethod
+    def _known(cls, rows: list[str]) -> list[str]:
+        if rows != sorted(set(rows) & ROW_SIGNALS.keys()):
+            raise ValueError("row signals that are unknown, repeated or not in order")
+        return rows
 
 
 class _Shards(BaseModel):
@@ -226,10 +235,23 @@ class _Shards(BaseModel):
     num_examples: Annotated[int, Field(ge=1, le=1 << 48)]
 
 
+class _Teacher(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)] = 1
+
+
+class _Capture(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+    profile: Literal["small", "strict", "exact", "portable"]
+    k: Annotated[int, Field(ge=0, lt=1 << 16)] = 0
+    tail_draws: Annotated[int, Field(ge=0, lt=1 << 16)] = 0
+    temperatures: Annotated[list[float], Field(min_length=1, max_length=256)] = [1.0]
+
+
 class _PlanShape(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
-    teacher: dict[str, Any]
-    capture: dict[str, Any]
+    teacher: _Teacher
+    capture: _Capture
     corpus: dict[str, Any]
     tokenizer: dict[str, Any]
     images: bool

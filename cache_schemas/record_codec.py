@@ -167,7 +167,10 @@ class RowCodec:
         held = [n for i, n in enumerate(NAMES) if i in record.entries and n in wanted]
         found = {n: self._exact(record, n) for n in held}
         if self._lossy:
-            found |= self._lossy.decode(record, [n for n in wanted if n not in found])
+            try:
+                found |= self._lossy.decode(record, [n for n in wanted if n not in found])
+            except (IndexError, ValueError) as error:
+                streams.corrupt(f"its streams contradict each other ({error})")
         return found
 
     def _exact(self, record: streams.Record, name: str) -> np.ndarray:
