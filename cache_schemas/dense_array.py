@@ -75,7 +75,7 @@ class DenseArray:
             limit = f"at most {self.positions}"
             raise ShardCorrupt(f"{used} positions", expected=limit, where=where)
         store, array = self._one_chunk()
-        self._check_size(chunk, where)
+        self._check_header(chunk, where)
         store._store_dict[_CHUNK] = default_buffer_prototype().buffer.from_bytes(chunk)
         try:
             stored = np.asarray(array[0])[:used]
@@ -115,13 +115,17 @@ class DenseArray:
             raise ShardCorrupt("a chunk lies outside the shard", where=where)
         return entries
 
-    def _check_size(self, chunk: bytes, where: str) -> None:
-        """Blosc allocates what its header names: refuse another size than the chunk's."""
+    def _check_header(self, chunk: bytes, where: str) -> None:
+        """Blosc allocates and reads what its header says: refuse all but the chunk's own sizes."""
         if self.codec["name"] not in ("bf16", "fp16"):
             return
-        named = int.from_bytes(chunk[4:8], "little")
-        if named != 2 * self.positions * self.width:
-            raise ShardCorrupt(f"would unpack to {named} bytes", where=where)
+        unpacked = 2 * self.positions * self.width
+        if len(chunk) < 16 + _CHECKSUM:
+            raise ShardCorrupt(f"{len(chunk)} bytes are no Blosc chunk", where=where)
+        sizes = struct.unpack_from("<III", chunk, 4)
+        expected = (unpacked, min(sizes[1], unpacked), len(chunk) - _CHECKSUM)
+        if sizes != expected or chunk[3] != 2:
+            raise ShardCorrupt(f"Blosc header {sizes}", expected=f"{expected}", where=where)
 
     def _one_chunk(self) -> tuple[zarr.storage.MemoryStore, zarr.Array]:
         """This thread's array of a single chunk; making one takes milliseconds."""
