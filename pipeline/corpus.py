@@ -28,6 +28,7 @@ from pipeline.corpus_files import (
     write_facts,
 )
 from pipeline.corpus_image_chat import ImageChat, ImageTokens
+from pipeline.corpus_prefix_chat import PrefixChat
 from pipeline.corpus_sources import Document, OpenSource, open_source
 from pipeline.corpus_splits import canonical_json, deal, heldout_documents
 from pipeline.corpus_tokenizer import CorpusTokenizer, tokenizer_facts
@@ -188,7 +189,7 @@ class _Drawing:
         return self._image_chat(document)
 
     @cached_property
-    def _image_chat(self) -> ImageChat:
+    def _image_chat(self) -> ImageChat | PrefixChat:
         return self.tokenizer.image_chat(self.config.processor_args)
 
     @property

@@ -8,6 +8,8 @@ them again from the bytes, and must arrive at the same placeholders.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,16 +36,16 @@ class ImageChat:
     """Turns conversations with images into tokens by a model's processor.
 
     Args:
-        directory: HF directory of the model.
+        processor: of the model; see `load_processor`.
         arguments: passed to the processor with every call, such as `max_pixels`.
         end_ids: ids that end a turn.
 
     Raises:
-        CorpusError: the model has no image processor or its processor has no chat template.
+        CorpusError: the processor has no chat template.
     """
 
-    def __init__(self, directory: Path, arguments: dict[str, Any], end_ids: tuple[int, ...] = ()):
-        self._processor = _load(directory)
+    def __init__(self, processor: Any, arguments: dict[str, Any], end_ids: tuple[int, ...] = ()):
+        self._processor = processor
         self._arguments = arguments
         self._chat = ChatTokenizer(_Renderer(self._processor), end_ids)
         self.facts = {"sha256": settings_sha256(self._processor), "arguments": arguments}
@@ -69,10 +71,7 @@ class ImageChat:
 
     def _tokens(self, document: Document, text: str, spoken: list[tuple[int, int]]) -> ImageTokens:
         """The tokens of a rendered conversation, and which of them lie in `spoken`."""
-        pictures = [
-            decode_image(data, f"{document.where} image {number}")
-            for number, data in enumerate(document.images, start=1)
-        ]
+        pictures = pictures_of(document)
         made = self._process(text, pictures, document.where)
         offsets = np.asarray(made["offset_mapping"][0]).reshape(-1, 2)
         replaced = (made.get("text_replacement_offsets") or [[]])[0]
@@ -97,7 +96,7 @@ class ImageChat:
 
     def _process(self, text: str, pictures: list, where: str) -> dict[str, Any]:
         bos = self._processor.tokenizer.bos_token
-        try:
+        with refusals(where):
             return self._processor(
                 text=[text],
                 images=[pictures] if pictures else None,
@@ -106,11 +105,30 @@ class ImageChat:
                 return_text_replacement_offsets=True,
                 **self._arguments,
             )
-        except Exception as error:  # processors raise whatever their authors chose
-            raise CorpusError(
-                f"the processor refuses this conversation ({type(error).__name__}: {error})",
-                where=where,
-            ) from None
+
+
+def pictures_of(document: Document) -> list[Any]:
+    """PIL images of a document.
+
+    Raises:
+        CorpusError: one cannot be decoded.
+    """
+    return [
+        decode_image(data, f"{document.where} image {number}")
+        for number, data in enumerate(document.images, start=1)
+    ]
+
+
+@contextmanager
+def refusals(where: str) -> Iterator[None]:
+    """Makes whatever a processor raises into one kind of error that names the document."""
+    try:
+        yield
+    except Exception as error:
+        raise CorpusError(
+            f"the processor refuses this conversation ({type(error).__name__}: {error})",
+            where=where,
+        ) from None
 
 
 def _placed(document: Document) -> Document:
@@ -155,7 +173,12 @@ def _expand(text: str, replaced: list[dict]) -> str:
     return "".join([*done, text[last:]])
 
 
-def _load(directory: Path) -> Any:
+def load_processor(directory: Path) -> Any:
+    """The image-text processor of a model.
+
+    Raises:
+        CorpusError: there is none, or it cannot be loaded.
+    """
     from transformers import AutoProcessor
 
     try:
@@ -187,7 +210,7 @@ def has_image_processor(directory: Path) -> bool:
 
 def processor_sha256(directory: Path) -> str:
     """Identity of a model's image processor: its settings, every default spelled out."""
-    return settings_sha256(_load(directory))
+    return settings_sha256(load_processor(directory))
 
 
 def settings_sha256(processor: Any) -> str:

@@ -17,9 +17,17 @@ import numpy as np
 from cache_schemas.errors import CorpusError, PlanMismatch
 from pipeline.config import Teacher
 from pipeline.corpus_chat import ChatTokenizer, Tokens
-from pipeline.corpus_image_chat import ImageChat, has_image_processor
+from pipeline.corpus_image_chat import (
+    ImageChat,
+    has_image_processor,
+    load_processor,
+    settings_sha256,
+)
+from pipeline.corpus_prefix_chat import PrefixChat
 from pipeline.corpus_sources import Document
 from pipeline.teacher.facts import model_directory, model_shape
+
+PREFIX_PROCESSORS = ("PaliGemmaProcessor", "ColPaliProcessor")
 
 
 def tokenizer_facts(model: str) -> dict[str, Any]:
@@ -109,9 +117,13 @@ class CorpusTokenizer:
         """Whether this is the tokenizer of an image-text model."""
         return has_image_processor(self.directory)
 
-    def image_chat(self, arguments: dict[str, Any]) -> ImageChat:
+    def image_chat(self, arguments: dict[str, Any]) -> ImageChat | PrefixChat:
         """What reads conversations with images, by the model's processor."""
-        return ImageChat(self.directory, arguments, self.end_ids)
+        processor = load_processor(self.directory)
+        if type(processor).__name__ in PREFIX_PROCESSORS:
+            facts = {"sha256": settings_sha256(processor), "arguments": arguments}
+            return PrefixChat(processor, arguments, facts)
+        return ImageChat(processor, arguments, self.end_ids)
 
     def check_ids(self, highest: int) -> None:
         """Refuse token ids that the teacher has no logits for."""

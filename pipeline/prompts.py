@@ -19,6 +19,7 @@ from pipeline.config import Generate, Prepare, Source
 from pipeline.corpus import document_digest
 from pipeline.corpus_files import ExampleFile
 from pipeline.corpus_image_chat import ImageChat, ImageTokens
+from pipeline.corpus_prefix_chat import PrefixChat
 from pipeline.corpus_sources import Document, OpenSource
 from pipeline.corpus_tokenizer import CorpusTokenizer
 from pipeline.images import ImageStore
@@ -93,7 +94,7 @@ class PromptReader:
         return token_ids[: cut or None], ()
 
     @cached_property
-    def _image_chat(self) -> ImageChat:
+    def _image_chat(self) -> ImageChat | PrefixChat:
         return self._tokenizer.image_chat(self._prepare.processor_args)
 
     def _left_out(self, document: Document, reason: str, found: str, room: int = 0) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from tests import tiny_models
 
 FAMILIES = ("llava", "qwen2_5_vl", "idefics3")
+"""Families that vLLM serves as transformers does; `paligemma` is the other kind."""
 EXTRA = {
     "llava": ("<image>",),
     "qwen2_5_vl": ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
@@ -23,6 +24,7 @@ EXTRA = {
         "<end_of_utterance>",
         *(f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)),
     ),
+    "paligemma": ("<image>",),
 }
 MARKER = {
     "llava": "<image>",
@@ -50,12 +52,13 @@ def save(family: str, directory: str | Path, seed: int = 0) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_models.save_tokenizer(directory, chat_template=None)
     tokenizer.add_special_tokens({"additional_special_tokens": list(EXTRA[family])})
+    processor = PROCESSORS[family](tokenizer)
+    if family in MARKER:
+        processor.chat_template = TEMPLATE.replace("MARKER", MARKER[family])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MODELS[family](tokenizer).float().eval()
     model.save_pretrained(directory)
-    processor = PROCESSORS[family](tokenizer)
-    processor.chat_template = TEMPLATE.replace("MARKER", MARKER[family])
     processor.save_pretrained(directory)
     _rename_for_vllm(family, directory)
     return directory
@@ -158,6 +161,27 @@ def _idefics3(tokenizer):
     return Idefics3ForConditionalGeneration(config)
 
 
+def _paligemma(tokenizer):
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+    config = PaliGemmaConfig(
+        text_config=_text(tokenizer, head_dim=32) | {"model_type": "gemma"},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 7,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        projection_dim=64,
+        hidden_size=64,
+    )
+    return PaliGemmaForConditionalGeneration(config)
+
+
 def _llava_processor(tokenizer):
     from transformers import CLIPImageProcessor, LlavaProcessor
 
@@ -189,6 +213,14 @@ def _idefics3_processor(tokenizer):
     return Idefics3Processor(images, tokenizer, image_seq_len=4)
 
 
+def _paligemma_processor(tokenizer):
+    from transformers import PaliGemmaProcessor, SiglipImageProcessor
+
+    images = SiglipImageProcessor(size={"height": 28, "width": 28})
+    images.image_seq_length = 16
+    return PaliGemmaProcessor(images, tokenizer)
+
+
 def _rename_for_vllm(family: str, directory: Path) -> None:
     """vLLM 0.32 looks for CLIP's weights where transformers 5.18 and earlier saved them."""
     from safetensors.torch import load_file, save_file
@@ -203,9 +235,15 @@ def _rename_for_vllm(family: str, directory: Path) -> None:
     assert not index.exists(), json.loads(index.read_text())
 
 
-MODELS = {"llava": _llava, "qwen2_5_vl": _qwen, "idefics3": _idefics3}
+MODELS = {
+    "llava": _llava,
+    "qwen2_5_vl": _qwen,
+    "idefics3": _idefics3,
+    "paligemma": _paligemma,
+}
 PROCESSORS = {
     "llava": _llava_processor,
     "qwen2_5_vl": _qwen_processor,
     "idefics3": _idefics3_processor,
+    "paligemma": _paligemma_processor,
 }

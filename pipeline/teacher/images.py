@@ -78,6 +78,11 @@ def check_expansion(
         )
 
 
+def reads_prefixes(config: Any) -> bool:
+    """Whether a model's prompt tokens all see each other (PaliGemma's prefix)."""
+    return config.model_type == "paligemma"
+
+
 def image_token(config: Any) -> int:
     """The placeholder's id in a model's config."""
     found = getattr(config, "image_token_id", None)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.record import Example
-from pipeline.teacher.images import Pictures, check_expansion, image_token
+from pipeline.teacher.images import Pictures, check_expansion, image_token, reads_prefixes
 
 OF_THE_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 
@@ -38,6 +38,7 @@ class ImageInputs:
 
         self._processor = AutoProcessor.from_pretrained(directory)
         self._pictures, self._placeholder = pictures, image_token(config)
+        self._reads_prefixes = reads_prefixes(config)
 
     def of(self, example: Example) -> dict[str, torch.Tensor]:
         """Keyword arguments of `forward` for one example, token ids not among them.
@@ -51,6 +52,9 @@ class ImageInputs:
         if "mm_token_type_ids" in made:
             kinds = torch.tensor(example.token_ids == self._placeholder)
             inputs["mm_token_type_ids"] = kinds.long()[None]
+        if self._reads_prefixes:
+            written = torch.tensor(np.maximum.accumulate(example.loss_mask))
+            inputs["token_type_ids"] = written.long()[None]
         return inputs
 
     def _process(self, example: Example) -> Mapping[str, Any]:
@@ -67,5 +71,7 @@ class ImageInputs:
         spans = [(span.start, span.length) for span in example.images]
         held = [example.token_ids[start : start + length] for start, length in spans]
         found = made["input_ids"][0].numpy()
+        if self._reads_prefixes:  # an empty prefix follows the images
+            found = found[found == self._placeholder]
         if not np.array_equal(found, np.concatenate(held)):
             check_expansion(example, found, [(0, len(found))])

@@ -24,7 +24,7 @@ from pipeline.teacher import engine, plugin
 from pipeline.teacher.facts import model_directory, model_shape
 from pipeline.teacher.images import Pictures
 from pipeline.teacher.self_test import self_test
-from pipeline.teacher.vllm_images import with_pictures
+from pipeline.teacher.vllm_images import check_served, with_pictures
 from pipeline.teacher.vllm_requests import MarkedRequests, PublicRequests
 
 VLLM_VERSION = "0.32.0"
@@ -56,6 +56,7 @@ class VllmEngine:
         self._requests = _requests(capture)
         arguments = vllm_arguments(teacher, self.shape.context, max_tokens, batch_scale)
         if pictures is not None:
+            check_served(model_directory(teacher))
             arguments["skip_tokenizer_init"] = False  # vLLM's image processors ask for it
         self._llm: Any = start_vllm(teacher, arguments | self._requests.engine_arguments())
         self._context = self._llm.model_config.max_model_len - 1

@@ -12,10 +12,10 @@ import numpy as np
 
 from pipeline.config import Teacher
 from pipeline.record import Example
-from pipeline.teacher.facts import model_shape
+from pipeline.teacher.facts import model_directory, model_shape
 from pipeline.teacher.generate import Answer, Writers, answer_key
 from pipeline.teacher.vllm import start_vllm, vllm_arguments
-from pipeline.teacher.vllm_images import with_pictures
+from pipeline.teacher.vllm_images import check_served, with_pictures
 
 IN_FLIGHT_REQUESTS = 512
 
@@ -28,6 +28,7 @@ class VllmGenerator:
         arguments = vllm_arguments(model, model_shape(model).context, writers.max_tokens, 1.0)
         arguments |= {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": True}
         if writers.pictures is not None:
+            check_served(model_directory(model))
             arguments["skip_tokenizer_init"] = False
         self._llm: Any = start_vllm(model, arguments)
         self._finished: dict[str, Any] = {}

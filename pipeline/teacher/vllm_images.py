@@ -5,11 +5,35 @@ before the corpus's processor ran, and what it renders must be the prepared exam
 are named by their content hash, so vLLM processes each only once.
 """
 
+from pathlib import Path
 from typing import Any
 
+from cache_schemas.errors import TeacherError
 from pipeline.record import Example
 from pipeline.teacher.engine import RejectedExample
-from pipeline.teacher.images import Pictures, check_expansion, collapsed, image_token
+from pipeline.teacher.images import (
+    Pictures,
+    check_expansion,
+    collapsed,
+    image_token,
+    reads_prefixes,
+)
+
+
+def check_served(directory: Path) -> None:
+    """Refuse a model that vLLM runs otherwise than it was trained.
+
+    Raises:
+        TeacherError: it reads its prefix in both directions, and vLLM 0.32 scores left to right.
+    """
+    from transformers import AutoConfig
+
+    if reads_prefixes(AutoConfig.from_pretrained(directory)):
+        raise TeacherError(
+            "reads its prompt in both directions, which vLLM does not when it scores",
+            where=str(directory),
+            remedy="Use `--engine reference`.",
+        )
 
 
 def with_pictures(example: Example, pictures: Pictures | None, llm: Any) -> Any:

@@ -259,3 +259,44 @@ def test_one_placeholder_stands_for_each_image_before_the_processor(worlds):
     assert tokens.count(3) == len(example.images) == 2
     grown = sum(span.length - 1 for span in example.images)
     assert len(tokens) == len(example.token_ids) - grown
+
+
+def test_a_prefix_is_read_in_both_directions_and_the_answer_is_the_suffix(tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = tiny_image_models.save("paligemma", tmp_path / "model")
+    (tmp_path / "a.png").write_bytes(tiny_image_models.image(1, 60, 40))
+    messages = [
+        {"role": "user", "content": "<image>what is it?"},
+        {"role": "assistant", "content": "a red house"},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages, "images": "a.png"}))
+    columns = {"messages_column": "messages", "image_column": "images"}
+    source = Source(name="s", kind="jsonl", path=str(tmp_path / "rows.jsonl"), **columns)
+    corpus = prepare(Prepare(source=(source,), heldout=0.0), str(model), tmp_path / "corpus")
+    (example,) = corpus.split("train")
+    processor = AutoProcessor.from_pretrained(model)
+    assert processor.decode(example.token_ids[example.loss_mask]) == "a red house<|im_end|>"
+    (span,) = example.images
+    assert (span.start, span.length) == (0, 16)
+    record = scored("reference", model, corpus)[0]
+    inputs = processor(
+        text=["<image>what is it?"],
+        images=[[decode_image((tmp_path / "a.png").read_bytes(), "")]],
+        suffix=["a red house"],
+        return_tensors="pt",
+    )
+    inputs.pop("labels")
+    assert inputs["input_ids"][0].tolist() == example.token_ids.tolist()
+    loaded = AutoModelForImageTextToText.from_pretrained(model)
+    with torch.inference_mode():
+        logits = loaded(**inputs).logits[0]
+        inputs.pop("token_type_ids")
+        causal = loaded(**inputs).logits[0]
+    best, other = (
+        z.log_softmax(-1)[record.first_row : -1].topk(8).values for z in (logits, causal)
+    )
+    np.testing.assert_allclose(record.signals["topk_logprobs"], best, atol=1e-5)
+    assert np.abs(other.numpy() - best.numpy()).max() > 1e-3
+    with pytest.raises(TeacherError, match="both directions"):
+        open_engine("vllm", Teacher(model=str(model)), Capture(k=4), pictures=pictures_of(corpus))
