@@ -12,13 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.kernels.divergences import (
-    LOG_ZERO,
-    Objective,
-    Outcomes,
-    outcome_gradient,
-    values,
-)
+from pipeline.kernels.divergences import LOG_ZERO, Objective, Outcomes, outcome_gradient, terms
 from pipeline.kernels.vocabulary_shards import FAR_BELOW, Shard
 
 CPU_BLOCK = 2**19
@@ -91,12 +85,14 @@ def _sweep_block(
     logits[:, -1] = FAR_BELOW
     outcomes = dense_outcomes(teacher, objective.temperature)
     log_q = (logits / objective.temperature).log_softmax(1).clamp_(min=LOG_ZERO)
-    loss = objective.temperature**2 * values(objective, outcomes, log_q).sum(1)
+    values, slopes = terms(objective, outcomes, log_q)
+    loss = objective.temperature**2 * values.sum(1)
     log_plain = log_q if objective.temperature == 1 else logits.log_softmax(1)
     hard, label = _hard(targets, objective, logits)
     loss -= hard[:, 0] * log_plain.gather(1, label)[:, 0]
     if with_gradient:
-        logits[:] = objective.temperature * outcome_gradient(objective, outcomes, log_q)
+        gradient = outcome_gradient(slopes, log_q.exp())
+        torch.mul(gradient, objective.temperature, out=logits)
         if objective.ce_weight:
             logits += hard * log_plain.exp()
             logits.scatter_add_(1, label, -hard)

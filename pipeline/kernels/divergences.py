@@ -29,7 +29,7 @@ taken as constants, as in the authors' code. Here the tail outcome always belong
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,68 +108,60 @@ def teacher_outcomes(
     return Outcomes(p, torch.cat([log_p, log_rest], 1), counted)
 
 
-def values(objective: Objective, teacher: Outcomes, log_q: Tensor) -> Tensor:
-    """f(p_m, q_m) [rows, k + 1]; 0 where not counted. Differentiable in log_q."""
+class Terms(NamedTuple):
+    """What every outcome adds, [rows, k + 1] each; 0 where not counted.
+
+    Attributes:
+        value: f(p_m, q_m), differentiable in log q.
+        slope: r_m = q_m df/dq_m.
+    """
+
+    value: Tensor
+    slope: Tensor
+
+
+def terms(objective: Objective, teacher: Outcomes, log_q: Tensor) -> Terms:
+    """The table of this module, for log-probabilities of the student [rows, k + 1]."""
     p, log_p = teacher.p, teacher.log_p
     q = log_q.exp() * teacher.counted
+    a, b = objective.alpha, objective.beta
     match objective.divergence:
         case "forward_kl":
-            return p * (log_p - log_q)
+            return Terms(p * (log_p - log_q), -p)
         case "reverse_kl":
-            return q * (log_q - teacher.log_p_above_floor)
+            value = q * (log_q - teacher.log_p_above_floor)
+            return Terms(value, value + q)
         case "jsd":
-            log_m = _log_mixture(objective.beta, log_p, log_q)
-            b = objective.beta
-            return b * p * (log_p - log_m) + (1 - b) * q * (log_q - log_m)
+            log_m = _log_mixture(b, log_p, log_q)
+            above = (1 - b) * q * (log_q - log_m)
+            return Terms(b * p * (log_p - log_m) + above, above)
         case "skew_forward_kl":
-            return p * (log_p - _log_mixture(objective.alpha, log_p, log_q))
+            log_m = _log_mixture(a, log_p, log_q)
+            return Terms(p * (log_p - log_m), (a - 1) * p * (log_q - log_m).exp())
         case "skew_reverse_kl":
-            return q * (log_q - _log_mixture(objective.alpha, log_q, log_p))
+            log_ratio = log_q - _log_mixture(a, log_q, log_p)
+            return Terms(q * log_ratio, q * (log_ratio + 1 - a * log_ratio.exp()))
         case "adaptive_kl":
             head = _head_share(teacher, q.detach())
-            return head * p * (log_p - log_q) + (1 - head) * q * (log_q - teacher.log_p_above_floor)
+            reverse = (1 - head) * q * (log_q - teacher.log_p_above_floor)
+            value = head * p * (log_p - log_q) + reverse
+            return Terms(value, reverse + (1 - head) * q - head * p)
         case "tv":
-            return (p - q).abs() / 2
+            return Terms((p - q).abs() / 2, q * (q - p).sign() / 2)
     raise ValueError(f"divergence: {objective.divergence!r} is unknown")
 
 
-def slopes(objective: Objective, teacher: Outcomes, log_q: Tensor) -> Tensor:
-    """r_m = q_m df/dq_m [rows, k + 1]; 0 where not counted."""
-    p, log_p = teacher.p, teacher.log_p
-    q = log_q.exp() * teacher.counted
-    match objective.divergence:
-        case "forward_kl":
-            return -p
-        case "reverse_kl":
-            return q * (log_q - teacher.log_p_above_floor + 1)
-        case "jsd":
-            log_m = _log_mixture(objective.beta, log_p, log_q)
-            return (1 - objective.beta) * q * (log_q - log_m)
-        case "skew_forward_kl":
-            a = objective.alpha
-            return -(1 - a) * p * (log_q - _log_mixture(a, log_p, log_q)).exp()
-        case "skew_reverse_kl":
-            log_ratio = log_q - _log_mixture(objective.alpha, log_q, log_p)
-            return q * (log_ratio + 1 - objective.alpha * log_ratio.exp())
-        case "adaptive_kl":
-            head = _head_share(teacher, q)
-            return (1 - head) * q * (log_q - teacher.log_p_above_floor + 1) - head * p
-        case "tv":
-            return q * (q - p).sign() / 2
-    raise ValueError(f"divergence: {objective.divergence!r} is unknown")
-
-
-def outcome_gradient(objective: Objective, teacher: Outcomes, log_q: Tensor) -> Tensor:
+def outcome_gradient(slope: Tensor, q: Tensor) -> Tensor:
     """r_m - q_m R [rows, k + 1]; the last column is A, the tail's share of the gradient.
 
-    g_m may be shifted by any constant, because sum_m q_m (1 - sum q) = 0. Shifting the most
+    df/dq may be shifted by any constant, because sum_m q_m (1 - sum q) = 0. Shifting the most
     probable outcome's to 0 leaves R a sum of small terms where q is nearly all there, so that
     saturated rows keep their digits: r_c - q_c R itself would be a difference of two ones.
     """
-    r, q = slopes(objective, teacher, log_q), log_q.exp()
     top = q.argmax(1, keepdim=True)
-    r = (r - q * (r / q).gather(1, top)).scatter(1, top, 0)
-    return r - q * r.sum(1, keepdim=True)
+    shift = slope.gather(1, top) / q.gather(1, top)
+    r = torch.addcmul(slope, q, shift, value=-1).scatter_(1, top, 0)
+    return r.addcmul_(q, r.sum(1, keepdim=True), value=-1)
 
 
 def _log_mixture(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:

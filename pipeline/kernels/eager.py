@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels.dense_sweep import DenseTargets, dense_outcomes, teacher_logits
-from pipeline.kernels.divergences import LOG_ZERO, Objective, teacher_outcomes, values
+from pipeline.kernels.divergences import LOG_ZERO, Objective, teacher_outcomes, terms
 from pipeline.kernels.packed_topk import PackedTargets
 from pipeline.kernels.targets import Targets
 from pipeline.kernels.vocabulary_shards import FAR_BELOW
@@ -29,7 +29,7 @@ def topk_divergence(
     logits = head_logits(hidden, unembedding, bias, words, objective.softcap)
     teacher = teacher_outcomes(targets.ids, targets.logprobs, objective.tail, words, logits.dtype)
     log_q = student_outcomes(logits / objective.temperature, targets.ids)
-    soft = values(objective, teacher, log_q).sum(1)
+    soft = terms(objective, teacher, log_q).value.sum(1)
     return total(soft, logits, targets.labels, targets.weights, objective)
 
 
@@ -45,7 +45,7 @@ def linear_divergence(
     logits = head_logits(hidden, unembedding, bias, words, objective.softcap)
     teacher = dense_outcomes(teacher_logits(targets, words).to(logits.dtype), objective.temperature)
     log_q = (logits / objective.temperature).log_softmax(1).clamp(min=LOG_ZERO)
-    soft = values(objective, teacher, F.pad(log_q, (0, 1), value=LOG_ZERO)).sum(1)
+    soft = terms(objective, teacher, F.pad(log_q, (0, 1), value=LOG_ZERO)).value.sum(1)
     return total(soft, logits, targets.labels, targets.weights, objective)
 
 

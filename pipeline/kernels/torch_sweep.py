@@ -11,13 +11,7 @@ The formulas are derived in `topk_divergence`.
 import torch
 from torch import Tensor
 
-from pipeline.kernels.divergences import (
-    Objective,
-    Outcomes,
-    outcome_gradient,
-    teacher_outcomes,
-    values,
-)
+from pipeline.kernels.divergences import Objective, outcome_gradient, teacher_outcomes, terms
 from pipeline.kernels.packed_topk import PackedTargets
 from pipeline.kernels.targets import Targets
 from pipeline.kernels.vocabulary_shards import (
@@ -54,11 +48,13 @@ def sweep(
     teacher = teacher_outcomes(
         targets.ids, targets.logprobs, objective.tail, shard.total, buffer.dtype
     )
+    values, slopes = terms(objective, teacher, student.log_q)
     if with_gradient:
-        _gradient_(buffer, columns, label, plain, targets, objective, teacher, student)
+        outcomes = outcome_gradient(slopes, student.log_q.exp()) * objective.temperature
+        _gradient_(buffer, columns, label, plain, targets, objective, outcomes, student)
         if cap_slope is not None:
             buffer.mul_(cap_slope)
-    return _loss(objective, targets, teacher, student)
+    return _loss(objective, targets, values, student)
 
 
 def label_column(targets: Targets, objective: Objective, shard: Shard) -> Tensor | None:
@@ -119,14 +115,16 @@ def _gradient_(
     plain: Tensor | None,
     targets: Targets,
     objective: Objective,
-    teacher: Outcomes,
+    outcomes: Tensor,
     student: Student,
 ) -> None:
-    """Overwrites the tail's distribution with d loss / d z of every column."""
-    outcomes = objective.temperature * outcome_gradient(objective, teacher, student.log_q)
+    """Overwrites the tail's distribution with d loss / d z of every column.
+
+    `outcomes` is the divergence's gradient at the words of the list and, last, A.
+    """
     hard = _hard_weight(objective, targets, buffer)
     if plain is None:
-        outcomes += student.log_q.exp() * hard
+        outcomes = outcomes + student.log_q.exp() * hard
     if targets.weights is not None:
         row_weights = targets.weights.to(buffer)[:, None]
         outcomes, hard = outcomes * row_weights, hard * row_weights
@@ -145,9 +143,9 @@ def _hard_weight(objective: Objective, targets: Targets, like: Tensor) -> Tensor
     return (targets.labels >= 0)[:, None].to(like) * objective.ce_weight
 
 
-def _loss(objective: Objective, targets: Targets, teacher: Outcomes, student: Student) -> Tensor:
+def _loss(objective: Objective, targets: Targets, values: Tensor, student: Student) -> Tensor:
     hard = _hard_weight(objective, targets, student.log_q)
-    loss = objective.temperature**2 * values(objective, teacher, student.log_q).sum(1)
+    loss = objective.temperature**2 * values.sum(1)
     # 0 * -inf: a row without a label may have any number here.
     loss = loss - torch.where(hard > 0, hard * student.label_logprob, 0)[:, 0]
     return loss if targets.weights is None else loss * targets.weights.to(loss)
