@@ -141,6 +141,13 @@ def test_what_is_no_cache_is_said_to_be_none(capfd, tmp_path, verb, where):
     assert "there is no cache here" in err
 
 
+def test_a_file_where_the_cache_should_go_is_named(capfd, cache, tmp_path):
+    (tmp_path / "file").write_text("hello")
+    code, err = stillroom(capfd, "push", cache, tmp_path / "file")
+    assert code == 2
+    assert "is not a directory" in err
+
+
 def test_a_full_disk_is_named_and_the_same_command_goes_on(capfd, cache, tmp_path, monkeypatch):
     def full(self, path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

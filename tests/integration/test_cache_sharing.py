@@ -171,6 +171,25 @@ def test_a_partial_copy_holds_what_was_asked_for(cache, plan, tmp_path, signals,
     assert verify(DirectoryStorage(tmp_path)).problems == []
     copy(cache, DirectoryStorage(tmp_path))
     assert contents(tmp_path) == contents(cache.root)
+    assert copy(cache, DirectoryStorage(tmp_path), signals).dense == sorted(plan.dense_signals)
+    assert contents(tmp_path) == contents(cache.root)
+
+
+def test_adding_a_signal_to_a_partial_copy_keeps_it_readable_meanwhile(cache, plan, tmp_path):
+    copy(cache, DirectoryStorage(tmp_path), ["hidden.2"])
+
+    class Lost(DirectoryStorage):
+        def read(self, name, start=0, length=None):
+            if "hidden.final/c/2" in name:
+                raise CacheIncomplete("the connection is gone")
+            return super().read(name, start, length)
+
+    with pytest.raises(CacheIncomplete):
+        copy(Lost(cache.root), DirectoryStorage(tmp_path), ["hidden.final"])
+    assert TeacherCache.open(tmp_path).signals == (*plan.row_signals, "hidden.2")
+    assert verify(DirectoryStorage(tmp_path)).problems == []
+    copy(cache, DirectoryStorage(tmp_path), ["hidden.final"])
+    assert contents(tmp_path) == contents(cache.root)
 
 
 def test_an_unknown_signal_is_refused(cache, tmp_path):

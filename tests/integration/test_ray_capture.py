@@ -10,7 +10,8 @@ from pipeline.cache.reader import TeacherCache
 from pipeline.capture import capture
 from pipeline.config import Capture, Prepare, Run, Source, Teacher
 from pipeline.corpus import prepare
-from pipeline.ray_capture import Place, Problem, capture_on_ray, gpus_per_engine, places
+from pipeline.ray_capture import Place, capture_on_ray, gpus_per_engine, places
+from pipeline.ray_worker import Problem
 from pipeline.teacher.engine import RejectedExample
 from tests.memory_cache import examples
 

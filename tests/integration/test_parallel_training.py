@@ -1,0 +1,193 @@
+"""Several ranks take the same steps as one: gloo on the CPU, DDP and FSDP2."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from pipeline.metrics import read_metrics
+from pipeline.trainer import Interrupted, train
+from tests import memory_cache, tiny_models
+from tests.integration.test_training import make_run
+
+CHILD = """
+import json, sys
+from pipeline.trainer import Interrupted, train
+from tests.integration.test_training import make_run
+
+directory, teacher, changes, stop_after = json.loads(sys.argv[1])
+asked = iter(range(1000))
+try:
+    train(make_run(directory, teacher, **changes), stop=lambda: next(asked) >= stop_after)
+except Interrupted as error:
+    sys.exit(error.exit_code)
+"""
+
+
+# Bits depend on the number of threads, so children use as many as this process.
+THREADS = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return tiny_models.save_llama(tmp_path_factory.mktemp("teacher") / "model", num_layers=6)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, teacher):
+    captured = memory_cache.captured(teacher, memory_cache.examples(40), hidden_layers=("final",))
+    return str(captured.write(tmp_path_factory.mktemp("cache") / "cache"))
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launch(ranks, directory, teacher, stop_after=1000, **changes) -> int:
+    """Train in `ranks` processes as torchrun would start them; returns their exit code."""
+    argument = json.dumps([str(directory), str(teacher), changes, stop_after])
+    port = free_port()
+    children = []
+    for rank in range(ranks):
+        names = {"WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        told = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        children.append(
+            subprocess.Popen(
+                [sys.executable, "-c", CHILD, argument],
+                env=os.environ | told | THREADS,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    errors = [child.communicate()[1] for child in children]
+    codes = {child.returncode for child in children}
+    assert len(codes) == 1, errors
+    assert codes <= {0, 3}, errors
+    return codes.pop()
+
+
+def losses(directory) -> list[float]:
+    return [line["loss"] for line in read_metrics(directory)]
+
+
+def weights(directory) -> dict[str, np.ndarray]:
+    return load_file(directory / "student" / "model.safetensors")
+
+
+def assert_same_training(one, other):
+    np.testing.assert_allclose(losses(one), losses(other), rtol=1e-6)
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], atol=1e-6, err_msg=name)
+
+
+OBJECTIVES = [
+    {"name": "forward_kl", "options": {"ce_weight": 0.1}},
+    {"name": "hidden", "weight": 0.5, "reduction": "sample"},
+]
+COMMON = {"objective": OBJECTIVES, "learning_rate": 1e-3, "steps": 4, "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, teacher, cache):
+    """One rank, two microbatches."""
+    directory = tmp_path_factory.mktemp("alone")
+    train(make_run(directory, teacher, cache=cache, batch_tokens=96, accumulate=2, **COMMON))
+    return directory
+
+
+def test_one_big_batch_is_two_microbatches(tmp_path, teacher, cache, alone):
+    train(make_run(tmp_path, teacher, cache=cache, batch_tokens=192, accumulate=1, **COMMON))
+    assert_same_training(tmp_path, alone)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_are_two_microbatches(tmp_path, teacher, cache, alone, kind):
+    changes = {"batch_tokens": 96, "accumulate": 2, "parallel": kind} | COMMON
+    launch(2, tmp_path, teacher, cache=cache, **changes)
+    assert_same_training(tmp_path, alone)
+
+
+def test_a_run_goes_on_with_other_ranks(tmp_path, teacher, cache, alone):
+    changes = {"cache": cache, "batch_tokens": 96, "accumulate": 2} | COMMON
+    assert launch(2, tmp_path, teacher, stop_after=1, parallel="fsdp", **changes) == 3
+    asked = iter(range(1000))
+    with pytest.raises(Interrupted, match="stopped after step 3"):
+        train(make_run(tmp_path, teacher, **changes), stop=lambda: next(asked) >= 2)
+    assert launch(2, tmp_path, teacher, parallel="ddp", async_checkpoint=True, **changes) == 0
+    assert_same_training(tmp_path, alone)
+
+
+def test_sigterm_makes_a_checkpoint_and_exits_with_3(tmp_path, teacher, cache, alone):
+    run = make_run(tmp_path, teacher, cache=cache, batch_tokens=96, accumulate=2, **COMMON)
+    document = run.model_dump(mode="json", exclude_none=True)
+    (tmp_path / "run.toml").write_text(_toml(document))
+    command = [sys.executable, "-u", "-c", SIGTERM_CHILD, str(tmp_path / "run.toml")]
+    child = subprocess.Popen(
+        command,
+        env=os.environ | THREADS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout.readline() == "1\n"
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate()
+    assert child.returncode == 3, errors
+    assert "Traceback" not in errors
+    assert "Run the same command again" in errors
+    assert list(tmp_path.glob("checkpoints/step-*/state.json"))
+    train(run)
+    assert losses(tmp_path) == losses(alone)
+
+
+SIGTERM_CHILD = """
+import os, signal, sys
+from pipeline import trainer
+from stages import __main__ as console
+
+# The first step waits for the signal: the test decides when it comes, not the machine's speed.
+first = trainer.Stepper.step
+def step(self, number, batches, stop):
+    done = first(self, number, batches, stop)
+    if number == 0:
+        print(1, flush=True)
+        signal.pause()
+    return done
+trainer.Stepper.step = step
+sys.argv = ["stillroom", "train", sys.argv[1]]
+console.main()
+"""
+
+
+def _toml(document: dict) -> str:
+    """TOML of plain nested tables."""
+    lines, tables = [], []
+    for key, value in document.items():
+        if isinstance(value, dict):
+            tables.append(f"[{key}]\n{_body(value)}")
+        elif isinstance(value, list):
+            tables += [f"[[{key}]]\n{_body(item)}" for item in value]
+        else:
+            lines.append(f"{key} = {json.dumps(value)}")
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+def _body(table: dict) -> str:
+    return "".join(f"{key} = {_value(value)}\n" for key, value in table.items())
+
+
+def _value(value) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_value(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
