@@ -96,8 +96,8 @@ def run(num_windows: int, seconds: float, num_examples: int) -> dict:
     rows = [_ours(case, fitted_on, held_out) for case in CASES]
     rows += [_theirs(layout, held_out) for layout in cache_peers.layouts(VOCAB)]
     codec = _fit(CASES[0], fitted_on)
-    few = [_signals(CASES[0], window) for window in held_out[:8]]
-    reads = cache_reads.measure(codec, few, num_examples)
+    few = [_signals(CASES[1], window) for window in held_out[:8]]
+    reads = cache_reads.measure(_fit(CASES[1], fitted_on), few, num_examples)
     report = {
         "rows": [asdict(row) for row in rows],
         "unigram_limit_bytes": _unigram_limit(fitted_on, held_out, codec.codebook),
@@ -242,11 +242,10 @@ def _print(report: dict) -> None:
         f"{'layout':22} {'k':>4} {'B/token':>8} {'KL mean':>9} {'KL max':>9} {'enc k/s':>8} dec k/s"
     )
     for row in report["rows"]:
-        print(
-            f"{row['layout']:22} {row['k']:4} {row['bytes_per_token']:8.2f} {row['kl_mean']:9.2e}"
-            f" {row['kl_max']:9.2e} {row['encode_tok_s'] / 1e3:8.0f} {row['decode_tok_s'] / 1e3:7.0f}"
-            f"  {row['note']}"
-        )
+        numbers = row["bytes_per_token"], row["kl_mean"], row["kl_max"]
+        speeds = row["encode_tok_s"] / 1e3, row["decode_tok_s"] / 1e3
+        cells = "{:8.2f} {:9.2e} {:9.2e} {:8.0f} {:7.0f}".format(*numbers, *speeds)
+        print(f"{row['layout']:22} {row['k']:4} {cells}  {row['note']}")
     for name in ("unigram_limit_bytes", "over_unigram_limit", "hidden_bits_per_element"):
         print(f"{name}: {report[name]:.3f}")
     print(f"hidden: {report['hidden']['layers']}")
