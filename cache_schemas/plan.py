@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from cache_schemas import canonical
-from cache_schemas.errors import FormatTooNew, ShardCorrupt
+from cache_schemas.errors import CacheError, FormatTooNew, ShardCorrupt
 from cache_schemas.signals import ROW_SIGNALS, hidden_name
 
 FORMAT_VERSION = 1
@@ -81,7 +81,13 @@ class Plan:
             max_tokens: tokens of the longest example; bounds the dense arrays.
             images: True when examples may have image spans.
             signals: overrides what `capture` implies (see `signals_of`).
+
+        Raises:
+            CacheError: there is no example.
         """
+        if num_examples < 1:
+            remedy = "Prepare more text, or choose another split."
+            raise CacheError("there is no example to keep", where="plan", remedy=remedy)
         per_shard = int(capture["examples_per_shard"])
         facts = {
             "format_version": FORMAT_VERSION,

@@ -18,7 +18,7 @@ from cache_schemas import canonical, layout, rows
 from cache_schemas.dense_array import DenseArray
 from cache_schemas.errors import CacheError, ShardCorrupt
 from cache_schemas.manifest import FORMAT_VERSION, Plan, check_version
-from cache_schemas.record_codec import TOKENS, RowCodec
+from cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
 from pipeline.cache.storage import Storage
 from pipeline.record import Example, ImageSpan, TeacherRecord
 
@@ -195,7 +195,10 @@ def codec_sizes(plan: Plan) -> dict[str, Any]:
 
 def _check_codec(codec: RowCodec, plan: Plan, where: str) -> None:
     facts = codec.facts()
-    expected = {"profile": plan.facts["capture"].get("profile"), **codec_sizes(plan)}
+    capture = plan.facts["capture"]
+    expected = {"profile": capture.get("profile"), **codec_sizes(plan)}
+    if "mean_kl" in facts:
+        expected["mean_kl"] = capture.get("mean_kl", MEAN_KL)
     for key, value in expected.items():
         if facts[key] != value:
             raise ShardCorrupt(f"'{key}' is {facts[key]!r}", expected=f"{value!r}", where=where)

@@ -16,7 +16,7 @@ from cache_schemas.errors import CacheError, PlanMismatch, ShardCorrupt
 from cache_schemas.manifest import FileEntry
 from pipeline.cache import partial
 from pipeline.cache.reader import TeacherCache
-from pipeline.cache.storage import DirectoryStorage, Storage
+from pipeline.cache.storage import Storage
 from pipeline.cache.verification import Progress
 
 PIECE_BYTES = 1 << 25
@@ -65,15 +65,16 @@ def copy(
     for name in [layout.PLAN, layout.CODEC, *sorted(cache.manifest.files)]:
         if _is_wanted(name, dense):
             work.file(name, cache.manifest.files[name])
-    partial.mark(target, None if set(dense) == set(cache.plan.dense_signals) else dense)
     with ThreadPoolExecutor(threads) as pool:
         for done, _ in enumerate(pool.map(work.shard, range(cache.plan.num_shards)), start=1):
             progress(done, cache.plan.num_shards)
+    held = {*dense, *_held_already(cache, target)}
+    partial.mark(target, None if held == set(cache.plan.dense_signals) else sorted(held))
     if source.size(layout.SIGNATURE) is not None:
         target.replace(layout.SIGNATURE, source.read(layout.SIGNATURE))
     if target.size(layout.MANIFEST) is None:
         target.create(layout.MANIFEST, source.read(layout.MANIFEST))
-    return Copied(len(work.moved), sum(work.moved), sorted(dense))
+    return Copied(len(work.moved), sum(work.moved), sorted(held))
 
 
 class _Copy:
@@ -167,6 +168,14 @@ def _wanted(cache: TeacherCache, signals: list[str] | None) -> list[str]:
     return [name for name in cache.form.dense if name in signals]
 
 
+def _held_already(cache: TeacherCache, target: Storage) -> list[str]:
+    """Dense signals of a finished copy that is being added to."""
+    if target.size(layout.MANIFEST) is None:
+        return []
+    present = partial.present_signals(target)
+    return list(cache.plan.dense_signals if present is None else present)
+
+
 def _is_wanted(name: str, dense: list[str]) -> bool:
     return not name.startswith("dense/") or name.split("/")[1] in dense
 
@@ -181,5 +190,3 @@ def _check_target(cache: TeacherCache, target: Storage) -> None:
             where=target.location,
             remedy="Choose another place, or remove it.",
         )
-    if isinstance(target, DirectoryStorage):
-        target.root.mkdir(parents=True, exist_ok=True)

@@ -223,7 +223,11 @@ class DirectoryStorage:
         """A directory and the lock that tells others that its owner is alive."""
         while True:
             made = self.root / layout.STAGING / secrets.token_hex(8)
-            made.mkdir(parents=True)
+            try:
+                made.mkdir(parents=True)
+            except (FileExistsError, NotADirectoryError):
+                remedy = "Choose another place for the cache."
+                raise CacheError("is not a directory", where=self.location, remedy=remedy) from None
             lock = os.open(made, os.O_RDONLY)
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

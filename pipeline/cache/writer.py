@@ -13,7 +13,7 @@ from pathlib import Path
 from cache_schemas import layout
 from cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch, ShardCorrupt
 from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
-from cache_schemas.record_codec import TOKENS, RowCodec
+from cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
 from pipeline.cache import sealing, shard
 from pipeline.cache.formats import (
     UNFITTED,
@@ -81,7 +81,8 @@ class CacheWriter:
             | {name: record.signals[name] for name in self.plan.row_signals}
             for record in records
         ]
-        self.use_codec(RowCodec.fit(profile, samples, **codec_sizes(self.plan)))
+        budget = self.plan.facts["capture"].get("mean_kl", MEAN_KL)
+        self.use_codec(RowCodec.fit(profile, samples, mean_kl=budget, **codec_sizes(self.plan)))
 
     def use_codec(self, codec: RowCodec) -> None:
         """Publish a codec, or take the one that another worker published before."""

@@ -70,6 +70,11 @@ def test_another_plan_is_refused_and_every_difference_is_named(tmp_path):
     assert caught.value.exit_code == 2
 
 
+def test_a_plan_without_examples_is_refused():
+    with pytest.raises(CacheError, match="no example to keep"):
+        make_plan(num_examples=0)
+
+
 def test_a_shard_needs_exactly_its_examples(tmp_path):
     plan = make_plan()
     writer = CacheWriter.open(tmp_path, plan)
