@@ -17,12 +17,10 @@ import secrets
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from cache_schemas.errors import ConfigError, PlanMismatch
 from pipeline.capture_plan import engine_facts
@@ -38,12 +36,13 @@ from pipeline.corpus_files import (
 from pipeline.corpus_sources import open_source
 from pipeline.corpus_splits import canonical_json, deal
 from pipeline.corpus_tokenizer import CorpusTokenizer, tokenizer_facts
+from pipeline.generation_parts import Parts, answered
 from pipeline.images import ImageStore
 from pipeline.prompts import PromptReader
-from pipeline.record import Example, content_id
+from pipeline.record import Example
 from pipeline.teacher.engine import EngineName
 from pipeline.teacher.facts import model_directory, teacher_facts
-from pipeline.teacher.generate import Answer, Generator, Writers, open_generator
+from pipeline.teacher.generate import Generator, Writers, open_generator
 from pipeline.teacher.images import Pictures
 
 Open = Callable[[], Generator]
@@ -89,7 +88,7 @@ def generate(
         return made
     work = run.path(f"generated-{job.digest[:16]}")
     prompts = job.prompts(work)
-    parts = _Parts(work, prompts, job.settings.prompts_per_part)
+    parts = Parts(work, prompts, job.settings.prompts_per_part)
     missing = parts.missing(rank, world_size)
     if missing:
         tell = on_progress or (lambda _: None)
@@ -165,35 +164,7 @@ class _Job:
         return open_generator(engine, writers)
 
 
-class _Parts:
-    """Answered prompts on disk: one Arrow file of examples for each run of prompts."""
-
-    def __init__(self, work: Path, prompts: Split, size: int):
-        self._work, self._prompts, self._size = work, prompts, size
-        self.count = -(-len(prompts) // size)
-
-    def path(self, number: int) -> Path:
-        return self._work / f"part-{number:06d}.arrow"
-
-    def prompts(self, number: int) -> Split:
-        return self._prompts[number * self._size : (number + 1) * self._size]
-
-    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        first, last = (self.count * share // world_size for share in (rank, rank + 1))
-        return [number for number in range(first, last) if not self.path(number).exists()]
-
-    def write(self, number: int, examples: Iterator[Example]) -> None:
-        """Commit a part; another worker may have done so before."""
-        made = self._work / f".part-{secrets.token_hex(8)}"
-        with ExampleFile(made) as file:
-            for example in examples:
-                file.write(example)
-        with open(made, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(made, self.path(number))
-
-
-def _answer(parts: _Parts, missing: list[int], start: Open, tell) -> None:
+def _answer(parts: Parts, missing: list[int], start: Open, tell) -> None:
     """Write every missing part; the generator reads ahead over the ends of parts."""
     total = sum(len(parts.prompts(number)) for number in missing)
     done = GenerateProgress(0, total, 0, 0)
@@ -209,36 +180,12 @@ def _answer(parts: _Parts, missing: list[int], start: Open, tell) -> None:
                 tokens = done.tokens + sum(len(answer.token_ids) for answer in found)
                 done = GenerateProgress(done.prompts + 1, total, done.answers + len(found), tokens)
                 tell(done)
-            parts.write(number, iter(examples))
+            parts.write(number, examples)
     finally:
         generator.close()
 
 
-def answered(prompt: Example, answers: list[Answer]) -> list[Example]:
-    """Examples of a prompt's answers, equal ones once with their number as weight."""
-    made: dict[str, Example] = {}
-    for answer in answers:
-        example = _example(prompt, answer)
-        before = made.get(example.example_id)
-        made[example.example_id] = replace(before, weight=before.weight + 1) if before else example
-    return list(made.values())
-
-
-def _example(prompt: Example, answer: Answer) -> Example:
-    given, written = len(prompt.token_ids), len(answer.token_ids)
-    token_ids = np.concatenate([prompt.token_ids, answer.token_ids]).astype(np.int32)
-    mask = np.arange(given + written) >= given
-    behaviour = np.concatenate([np.zeros(given, dtype=np.float32), answer.behaviour_logprob])
-    return replace(
-        prompt,
-        example_id=content_id(token_ids, mask, prompt.images),
-        token_ids=token_ids,
-        loss_mask=mask,
-        behaviour_logprob=behaviour.astype(np.float32),
-    )
-
-
-def _assemble(job: _Job, work: Path, parts: _Parts, target: Path) -> None:
+def _assemble(job: _Job, work: Path, parts: Parts, target: Path) -> None:
     """Put all parts in place as the run's corpus."""
     read = json.loads((work / "prompts" / "facts.json").read_bytes())
     documents: dict[str, None] = {}

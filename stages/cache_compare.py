@@ -49,6 +49,8 @@ def audit(
     from pipeline import config
     from pipeline.cache.audit import audit
     from pipeline.cache.reader import TeacherCache
+    from pipeline.capture_plan import pictures_of
+    from pipeline.corpus import Corpus
     from pipeline.teacher.engine import open_engine
     from pipeline.teacher.facts import teacher_facts
 
@@ -57,7 +59,9 @@ def audit(
     opened = TeacherCache.open(location(cache))
     _check_teacher(opened.plan.facts["teacher"], teacher_facts(teacher), str(run_file))
     capture = _capture_table(opened.plan.facts["capture"])
-    running = open_engine(engine, teacher, capture)  # type: ignore[arg-type]
+    images = opened.plan.facts["images"]
+    pictures = pictures_of(Corpus.open(run.path("corpus"))) if images else None
+    running = open_engine(engine, teacher, capture, pictures=pictures)  # type: ignore[arg-type]
     try:
         result = audit(opened, running.score, sample)
     finally:

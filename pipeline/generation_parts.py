@@ -1,0 +1,72 @@
+"""The parts of a generation: answered prompts on disk, each committed by one rename.
+
+One idea: a part is a file of finished examples, whole or absent, so what is missing is what is not
+there. Who answers is not decided here.
+"""
+
+import os
+import secrets
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.corpus_files import ExampleFile, Split
+from pipeline.record import Example, content_id
+from pipeline.teacher.generate import Answer
+
+
+class Parts:
+    """Answered prompts on disk: one Arrow file of examples for each run of prompts."""
+
+    def __init__(self, work: Path, prompts: Split, size: int):
+        self._work, self._prompts, self._size = work, prompts, size
+        self.count = -(-len(prompts) // size)
+
+    def path(self, number: int) -> Path:
+        """Where a part is or will be."""
+        return self._work / f"part-{number:06d}.arrow"
+
+    def prompts(self, number: int) -> Split:
+        """The prompts of a part."""
+        return self._prompts[number * self._size : (number + 1) * self._size]
+
+    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Parts of one worker's share that are not there."""
+        first, last = (self.count * share // world_size for share in (rank, rank + 1))
+        return [number for number in range(first, last) if not self.path(number).exists()]
+
+    def write(self, number: int, examples: Iterable[Example]) -> None:
+        """Commit a part; another worker may have done so before."""
+        made = self._work / f".part-{secrets.token_hex(8)}"
+        with ExampleFile(made) as file:
+            for example in examples:
+                file.write(example)
+        with open(made, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(made, self.path(number))
+
+
+def answered(prompt: Example, answers: list[Answer]) -> list[Example]:
+    """Examples of a prompt's answers, equal ones once with their number as weight."""
+    made: dict[str, Example] = {}
+    for answer in answers:
+        example = _example(prompt, answer)
+        before = made.get(example.example_id)
+        made[example.example_id] = replace(before, weight=before.weight + 1) if before else example
+    return list(made.values())
+
+
+def _example(prompt: Example, answer: Answer) -> Example:
+    given, written = len(prompt.token_ids), len(answer.token_ids)
+    token_ids = np.concatenate([prompt.token_ids, answer.token_ids]).astype(np.int32)
+    mask = np.arange(given + written) >= given
+    behaviour = np.concatenate([np.zeros(given, dtype=np.float32), answer.behaviour_logprob])
+    return replace(
+        prompt,
+        example_id=content_id(token_ids, mask, prompt.images),
+        token_ids=token_ids,
+        loss_mask=mask,
+        behaviour_logprob=behaviour.astype(np.float32),
+    )
