@@ -172,7 +172,9 @@ class _Crew:
     def _hear(self, answer: Any, place: Place, shards: list[int], still_missing) -> None:
         try:
             said = self._ray.get(answer)
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayTaskError:
+            raise  # a mistake in the program, not a death
+        except self._ray.exceptions.RayError as error:
             self._bury(place, error)
             self._waiting.extendleft(reversed(still_missing(shards)))
             return

@@ -67,7 +67,8 @@ def next_logits(model, token_ids) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("share", "temperature", "top_p"), [(1.0, 1.0, 1.0), (0.2, 1.0, 1.0), (0.5, 0.7, 0.6)]
+    ("share", "temperature", "top_p"),
+    [(1.0, 1.0, 1.0), (0.0, 1.0, 1.0), (0.2, 1.0, 1.0), (0.5, 0.7, 0.6)],
 )
 def test_tokens_are_drawn_from_the_stated_mixture(
     tiny_llama, student, tmp_path, share, temperature, top_p
