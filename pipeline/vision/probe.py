@@ -1,0 +1,68 @@
+"""How much of an encoder's view is in a student's layers: OLA-VLM's probes.
+
+One idea: the student is frozen, a fresh one-layer resampler per layer learns to predict the target
+from that layer's states, and what counts is the cosine between prediction and target on pictures
+that neither has seen. Source: OLA-VLM (arXiv 2412.09585) section 3.1: smooth-L1 only, no task
+tokens, one learned query per target position.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pipeline.vision.predictor import TaskPredictor
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeData:
+    """States and targets of some pictures.
+
+    Attributes:
+        states: layer -> [I, K, D], a frozen student's states of one prompt for each picture.
+        targets: [I, positions, width].
+    """
+
+    states: dict[int, torch.Tensor]
+    targets: torch.Tensor
+
+
+def probe(
+    train: ProbeData, test: ProbeData, steps: int = 200, batch: int = 64, seed: int = 0
+) -> dict[int, float]:
+    """Mean cosine on `test` of probes trained on `train`, by layer.
+
+    Args:
+        train, test: of different pictures.
+        steps, batch: of each probe's training.
+        seed: of the probes' weights and of the order.
+    """
+    return {layer: _probe_layer(layer, train, test, steps, batch, seed) for layer in train.states}
+
+
+def _probe_layer(
+    layer: int, train: ProbeData, test: ProbeData, steps: int, batch: int, seed: int
+) -> float:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        positions, width = train.targets.shape[1:]
+        student_width = train.states[layer].shape[-1]
+        model = TaskPredictor(student_width, (positions, width), (layer,), seek=0)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        for _ in range(steps):
+            chosen = torch.randint(len(train.targets), (batch,))
+            predicted = _predict(model, layer, train.states[layer][chosen])
+            loss = F.smooth_l1_loss(predicted, train.targets[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        predicted = _predict(model, layer, test.states[layer])
+        found = F.cosine_similarity(predicted.flatten(1), test.targets.flatten(1), dim=1)
+    return float(found.mean())
+
+
+def _predict(model: Any, layer: int, states: torch.Tensor) -> torch.Tensor:
+    present = torch.ones(states.shape[:2], dtype=torch.bool)
+    return model.predict(layer, states, present, states[:, :0])

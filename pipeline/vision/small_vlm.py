@@ -1,0 +1,270 @@
+"""A small image-text teacher that is trained here, in minutes on two cores: its recipe.
+
+One idea: LLaVA's shape at toy size, made the way LLaVA is made. First the vision tower learns to
+see (here: to name shape and colour of easy-VQA's pictures), then a projector and a language model
+learn to answer questions, the tower frozen; a picture's features are computed once and shared by
+all its questions. The result is an HF directory that transformers and vLLM serve.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from pipeline.vision.parts import assemble, name_for_vllm, save_processor
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+WORDS = tuple(
+    "? a color contain does image in is no not of present shape the there what yes "
+    "circle rectangle triangle black blue brown gray green red teal yellow".split()  # noqa: SIM905
+)
+SPECIAL = ("<pad>", "<image>", "<user>", "<answer>", "<end>", "<unknown>")
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<user>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
+    "{% else %}{{ '<answer>' }}{% generation %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '<end>' }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<answer>' }}{% endif %}"
+)
+PIXELS, PATCH = 64, 16
+IMAGE_TOKENS = (PIXELS // PATCH) ** 2
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Sizes and lengths of the teacher's training.
+
+    Attributes:
+        width, blocks: of tower and language model.
+        tower_epochs, language_epochs: passes over the pictures.
+        batch: pictures of a step.
+    """
+
+    width: int = 128
+    blocks: int = 4
+    tower_epochs: int = 24
+    language_epochs: int = 3
+    batch: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture of easy-VQA: uint8 [3, S, S], and its questions with their answers."""
+
+    pixels: np.ndarray
+    questions: tuple[tuple[str, str], ...]
+
+
+def read_pictures(directory: Path, split: str, limit: int = 0) -> list[Picture]:
+    """Pictures of a split with all their questions, in order; `limit` takes the first."""
+    asked: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for line in (directory / f"{split}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        user, assistant = (message["content"] for message in row["messages"])
+        asked[row["image"]].append((user, assistant))
+    kept = list(asked.items())[: limit or None]
+    return [Picture(_pixels(directory / name), tuple(questions)) for name, questions in kept]
+
+
+def train_teacher(
+    data: Path, directory: Path, recipe: Recipe, report: Report = lambda _: None
+) -> Path:
+    """Make the teacher; one that is there is kept.
+
+    Returns:
+        Its HF directory. `tower` and `language` beside it hold the parts.
+    """
+    if (directory / "config.json").exists():
+        return directory
+    torch.manual_seed(recipe.seed)
+    pictures = read_pictures(data, "train")
+    tower, language = directory.parent / "tower", directory.parent / "language"
+    save_tower(tower, pictures, recipe, report)
+    save_language_model(language, recipe.width, recipe.blocks, recipe.seed)
+    model = assemble(tower, language, layer=-2, seed=recipe.seed)
+    _train_language(model, _tokenizer(), pictures, recipe, report)
+    model.save_pretrained(directory)
+    name_for_vllm(directory)
+    save_processor(language, tower, model, directory)
+    return directory
+
+
+def save_tower(directory: Path, pictures: list[Picture], recipe: Recipe, report: Report) -> None:
+    """Train the vision tower to name shape and colour from its last layer but one."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=recipe.width,
+        intermediate_size=2 * recipe.width,
+        num_hidden_layers=recipe.blocks,
+        num_attention_heads=recipe.width // 32,
+        image_size=PIXELS,
+        patch_size=PATCH,
+    )
+    tower = CLIPVisionModel(config)
+    heads = nn.Linear(recipe.width, len(SHAPES) + len(COLOURS))
+    pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
+    labels = torch.tensor([_labels(picture) for picture in pictures])
+    steps = recipe.tower_epochs * -(-len(pictures) // recipe.batch)
+    optimizer, schedule = _optimizer([*tower.parameters(), *heads.parameters()], 1e-3, steps)
+    for number, chosen in enumerate(_epochs(len(pictures), recipe.tower_epochs, recipe)):
+        states = tower(normalise(_flipped(pixels[chosen])), output_hidden_states=True)
+        found = heads(states.hidden_states[-2][:, 1:].mean(dim=1))
+        shape, colour = found.split([len(SHAPES), len(COLOURS)], dim=1)
+        loss = F.cross_entropy(shape, labels[chosen, 0], ignore_index=-1)
+        loss = loss + F.cross_entropy(colour, labels[chosen, 1], ignore_index=-1)
+        _step(loss, optimizer, schedule)
+        if number % 100 == 0:
+            report(f"tower step {number} of {steps}: loss {float(loss):.3f}")
+    tower.save_pretrained(directory)
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor) + "\n")
+
+
+def save_language_model(directory: Path, width: int, blocks: int, seed: int) -> Path:
+    """A fresh Llama-shaped language model with easy-VQA's words, as an HF directory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=blocks,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<end>"),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def prompts(tokenizer: Any, questions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [N, L] of questions about one picture each, left-aligned, and where each answer is
+    predicted, [N]."""
+    head = [tokenizer.convert_tokens_to_ids("<user>")]
+    head += IMAGE_TOKENS * [tokenizer.convert_tokens_to_ids("<image>")]
+    ids = [head + tokenizer(question + "<answer>")["input_ids"] for question in questions]
+    longest = max(map(len, ids))
+    padded = torch.tensor([row + [0] * (longest + 2 - len(row)) for row in ids])
+    return padded, torch.tensor([len(row) - 1 for row in ids])
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, 3, S, S] -> float32 from -1 to 1."""
+    return pixels.float() / 127.5 - 1
+
+
+def _train_language(
+    model: Any, tokenizer: Any, pictures: list[Picture], recipe: Recipe, report: Report
+) -> None:
+    model.model.vision_tower.requires_grad_(False)
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    steps = recipe.language_epochs * -(-len(pictures) // recipe.batch)
+    optimizer, schedule = _optimizer(wanted, 2e-3, steps)
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    for number, chosen in enumerate(_epochs(len(pictures), recipe.language_epochs, recipe)):
+        batch = [pictures[index] for index in chosen.tolist()]
+        pixels = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
+        features = _features(model, _flipped(pixels))
+        owner = [n for n, picture in enumerate(batch) for _ in picture.questions]
+        asked = [one for picture in batch for one in picture.questions]
+        ids, at = prompts(tokenizer, [question for question, _ in asked])
+        answers = torch.tensor(tokenizer.convert_tokens_to_ids([answer for _, answer in asked]))
+        rows = torch.arange(len(ids))
+        ids[rows, at + 1] = answers
+        embeddings = model.get_input_embeddings()(ids)
+        embeddings[:, 1 : 1 + IMAGE_TOKENS] = features[owner]
+        states = model.model.language_model(inputs_embeds=embeddings).last_hidden_state
+        places = torch.stack([states[rows, at], states[rows, at + 1]])
+        targets = torch.cat([answers, torch.full_like(answers, end)])
+        loss = F.cross_entropy(model.lm_head(places).flatten(0, 1), targets)
+        _step(loss, optimizer, schedule)
+        if number % 20 == 0:
+            report(f"language step {number} of {steps}: loss {float(loss):.3f}")
+
+
+def _features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Projected features [B, patches, D]."""
+    return torch.stack(
+        list(model.model.get_image_features(pixel_values=normalise(pixels)).pooler_output)
+    )
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<user>", "<answer>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def _labels(picture: Picture) -> tuple[int, int]:
+    """Shape and colour as its "what" questions tell; -1 where none does."""
+    said = {answer for question, answer in picture.questions if question.startswith("what")}
+    shape = next((SHAPES.index(word) for word in said if word in SHAPES), -1)
+    return shape, next((COLOURS.index(word) for word in said if word in COLOURS), -1)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def _flipped(pixels: torch.Tensor) -> torch.Tensor:
+    """Mirror a batch at random; no question of easy-VQA is about direction."""
+    for dimension in (2, 3):
+        if random.random() < 0.5:
+            pixels = pixels.flip(dimension)
+    return pixels
+
+
+def _epochs(count: int, epochs: int, recipe: Recipe) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(recipe.seed)
+    random.seed(recipe.seed)
+    for _ in range(epochs):
+        yield from torch.randperm(count, generator=generator).split(recipe.batch)
+
+
+def _optimizer(parameters: list, rate: float, steps: int) -> tuple[Any, Any]:
+    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    return optimizer, schedule
+
+
+def _step(loss: torch.Tensor, optimizer: Any, schedule: Any) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    schedule.step()
