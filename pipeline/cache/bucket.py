@@ -45,7 +45,7 @@ class BucketStorage:
         pause: Callable[[float], None] = time.sleep,
     ):
         self.url, self.location, self.pause = url.rstrip("/"), scrub(url).rstrip("/"), pause
-        self.options = _defaults(url) | (options or {})
+        self.options = options or {}
         self._opened: tuple[int, Any, str] | None = None
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
@@ -111,7 +111,8 @@ class BucketStorage:
         """The file system and the root in it, anew after a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
             try:
-                self._opened = (os.getpid(), *url_to_fs(self.url, **self.options))
+                options = _defaults(self.url) | self.options
+                self._opened = (os.getpid(), *url_to_fs(self.url, **options))
             except (ValueError, ImportError) as error:
                 raise CacheError(
                     f"cannot be opened ({scrub(str(error))[:200]})",

@@ -4,6 +4,7 @@ One idea: the manifest names every byte of a cache, so signing its digest signs 
 PEM files that stay with their owner; nothing secret is ever written into a cache.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def sign(storage: Storage, private_key: str | Path) -> None:
     Raises:
         CacheError: no manifest, or the file is not an unencrypted ed25519 private key.
     """
+    _need_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -41,6 +43,7 @@ def check_signature(storage: Storage, public_key: str | Path) -> None:
         PlanMismatch: there is no signature, it is another key's, or the manifest was changed.
         CacheError: the file is not an ed25519 public key.
     """
+    _need_cryptography()
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -58,6 +61,14 @@ def check_signature(storage: Storage, public_key: str | Path) -> None:
             where=where,
             remedy="Do not use this copy; ask its publisher.",
         ) from None
+
+
+def _need_cryptography() -> None:
+    if importlib.util.find_spec("cryptography") is None:
+        raise CacheError(
+            "signatures need the package 'cryptography'",
+            remedy="pip install 'stillroom[sign]'",
+        )
 
 
 def _message(storage: Storage) -> bytes:
