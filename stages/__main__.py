@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
@@ -37,7 +38,6 @@ app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(demo.demo)
 app.add_typer(teacher.app, name="teacher")
-
 
 SURROUNDINGS = {
     errno.ENOSPC: "Free some space and run the same command again; finished work is kept.",
@@ -66,11 +66,21 @@ def main() -> NoReturn:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # One progress style: ours. Libraries read this when they are first imported.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not debug:
+        hush_libraries()
     code = run(arguments, debug)
     sys.stdout.flush()
     sys.exit(code)
+
+
+def hush_libraries() -> None:
+    """One progress style and one voice: ours. Libraries read these when they are first imported,
+    in this process and in those of an engine."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|vllm|zarr)\b")
 
 
 def run(arguments: list[str], debug: bool = False) -> int:

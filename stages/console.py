@@ -99,12 +99,12 @@ class _Lines:
     def __init__(self, title: str, unit: str):
         self.title, self.unit = title, unit
         self.started = self.printed = time.monotonic()
-        self.first: float | None = None
+        self.first: tuple[float, float] | None = None
         self.finished = False
 
     def __call__(self, done: float, total: float | None, **numbers: float | str) -> None:
         now = time.monotonic()
-        self.first = done if self.first is None else self.first
+        self.first = self.first or (now, done)
         complete = total is not None and done >= total
         if self.finished or not (complete or now - self.printed >= SECONDS_BETWEEN_LINES):
             return
@@ -114,7 +114,10 @@ class _Lines:
         print(line, file=sys.stderr, flush=True)
 
     def _left(self, now: float, done: float, total: float | None) -> str:
-        passed, gained = now - self.started, done - (self.first or 0)
+        passed = now - self.started
+        # What came before the first report (loading, compiling) says nothing about the rate.
+        began, done_before = self.first or (now, done)
+        gained = done - done_before
         if total is None or done >= total or gained <= 0:
             return f"  {passed:.0f} s"
-        return f"  {passed:.0f} s, about {passed * (total - done) / gained:.0f} s left"
+        return f"  {passed:.0f} s, about {(now - began) * (total - done) / gained:.0f} s left"

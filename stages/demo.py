@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache_schemas.errors import EXIT_INCOMPLETE, ConfigError, StillroomError
+from stages.capture import Engine
 from stages.console import out, say, table
 
 if TYPE_CHECKING:
@@ -87,7 +88,11 @@ class Ledger:
         return round(sum(self.entries.get(name, {}).get("seconds", 0.0) for name in names), 1)
 
 
-def demo(run_file: RunFile, control: Control) -> None:
+def demo(
+    run_file: RunFile,
+    control: Control,
+    engine: Annotated[Engine, typer.Option(help="What runs the teacher.")] = Engine.vllm,
+) -> None:
     """Prepare, capture, train a student and a control, evaluate; then show what came of it."""
     from pipeline import config
 
@@ -99,7 +104,7 @@ def demo(run_file: RunFile, control: Control) -> None:
             remedy="Give the control a directory of its own.",
         )
     ledger = Ledger.open(run.path("demo.json"))
-    for stage in plan_stages(run, other, run_file, control):
+    for stage in plan_stages(run, other, run_file, control, engine.value):
         if ledger.is_done(stage):
             say(f"{stage.name}: done before, in {ledger.seconds(stage.name):,.0f} s")
         else:
@@ -109,10 +114,12 @@ def demo(run_file: RunFile, control: Control) -> None:
     show(results, run.path())
 
 
-def plan_stages(run: "Run", other: "Run", run_file: Path, control: Path) -> list[Stage]:
+def plan_stages(
+    run: "Run", other: "Run", run_file: Path, control: Path, engine: str
+) -> list[Stage]:
     """The stages of a demo in order; each depends on its settings and on the stages before it."""
     corpus = settings(run, "teacher", "prepare")
-    cache = corpus + settings(run, "capture")
+    cache = corpus + engine + settings(run, "capture")
     student = cache + settings(run, "student", "objective", "train")
     compared = cache + settings(other, "student", "objective", "train")
     measured = student + compared + settings(run, "evaluate")
@@ -120,7 +127,12 @@ def plan_stages(run: "Run", other: "Run", run_file: Path, control: Path) -> list
     return [
         *fetch_stage(run),
         Stage("prepare", ["prepare", run_name], run.path("corpus", "corpus.json"), corpus),
-        Stage("capture", ["capture", run_name], run.path("cache", "manifest.json"), cache),
+        Stage(
+            "capture",
+            ["capture", run_name, "--engine", engine],
+            run.path("cache", "manifest.json"),
+            cache,
+        ),
         Stage("train", ["train", run_name], run.path("student", "config.json"), student),
         Stage("control", ["train", other_name], other.path("student", "config.json"), compared),
         Stage("evaluate", ["evaluate", run_name], run.path("evaluation.json"), measured),
