@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cache_schemas import canonical, layout
+from cache_schemas import layout
 from cache_schemas.errors import CacheError, ShardCorrupt
 from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
 from pipeline.cache import shard as shards
@@ -217,10 +217,3 @@ def _leftovers(storage: Storage, form: Format, done: set[int]) -> Iterator[str]:
     for folder in sorted({layout.folder(number) for number in range(form.plan.num_shards)}):
         for name in sorted(set(storage.list(f"rows/{folder}")) - known):
             yield f"{name} has no receipt: its shard was not finished, and will be captured again"
-
-
-def digest_of_plan(storage: Storage) -> str:
-    """Digest of the plan of the cache here; empty where there is none."""
-    if storage.size(layout.PLAN) is None:
-        return ""
-    return canonical.digest(canonical.check(storage.read(layout.PLAN), storage.location))
