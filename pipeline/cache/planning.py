@@ -22,8 +22,11 @@ AVERAGED_ROWS = 256
 """Over how many rows noise is taken to average: a choice, smaller than any usual batch."""
 LONGEST_LIST = 256
 KS = (4, 8, 16, 32, 64, 128, 256)
-DRAWS = (0, 8, 16, 32)
-BUDGETS = (1e-5, 1e-4, 1e-3)
+DRAWS = (0, 8, 32)
+USUAL_KS, BUDGETS = (16, 64), (1e-5, 1e-3)
+"""Lists that are also coded in profiles `strict` and `exact`, and to other budgets of `small`."""
+CODED_ROWS = 49_152
+"""Rows that are coded per setting, at most: more change the figures little."""
 
 Progress = Callable[[int, int], None]
 
@@ -134,9 +137,9 @@ def settings(longest: int, vocab_size: int) -> list[Setting]:
     lists = [
         Setting(k, n, "small") for k in KS for n in DRAWS if k <= longest and k + n < vocab_size
     ]
-    finer = [replace(s, mean_kl=kl) for s in lists for kl in BUDGETS if s.draws in (0, 8)]
-    strict = [replace(s, profile=p) for s in lists for p in ("strict", "exact") if not s.draws]
-    return list(dict.fromkeys([*lists, *finer, *strict]))
+    usual = [setting for setting in lists if setting.k in USUAL_KS and not setting.draws]
+    budgets = [replace(setting, mean_kl=kl) for setting in usual for kl in BUDGETS]
+    return lists + budgets + [replace(s, profile=p) for s in usual for p in ("strict", "exact")]
 
 
 def frontier(
@@ -149,6 +152,7 @@ def frontier(
     todo = list(candidates or settings(longest, sample.vocab_size))
     if len(sample.rows) < 2:
         raise ConfigError(f"{len(sample.rows)} examples", expected="at least 2 to plan with")
+    sample = replace(sample, rows=_enough(sample.rows))
     usual = distortion.mean_distribution(sample.rows, sample.vocab_size)
     points = []
     for done, setting in enumerate(todo):
@@ -221,6 +225,13 @@ def _marked(points: list[Point]) -> list[Point]:
         marked.append(replace(point, efficient=point.gradient_error < least))
         least = min(least, point.gradient_error)
     return marked
+
+
+def _enough(rows: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Examples, evenly spread, that hold about CODED_ROWS rows."""
+    total = sum(len(signals["topk_ids"]) for signals in rows)
+    wanted = max(2, len(rows) * CODED_ROWS // max(total, 1))
+    return [rows[int(at)] for at in _spread(len(rows), wanted)]
 
 
 def _question(capture: Capture, vocab_size: int) -> Capture:
