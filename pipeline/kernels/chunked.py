@@ -31,6 +31,8 @@ CPU_BLOCK = 2048
 Sweep = Callable[[Tensor, Any, Objective, Shard, bool], Tensor]
 """(logits [C, width + spare], targets, objective, shard, with_gradient) -> losses [C]."""
 
+Scale = Callable[[Tensor, Tensor], Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -45,6 +47,7 @@ class Plan:
         compute_dtype: dtype of the matrix products.
         sum_dtype: dtype in which d_unembedding is summed over chunks.
         budget: bytes that the buffers of one chunk may take.
+        scale_: multiplies a finished gradient by a device's number, in place.
     """
 
     sweep: Sweep
@@ -55,6 +58,7 @@ class Plan:
     compute_dtype: torch.dtype
     sum_dtype: torch.dtype
     budget: int
+    scale_: Scale = Tensor.mul_
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -97,7 +101,8 @@ class FusedDivergence(torch.autograd.Function):
             kept = sweep_rows(hidden, unembedding, bias, plan, ctx.needed)[1:]
         gradients, unit = kept
         factors = [f for f in (factor, unit) if f is not None]
-        return *(_scaled(gradient, factors) for gradient in gradients), None
+        scaled = (_scaled(gradient, factors, ctx.plan.scale_) for gradient in gradients)
+        return *scaled, None
 
 
 def common_factor(grad_output: Tensor) -> Tensor | None:
@@ -115,13 +120,13 @@ def _weighted(plan: Plan, factors: Tensor) -> Plan:
     return replace(plan, targets=replace(plan.targets, weights=weights))
 
 
-def _scaled(gradient: Tensor | None, factors: list[Tensor]) -> Tensor | None:
+def _scaled(gradient: Tensor | None, factors: list[Tensor], scale_: Scale) -> Tensor | None:
     if gradient is None or not factors:
         return gradient
     factor = factors[0] if len(factors) == 1 else factors[0] * factors[1]
     if factor.device.type == "cpu" and factor == 1:
         return gradient
-    return gradient.mul_(factor)
+    return scale_(gradient, factor)
 
 
 def sweep_rows(

@@ -42,25 +42,27 @@ def plan(
     budget: int | None,
     accumulate_fp32: bool,
     *,
-    sweep_in_place: bool = False,
+    triton: bool = False,
 ) -> Plan:
     """A plan for the fused form.
 
     Args:
         budget: bytes for a chunk's buffers, or None for the device's default.
-        sweep_in_place: the sweep takes logits of the products' dtype; others take fp32 or fp64.
+        triton: the sweep takes logits in the products' dtype (others take fp32 or fp64), and
+            Triton scales the gradients.
     """
     compute = autocasting.dtype_of(hidden)
     wide = torch.float64 if compute == torch.float64 else torch.float32
     return Plan(
         sweep=sweep,
-        sweep_dtype=compute if sweep_in_place else wide,
+        sweep_dtype=compute if triton else wide,
         targets=targets,
         objective=objective,
         shard=shard,
         compute_dtype=compute,
         sum_dtype=wide if accumulate_fp32 else unembedding.dtype,
         budget=budget or (CUDA_BUDGET if hidden.is_cuda else CPU_BUDGET),
+        scale_=_triton().scale_ if triton else Tensor.mul_,
     )
 
 
@@ -72,12 +74,17 @@ def sparse_sweep(impl: Implementation, hidden: Tensor) -> Sweep:
     """
     if impl == "chunked":
         return torch_sweep.sweep
+    kernel = _triton()
+    if not kernel.available(hidden.device):
+        raise RuntimeError(f"impl: 'triton' needs a CUDA device; hidden is on {hidden.device}")
+    if hidden.dtype == torch.float64:
+        raise RuntimeError("impl: 'triton' computes in fp32; found fp64 inputs")
+    return kernel.sweep
+
+
+def _triton() -> Any:
     try:
         from pipeline.kernels import triton_sweep
     except ImportError as error:
         raise RuntimeError(f"impl: 'triton' needs Triton, which does not import: {error}") from None
-    if not triton_sweep.available(hidden.device):
-        raise RuntimeError(f"impl: 'triton' needs a CUDA device; hidden is on {hidden.device}")
-    if hidden.dtype == torch.float64:
-        raise RuntimeError("impl: 'triton' computes in fp32; found fp64 inputs")
-    return triton_sweep.sweep
+    return triton_sweep

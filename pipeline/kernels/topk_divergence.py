@@ -198,6 +198,6 @@ def _run(
         shard,
         budget,
         accumulate_fp32,
-        sweep_in_place=impl == "triton",
+        triton=impl == "triton",
     )
     return chunked.FusedDivergence.apply(hidden, unembedding, bias, plan)

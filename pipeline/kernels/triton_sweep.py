@@ -108,6 +108,15 @@ def _lists(targets: Targets | PackedTargets, objective: Objective) -> tuple[tupl
     return (ids, ids, logprobs, ids, ids, ids, 1.0, ids, ids, 0, 0), ids.shape[1]
 
 
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient *= factor, in place, touching no memory where the device finds that factor is 1."""
+    if not gradient.is_contiguous():
+        return gradient.mul_(factor)
+    size, block = gradient.numel(), 4096
+    _scale[(triton.cdiv(size, block),)](gradient, factor, size, BLOCK=block)
+    return gradient
+
+
 def launch_options(width: int, objective: Objective) -> dict[str, int]:
     """Block size, warps and registers for an objective."""
     tempered = objective.ce_weight > 0 and objective.temperature != 1
@@ -124,6 +133,15 @@ def _sorted(targets: Targets) -> Targets:
     order = key.sort(dim=1, descending=True, stable=True).indices
     ids, logprobs = targets.ids.gather(1, order), targets.logprobs.gather(1, order)
     return Targets(ids, logprobs, targets.labels, targets.weights)
+
+
+@triton.jit
+def _scale(gradient, factor_ptr, size, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(gradient + place, mask=place < size, other=0.0).to(tl.float32) * factor
+        tl.store(gradient + place, value.to(gradient.dtype.element_ty), mask=place < size)
 
 
 @triton.jit
