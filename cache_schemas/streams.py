@@ -23,7 +23,9 @@ import xxhash
 
 from cache_schemas.errors import FormatTooNew, ShardCorrupt
 
-pcodec: Any = importlib.import_module("pcodec")  # a compiled module without type stubs
+# A compiled module without type stubs.
+pcodec: Any = importlib.import_module("pcodec")
+standalone: Any = importlib.import_module("pcodec.standalone")
 
 MAGIC = b"SR"
 VERSION = 1
@@ -161,7 +163,7 @@ def _compress(flat: np.ndarray) -> bytes:
     ):  # these are coded as they stand: trying for more gains nothing
         plain = {"mode_spec": pcodec.ModeSpec.classic(), "delta_spec": pcodec.DeltaSpec.no_op()}
     config = pcodec.ChunkConfig(compression_level=8, enable_8_bit=True, **plain)
-    return pcodec.standalone.simple_compress(flat, config)
+    return standalone.simple_compress(flat, config)
 
 
 def _unpack(entry: Entry, count: int, number: int) -> np.ndarray:
@@ -181,7 +183,7 @@ def _unpack(entry: Entry, count: int, number: int) -> np.ndarray:
 
 def _decompress(payload: memoryview, out: np.ndarray, number: int) -> None:
     try:
-        progress = pcodec.standalone.simple_decompress_into(bytes(payload), out)
+        progress = standalone.simple_decompress_into(bytes(payload), out)
     except BaseException as error:  # a panic of the Rust library is not an Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise

@@ -7,8 +7,8 @@ its input, and reads lists, tokens, ranks, draws and scalars.
 import struct
 
 import numpy as np
-import pcodec
 import xxhash
+from pcodec import standalone
 
 TYPES = ("u1", "<u2", "<u4", "<i4", "<f4", "<u8", "<i2")
 SCALARS = ("token_logprob", "entropy", "lse", "logit_mean", "zscore_lse", "behaviour_logprob")
@@ -36,7 +36,7 @@ class Streams:
     def __call__(self, number: int, count: int) -> np.ndarray:
         kind, payload = self.parts[number]
         if kind >> 4 == 1:
-            values = pcodec.standalone.simple_decompress(payload)
+            values = standalone.simple_decompress(payload)
             return np.empty(0, TYPES[kind & 15]) if values is None else values
         values = np.frombuffer(payload, TYPES[kind & 15])
         return np.repeat(values, count) if kind >> 4 == 2 else values
