@@ -80,7 +80,8 @@ def generate(
     Raises:
         ConfigError: tables that contradict each other, or a mixture that the engine cannot draw.
         CorpusError: sources or prompts that cannot be used.
-        PlanMismatch: teacher and student have different tokenizers.
+        PlanMismatch: teacher and student have different tokenizers; or the run's corpus holds
+            the answers of another generation.
     """
     job = _Job.open(run, engine)
     target = run.path("corpus")
@@ -215,10 +216,23 @@ def _assemble(job: _Job, work: Path, parts: Parts, target: Path) -> None:
 
 
 def _made_before(target: Path, digest: str) -> Corpus | None:
+    """The corpus in place if it is this generation's; None where there is none, or a prepared one.
+
+    Raises:
+        PlanMismatch: it holds the answers of another generation, which are not thrown away.
+    """
     if not (target / "corpus.json").is_file():
         return None
     corpus = Corpus.open(target)
-    return corpus if corpus.facts.get("generated", {}).get("identity") == digest else None
+    found = corpus.facts.get("generated", {}).get("identity", "")
+    if found and found != digest:
+        raise PlanMismatch(
+            f"answers of other prompts, models or settings are here ({found[:12]})",
+            expected=f"those of this run ({digest[:12]})",
+            where=str(target),
+            remedy="Give the run another directory, or delete this corpus.",
+        )
+    return corpus if found else None
 
 
 def _rename(made: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.corpus_files import ExampleFile, Split
 from pipeline.record import Example, content_id
+from pipeline.teacher.engine import RejectedExample
 from pipeline.teacher.generate import Answer
 
 
@@ -49,13 +50,28 @@ class Parts:
 
 
 def answered(prompt: Example, answers: list[Answer]) -> list[Example]:
-    """Examples of a prompt's answers, equal ones once with their number as weight."""
+    """Examples of a prompt's answers, equal ones once with their number as weight.
+
+    Raises:
+        RejectedExample: a token was drawn from logits that are not numbers.
+    """
     made: dict[str, Example] = {}
     for answer in answers:
+        _check_finite(prompt, answer)
         example = _example(prompt, answer)
         before = made.get(example.example_id)
         made[example.example_id] = replace(before, weight=before.weight + 1) if before else example
     return list(made.values())
+
+
+def _check_finite(prompt: Example, answer: Answer) -> None:
+    bad = ~np.isfinite(answer.behaviour_logprob)
+    if bad.any():
+        raise RejectedExample(
+            prompt,
+            f"NaN or infinite logits at token {int(np.argmax(bad)) + 1} of its answer",
+            remedy="Check the weights; try dtype = 'float32' or 'bfloat16' under [teacher].",
+        )
 
 
 def _example(prompt: Example, answer: Answer) -> Example:

@@ -12,12 +12,19 @@ RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="R
 
 def prepare(run_file: RunFile) -> None:
     """Tokenise the sources, cut them into windows, split them by document."""
+    from cache_schemas.errors import ConfigError
     from pipeline import config, provenance
     from pipeline.corpus import PrepareProgress
     from pipeline.corpus import prepare as make_corpus
 
     run = config.load(run_file)
     settings = config.require(run.prepare, "prepare", str(run_file))
+    if run.generate is not None:
+        raise ConfigError(
+            "a [generate] table: this run's corpus is written by a model",
+            where=str(run_file),
+            remedy=f"Run: stillroom generate {run_file}",
+        )
     teacher = run.teacher or config.Teacher(model="")
     with progress("prepare") as report:
 

@@ -1,6 +1,7 @@
 """Teacher-written corpora: what is drawn, with which probability, and what becomes of it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,11 @@ from pipeline.capture import capture
 from pipeline.config import Capture, Generate, Prepare, Run, Source, Teacher
 from pipeline.corpus import Corpus
 from pipeline.generation import generate
+from pipeline.generation_parts import answered
+from pipeline.teacher.engine import RejectedExample
+from pipeline.teacher.generate import Answer
 from tests import tiny_image_models, tiny_models
+from tests.memory_cache import examples
 
 QUESTIONS = ["What is a list?", "Name two loops.", "Why?", "What is a dict?", "Say more."]
 
@@ -102,10 +107,16 @@ def test_tokens_are_drawn_from_the_stated_mixture(
     for example in examples:
         token = example.token_ids[-1]
         assert example.behaviour_logprob[-1] == pytest.approx(np.log(allowed[token]), abs=1e-5)
-        spread = np.sqrt(count * allowed[token])
-        assert abs(example.weight - count * allowed[token]) < 5 * spread + 1
-    seen = sum(allowed[example.token_ids[-1]] for example in examples)
-    assert seen > 0.5
+    drawn = np.zeros_like(allowed)
+    drawn[[example.token_ids[-1] for example in examples]] = [e.weight for e in examples]
+    assert (drawn[allowed == 0] == 0).all()
+    often = count * allowed >= 5
+    found, expected = (
+        np.append(values[often], values[~often].sum()) for values in (drawn, count * allowed)
+    )
+    chi_square = np.sum((found - expected)[expected > 0] ** 2 / expected[expected > 0])
+    freedom = len(found) - 1
+    assert chi_square < freedom + 5 * np.sqrt(2 * freedom) + 10
 
 
 def test_an_answer_is_the_target_and_everything_else_was_given(
@@ -158,8 +169,10 @@ def test_interruption_workers_and_repetition_do_not_change_what_is_written(
     assert generate(shared, engine="reference", rank=0, world_size=2).digest == digest
     assert written(shared, on_progress=pytest.fail).digest == digest
     assert [p.name for p in (tmp_path / "shared").iterdir()] == ["corpus"]
-    other = run_in(tmp_path / "shared", tiny_llama, **settings | {"seed": 1})
-    assert written(other).digest != digest
+    again = settings | {"seed": 1}
+    with pytest.raises(PlanMismatch, match="answers of other prompts"):
+        written(run_in(tmp_path / "shared", tiny_llama, **again))
+    assert written(run_in(tmp_path / "other", tiny_llama, **again)).digest != digest
 
 
 def test_a_capture_gives_the_teachers_rows_and_keeps_the_behaviour(tiny_llama, student, tmp_path):
@@ -267,6 +280,53 @@ def test_a_conversation_that_asks_nothing_is_an_error(tiny_llama, tmp_path):
     source = Source(name="s", kind="jsonl", path=str(path), messages_column="messages")
     with pytest.raises(CorpusError, match="no message to answer"):
         written(run_in(tmp_path / "run", tiny_llama, source))
+
+
+def test_equal_answers_are_one_example_and_broken_logits_are_refused():
+    (prompt,) = examples(1)
+    prompt = replace(prompt, loss_mask=np.zeros_like(prompt.loss_mask))
+    good = Answer(np.array([5, 2], np.int32), np.array([-1.0, -0.5], np.float32), True)
+    other = Answer(np.array([6, 2], np.int32), np.array([-2.0, -0.5], np.float32), True)
+    made = answered(prompt, [good, other, good])
+    assert [example.weight for example in made] == [2, 1]
+    assert made[0].behaviour_logprob[-2:].tolist() == [-1.0, -0.5]
+    broken = Answer(good.token_ids, np.array([-1.0, np.nan], np.float32), True)
+    with pytest.raises(RejectedExample, match="token 2 of its answer"):
+        answered(prompt, [good, broken])
+
+
+def test_the_command_writes_a_corpus_and_says_what_is_in_it(tiny_llama, tmp_path, capsys):
+    from stages.__main__ import run as command
+
+    source = chats(tmp_path)
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"""
+name = "r"
+directory = "{tmp_path / "run"}"
+[teacher]
+model = "{tiny_llama}"
+[prepare]
+window = 96
+heldout = 0.2
+[[prepare.source]]
+name = "chats"
+kind = "jsonl"
+path = "{source.path}"
+messages_column = "messages"
+[generate]
+max_tokens = 4
+"""
+    )
+    assert command(["generate", str(file), "--engine", "reference"]) == 0
+    said = capsys.readouterr()
+    assert "cut at the limit" in said.err
+    assert str(tmp_path / "run" / "corpus") in said.out.replace("\n", "")
+    assert len(Corpus.open(tmp_path / "run" / "corpus").split("heldout")) == 1
+    assert command(["prepare", str(file)]) == 2
+    assert "stillroom generate" in capsys.readouterr().err
+    assert command(["capture", str(file), "--ray", "--rank", "1", "--world-size", "2"]) == 2
+    assert "mean nothing with --ray" in capsys.readouterr().err
 
 
 @pytest.mark.vllm

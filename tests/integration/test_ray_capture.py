@@ -18,8 +18,8 @@ from tests.memory_cache import examples
 SHARDS = 40
 
 
-def run_in(directory, teacher) -> Run:
-    source = Source(name="help", kind="pydoc_topics", limit=30)
+def run_in(directory, teacher, documents=30) -> Run:
+    source = Source(name="help", kind="pydoc_topics", limit=documents)
     settings = Prepare(source=(source,), window=64, heldout=0.0)
     corpus = prepare(settings, str(teacher), directory / "corpus")
     per_shard = -(-len(corpus.split("train")) // SHARDS)
@@ -77,9 +77,8 @@ def test_a_node_killed_mid_run_changes_nothing_about_the_seal(tiny_llama, tmp_pa
     assert again == cache.manifest
 
 
-@pytest.mark.ray
 def test_what_a_worker_cannot_do_reaches_the_driver_as_it_was_said(tiny_llama, tmp_path):
-    run = run_in(tmp_path / "run", tiny_llama)
+    run = run_in(tmp_path / "run", tiny_llama, documents=2)
     capture(run, engine="reference")
     other = run.model_copy(update={"capture": run.capture.model_copy(update={"k": 9})})
     with pytest.raises(PlanMismatch):
