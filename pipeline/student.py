@@ -185,7 +185,24 @@ def _model(student: Student, teacher: Teacher) -> Any:
             where="[student] model",
             remedy="Name an HF directory or hub id with the teacher's tokenizer.",
         )
+    _check_tokenizer(student.model, teacher)
     return _source(student, teacher)
+
+
+def _check_tokenizer(model: str, teacher: Teacher) -> None:
+    """The vocabulary must be the teacher's; the chat template is taken from the teacher."""
+    from pipeline.corpus_tokenizer import tokenizer_facts
+
+    own, theirs = tokenizer_facts(model), tokenizer_facts(teacher.model)
+    for key in ("vocab_size", "sha256"):
+        if own[key] != theirs[key]:
+            raise StudentError(
+                f"tokenizer {key} is {own[key]}",
+                expected=f"{theirs[key]} as the teacher's",
+                where=model,
+                remedy="Take a student of the teacher's tokenizer: init = 'prune_layers', "
+                "'prune_width' or 'config'; projection across tokenizers does not exist here.",
+            )
 
 
 def _parts(student: Student, teacher: Teacher) -> Any:

@@ -104,13 +104,13 @@ def train(
     parallel = Parallel.start()
     try:
         opened = caches or open_caches(run, settings)
-        return _Training(run, settings, parallel, opened).run(on_progress, stop)
+        return Training(run, settings, parallel, opened).run(on_progress, stop)
     finally:
         parallel.close()
 
 
 @dataclass
-class _Training:
+class Training:
     """One process's part in one run."""
 
     settings_run: Run
@@ -141,7 +141,7 @@ class _Training:
         if done is not None:
             return done
         start = time.perf_counter()
-        self._build()
+        self.build()
         state = self._resume()
         log = None
         if self.parallel.is_main:
@@ -155,7 +155,8 @@ class _Training:
                 log.close()
         return self._finish(loss, time.perf_counter() - start)
 
-    def _build(self) -> None:
+    def build(self) -> None:
+        """Load the student and everything that trains it; the weights are the initial ones."""
         settings, parallel = self.settings, self.parallel
         torch.manual_seed(settings.seed)
         model = load(self.initial, settings.attention).to(parallel.device).train()
@@ -185,9 +186,10 @@ class _Training:
             settings.keep_last,
             settings.async_checkpoint,
         )
-        self.loader = self._loader(self.caches, settings.workers)
+        self.loader = self.make_loader(self.caches, settings.workers)
 
-    def _loader(self, caches: Mapping[str, RecordSource], workers: int) -> DistillLoader:
+    def make_loader(self, caches: Mapping[str, RecordSource], workers: int) -> DistillLoader:
+        """A loader over caches that hold what the objectives need."""
         signals = signals_needed(self.terms, self.facts)
         run, settings = self.settings_run, self.settings
         return DistillLoader(
@@ -217,7 +219,7 @@ class _Training:
         if not settings.evaluate_every or step % settings.evaluate_every:
             return {}
         if self.heldout is None:
-            self.heldout = self._loader(open_heldout(settings, self.caches[""]), 0)
+            self.heldout = self.make_loader(open_heldout(settings, self.caches[""]), 0)
         return self.stepper.measure(self.heldout, step / settings.steps)
 
     def _resume(self) -> TrainingState:
