@@ -25,7 +25,7 @@ class Source(Table):
     """Label kept with every example; `subset` and per-source weights select by it."""
     kind: Literal["pydoc_topics", "text", "jsonl", "parquet", "hub", "images"]
     path: str = ""
-    """File, glob or directory (`text`, `jsonl`, `parquet`, `images`), or hub data set id (`hub`)."""
+    """File, glob or directory (`text`, `jsonl`, `parquet`, `images`), or hub data set (`hub`)."""
     split: str = "train"
     """`hub`: which of the data set's splits to read."""
     subset: str = ""
@@ -99,7 +99,7 @@ class Teacher(Table):
 
 
 class Capture(Table):
-    """What is kept of the teacher's answers. Everything here changes meaning, so it is in the plan."""
+    """What is kept of the teacher's answers. All of it changes meaning, so it is in the plan."""
 
     k: int = Field(default=64, ge=1, le=512)
     tail_draws: int = Field(default=0, ge=0, le=512)

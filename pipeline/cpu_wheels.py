@@ -4,8 +4,8 @@ vLLM for CPU asks for torch's CPU build and for any torchvision, torchaudio and 
 pip finds for those are CUDA builds, whose compiled operators do not load beside it:
 - `import torchvision` dies with "operator torchvision::nms does not exist". Naming its two missing
   operators is enough for the pure-Python transforms, which is all that is used of it here.
-- `import torchaudio` dies on libc10_cuda.so, `import torchcodec` on libnvrtc. Nothing here needs audio:
-  they are marked as absent, which is how Python says that an installed package must not be
+- `import torchaudio` dies on libc10_cuda.so, `import torchcodec` on libnvrtc. Nothing here needs
+  audio: they are marked as absent, which is how Python says that an installed package must not be
   imported.
 
 One idea: compare build tags, and act only where they disagree; matching builds are left alone.
