@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -82,40 +83,78 @@ def measure_cuda(rounds: int) -> dict[str, Any]:
     result: dict[str, Any] = {"contract": run_contract(), "problems": []}
     for sizes in CUDA_PROBLEMS:
         problem = Problem.make(**sizes, dtype=torch.bfloat16, device="cuda")
-        floor = floor_of(problem)
-        floor_clock = best_of(rounds, [floor], torch.cuda.synchronize)[0]
-        del floor
         rows = [_row_on_cuda(entrant, problem, sizes, rounds) for entrant in contenders.on_cuda()]
-        names = ("rows", "floor_seconds", "floor_cpu_seconds")
-        result["problems"].append(dict(zip(names, (rows, *floor_clock), strict=True)))
+        clocks = {
+            f"floor_{name}": min(row[f"floor_{name}"] for row in rows if "failed" not in row)
+            for name in ("seconds", "cpu_seconds")
+        }
+        result["problems"].append({"rows": rows} | clocks)
         del problem
-        gc.collect()
-        torch.cuda.empty_cache()
-    return result | result["problems"][0]
+        _free()
+    return result | result["problems"][0] | {"launches": time_launches(rounds)}
 
 
 def _row_on_cuda(
     entrant: Contender, problem: Problem, sizes: dict[str, int], rounds: int
 ) -> dict[str, Any]:
+    """One contender, its floor measured in the same rounds."""
     row = describe(entrant, sizes, "cuda", "bfloat16")
     try:
         if entrant.dense:
             problem.with_dense()
         step = step_of(entrant, problem)
-        step()
-        torch.cuda.synchronize()
-        problem.hidden.grad = problem.head.grad = None
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        row["extra_peak_bytes"] = torch.cuda.max_memory_allocated() - before
-        row["seconds"], row["cpu_seconds"] = best_of(rounds, [step], torch.cuda.synchronize)[0]
+        row["extra_peak_bytes"] = _allocated(step, problem)
+        floor, own = best_of(rounds, [floor_of(problem), step], torch.cuda.synchronize)
+        row |= {"floor_seconds": floor[0], "floor_cpu_seconds": floor[1]}
+        row |= {"seconds": own[0], "cpu_seconds": own[1]}
+        problem.dense = problem.hidden.grad = problem.head.grad = None
+        _free()
         row["grad_error"] = gradient_error(entrant, problem.rows(ROWS_JUDGED))
     except (ImportError, RuntimeError) as error:
         row["failed"] = str(error).splitlines()[0]
-    problem.dense = None
-    torch.cuda.empty_cache()
+    problem.dense = problem.hidden.grad = problem.head.grad = None
+    _truths.clear()
+    _free()
     return row
+
+
+def _allocated(step: Callable[[], None], problem: Problem) -> int:
+    """Peak bytes above the inputs, after a first step warmed everything up."""
+    step()
+    problem.hidden.grad = problem.head.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def time_launches(rounds: int) -> list[dict[str, float]]:
+    """Seconds of the sweep alone on 4,096 rows of bf16 logits, for blocks and warps to choose by."""
+    from pipeline.kernels import triton_sweep
+    from pipeline.kernels.divergences import Objective
+    from pipeline.kernels.targets import Targets
+    from pipeline.kernels.vocabulary_shards import Shard
+
+    words, rows = CUDA_PROBLEMS[0]["v"], 4096
+    logits = torch.randn(rows, words + 16, device="cuda", dtype=torch.bfloat16)
+    logprobs, ids = torch.randn(rows, words, device="cuda").log_softmax(1).topk(64, 1)
+    targets, found = Targets(ids, logprobs, None, None), []
+    held = triton_sweep.PLAIN_BLOCK, triton_sweep.NUM_WARPS
+    for block, warps in ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32), (32768, 32)):
+        triton_sweep.PLAIN_BLOCK, triton_sweep.NUM_WARPS = block, warps
+        arguments = logits, targets, Objective(), Shard.whole(words), True
+        call = partial(triton_sweep.sweep, *arguments)
+        seconds = best_of(rounds, [call], torch.cuda.synchronize)[0][0]
+        found.append({"block": block, "warps": warps, "seconds": seconds})
+    triton_sweep.PLAIN_BLOCK, triton_sweep.NUM_WARPS = held
+    return found
 
 
 def step_of(entrant: Contender, problem: Problem) -> Callable[[], None]:
@@ -143,7 +182,7 @@ def floor_of(problem: Problem) -> Callable[[], None]:
 
 
 def best_of(
-    rounds: int, calls: list[Callable[[], None]], wait: Callable[[], None]
+    rounds: int, calls: list[Callable[[], Any]], wait: Callable[[], None]
 ) -> list[tuple[float, float]]:
     """(seconds, CPU seconds) of every call: the best of rounds in which each has its turn."""
     for call in calls:
@@ -164,7 +203,7 @@ def gradient_error(entrant: Contender, problem: Problem) -> float:
     """|gradient - truth| / |truth| over hidden and head, the larger."""
     if entrant.dense:
         problem.with_dense()
-    if (entrant.divergence, entrant.tail) not in _truths or problem.hidden.is_cuda:
+    if (entrant.divergence, entrant.tail) not in _truths:
         exact = problem.double()
         contenders.truth(entrant).loss(exact).backward()
         _truths[entrant.divergence, entrant.tail] = (exact.hidden.grad, exact.head.grad)
