@@ -51,21 +51,21 @@ def some(count, of, seed):
 
 
 def test_killed_anywhere_the_seal_is_the_same(tmp_path, plan, expected, operations):
-    for at in some(12, operations, seed=1):
+    for at in some(8, operations, seed=1):
         root = tmp_path / str(at)
         assert trials.killed(root, plan, at)
         assert trials.contents(root) == expected
 
 
 def test_a_full_disk_anywhere_loses_nothing(tmp_path, plan, expected, operations):
-    for at in some(25, operations, seed=2):
+    for at in some(12, operations, seed=2):
         root = tmp_path / str(at)
         assert trials.filled(root, plan, at)
         assert trials.contents(root) == expected
 
 
 def test_power_lost_anywhere_loses_nothing_that_was_committed(tmp_path, plan, expected, operations):
-    for at in some(25, operations, seed=3):
+    for at in some(12, operations, seed=3):
         root = tmp_path / str(at)
         assert trials.powered_off(root, plan, at, seed=at)
         assert trials.contents(root) == expected
@@ -74,7 +74,7 @@ def test_power_lost_anywhere_loses_nothing_that_was_committed(tmp_path, plan, ex
 def test_no_flipped_bit_is_silent(whole, expected):
     records, choice = list(TeacherCache.open(whole)), random.Random(4)
     undetected = []
-    for _ in range(150):
+    for _ in range(100):
         name, bit = trials.flip_bit(whole, expected, choice)
         by_verify = trials.is_found_by_verify(whole)
         by_reading = trials.is_found_by_reading(whole, records)
