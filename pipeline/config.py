@@ -77,6 +77,9 @@ class Generate(Table):
     from (MiniLLM's alpha; they take 0.2). 1 needs no student."""
     student: str = ""
     """HF directory or hub id of the mixture's student; same tokenizer as the teacher."""
+    turns: Literal["last", "each"] = "last"
+    """Conversations: ask for the last answer only, or for every answer anew, each after what the
+    source says until then (LLaVADI's data enhancement)."""
     prompt_tokens: int = Field(default=0, ge=0)
     """`text_column` sources: the prompt is a document's first tokens, this many; 0 takes all."""
     long_prompts: Literal["error", "skip"] = "error"

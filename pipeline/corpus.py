@@ -276,6 +276,7 @@ def _check_window(config: Prepare, context: int) -> None:
 
 
 def document_digest(document: Document) -> str:
+    """The first 32 hex digits of sha256 over a document's text or messages and image hashes."""
     content = document.text.encode() if document.text else canonical_json(list(document.messages))
     for data in document.images:
         content += image_sha256(data).encode()

@@ -29,11 +29,11 @@ def place_images(
         CorpusError: another number of places than of images.
     """
     placed = tuple({**message, "content": _parts(message)} for message in messages)
-    if count and not _places(placed):
+    if count and not places_of(placed):
         placed = _in_front(placed, count)
-    if _places(placed) != count:
+    if places_of(placed) != count:
         raise CorpusError(
-            f"{count} images for {_places(placed)} places in the messages",
+            f"{count} images for {places_of(placed)} places in the messages",
             expected="one image for every place",
             where=where,
             remedy="Check the image column against the messages.",
@@ -126,7 +126,8 @@ def _plain_part(part: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image"} if kept.get("type") in ("image", "image_url") else kept
 
 
-def _places(messages: Sequence[dict[str, Any]]) -> int:
+def places_of(messages: Sequence[dict[str, Any]]) -> int:
+    """Image places in messages as `place_images` makes them."""
     return sum(part.get("type") == "image" for m in messages for part in m["content"])
 
 

@@ -7,6 +7,7 @@ continued. What is left out is counted.
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.config import Generate, Prepare, Source
 from pipeline.corpus import document_digest
 from pipeline.corpus_files import ExampleFile
 from pipeline.corpus_image_chat import ImageChat, ImageTokens
+from pipeline.corpus_images import place_images, places_of
 from pipeline.corpus_prefix_chat import PrefixChat
 from pipeline.corpus_sources import Document, OpenSource
 from pipeline.corpus_tokenizer import CorpusTokenizer
@@ -52,10 +54,9 @@ class PromptReader:
         with ExampleFile(directory / "prompts.arrow") as file:
             for source, opened in zip(self._prepare.source, sources):
                 for document in islice(opened.documents(), source.limit or None):
-                    prompt = self._read(source, document, seen)
-                    if prompt is not None:
-                        for data in document.images:
-                            images.put(data)
+                    for data in document.images:
+                        images.put(data)
+                    for prompt in self._prompts(source, document, seen):
                         seen.add(prompt.example_id)
                         file.write(prompt)
         if not seen:
@@ -69,9 +70,17 @@ class PromptReader:
         used = "_image_chat" in vars(self)
         return {"processor": self._image_chat.facts} if used else {}
 
-    def _read(self, source: Source, document: Document, seen: set[str]) -> Example | None:
+    def _prompts(self, source: Source, document: Document, seen: set[str]) -> Iterator[Example]:
         if not document.messages and not document.text.strip():
-            return self._left_out(document, "empty_documents", "document is empty")
+            self._left_out(document, "empty_documents", "document is empty")
+            return
+        asked = questions(document) if self._generate.turns == "each" else (document,)
+        for question in asked:
+            prompt = self._read(source, question, seen)
+            if prompt is not None:
+                yield replace(prompt, document_id=document_digest(document))
+
+    def _read(self, source: Source, document: Document, seen: set[str]) -> Example | None:
         token_ids, images = self._tokens(document)
         room = self._prepare.window - self._generate.max_tokens
         if len(token_ids) > room:
@@ -83,7 +92,7 @@ class PromptReader:
         if name in seen:
             self.dropped["duplicate_prompts"] += 1
             return None
-        return Example(name, document_digest(document), source.name, token_ids, mask, images)
+        return Example(name, "", source.name, token_ids, mask, images)
 
     def _tokens(self, document: Document) -> tuple[np.ndarray, tuple]:
         if document.messages and (document.images or self._tokenizer.has_processor):
@@ -110,8 +119,15 @@ class PromptReader:
         self.dropped[reason] += 1
 
 
-def read_all(directory: Path) -> Iterator[Example]:
-    """The prompts below a directory, in order."""
-    from pipeline.corpus_files import read_examples
-
-    return read_examples(directory / "prompts.arrow")
+def questions(document: Document) -> Iterator[Document]:
+    """A conversation up to each user message that is answered or is the last; texts as they are."""
+    messages = document.messages
+    if document.images:
+        messages = place_images(messages, len(document.images), document.where)
+    for end, message in enumerate(messages, start=1):
+        answered = end == len(messages) or messages[end]["role"] == "assistant"
+        if message["role"] == "user" and answered:
+            shown = document.images[: places_of(messages[:end]) if document.images else 0]
+            yield replace(document, messages=messages[:end], images=shown)
+    if not messages:
+        yield document

@@ -12,8 +12,10 @@ from pipeline.cache.reader import TeacherCache
 from pipeline.capture import capture
 from pipeline.config import Capture, Generate, Prepare, Run, Source, Teacher
 from pipeline.corpus import Corpus
+from pipeline.corpus_sources import Document
 from pipeline.generation import generate
 from pipeline.generation_parts import answered
+from pipeline.prompts import questions
 from pipeline.teacher.engine import RejectedExample
 from pipeline.teacher.generate import Answer
 from tests import tiny_image_models, tiny_models
@@ -213,6 +215,30 @@ def test_roll_outs_of_a_mixture_train_a_student_by_policy_gradient(tiny_llama, s
     }
     result = train(parse(tables, "test"))
     assert result.steps == 2
+
+
+def test_each_turn_is_asked_for_after_what_the_source_said(tiny_llama, tiny_tokenizer, tmp_path):
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    said = ["Be brief.", "One?", "First.", "Two?", "Second."]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": messages}))
+    source = Source(name="s", kind="jsonl", path=str(path), messages_column="messages")
+    corpus = written(run_in(tmp_path / "run", tiny_llama, source, turns="each", max_tokens=3))
+    examples = list(corpus.split("train"))
+    assert len({example.document_id for example in examples}) == 1
+    prompts = [tiny_tokenizer.decode(e.token_ids[~e.loss_mask]) for e in examples]
+    assert ["First." in prompt for prompt in prompts] == [False, True]
+    assert all("Second." not in prompt for prompt in prompts)
+    assert [prompt.count("?") for prompt in prompts] == [1, 2]
+
+
+def test_each_turn_shows_only_the_images_that_were_shown_until_then():
+    text = ("user", "<image>a"), ("assistant", "b"), ("user", "<image>c")
+    messages = tuple({"role": role, "content": content} for role, content in text)
+    first, second = questions(Document("here", messages=messages, images=(b"1", b"2")))
+    assert (first.images, second.images) == ((b"1",), (b"1", b"2"))
+    assert (len(first.messages), len(second.messages)) == (1, 3)
 
 
 def test_texts_are_continued_from_their_first_tokens(tiny_llama, tmp_path):
