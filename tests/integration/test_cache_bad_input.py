@@ -19,9 +19,15 @@ from tests.services import ACCESS_KEY, SECRET_KEY, rclone, s3_options
 from tests.synthetic_records import make_plan, records_of
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    root = tmp_path_factory.mktemp("original") / "cache"
+    return write_cache(root, make_plan(profile="small", hidden_layers=[2]))
+
+
 @pytest.fixture
-def cache(tmp_path):
-    return write_cache(tmp_path / "cache", make_plan(profile="small", hidden_layers=[2]))
+def cache(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "cache")
 
 
 def write_cache(root, plan, seed=0):

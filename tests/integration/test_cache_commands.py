@@ -1,6 +1,7 @@
 """`stillroom cache`: results on stdout, one message on stderr, exit codes, nothing lost."""
 
 import re
+import shutil
 
 import pytest
 
@@ -10,14 +11,19 @@ from stages.__main__ import run
 from tests.synthetic_records import make_plan, records_of
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plan():
     return make_plan(hidden_layers=[2])
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, plan):
+    return write_cache(tmp_path_factory.mktemp("original") / "cache", plan)
+
+
 @pytest.fixture
-def cache(tmp_path, plan):
-    return write_cache(tmp_path / "run" / "cache", plan)
+def cache(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "run" / "cache")
 
 
 def write_cache(root, plan, shards=None):

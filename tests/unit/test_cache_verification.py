@@ -15,14 +15,19 @@ from pipeline.cache.writer import CacheWriter
 from tests.synthetic_records import make_plan, make_record, records_of
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plan():
     return make_plan(hidden_layers=[2])
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, plan):
+    return write_cache(tmp_path_factory.mktemp("original") / "cache", plan)
+
+
 @pytest.fixture
-def sealed(tmp_path, plan):
-    return write_cache(tmp_path / "cache", plan)
+def sealed(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "cache")
 
 
 def write_cache(root, plan, seed=0):
