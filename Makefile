@@ -1,6 +1,6 @@
 # The only commands to know. `make demo` and `make test` build .venv first if it is not there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check bench golden clean
+.PHONY: help setup demo demo-vision test test-fast check bench golden clean
 
 PYTHON ?=
 VARIANT ?=
@@ -15,6 +15,9 @@ setup:  ## Build .venv with pinned dependencies (CPU or GPU, whichever is there)
 
 demo: setup  ## Teacher under vLLM -> cache -> student -> results, on a real model and real text
 	@$(BIN)/stillroom demo runbooks/demo.toml --control runbooks/demo-control.toml
+
+demo-vision: setup  ## A small image-text teacher under vLLM -> vision targets -> students -> results
+	@$(BIN)/stillroom demo-vision runbooks/demo-vision.toml
 
 test: setup  ## The whole test suite
 	@$(BIN)/python -m pytest

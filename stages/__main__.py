@@ -17,7 +17,17 @@ from typing import Annotated, NoReturn
 import typer
 
 from cache_schemas.errors import EXIT_INCOMPLETE, EXIT_USER_ERROR, CacheIncomplete, StillroomError
-from stages import cache, capture, demo, evaluate, generate, prepare, teacher, train
+from stages import (
+    cache,
+    capture,
+    demo,
+    demo_vision,
+    evaluate,
+    generate,
+    prepare,
+    teacher,
+    train,
+)
 from stages.console import say
 
 app = typer.Typer(
@@ -37,6 +47,7 @@ app.command()(train.student)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(demo.demo)
+app.command()(demo_vision.demo_vision)
 app.add_typer(teacher.app, name="teacher")
 
 SURROUNDINGS = {

@@ -24,10 +24,8 @@ from pipeline.vision.parts import assemble, name_for_vllm, save_processor
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-WORDS = tuple(
-    "? a color contain does image in is no not of present shape the there what yes "
-    "circle rectangle triangle black blue brown gray green red teal yellow".split()  # noqa: SIM905
-)
+QUESTION_WORDS = "? a color contain does image in is no not of present shape the there what yes"
+WORDS = (*QUESTION_WORDS.split(), *SHAPES, *COLOURS)
 SPECIAL = ("<pad>", "<image>", "<user>", "<answer>", "<end>", "<unknown>")
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<user>' }}"
@@ -52,6 +50,7 @@ class Recipe:
     Attributes:
         width, blocks: of tower and language model.
         tower_epochs, language_epochs: passes over the pictures.
+        pictures: training pictures to use; 0 takes all.
         batch: pictures of a step.
     """
 
@@ -59,14 +58,16 @@ class Recipe:
     blocks: int = 4
     tower_epochs: int = 24
     language_epochs: int = 3
+    pictures: int = 0
     batch: int = 64
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture of easy-VQA: uint8 [3, S, S], and its questions with their answers."""
+    """One picture of easy-VQA: its file, uint8 [3, S, S], and its questions with their answers."""
 
+    path: Path
     pixels: np.ndarray
     questions: tuple[tuple[str, str], ...]
 
@@ -79,7 +80,7 @@ def read_pictures(directory: Path, split: str, limit: int = 0) -> list[Picture]:
         user, assistant = (message["content"] for message in row["messages"])
         asked[row["image"]].append((user, assistant))
     kept = list(asked.items())[: limit or None]
-    return [Picture(_pixels(directory / name), tuple(questions)) for name, questions in kept]
+    return [Picture(directory / n, _pixels(directory / n), tuple(asked)) for n, asked in kept]
 
 
 def train_teacher(
@@ -93,7 +94,7 @@ def train_teacher(
     if (directory / "config.json").exists():
         return directory
     torch.manual_seed(recipe.seed)
-    pictures = read_pictures(data, "train")
+    pictures = read_pictures(data, "train", recipe.pictures)
     tower, language = directory.parent / "tower", directory.parent / "language"
     save_tower(tower, pictures, recipe, report)
     save_language_model(language, recipe.width, recipe.blocks, recipe.seed)
@@ -131,7 +132,7 @@ def save_tower(directory: Path, pictures: list[Picture], recipe: Recipe, report:
         loss = loss + F.cross_entropy(colour, labels[chosen, 1], ignore_index=-1)
         _step(loss, optimizer, schedule)
         if number % 100 == 0:
-            report(f"tower step {number} of {steps}: loss {float(loss):.3f}")
+            report(f"tower step {number} of {steps}: loss {loss.item():.3f}")
     tower.save_pretrained(directory)
     processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
     (directory / "preprocessor_config.json").write_text(json.dumps(processor) + "\n")
@@ -205,7 +206,7 @@ def _train_language(
         loss = F.cross_entropy(model.lm_head(places).flatten(0, 1), targets)
         _step(loss, optimizer, schedule)
         if number % 20 == 0:
-            report(f"language step {number} of {steps}: loss {float(loss):.3f}")
+            report(f"language step {number} of {steps}: loss {loss.item():.3f}")
 
 
 def _features(model: Any, pixels: torch.Tensor) -> torch.Tensor:

