@@ -1,8 +1,8 @@
 """Training speed: a student from the cache, beside plain cross-entropy and online distillation.
 
-One idea: three children hold the same student, the same optimiser and the same packed text, and take
-one step each in turn, so that whatever else the machine does hits all of them; each child's own
-peak memory is its arm's.
+One idea: children hold the same student, the same optimiser and the same packed text, and take one
+step each in turn, so that whatever else the machine does hits all of them; each child's own peak
+memory is its arm's.
 
     cache    this project's step: top-k and tail and a tenth of cross-entropy from the cache
     ce       the usual loop: model(input_ids, labels=...) with transformers' own loss
@@ -81,7 +81,9 @@ def make_run(model: str, directory: Path, rows: int) -> Path:
         "train": {"batch_tokens": WINDOW * rows, "precision": "bfloat16", "steps": 1000},
     }
     run = config.parse(document, "benchmark")
-    assert run.prepare and run.teacher and run.student
+    assert run.prepare
+    assert run.teacher
+    assert run.student
     prepare(run.prepare, run.teacher.model, run.path("corpus"))
     capture(run, engine="reference")
     initial_student(run.student, run.teacher, run.path("student-initial"))
@@ -139,7 +141,8 @@ def _start(arm: str, run: Path) -> subprocess.Popen:
 
 
 def _ask(child: subprocess.Popen, order: str) -> dict[str, Any]:
-    assert child.stdin and child.stdout
+    assert child.stdin
+    assert child.stdout
     child.stdin.write(order + "\n")
     child.stdin.flush()
     while line := child.stdout.readline():
@@ -210,7 +213,8 @@ def _own_step(training: Any) -> Callable[[], tuple[int, float]]:
 
 
 def _plain_step(run: config.Run, online: bool) -> Callable[[], tuple[int, float]]:
-    assert run.train and run.teacher
+    assert run.train
+    assert run.teacher
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load(run.path("student-initial")).to(device).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)

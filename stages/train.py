@@ -5,20 +5,29 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stages.console import out, progress, say
+from stages.console import out, progress, say, table
+
+if TYPE_CHECKING:
+    from pipeline.config import Run
 
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 
 
-def train(run_file: RunFile) -> None:
+def train(
+    run_file: RunFile,
+    sweep: Annotated[bool, typer.Option(help="The file is a sweep: several students.")] = False,
+) -> None:
     """Train the student of a run, or go on where it stopped.
 
     Under torchrun every process runs this command; the main one speaks.
     """
+    if sweep:
+        _sweep(run_file)
+        return
     from pipeline import config, provenance
     from pipeline.curves import draw_curves
     from pipeline.trainer import Progress
@@ -46,6 +55,51 @@ def train(run_file: RunFile) -> None:
     if not result.seconds:
         say(f"already trained: {result.steps} steps")
     out.print(result.student)
+
+
+def _sweep(sweep_file: Path) -> None:
+    """Train all arms, then compare them in one table and one picture."""
+    from pipeline import sweep as sweeps
+    from pipeline.curves import draw_curves
+
+    _, base, arms = sweeps.load(sweep_file)
+    with progress("sweep", "arms") as report, stop_on_signals() as stop:
+
+        def show(now: sweeps.SweepProgress) -> None:
+            part = now.step.step / now.step.steps if now.step else 0.0
+            report(now.done + part, now.total, arm=now.arm)
+
+        results = sweeps.run_sweep(sweep_file, show, stop)
+    picture = draw_curves({name: run.path() for name, run in arms.items()}, base.path("sweep.png"))
+    scores = _scores(base, {name: result.student for name, result in results.items()})
+    rows = [
+        [name, f"{result.final_loss:.4f}", f"{result.tokens:,}", *scores.get(name, ["", "", ""])]
+        for name, result in results.items()
+    ]
+    columns = ["arm", "last loss", "tokens", "KL to teacher", "top-1 agreement", "perplexity"]
+    table(f"sweep of {base.name}", columns, rows)
+    out.print(str(picture))
+
+
+def _scores(base: "Run", students: dict[str, str]) -> dict[str, list[str]]:
+    """Held-out figures of every arm; empty where there is no teacher or no held-out text."""
+    from pipeline.corpus import Corpus
+    from pipeline.evaluate import measure
+    from pipeline.teacher.facts import model_directory
+    from pipeline.training_tables import Evaluate
+
+    settings = base.evaluate or Evaluate()
+    if base.teacher is None or not base.path("corpus").exists():
+        return {}
+    examples = list(Corpus.open(base.path("corpus")).split("heldout"))[: settings.examples or None]
+    if not examples:
+        return {}
+    teacher = str(model_directory(base.teacher))
+    found = measure(teacher, students, examples, settings.precision)
+    return {
+        name: [f"{s.kl:.4f} ± {s.kl_standard_error:.4f}", f"{s.top1:.3f}", f"{s.perplexity:,.1f}"]
+        for name, s in found.items()
+    }
 
 
 def student(run_file: RunFile) -> None:

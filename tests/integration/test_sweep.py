@@ -1,0 +1,93 @@
+"""Sweeps: arms are runs of their own, stopped ones go on, results stand side by side."""
+
+import json
+
+import pytest
+
+from cache_schemas.errors import ConfigError
+from pipeline import sweep
+from pipeline.trainer import Interrupted
+from stages.__main__ import run as command
+from tests import memory_cache
+
+BASE = """
+name = "base"
+directory = "{directory}"
+[teacher]
+model = "{teacher}"
+dtype = "float32"
+[student]
+keep_layers = [0]
+[[objective]]
+name = "forward_kl"
+[train]
+cache = "{cache}"
+steps = 2
+batch_tokens = 96
+workers = 0
+"""
+SWEEP = """
+base = "base.toml"
+side_by_side = {side_by_side}
+[[arm]]
+name = "as-it-is"
+[[arm]]
+name = "reverse"
+objective = [{{ name = "reverse_kl" }}]
+train = {{ learning_rate = 1e-4 }}
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, tiny_llama):
+    captured = memory_cache.captured(tiny_llama, memory_cache.examples(12))
+    return captured.write(tmp_path_factory.mktemp("cache") / "cache")
+
+
+@pytest.fixture
+def files(tmp_path, tiny_llama, cache):
+    def write(side_by_side=1, text=SWEEP):
+        names = {"directory": tmp_path / "run", "teacher": tiny_llama, "cache": cache}
+        (tmp_path / "base.toml").write_text(BASE.format(**names))
+        (tmp_path / "sweep.toml").write_text(text.format(side_by_side=side_by_side))
+        return tmp_path / "sweep.toml"
+
+    return write
+
+
+@pytest.mark.parametrize("side_by_side", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_every_arm_is_trained_and_compared(files, tmp_path, side_by_side, capsys):
+    assert command(["train", "--sweep", str(files(side_by_side))]) == 0
+    results = json.loads((tmp_path / "run" / "sweep.json").read_text())
+    assert list(results) == ["as-it-is", "reverse"]
+    assert results["as-it-is"]["final_loss"] != results["reverse"]["final_loss"]
+    assert (tmp_path / "run" / "sweep.png").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    assert "reverse" in shown
+    assert "as-it-is" in shown
+    for name in results:
+        assert (tmp_path / "run" / "sweep" / name / "student" / "model.safetensors").exists()
+
+
+def test_a_stopped_sweep_goes_on(files, tmp_path):
+    path, asked = files(), iter(range(100))
+    with pytest.raises(Interrupted):
+        sweep.run_sweep(path, stop=lambda: next(asked) >= 3)
+    first = (tmp_path / "run" / "sweep" / "as-it-is" / "train.json").read_bytes()
+    assert set(sweep.run_sweep(path)) == {"as-it-is", "reverse"}
+    assert (tmp_path / "run" / "sweep" / "as-it-is" / "train.json").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SWEEP.replace("side_by_side", "sidebyside", 1), "unknown key 'sidebyside'.*side_by_side"),
+        (SWEEP.replace('"reverse"', '"as-it-is"', 1), "two arms have one name"),
+        (SWEEP.replace("learning_rate", "learning_rte"), "arm 'reverse'.*learning_rate"),
+        (SWEEP.replace("base.toml", "bse.toml"), "no such file"),
+        ('base = "base.toml"', "arm"),
+    ],
+)
+def test_mistakes_are_named(files, text, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep.load(files(text=text))
