@@ -24,11 +24,11 @@ from tests import cache_trials as trials
 from tests.faulty_disk import full
 
 
-def flips(root: Path, plan, count: int) -> dict:
+def flips(root: Path, plan, count: int, seed: int) -> dict:
     """Outcome of flipped bits, one at a time."""
     trials.write(root, plan)
     expected = trials.contents(root)
-    records, choice = list(TeacherCache.open(root)), random.Random(0)
+    records, choice = list(TeacherCache.open(root)), random.Random(seed)
     outcome = {"detected": 0, "harmless": 0, "refused_by_reader": 0, "silent": 0}
     for _ in range(count):
         name, _ = trials.flip_bit(root, expected, choice)
@@ -42,9 +42,9 @@ def flips(root: Path, plan, count: int) -> dict:
     return outcome
 
 
-def kills(folder: Path, plan, expected: dict, count: int) -> dict:
+def kills(folder: Path, plan, expected: dict, count: int, seed: int) -> dict:
     """SIGKILL at random moments of wall-clock time."""
-    choice, survived, redone = random.Random(1), 0, [0]
+    choice, survived, redone = random.Random(seed), 0, [0]
     started = time.perf_counter()
     _killed_after(folder / "timed", plan, None)
     longest = time.perf_counter() - started
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--others", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     plan = trials.small_plan()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
@@ -106,8 +107,8 @@ def main() -> None:
         powered_off = lambda root, plan, at: trials.powered_off(root, plan, at, seed=at)  # noqa: E731
         result = {
             **sizes,
-            "flips": flips(folder / "flips", plan, options.flips),
-            "kills": kills(folder, plan, expected, options.kills),
+            "flips": flips(folder / "flips", plan, options.flips, options.seed),
+            "kills": kills(folder, plan, expected, options.kills, options.seed),
             "full_disks": at_operations(
                 folder / "full", plan, expected, options.others, trials.filled
             ),
