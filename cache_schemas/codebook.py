@@ -20,7 +20,7 @@ STRICT_STEP, STRICT_FLOOR = 0.05, 1000.0
 MAX_STEP = 0.8
 """Width of the widest level at a budget of 1e-4 nats; it grows with the root of the budget."""
 FIT_ROWS = 8192
-FIT_SHARE = 0.95
+FIT_SHARE = 0.92
 """Of the budget, for the samples: other rows may need a little more."""
 
 
