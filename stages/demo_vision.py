@@ -32,6 +32,7 @@ def demo_vision(
     pictures: Annotated[int, typer.Option(min=2, help="Test pictures.")] = 200,
     arms: Annotated[str, typer.Option(help="Names of arms, with commas; empty: all.")] = "",
     epochs: Annotated[int, typer.Option(min=1, help="Teacher: passes over the questions.")] = 3,
+    probe_steps: Annotated[int, typer.Option(min=1, help="Steps of each probe.")] = 100,
 ) -> None:
     """Train a teacher, capture it and its pictures' targets, train students, show the results."""
     from pipeline import config
@@ -43,7 +44,7 @@ def demo_vision(
     for stage in ("prepare", "capture"):
         perform(stage, run_file, engine)
     measured = {
-        arm: {seed: student(run, arm, seed, steps, pictures) for seed in range(seeds)}
+        arm: {seed: student(run, arm, seed, steps, pictures, probe_steps) for seed in range(seeds)}
         for arm in chosen
     }
     teacher = teacher_answers(run, pictures)
@@ -81,20 +82,22 @@ def perform(stage: str, run_file: Path, engine: str) -> None:
         raise StillroomError(f"the {stage} stage ended with exit code {code}")
 
 
-def student(run: Any, arm: str, seed: int, steps: int, pictures: int) -> dict[str, Any]:
+def student(
+    run: Any, arm: str, seed: int, steps: int, pictures: int, probe_steps: int
+) -> dict[str, Any]:
     """Train and measure one student, or read what was measured before."""
     from pipeline.trainer import train
     from pipeline.vision.trial import PERMUTED, arm_of, measure, permute
 
     made = arm_of(run, arm, seed, steps)
-    path = made.path(f"measured-{steps}-{pictures}.json")
+    path = made.path(f"measured-{steps}-{pictures}-{probe_steps}.json")
     if path.exists():
         return json.loads(path.read_text())
     if not run.path(PERMUTED, "manifest.json").exists():
         permute(run.path("vision"), run.path(PERMUTED))
     say(f"student {made.name}")
     result = train(made)
-    found = measure(Path(result.student), *probe_data(run, pictures))
+    found = measure(Path(result.student), *probe_data(run, pictures), probe_steps)
     probes = {name: {str(k): v for k, v in values.items()} for name, values in found.probes.items()}
     facts = {"accuracy": found.answers.accuracy, "said": found.answers.said, "probes": probes}
     path.write_text(json.dumps(facts | {"seconds": round(result.seconds, 1)}) + "\n")

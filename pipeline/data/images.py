@@ -163,7 +163,7 @@ def processor_of(directory: str | Path) -> Callable[[Any], torch.Tensor]:
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(directory, use_fast=False)
+        processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise StudentError(

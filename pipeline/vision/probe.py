@@ -14,6 +14,9 @@ import torch.nn.functional as F
 
 from pipeline.vision.predictor import TaskPredictor
 
+PROBE_WIDTH = 256
+"""Inside a probe, at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeData:
@@ -48,7 +51,8 @@ def _probe_layer(
         torch.manual_seed(seed)
         positions, width = train.targets.shape[1:]
         student_width = train.states[layer].shape[-1]
-        model = TaskPredictor(student_width, (positions, width), (layer,), seek=0)
+        inside = min(width, PROBE_WIDTH)
+        model = TaskPredictor(student_width, (positions, width), (layer,), seek=0, width=inside)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         for _ in range(steps):
             chosen = torch.randint(len(train.targets), (batch,))

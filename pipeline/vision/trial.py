@@ -154,7 +154,7 @@ def measure(
     student: Path,
     train: tuple[list[Picture], dict[str, torch.Tensor]],
     test: tuple[list[Picture], dict[str, torch.Tensor]],
-    probe_steps: int = 200,
+    probe_steps: int = 100,
 ) -> Measured:
     """Answers and probes of one student.
 
