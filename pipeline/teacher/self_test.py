@@ -10,6 +10,7 @@ import numpy as np
 
 from cache_schemas.errors import TeacherError
 from pipeline.record import Example, content_id
+from pipeline.teacher.engine import RejectedExample, check_finite
 from pipeline.teacher.facts import ModelShape
 from pipeline.teacher.vllm_requests import MarkedRequests, one_pass
 
@@ -34,6 +35,7 @@ def self_test(ask: Callable, requests: MarkedRequests, shape: ModelShape, dtype:
     for length in LENGTHS:
         example = _example(length, shape.vocab_size)
         ours = requests.signals(example, ask(example, requests.sampling(example)))
+        _check_finite(example, ours)
         theirs = ask(example, one_pass(prompt_logprobs=min(PUBLIC_TOP, shape.vocab_size - 1)))
         for row in range(example.num_rows):
             public = theirs.prompt_logprobs[example.first_row + row + 1]
@@ -45,6 +47,13 @@ def _example(length: int, vocab_size: int) -> Example:
     ids = np.random.default_rng(length).integers(0, min(vocab_size, 256), length, dtype=np.int32)
     mask = np.arange(length) >= length // 2
     return Example(content_id(ids, mask), "self-test", "self-test", ids, mask)
+
+
+def _check_finite(example: Example, signals: dict) -> None:
+    try:
+        check_finite(example, example.first_row, signals)
+    except RejectedExample as error:
+        raise TeacherError(error.found, where="vLLM self-test", remedy=error.remedy) from None
 
 
 def _compare(ours: dict, row: int, public: dict, token: int, dtype: str) -> None:

@@ -30,7 +30,9 @@ BLOCK = 64
 PIECE = 16 * BLOCK
 """Logits in one piece: single-precision sums run over a piece, double over pieces."""
 GONE = np.float32(-1e9)
-"""Stands at the top-k's places while the tail is summed; its exponential is below 1e-37."""
+"""Stands at the top-k's places while the tail is summed; its exponential is 0."""
+FAINT = 1e-20
+"""A tail below this share of the peak is summed again from its own peak."""
 FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
 
 intrinsic: Any = typed_intrinsic
@@ -67,7 +69,7 @@ def sweep_cpu(
 
 
 def _as_array(logits: torch.Tensor) -> np.ndarray:
-    """[R, V] bits: of bfloat16 as uint16, of anything else as float32 as int32; copies if it must."""
+    """[R, V] bits: bfloat16 as uint16, anything else as float32 in int32; copies if it must."""
     if logits.dtype == torch.bfloat16:
         return logits.view(torch.int16).numpy().view(np.uint16)
     return logits.float().view(torch.int32).numpy()
@@ -112,13 +114,13 @@ def _power_of_two() -> tuple[np.float32, ...]:
 
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = _power_of_two()
 _LOG2E = 1.4426950408889634
-_HALF, _FLOOR = np.float32(0.5), np.float32(-126.0)
+_HALF, _FLOOR = np.float32(0.5), np.float32(-127.0)
 _ONE, _ZERO = np.float32(1.0), np.float32(0.0)
 
 
 @njit(fastmath=FAST, inline="always")
 def _exp2(y):
-    """2^y for y <= 0 in single precision; below 2^-126 it stays there."""
+    """2^y for y <= 0 in single precision; 0 below 2^-126.5, where the exponent's bits run out."""
     y = max(y, _FLOOR)
     n = np.floor(y + _HALF)
     f = y - n
@@ -209,16 +211,21 @@ def _sweep_row(
             total += np.exp((exact[j] - peak) / temperature)
         floats[k + 2 + t] = peak / temperature + np.log(total)
         if temperature == 1.0:
-            lse_1, tail_1 = np.log(total), tail
+            lse_1 = np.log(total)
             for j in range(k):
                 weighted += np.exp(np.float64(exact[j] - peak)) * (exact[j] - peak)
             if entropy:
                 floats[k + 2 + num_temperatures] = lse_1 - weighted / total
+            tail_peak = peak
+            if tail < FAINT:
+                tail_peak = z[:vocab_size].max()
+                tail, _ = _second_sweep(z, tail_peak, 1.0, sums, True)
+            tail_1 = np.log(tail) + (tail_peak - peak)
             if draws:
-                _draw(z, peak, sums, tail, counter, key, draws, ints[k : k + 2 * draws])
+                _draw(z, tail_peak, sums, tail, counter, key, draws, ints[k : k + 2 * draws])
     for j in range(k):
         floats[j] = exact[j] - peak - lse_1
-    floats[k] = np.log(tail_1) - lse_1
+    floats[k] = tail_1 - lse_1
     floats[k + 1] = token - peak - lse_1
     ints[k + 2 * draws] = 1 + above
     if moments:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm import envs
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.interfaces import EagleModelMixin
 from vllm.v1.outputs import LogprobsTensors
@@ -79,11 +80,10 @@ class Progress:
     parts: list = field(default_factory=list)
 
     @classmethod
-    def of(cls, mark: dict, token_ids: list[int], device: torch.device) -> "Progress":
-        """From the mark in a request's `extra_args`."""
-        tokens = torch.tensor(token_ids, dtype=torch.int64, device=device)
+    def of(cls, mark: dict, tokens: torch.Tensor) -> "Progress":
+        """From the mark in a request's `extra_args` and its prompt."""
         positions = np.frombuffer(mark["positions"], dtype=np.int32)
-        return cls(mark["key"], tokens, mark["first_row"], positions)
+        return cls(mark["key"], tokens.to(torch.int64), mark["first_row"], positions)
 
     def score(self, settings: Settings, start: int, hidden, states, logits_fn) -> None:
         """Take the rows of one step.
@@ -165,7 +165,8 @@ def _score_request(self, req_id: str, mark: dict, hidden_states, num_scheduled_t
     start, count = request.num_computed_tokens, num_scheduled_tokens[req_id]
     progress = request.in_progress_prompt_logprobs_cpu
     if progress is None or start == 0:  # start 0 again: it was preempted
-        progress = Progress.of(mark, request.prompt_token_ids, self.device)
+        tokens = torch.tensor(request.prompt_token_ids, dtype=torch.int64, device=self.device)
+        progress = Progress.of(mark, tokens)
         request.in_progress_prompt_logprobs_cpu = progress
     offset = self.query_start_loc.np[self.input_batch.req_id_to_index[req_id]].item()
     rows = slice(offset, offset + count)
@@ -213,6 +214,10 @@ def _sample_tokens(self, grammar_output):
         self.stillroom_states = None
 
 
+if envs.VLLM_USE_V2_MODEL_RUNNER:
+    from pipeline.teacher import vllm_worker_v2
+
+    vllm_worker_v2.install()
 runner: Any = GPUModelRunner
 runner._get_prompt_logprobs_dict = _prompt_logprobs
 runner._setup_eagle3_aux_hidden_state_outputs = _setup

@@ -1,0 +1,239 @@
+"""Both sweeps against dense float64 formulas, and their draws against the dense distribution."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.teacher.blocks import CPU_ROWS, rows_within, score_block
+from pipeline.teacher.rows import RowSpec, draw_key
+from pipeline.teacher.sweep import sweep
+from pipeline.teacher.sweep_cpu import sweep_cpu
+
+SWEEPS = pytest.mark.parametrize("run", [sweep, sweep_cpu])
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
+
+
+def rows_of(num_rows: int, vocab_size: int, dtype=torch.float32, scale: float = 3.0, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_rows, vocab_size, generator=generator).mul(scale).to(dtype)
+    targets = torch.randint(0, vocab_size, (num_rows,), generator=generator)
+    return logits, targets, torch.arange(num_rows) + 5
+
+
+def said(run, logits, targets, positions, spec: RowSpec, key: int = 99) -> dict[str, np.ndarray]:
+    ints, floats = run(logits, targets, positions, key, spec)
+    assert ints.dtype == torch.int32
+    assert floats.dtype == torch.float32
+    return spec.unpack(ints.numpy(), floats.numpy())
+
+
+def dense(logits: torch.Tensor, targets: torch.Tensor, spec: RowSpec) -> dict[str, np.ndarray]:
+    """Every deterministic signal in float64, written from its meaning."""
+    z = logits.double().numpy()
+    order = np.lexsort((np.broadcast_to(np.arange(z.shape[1]), z.shape), -z), axis=1)[:, : spec.k]
+    lse = np.stack([_lse(z / t) for t in spec.temperatures], axis=1)
+    logp = z - _lse(z)[:, None]
+    p, rows = np.exp(logp), np.arange(len(z))
+    outside = np.ones_like(z, dtype=bool)
+    np.put_along_axis(outside, order, False, axis=1)
+    mean, std = z.mean(1), z.std(1)
+    return {
+        "topk_ids": order,
+        "topk_logprobs": np.take_along_axis(logp, order, axis=1),
+        "tail_logprob": np.log((p * outside).sum(1)),
+        "token_logprob": logp[rows, targets],
+        "token_rank": 1 + (z > z[rows, targets][:, None]).sum(1),
+        "lse": lse,
+        "entropy": -(p * logp).sum(1),
+        "logit_mean": mean,
+        "logit_std": std,
+        "zscore_lse": _lse((z - mean[:, None]) / (1e-7 + std[:, None])),
+    }
+
+
+def _lse(z: np.ndarray) -> np.ndarray:
+    peak = z.max(axis=1)
+    return peak + np.log(np.exp(z - peak[:, None]).sum(axis=1))
+
+
+def assert_same(found: dict, expected: dict, tolerance: float = 2e-5) -> None:
+    for name, array in expected.items():
+        if array.dtype.kind in "iu":
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+        else:
+            np.testing.assert_allclose(found[name], array, atol=tolerance, rtol=1e-5, err_msg=name)
+
+
+@SWEEPS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size", "k"),
+    [(3, 768, 16), (2, 1000, 512), (3, 49_152, 64), (1, 151_936, 64), (2, 65, 64), (2, 2, 1)],
+)
+def test_signals_are_what_they_mean(run, num_rows, vocab_size, k, dtype):
+    spec = RowSpec(k, 3, TEMPERATURES, True, True, 0)
+    logits, targets, positions = rows_of(num_rows, vocab_size, dtype)
+    found = said(run, logits, targets, positions, spec)
+    assert_same(found, dense(logits, targets, spec))
+
+
+@SWEEPS
+@settings(max_examples=40, deadline=None)
+@given(
+    vocab_size=st.integers(32, 3000),
+    share=st.floats(0, 1),
+    scale=st.floats(0.1, 30.0),
+    ties=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_signals_are_what_they_mean_for_any_shape(run, vocab_size, share, scale, ties, seed):
+    spec = RowSpec(max(1, min(512, int(share * (vocab_size - 1)))), 2, TEMPERATURES, True, True, 0)
+    logits, targets, positions = rows_of(2, vocab_size, scale=scale, seed=seed)
+    logits = logits.round() if ties else logits
+    found = said(run, logits, targets, positions, spec)
+    tolerance = 1e-4 if scale > 3 else 2e-5
+    assert_same(found, dense(logits, targets, spec), tolerance)
+
+
+@SWEEPS
+def test_ties_are_broken_by_id(run):
+    logits = torch.tensor([[0.0, -0.0, 1.0, 1.0, 0.0, 1.0, -1.0, 0.0]])
+    spec = RowSpec(5, 0, (1.0,), False, False, 0)
+    found = said(run, logits, torch.tensor([4]), torch.tensor([0]), spec)
+    assert found["topk_ids"].tolist() == [[2, 3, 5, 0, 1]]
+    assert found["token_rank"].tolist() == [4]
+
+
+@SWEEPS
+@pytest.mark.parametrize("peak", [30.1, 48.3, 74.2, 120.0, 900.0])
+def test_a_peaked_row_keeps_its_tail(run, peak):
+    """The tail is summed, not one minus the rest: e^-900 survives beside 1."""
+    logits = torch.zeros(1, 4097)
+    logits[0, 7] = peak
+    spec = RowSpec(1, 8, (1.0,), True, False, 0)
+    found = said(run, logits, torch.tensor([7]), torch.tensor([0]), spec)
+    assert found["tail_logprob"][0] == pytest.approx(np.log(4096) - peak, rel=1e-6)
+    assert found["draw_counts"].sum() == 8
+    assert 7 not in found["draw_ids"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@SWEEPS
+def test_bad_logits_show(run, bad, dtype):
+    logits, targets, positions = rows_of(3, 500, dtype)
+    logits[1, 400] = bad
+    spec = RowSpec(8, 2, TEMPERATURES, True, True, 0)
+    found = said(run, logits, targets, positions, spec)
+    finite = np.isfinite(found["entropy"])
+    assert finite.tolist() == [True, False, True]
+
+
+@SWEEPS
+def test_draws_do_not_depend_on_the_batch(run):
+    spec = RowSpec(8, 16, (1.0,), False, False, 0)
+    logits, targets, positions = rows_of(7, 900)
+    together = said(run, logits, targets, positions, spec)
+    for row in range(7):
+        one = slice(row, row + 1)
+        alone = said(run, logits[one], targets[one], positions[one], spec)
+        assert alone["draw_ids"].tolist() == together["draw_ids"][one].tolist()
+        assert alone["draw_counts"].tolist() == together["draw_counts"][one].tolist()
+
+
+def test_both_sweeps_draw_the_same():
+    spec = RowSpec(32, 64, (1.0,), False, False, 0)
+    logits, targets, positions = rows_of(40, 5000)
+    plain = said(sweep, logits, targets, positions, spec)
+    fast = said(sweep_cpu, logits, targets, positions, spec)
+    differing = (plain["draw_ids"] != fast["draw_ids"]).any(axis=1)
+    assert differing.mean() <= 0.05  # a point within rounding of a boundary may fall either way
+
+
+@SWEEPS
+def test_draws_are_distinct_rising_ids_of_the_tail(run):
+    spec = RowSpec(8, 50, (1.0,), False, False, 0)
+    logits, targets, positions = rows_of(20, 300)
+    found = said(run, logits, targets, positions, spec)
+    for top, ids, counts in zip(found["topk_ids"], found["draw_ids"], found["draw_counts"]):
+        kept = ids[counts > 0]
+        assert (np.diff(kept) > 0).all()
+        assert not np.isin(kept, top).any()
+        assert counts.sum() == 50
+        assert (ids[counts == 0] == -1).all()
+
+
+def test_another_seed_or_example_draws_otherwise():
+    keys = {draw_key(seed, example) for seed in (0, 1) for example in ("a" * 32, "b" * 32)}
+    assert len(keys) == 4
+    spec = RowSpec(4, 16, (1.0,), False, False, 0)
+    rows = rows_of(1, 5000, scale=0.5)
+    drawn = {tuple(said(sweep_cpu, *rows, spec, key)["draw_ids"][0]) for key in keys}
+    assert len(drawn) == 4
+
+
+@SWEEPS
+def test_top_k_and_draws_are_an_unbiased_estimate_of_the_whole(run):
+    """E[q-hat] = p, id by id, so any gradient linear in p (forward KL's) is unbiased as well."""
+    num_seeds, draws = 4000, 4
+    spec = RowSpec(3, draws, (1.0,), False, False, 0)
+    logits, _, _ = rows_of(1, 24, scale=1.5, seed=3)
+    estimates = _estimates(run, logits, spec, num_seeds)
+    p = torch.softmax(logits[0].double(), 0).numpy()
+    error = estimates.std(axis=0) / np.sqrt(num_seeds)
+    assert (np.abs(estimates.mean(axis=0) - p) <= 5 * error + 1e-6).all()
+
+
+def test_variance_is_below_random_sampling_at_equal_ids():
+    """Against arXiv 2503.16870: k + d draws from all of p. Compared as the variance of the forward
+    KL gradient, whose noise is exactly that of the estimate of p."""
+    k, draws = 8, 8
+    logits, _, _ = rows_of(1, 200, scale=2.0, seed=1)
+    p = torch.softmax(logits[0].double(), 0).numpy()
+    ours = _estimates(sweep_cpu, logits, RowSpec(k, draws, (1.0,), False, False, 0), 3000)
+    generator = np.random.default_rng(0)
+    theirs = generator.multinomial(k + draws, p, size=3000) / (k + draws)
+    assert ((theirs - p) ** 2).sum(axis=1).mean() == pytest.approx(
+        (1 - (p**2).sum()) / (k + draws), rel=0.1
+    )
+    assert ((ours - p) ** 2).sum(axis=1).mean() < 0.5 * ((theirs - p) ** 2).sum(axis=1).mean()
+
+
+def _estimates(run, logits: torch.Tensor, spec: RowSpec, num_seeds: int) -> np.ndarray:
+    """[seeds, V]: exact top-k plus the tail's mass dealt out by the draws; a row is a seed."""
+    many = logits.expand(num_seeds, -1).contiguous()
+    found = said(run, many, torch.zeros(num_seeds, dtype=torch.long), torch.arange(num_seeds), spec)
+    out = np.zeros(many.shape)
+    np.put_along_axis(out, found["topk_ids"].astype(int), np.exp(found["topk_logprobs"]), axis=1)
+    weight = np.exp(found["tail_logprob"])[:, None] * found["draw_counts"] / spec.draws
+    np.add.at(
+        out,
+        (np.arange(num_seeds)[:, None], np.maximum(found["draw_ids"], 0)),
+        np.where(found["draw_ids"] >= 0, weight, 0.0),
+    )
+    return out
+
+
+def test_blocks_change_nothing():
+    spec = RowSpec(8, 4, TEMPERATURES, True, True, 0)
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(300, 16, generator=generator)
+    hidden = torch.randn(50, 16, generator=generator)
+    targets = torch.randint(0, 300, (50,), generator=generator)
+
+    def scored(block_rows: int) -> dict[str, np.ndarray]:
+        ints, floats = score_block(spec, 1, hidden, targets, 9, lambda h: h @ head.T, block_rows)
+        return spec.unpack(ints.numpy(), floats.numpy())
+
+    whole, pieces = scored(50), scored(7)
+    for name in whole:
+        np.testing.assert_allclose(pieces[name], whole[name], atol=1e-5, err_msg=name)
+
+
+def test_block_rows_fit_the_bound():
+    bound = 256 << 20
+    assert rows_within(bound, 151_936, "cpu") == CPU_ROWS
+    assert rows_within(bound, 151_936, "cuda") * 151_936 * 44 <= bound
+    assert rows_within(1, 151_936, "cpu") == 1

@@ -1,0 +1,122 @@
+"""vLLM's second model runner: its prompt-logprob object, hooked, answers as the first runner does.
+
+It needs a GPU to run whole; here its batch is a stand-in, and the numbers must be `Progress`'s.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.teacher.rows import RowSpec
+
+pytestmark = pytest.mark.vllm
+SPEC = RowSpec(8, 4, (0.5, 1.0), True, True, 0)
+WIDTH, VOCAB = 16, 300
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    """The hooked class of vLLM and our worker module, with one tensor-parallel rank."""
+    from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+
+    from pipeline.teacher import vllm_worker, vllm_worker_v2
+
+    vllm_worker_v2.install_on_prompt_worker()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_worker, "get_tensor_model_parallel_rank", lambda: 0)
+        yield PromptLogprobsWorker, vllm_worker
+
+
+class Prompt:
+    """A prompt with made-up hidden states, and what is asked about it."""
+
+    def __init__(self, name: str, length: int, first_row: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.name, self.length, self.first_row = name, length, first_row
+        self.tokens = torch.randint(0, VOCAB, (length,), generator=generator)
+        self.hidden = torch.randn(length, WIDTH, generator=generator)
+        self.block = torch.randn(length, WIDTH, generator=generator)
+        self.positions = np.arange(first_row, length - 1, 2, dtype=np.int32)
+
+    def mark(self) -> dict:
+        positions = self.positions.tobytes()
+        return {"key": 7, "first_row": self.first_row, "positions": positions}
+
+
+HEAD = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def head(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden @ HEAD.T
+
+
+def steps_of(prompts: list[Prompt], budget: int):
+    """Chunked prefill: (prompt, start, stop) of each step, a few prompts sharing a step."""
+    waiting = [[p, 0] for p in prompts]
+    while waiting:
+        step, left = [], budget
+        for item in waiting:
+            stop = min(item[1] + left, item[0].length)
+            if stop > item[1]:
+                step.append((item[0], item[1], stop))
+                left -= stop - item[1]
+                item[1] = stop
+        waiting = [item for item in waiting if item[1] < item[0].length]
+        yield step
+
+
+@pytest.mark.parametrize("budget", [9, 64, 1000])
+def test_the_second_runner_says_what_the_first_says(hooks, budget):
+    worker_class, first = hooks
+    settings = first.Settings(SPEC, (1,), True, 5)
+    prompts = [Prompt("a", 30, 0, 1), Prompt("b", 41, 22, 2), Prompt("c", 2, 0, 3)]
+    found = _through_second(worker_class, first, settings, prompts, budget)
+    assert set(found) == {"a", "b", "c"}
+    for prompt in prompts:
+        progress = first.Progress.of(prompt.mark(), prompt.tokens)
+        progress.score(settings, 0, prompt.hidden, [prompt.block], head)
+        expected = progress.finish()
+        assert len(expected[0]) == prompt.length - 1 - prompt.first_row
+        for ours, theirs in zip(found[prompt.name][:3], expected[:3]):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def _through_second(worker_class, first, settings, prompts, budget) -> dict:
+    worker = worker_class(8, torch.device("cpu"))
+    worker.stillroom_settings = settings
+    rows = {prompt.name: 5 - i for i, prompt in enumerate(prompts)}
+    all_tokens, lengths = torch.zeros(8, 64, dtype=torch.int32), np.zeros(8, dtype=np.int64)
+    for prompt in prompts:
+        extra = {first.MARK: prompt.mark()}
+        asked = SimpleNamespace(prompt_logprobs=1, prompt_logprob_token_ids=None, extra_args=extra)
+        worker.add_request(prompt.name, rows[prompt.name], asked)
+        all_tokens[rows[prompt.name], : prompt.length] = prompt.tokens
+        lengths[rows[prompt.name]] = prompt.length
+    found = {}
+    for step in steps_of(prompts, budget):
+        batch = _batch(step, rows, lengths)
+        hidden = torch.cat([p.hidden[start:stop] for p, start, stop in step])
+        worker.stillroom_states = [torch.cat([p.block[start:stop] for p, start, stop in step])]
+        answers = worker.compute_prompt_logprobs(head, hidden, batch, all_tokens, None, lengths)
+        assert not set(answers) & set(found)
+        found |= answers
+    for prompt in prompts:
+        worker.remove_request(prompt.name)
+    assert not worker.stillroom_marks
+    assert not worker.stillroom_progress
+    return found
+
+
+def _batch(step, rows, lengths) -> SimpleNamespace:
+    counts = [stop - start for _, start, stop in step]
+    index = np.array([rows[prompt.name] for prompt, _, _ in step])
+    return SimpleNamespace(
+        req_ids=[prompt.name for prompt, _, _ in step],
+        idx_mapping_np=index,
+        num_computed_prefill_tokens_np=np.array([start for _, start, _ in step]),
+        num_scheduled_tokens=np.array(counts),
+        query_start_loc_np=np.concatenate([[0], np.cumsum(counts)]),
+        prefill_len_np=lengths[index],
+    )
