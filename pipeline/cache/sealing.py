@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from cache_schemas import layout
 from cache_schemas.errors import PlanMismatch, ShardCorrupt
 from cache_schemas.manifest import FileEntry, Manifest, ShardReceipt, ShardTable, read
+from pipeline.cache.card import README, card
 from pipeline.cache.formats import Format
 from pipeline.cache.storage import Storage
 
@@ -62,6 +63,7 @@ def seal(storage: Storage, form: Format) -> Manifest:
         files=files,
         shards=ShardTable(**table),
     )
+    storage.create(README, card(form.plan))
     storage.replace(layout.MANIFEST, manifest.to_bytes())
     storage.sweep()
     return manifest

@@ -15,6 +15,7 @@ from cache_schemas import layout
 from cache_schemas.errors import CacheError, PlanMismatch, ShardCorrupt
 from cache_schemas.manifest import FileEntry
 from pipeline.cache import partial
+from pipeline.cache.card import README
 from pipeline.cache.reader import TeacherCache
 from pipeline.cache.storage import Storage
 from pipeline.cache.verification import Progress
@@ -70,8 +71,9 @@ def copy(
             progress(done, cache.plan.num_shards)
     held = {*dense, *_held_already(cache, target)}
     partial.mark(target, None if held == set(cache.plan.dense_signals) else sorted(held))
-    if source.size(layout.SIGNATURE) is not None:
-        target.replace(layout.SIGNATURE, source.read(layout.SIGNATURE))
+    for name in (README, layout.SIGNATURE):
+        if source.size(name) is not None:
+            target.replace(name, source.read(name))
     if target.size(layout.MANIFEST) is None:
         target.create(layout.MANIFEST, source.read(layout.MANIFEST))
     return Copied(len(work.moved), sum(work.moved), sorted(held))

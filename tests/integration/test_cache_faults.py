@@ -13,6 +13,7 @@ import pytest
 
 from cache_schemas import layout
 from cache_schemas.errors import CacheIncomplete
+from pipeline.cache.card import README
 from pipeline.cache.reader import TeacherCache
 from pipeline.cache.storage import DirectoryStorage, Disk
 from pipeline.cache.verification import verify
@@ -82,7 +83,7 @@ def test_no_flipped_bit_is_silent(whole, expected):
             assert not by_reading
             undetected.append((name, bit))
         (whole / name).write_bytes(expected[name])
-    assert len(undetected) <= 5
+    assert {name for name, _ in undetected} <= {README, layout.PLAN, layout.CODEC}
 
 
 def test_two_writers_of_one_shard_leave_one_and_both_return_its_receipt(tmp_path, plan):

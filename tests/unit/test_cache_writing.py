@@ -5,7 +5,10 @@ import itertools
 import pytest
 
 from cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch
+from pipeline.cache.card import card
 from pipeline.cache.reader import TeacherCache
+from pipeline.cache.storage import DirectoryStorage
+from pipeline.cache.verification import verify
 from pipeline.cache.writer import CacheWriter
 from tests.synthetic_records import assert_same_record, make_plan, make_record, records_of
 
@@ -91,3 +94,23 @@ def test_an_unsealed_cache_is_not_read(tmp_path):
     write_all(tmp_path, make_plan())
     with pytest.raises(CacheIncomplete, match="not sealed"):
         TeacherCache.open(tmp_path)
+
+
+def test_the_card_points_a_hubs_viewer_at_the_index_and_may_be_edited(tmp_path):
+    write_all(tmp_path, make_plan()).seal()
+    text = (tmp_path / "README.md").read_text()
+    assert "data_files: index/*.parquet" in text
+    assert [path.name for path in tmp_path.glob("index/*.parquet")] == ["000.parquet"]
+    (tmp_path / "README.md").write_text("mine")
+    CacheWriter.open(tmp_path, make_plan()).seal()
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert verify(DirectoryStorage(tmp_path)).problems == []
+
+
+def test_a_card_shows_a_strangers_text_as_text():
+    plan = make_plan()
+    plan.facts["teacher"]["architecture"] = "<script>alert(1)</script>|`x`\x1b[2J"
+    text = card(plan).decode()
+    assert "<script>" not in text
+    assert "\x1b" not in text
+    assert "&lt;script&gt;" in text
