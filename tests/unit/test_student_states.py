@@ -1,0 +1,114 @@
+"""The student's forward pass: packed documents do not see each other, heads are as they are."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cache_schemas.errors import StudentError
+from pipeline.evaluate import measure
+from pipeline.optimization import rate
+from pipeline.student import load
+from pipeline.student_states import (
+    blocks_of,
+    check_documents_are_isolated,
+    forward_states,
+    head_of,
+)
+from pipeline.training_tables import Train
+from tests import memory_cache
+
+
+@pytest.fixture(scope="module", params=["tiny_llama", "tiny_qwen3"])
+def model(request):
+    return load(request.getfixturevalue(request.param)).eval()
+
+
+def packed(*documents):
+    ids = torch.tensor([token for document in documents for token in document])
+    places = torch.tensor([p for document in documents for p in range(len(document))])
+    return ids[None], places[None]
+
+
+@torch.no_grad()
+def test_a_document_does_not_see_the_one_before_it(model):
+    second = [40, 41, 42, 43, 44]
+    states = [
+        forward_states(model, *packed(first, second)).final[-5:]
+        for first in ([5, 6, 7], [105, 206, 307])
+    ]
+    alone = forward_states(model, *packed(second)).final
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    torch.testing.assert_close(states[0], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_looks_across_documents_is_refused(model):
+    class Leaky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.inner = model.config, model
+
+        def get_decoder(self):
+            return self
+
+        def get_output_embeddings(self):
+            return model.get_output_embeddings()
+
+        def forward(self, input_ids, position_ids=None, **_):
+            places = torch.arange(input_ids.shape[1])[None]
+            return model.model(input_ids=input_ids, position_ids=places, use_cache=False)
+
+    check_documents_are_isolated(model, 768)
+    with pytest.raises(StudentError, match="Leaky attends across packed documents"):
+        check_documents_are_isolated(Leaky(), 768)
+
+
+@torch.no_grad()
+def test_final_states_and_head_give_the_models_logits(model):
+    ids, places = packed([4, 5, 6, 7, 8, 9])
+    states, head = forward_states(model, ids, places, blocks=[1, 2]), head_of(model)
+    found = states.at(torch.arange(6)) @ head.weight.T
+    truth = model(input_ids=ids, output_hidden_states=True)
+    torch.testing.assert_close(found, truth.logits[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states.blocks[1], truth.hidden_states[1][0])
+    assert len(blocks_of(model)) == model.config.num_hidden_layers
+
+
+def test_kl_is_that_of_the_whole_vocabulary(tiny_llama, tmp_path):
+    from tests.tiny_models import save_llama
+
+    other = save_llama(tmp_path / "other", num_layers=1, seed=3)
+    texts = memory_cache.examples(3)
+    scores = measure(str(tiny_llama), {"other": str(other)}, texts)
+    teacher, student = load(tiny_llama), load(other)
+    kl, nll, hits, rows = 0.0, 0.0, 0, 0
+    for text in texts:
+        ids = torch.tensor(text.token_ids, dtype=torch.long)
+        kept = torch.tensor(text.loss_mask[1:])
+        with torch.no_grad():
+            p, q = (m(ids[None]).logits[0, :-1].log_softmax(-1)[kept] for m in (teacher, student))
+        kl += float((p.exp() * (p - q)).sum())
+        nll -= float(q.gather(1, ids[1:][kept][:, None]).sum())
+        hits += int((p.argmax(-1) == q.argmax(-1)).sum())
+        rows += int(kept.sum())
+    assert scores["other"].kl == pytest.approx(kl / rows, rel=1e-4)
+    assert scores["other"].perplexity == pytest.approx(math.exp(nll / rows), rel=1e-4)
+    assert scores["other"].top1 == hits / rows
+    assert scores["teacher"].kl == pytest.approx(0, abs=1e-6)
+
+
+def test_schedules_rise_stay_and_fall():
+    cosine = Train(steps=100, warmup=0.1, learning_rate=1.0, final_rate=0.1)
+    rates = [rate(cosine, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0.1 < rates[-1] < 0.11
+    wsd = cosine.model_copy(update={"schedule": "wsd", "decay": 0.5})
+    rates = [rate(wsd, step) for step in range(100)]
+    assert set(rates[10:55]) == {1.0}
+    assert rates[60:] == sorted(rates[60:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1 + 0.9 / 45, abs=0.01)
+    constant = cosine.model_copy(update={"schedule": "constant"})
+    assert {rate(constant, step) for step in range(10, 100)} == {1.0}
