@@ -97,7 +97,8 @@ def student(
         permute(run.path("vision"), run.path(PERMUTED))
     say(f"student {made.name}")
     result = train(made)
-    found = measure(Path(result.student), *probe_data(run, pictures), probe_steps)
+    seen, unseen = probe_data(run, pictures)
+    found = measure(Path(result.student), seen, unseen, probe_steps)
     probes = {name: {str(k): v for k, v in values.items()} for name, values in found.probes.items()}
     facts = {"accuracy": found.answers.accuracy, "said": found.answers.said, "probes": probes}
     path.write_text(json.dumps(facts | {"seconds": round(result.seconds, 1)}) + "\n")
