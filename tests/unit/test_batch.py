@@ -55,5 +55,5 @@ def test_image_rows_are_marked():
 
 def test_caches_of_other_rows_are_refused():
     other = replace(B, first_row=0)
-    with pytest.raises(StudentError, match="rows from 0 in cache 'b'.*rows from 1"):
+    with pytest.raises(StudentError, match=r"rows from 0 in cache 'b'.*rows from 1"):
         collate([[{"": B, "b": other}]], 8)
