@@ -91,7 +91,7 @@ def test_the_teacher_learns_and_is_kept(root):
     from pipeline.vision.answering import Answerer
 
     data = root / "data"
-    recipe = Recipe(width=32, blocks=2, tower_epochs=1, language_epochs=30)
+    recipe = Recipe(width=32, blocks=2, tower_epochs=1, language_epochs=120)
     made = train_teacher(data, root / "models" / "teacher", recipe)
     answers = Answerer(made).answer(read_pictures(data, "test"))
     assert answers.accuracy == 1.0
