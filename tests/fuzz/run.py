@@ -9,6 +9,7 @@ Inputs that reach new code are kept in `tests/fuzz/corpus/TARGET`; the sound one
 import argparse
 import importlib
 import pkgutil
+import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +28,11 @@ def write_seeds() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for number, data in enumerate(inputs):
             (folder / f"seed-{number}").write_bytes(data)
+
+
+def peak_megabytes() -> int:
+    """Peak resident size so far; Linux counts a large parent's into it, across fork and exec."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def main() -> None:
@@ -48,7 +54,8 @@ def main() -> None:
         from tests.fuzz.targets import survives
     folder = CORPUS / options.target
     work = folder if options.keep else Path(tempfile.mkdtemp())
-    arguments = [f"-max_total_time={options.seconds}", "-rss_limit_mb=2048", "-timeout=20"]
+    arguments = [f"-max_total_time={options.seconds}", "-timeout=20", "-malloc_limit_mb=2048"]
+    arguments.append(f"-rss_limit_mb={peak_megabytes() + 2048}")
     arguments.append(f"-artifact_prefix={tempfile.mkdtemp()}/")
     atheris.Setup(
         [sys.argv[0], *arguments, str(work), str(folder)],
