@@ -220,15 +220,21 @@ class DirectoryStorage:
         return Claim(path, file)
 
     def _new_staging(self) -> tuple[Path, int]:
-        """A directory and the lock that tells others that its owner is alive."""
+        """A directory and the lock that tells others that its owner is alive.
+
+        Others take away the folder above when they leave it empty, and what nobody holds yet: then
+        it is made again.
+        """
         while True:
             made = self.root / layout.STAGING / secrets.token_hex(8)
             try:
                 made.mkdir(parents=True)
+                lock = os.open(made, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
             except (FileExistsError, NotADirectoryError):
                 remedy = "Choose another place for the cache."
                 raise CacheError("is not a directory", where=self.location, remedy=remedy) from None
-            lock = os.open(made, os.O_RDONLY)
             with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if made.is_dir():
