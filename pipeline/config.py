@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from cache_schemas.errors import ConfigError
 from pipeline.strict import Table, validate
@@ -104,8 +104,10 @@ class Teacher(Table):
 class Capture(Table):
     """What is kept of the teacher's answers. All of it changes meaning, so it is in the plan."""
 
-    k: int = Field(default=64, ge=1, le=512)
-    tail_draws: int = Field(default=0, ge=0, le=512)
+    k: int = Field(default=64, ge=0, le=512)
+    """Ids kept exactly. With 0 the tail is everything, and draws are all that is kept of it (random
+    sampling KD, arXiv 2503.16870)."""
+    tail_draws: int = Field(default=0, ge=0, le=512, validate_default=True)
     """Draws from the tail per row, in proportion to p; 0 keeps only the tail's mass."""
     temperatures: tuple[float, ...] = (1.0,)
     """Log-sum-exps are kept at each; 1.0 is always among them."""
@@ -127,6 +129,13 @@ class Capture(Table):
     """Also keep rows at image placeholder positions."""
     examples_per_shard: int = Field(default=16, ge=1)
     seed: int = 0
+
+    @field_validator("tail_draws")
+    @classmethod
+    def _something_is_kept(cls, draws: int, info: ValidationInfo) -> int:
+        if draws == 0 and info.data.get("k") == 0:
+            raise ValueError("k = 0 keeps no exact ids, so draws are needed")
+        return draws
 
 
 class Run(Table):

@@ -132,7 +132,7 @@ def _sweep_row(
     count = candidates(z, vocab_size, maxima, k, keys)
     top = np.sort(keys[:count])[::-1][:k]
     ids = ints[:k]
-    peak = z[id_of(top[0])]
+    peak = maxima.max()
     exact = np.empty(k, dtype=np.float32)
     for j in range(k):
         ids[j] = id_of(top[j])

@@ -124,6 +124,8 @@ def _maxima(piece, maxima):
 @njit(cache=True)
 def candidates(z, vocab_size, maxima, k, keys):
     """Sort keys of every logit that may be among the top k; returns how many there are."""
+    if k == 0:
+        return 0
     num_blocks = (vocab_size + BLOCK - 1) // BLOCK
     bound = GONE
     if num_blocks >= k:

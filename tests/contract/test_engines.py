@@ -218,6 +218,26 @@ def test_another_vllm_gets_the_public_api_and_a_warning(tiny_llama, engines, mon
             open_engine("vllm", settings_of(tiny_llama), TABLE, max_tokens=CONTEXT)
 
 
+def test_draws_from_the_whole_where_no_id_is_exact(engines, tiny_llama):
+    table = Capture(k=0, tail_draws=8)
+    said = {}
+    for name in ("reference", "vllm"):
+        teacher = open_engine(name, settings_of(tiny_llama), table, max_tokens=CONTEXT)
+        said[name] = list(teacher.score(EXAMPLES))
+        teacher.close()
+    for ours, theirs in zip(said["vllm"], said["reference"]):
+        for record in (ours, theirs):
+            rows = record.num_rows
+            assert record.signals["topk_ids"].shape == (rows, 0)
+            assert (record.signals["tail_logprob"] == 0).all()
+            assert (record.signals["draw_counts"].sum(axis=1) == 8).all()
+        for draws in ("draw_ids", "draw_counts"):
+            differ = ours.signals[draws] != theirs.signals[draws]
+            assert differ.any(axis=1).mean() <= 0.1  # a point at a boundary
+        gap = ours.signals["token_logprob"] - theirs.signals["token_logprob"]
+        assert np.abs(gap).max() <= 1e-4
+
+
 def _with_weights(source, directory, change):
     """A copy of a model with a head of its own and `change` applied to it."""
     from transformers import AutoModelForCausalLM

@@ -12,6 +12,7 @@ from pipeline.teacher.sweep import sweep
 from pipeline.teacher.sweep_cpu import sweep_cpu
 
 SWEEPS = pytest.mark.parametrize("run", [sweep, sweep_cpu])
+KEPT = pytest.mark.parametrize("k", [8, 0])
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 
 
@@ -70,7 +71,15 @@ def assert_same(found: dict, expected: dict, tolerance: float = 2e-5) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("num_rows", "vocab_size", "k"),
-    [(3, 768, 16), (2, 1000, 512), (3, 49_152, 64), (1, 151_936, 64), (2, 65, 64), (2, 2, 1)],
+    [
+        (3, 768, 16),
+        (2, 1000, 512),
+        (3, 49_152, 64),
+        (1, 151_936, 64),
+        (2, 65, 64),
+        (2, 2, 1),
+        (3, 9, 0),
+    ],
 )
 def test_signals_are_what_they_mean(run, num_rows, vocab_size, k, dtype):
     spec = RowSpec(k, 3, TEMPERATURES, True, True, 0)
@@ -89,7 +98,7 @@ def test_signals_are_what_they_mean(run, num_rows, vocab_size, k, dtype):
     seed=st.integers(0, 2**31),
 )
 def test_signals_are_what_they_mean_for_any_shape(run, vocab_size, share, scale, ties, seed):
-    spec = RowSpec(max(1, min(512, int(share * (vocab_size - 1)))), 2, TEMPERATURES, True, True, 0)
+    spec = RowSpec(min(512, int(share * (vocab_size - 1))), 2, TEMPERATURES, True, True, 0)
     logits, targets, positions = rows_of(2, vocab_size, scale=scale, seed=seed)
     logits = logits.round() if ties else logits
     found = said(run, logits, targets, positions, spec)
@@ -143,8 +152,9 @@ def test_draws_do_not_depend_on_the_batch(run):
         assert alone["draw_counts"].tolist() == together["draw_counts"][one].tolist()
 
 
-def test_both_sweeps_draw_the_same():
-    spec = RowSpec(32, 64, (1.0,), False, False, 0)
+@KEPT
+def test_both_sweeps_draw_the_same(k):
+    spec = RowSpec(k, 64, (1.0,), False, False, 0)
     logits, targets, positions = rows_of(40, 5000)
     plain = said(sweep, logits, targets, positions, spec)
     fast = said(sweep_cpu, logits, targets, positions, spec)
@@ -152,9 +162,10 @@ def test_both_sweeps_draw_the_same():
     assert differing.mean() <= 0.05  # a point within rounding of a boundary may fall either way
 
 
+@KEPT
 @SWEEPS
-def test_draws_are_distinct_rising_ids_of_the_tail(run):
-    spec = RowSpec(8, 50, (1.0,), False, False, 0)
+def test_draws_are_distinct_rising_ids_of_the_tail(run, k):
+    spec = RowSpec(k, 50, (1.0,), False, False, 0)
     logits, targets, positions = rows_of(20, 300)
     found = said(run, logits, targets, positions, spec)
     for top, ids, counts in zip(found["topk_ids"], found["draw_ids"], found["draw_counts"]):
@@ -175,10 +186,20 @@ def test_another_seed_or_example_draws_otherwise():
 
 
 @SWEEPS
-def test_top_k_and_draws_are_an_unbiased_estimate_of_the_whole(run):
+def test_without_exact_ids_the_tail_is_everything(run):
+    found = said(run, *rows_of(5, 3000), RowSpec(0, 4, TEMPERATURES, True, True, 0))
+    assert found["topk_ids"].shape == found["topk_logprobs"].shape == (5, 0)
+    assert found["topk_ids"].dtype == np.int32
+    assert found["topk_logprobs"].dtype == np.float32
+    assert (found["tail_logprob"] == 0).all()
+
+
+@KEPT
+@SWEEPS
+def test_top_k_and_draws_are_an_unbiased_estimate_of_the_whole(run, k):
     """E[q-hat] = p, id by id, so any gradient linear in p (forward KL's) is unbiased as well."""
     num_seeds, draws = 4000, 4
-    spec = RowSpec(3, draws, (1.0,), False, False, 0)
+    spec = RowSpec(k, draws, (1.0,), False, False, 0)
     logits, _, _ = rows_of(1, 24, scale=1.5, seed=3)
     estimates = _estimates(run, logits, spec, num_seeds)
     p = torch.softmax(logits[0].double(), 0).numpy()

@@ -120,6 +120,7 @@ KEYS = {
     "wrong value": ("window = 64", "window = 'big'", "prepare.window"),
     "wrong choice": ('kind = "jsonl"', 'kind = "json"', "prepare.source.0.kind"),
     "longer than the context": ("window = 64", "window = 4096", "teacher's context of 512"),
+    "nothing kept": ("k = 8", "k = 0", "k = 0 keeps no exact ids, so draws are needed"),
     "not TOML": ("window = 64", "window = = 64", "is not TOML"),
     "unnamed teacher": ("[teacher]\nmodel", "[teacher]\nmodle", "Did you mean 'model'?"),
 }
