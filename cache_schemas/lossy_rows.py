@@ -52,7 +52,8 @@ class LossyRows:
         lists, error, places = None, RowError(), None
         classes = self._choose(arrays)
         if "topk_ids" in arrays and "topk_logprobs" in arrays:
-            tail = arrays.pop("tail_logprob", np.empty(0, dtype=np.float32))
+            none = np.empty(0, dtype=np.float32)
+            tail = arrays.pop("tail_logprob", none) if self.k else none
             given = arrays.pop("topk_ids"), arrays.pop("topk_logprobs")
             streams, lists, error = self._lists.encode(*given, tail, classes)
         if "draw_ids" in arrays and "draw_counts" in arrays and lists is not None:
@@ -70,7 +71,7 @@ class LossyRows:
         if PARAMETERS in record.entries and not _FROM_LISTS.isdisjoint(names):
             lists = self._lists.decode(record, self.k)
             found = {"topk_ids": lists.ids, "topk_logprobs": lists.logprobs}
-            if lists.tail.size or not record.rows:
+            if lists.tail.size or (self.k and not record.rows):
                 found["tail_logprob"] = lists.tail
             if token_streams.PROMPT in record.entries and not _FROM_PLACES.isdisjoint(names):
                 tokens, places = token_streams.decode_tokens(record, lists, self.rankings)

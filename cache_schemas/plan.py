@@ -264,6 +264,15 @@ class _PlanShape(BaseModel):
     signals: _Signals
     shards: _Shards
 
+    @model_validator(mode="after")
+    def _something_is_kept(self) -> "_PlanShape":
+        rows, capture = self.signals.rows, self.capture
+        if ("draw_ids" in rows) > (capture.tail_draws > 0):
+            raise ValueError("draws without a number of draws (capture.tail_draws)")
+        if "topk_ids" in rows and not capture.k and "draw_ids" not in rows:
+            raise ValueError("k = 0 keeps no exact ids, so draws are needed")
+        return self
+
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return dict(_walk(value, prefix))

@@ -89,8 +89,7 @@ class RowCodec:
         if profile not in ("small", "strict"):
             return cls(profile, mean_kl=mean_kl, **sizes)
         samples = [s for s in samples if "topk_ids" in s and "topk_logprobs" in s]
-        stacked = np.concatenate([s["topk_ids"] for s in samples] or [np.empty((0, k), np.int32)])
-        rankings = Rankings.fit(stacked, vocab_size)
+        rankings = Rankings.fit(_predicted(samples, k), vocab_size)
         codebook = Codebook.strict() if profile == "strict" else Codebook.fit(samples, mean_kl)
         tables = rankings.tables()
         return cls(profile, mean_kl=mean_kl, codebook=codebook, tables=tables, **sizes)
@@ -202,6 +201,12 @@ class RowCodec:
         max_kl = MAX_KL * self.mean_kl if self.profile == "small" else np.inf
         sizes = {"k": self.k, "draws": self.draws, "temperatures": self.temperatures}
         return LossyRows(self.profile == "strict", self.codebook, rankings, max_kl, **sizes)
+
+
+def _predicted(samples: list[Signals], k: int) -> np.ndarray:
+    """int32 [R, n]: the ids that rankings are fitted to; the draws where there are no lists."""
+    name = "topk_ids" if k else "draw_ids"
+    return np.concatenate([s[name] for s in samples if name in s] or [np.empty((0, k), np.int32)])
 
 
 def table_digest(table: np.ndarray) -> str:

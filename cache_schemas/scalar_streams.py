@@ -67,10 +67,11 @@ def predict(name: str, lists: Lists | None, places: np.ndarray | None, rows: int
     if lists is not None and name == "entropy":
         return _list_entropy(lists)
     if lists is not None and name == "token_logprob" and places is not None and places.size:
-        last = np.maximum(lists.counts - 1, 0)
-        at = np.where(places < lists.ids.shape[1], places, last)
-        found = lists.logprobs[np.arange(rows), at].astype(np.float64)
-        return np.where(np.isfinite(found), found, 0.0)
+        from cache_schemas.kernels.topk import entries_at
+
+        found = np.empty(rows)
+        entries_at(lists.logprobs, lists.counts, places, found)
+        return found
     return np.zeros(rows)
 
 

@@ -148,12 +148,11 @@ def _looked_up(ranks: np.ndarray, classes: np.ndarray, rankings: Rankings) -> np
 def _groups(places: np.ndarray, lists: Lists) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(1 + first place of the token's group, whether the token is alone in it, whether it is in
     the list at all), each [R]; tokens outside the list start at k + 1."""
-    rows, k = lists.levels.shape
-    inside = places < k
-    own = lists.levels[np.arange(rows), np.where(inside, places, 0)]
-    same = (lists.levels == own[:, None]) & (np.arange(k) < lists.counts[:, None])
-    start = np.where(inside, same.argmax(axis=1), k).astype(np.int64) + 1
-    return start, same.sum(axis=1) <= 1, inside
+    from cache_schemas.kernels.topk import groups
+
+    start, sizes = np.empty(len(places), dtype=np.int64), np.empty(len(places), dtype=np.int64)
+    groups(lists.levels, lists.counts, places, start, sizes)
+    return start + 1, sizes <= 1, places < lists.levels.shape[1]
 
 
 def _small(values: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 One idea: numbers on stdout, judgement in the exit code.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -86,7 +87,7 @@ def _row(name: str, values) -> list[str]:
         name,
         f"{values.kl_mean:.3g}",
         f"{values.kl_max:.3g}",
-        f"{values.top1:.4f}",
+        "-" if math.isnan(values.top1) else f"{values.top1:.4f}",
         f"{values.logprob:.3g}",
         dense or "-",
     ]

@@ -65,6 +65,7 @@ def guesses_table(storage: Storage, number: int, rows: int, guesses: int, tokeni
 
         raise CacheError(f"no example {number}", expected=f"0 to {len(cache) - 1}")
     record = cache.read(number, [name for name in WANTED if name in cache.signals])
+    drawn = not cache.plan.facts["capture"].get("k") and "draw_ids" in cache.signals
     words = _words(cache.plan.facts["tokenizer"].get("sha256", ""), tokenizer)
     lines = []
     for row in range(min(rows, record.num_rows)):
@@ -75,12 +76,21 @@ def guesses_table(storage: Storage, number: int, rows: int, guesses: int, tokeni
             [*line, *_row(record.signals, row), _guesses(record.signals, row, guesses, words)]
         )
     title = f"example {number} of {len(cache):,} ({plain(record.example.source, 40)})"
-    table(title, ["after", "came", "log p", "rank", "tail", "the teacher's top guesses"], lines)
+    heard = "the teacher's draws" if drawn else "the teacher's top guesses"
+    table(title, ["after", "came", "log p", "rank", "tail", heard], lines)
     if not tokenizer:
         out.print("token ids are shown; --tokenizer shows words")
 
 
-WANTED = ("topk_ids", "topk_logprobs", "tail_logprob", "token_logprob", "token_rank")
+WANTED = (
+    "topk_ids",
+    "topk_logprobs",
+    "tail_logprob",
+    "token_logprob",
+    "token_rank",
+    "draw_ids",
+    "draw_counts",
+)
 
 
 def _row(signals: dict[str, np.ndarray], row: int) -> list[str]:
@@ -93,10 +103,14 @@ def _row(signals: dict[str, np.ndarray], row: int) -> list[str]:
 def _guesses(
     signals: dict[str, np.ndarray], row: int, guesses: int, words: Callable[[int], str]
 ) -> str:
-    if "topk_ids" not in signals:
+    if "topk_ids" in signals and signals["topk_ids"].shape[1]:
+        pairs = zip(signals["topk_ids"][row][:guesses], signals["topk_logprobs"][row][:guesses])
+        return "  ".join(f"{words(int(i))} {math.exp(float(p)):.2f}" for i, p in pairs if i >= 0)
+    if "draw_ids" not in signals:
         return ""
-    pairs = zip(signals["topk_ids"][row][:guesses], signals["topk_logprobs"][row][:guesses])
-    return "  ".join(f"{words(int(i))} {math.exp(float(p)):.2f}" for i, p in pairs if i >= 0)
+    often = np.argsort(-signals["draw_counts"][row], kind="stable")[:guesses]
+    pairs = zip(signals["draw_ids"][row][often], signals["draw_counts"][row][often])
+    return "  ".join(f"{words(int(i))} x{times}" for i, times in pairs if i >= 0)
 
 
 def _words(expected: str, tokenizer: str) -> Callable[[int], str]:

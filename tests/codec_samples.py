@@ -39,14 +39,15 @@ def record(
     z = logits(rng, rows, vocab, shape)
     lse = np.stack([_lse(z / t) for t in temperatures], axis=1)
     logp = z - _lse(z)[:, None]
-    order = np.argsort(-logp, axis=1, kind="stable")[:, :k]
-    counts = rng.integers(1, k + 1, rows) if nucleus else np.full(rows, k)
+    order = np.argsort(-logp, axis=1, kind="stable")
+    likeliest, order = order[:, 0], order[:, :k]
+    counts = rng.integers(1, k + 1, rows) if nucleus and k else np.full(rows, k)
     held = np.arange(k) < counts[:, None]
     ids = np.where(held, order, -1)
     listed = np.where(held, np.take_along_axis(logp, order, 1), -np.inf)
     tokens = rng.integers(0, vocab, rows + prompt)
     likely = rng.random(rows) < 0.8
-    tokens[prompt:] = np.where(likely, order[:, 0], tokens[prompt:])
+    tokens[prompt:] = np.where(likely, likeliest, tokens[prompt:])
     token_logp = logp[np.arange(rows), tokens[prompt:]]
     mass = np.exp(logp)
     finite = np.isfinite(z)

@@ -374,3 +374,30 @@ def places_of(ids, tokens, places):
         while place < ids.shape[1] and ids[t, place] != tokens[t]:
             place += 1
         places[t] = place
+
+
+@compiled
+def groups(levels, counts, places, start, sizes):
+    """Fill start and sizes [R]: the first place of the group that a place belongs to, and how many
+    entries the group has; k and 0 for the place k. Levels rise along a row."""
+    k = levels.shape[1]
+    for t in range(places.size):
+        place = min(places[t], k)
+        first = last = place
+        while place < k and first > 0 and levels[t, first - 1] == levels[t, place]:
+            first -= 1
+        while last < counts[t] and levels[t, last] == levels[t, place]:
+            last += 1
+        start[t], sizes[t] = first, last - first
+
+
+@compiled
+def entries_at(logprobs, counts, places, found):
+    """Fill found [R] (float64): the entry at each place, or the row's last for the place k; 0 where
+    there is none or it is not finite."""
+    k = logprobs.shape[1]
+    for t in range(places.size):
+        place = places[t] if places[t] < k else counts[t] - 1
+        found[t] = logprobs[t, place] if place >= 0 else 0.0
+        if not math.isfinite(found[t]):
+            found[t] = 0.0

@@ -4,7 +4,8 @@ One idea: two top-k lists rarely hold the same ids, so rows are compared on the 
 three outcomes more: what only the first lists, only the second, and neither. An id that a side does
 not list has at most the mass of its least listed one there; within that, the unknown mass is placed
 where it makes the divergence small. So the result leans to the low side, is exact where the lists
-agree, and large where they are strangers.
+agree, and large where they are strangers. Records of draws alone (k = 0) have no list: the token
+that followed and its log-probability stand for one.
 """
 
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ class Differences:
 
     Attributes:
         kl: KL(first || second) of every row, nats.
-        top1: share of rows whose most probable id agrees.
+        top1: share of rows whose most probable id agrees; NaN where none is known.
         logprob: largest |difference| of a log-probability that both list, nats.
         hidden: dense signal -> mean squared difference over mean square.
         examples: examples compared.
@@ -86,7 +87,7 @@ def diff(first: TeacherCache, second: TeacherCache, sample: int = 200) -> CacheD
 def differences(pairs: Iterable[tuple[TeacherRecord, TeacherRecord]]) -> Differences:
     """Compare records of the same examples, pair by pair."""
     kl: list[np.ndarray] = []
-    agree, furthest, examples = 0, 0.0, 0
+    agree, furthest, examples = [np.empty(0, dtype=bool)], 0.0, 0
     energy: dict[str, np.ndarray] = {}
     for first, second in pairs:
         examples += 1
@@ -94,22 +95,23 @@ def differences(pairs: Iterable[tuple[TeacherRecord, TeacherRecord]]) -> Differe
             row_kl, logprob = row_divergence(first, second)
             kl.append(row_kl)
             furthest = max(furthest, logprob)
-            tops = first.signals["topk_ids"][:, 0] == second.signals["topk_ids"][:, 0]
-            agree += int(tops.sum())
+            if all(record.signals["topk_ids"].shape[1] for record in (first, second)):
+                agree.append(first.signals["topk_ids"][:, 0] == second.signals["topk_ids"][:, 0])
         for name, sums in _energies(first, second):
             energy[name] = energy.get(name, np.zeros(2)) + sums
     every = np.concatenate(kl) if kl else np.empty(0)
     hidden = {name: float(sums[0] / max(sums[1], FLOOR)) for name, sums in sorted(energy.items())}
-    return Differences(every, agree / max(every.size, 1), furthest, hidden, examples)
+    tops = np.concatenate(agree)
+    top1 = float(tops.mean()) if tops.size else float("nan")
+    return Differences(every, top1, furthest, hidden, examples)
 
 
 def row_divergence(first: TeacherRecord, second: TeacherRecord) -> tuple[np.ndarray, float]:
     """KL(first || second) of every row [R] in nats, and the largest |difference| of log p."""
-    ids, others = first.signals["topk_ids"], second.signals["topk_ids"]
+    (ids, logprobs), (others, other_logprobs) = _listed(first), _listed(second)
     same = (ids[:, :, None] == others[:, None, :]) & (ids >= 0)[:, :, None]
     row, column, other = np.nonzero(same)
-    log_p = first.signals["topk_logprobs"].astype(np.float64)[row, column]
-    log_q = second.signals["topk_logprobs"].astype(np.float64)[row, other]
+    log_p, log_q = logprobs[row, column], other_logprobs[row, other]
     p, q = (np.bincount(row, np.exp(log), len(ids)) for log in (log_p, log_q))
     kl = np.bincount(row, np.exp(log_p) * (log_p - log_q), len(ids))
     kl = kl + _outside(_Rest(first, p, same.any(axis=2)), _Rest(second, q, same.any(axis=1)))
@@ -129,13 +131,23 @@ class _Rest:
     """
 
     def __init__(self, record: TeacherRecord, common: np.ndarray, shared: np.ndarray):
-        held = record.signals["topk_ids"] >= 0
-        mass = np.where(held, np.exp(record.signals["topk_logprobs"].astype(np.float64)), 0)
+        ids, logprobs = _listed(record)
+        held = ids >= 0
+        mass = np.where(held, np.exp(logprobs), 0)
         self.listed = np.maximum(mass.sum(axis=1) - common, 0)
         self.unlisted = np.maximum(1 - mass.sum(axis=1), FLOOR)
         self.share = self.listed / (self.listed + self.unlisted)
         self.least = np.where(held, mass, 1).min(axis=1, initial=1)
         self.count = (held & ~shared).sum(axis=1)
+
+
+def _listed(record: TeacherRecord) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, float64 log-probabilities) [R, n] of a record's lists, or of its following tokens."""
+    ids, logprobs = record.signals["topk_ids"], record.signals["topk_logprobs"]
+    if not ids.shape[1] and "token_logprob" in record.signals:
+        ids = record.example.token_ids[record.first_row + 1 :, None]
+        logprobs = record.signals["token_logprob"][:, None]
+    return ids, logprobs.astype(np.float64)
 
 
 def _outside(p: _Rest, q: _Rest) -> np.ndarray:

@@ -21,7 +21,7 @@ from pipeline.record import Example, TeacherRecord
 AVERAGED_ROWS = 256
 """Over how many rows noise is taken to average: a choice, smaller than any usual batch."""
 LONGEST_LIST = 256
-KS = (4, 8, 16, 32, 64, 128, 256)
+KS = (0, 4, 8, 16, 32, 64, 128, 256)
 DRAWS = (0, 8, 32)
 USUAL_KS, BUDGETS = (16, 64), (1e-5, 1e-3)
 """Lists that are also coded in profiles `strict` and `exact`, and to other budgets of `small`."""
@@ -42,7 +42,7 @@ class Setting:
 
     @property
     def tail(self) -> str:
-        """How the tail is kept, in words."""
+        """How the tail is kept, in words; with k = 0 the tail is everything."""
         return f"{self.draws} draws" if self.draws else "bucket"
 
     def table(self) -> dict[str, object]:
@@ -135,7 +135,7 @@ def sample(
 def settings(longest: int, vocab_size: int) -> list[Setting]:
     """The settings to compare: lists up to `longest` ids, every profile at the usual ones."""
     lists = [
-        Setting(k, n, "small") for k in KS for n in DRAWS if k <= longest and k + n < vocab_size
+        Setting(k, n, "small") for k in KS for n in DRAWS if k <= longest and 0 < k + n < vocab_size
     ]
     usual = [setting for setting in lists if setting.k in USUAL_KS and not setting.draws]
     budgets = [replace(setting, mean_kl=kl) for setting in usual for kl in BUDGETS]

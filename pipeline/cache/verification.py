@@ -109,7 +109,7 @@ def check_record(record: TeacherRecord, plan: Plan) -> None:
 
     Raises:
         ShardCorrupt: an id outside the vocabulary, a positive log-probability, repeated or
-            unsorted top-k entries, or mass that does not sum to one.
+            unsorted top-k entries, mass that does not sum to one, or draws that cannot be.
     """
     signals, where = record.signals, f"example {record.example.example_id}"
     vocab = plan.facts["teacher"]["vocab_size"]
@@ -120,6 +120,8 @@ def check_record(record: TeacherRecord, plan: Plan) -> None:
             raise ShardCorrupt(f"{name} has NaN", where=where)
     if "topk_ids" in signals and "topk_logprobs" in signals:
         _check_topk(signals, vocab, plan.facts["capture"].get("profile", ""), where)
+    if "draw_ids" in signals and "draw_counts" in signals:
+        _check_draws(signals, vocab, plan.facts["capture"].get("tail_draws", 0), where)
 
 
 def _check_topk(signals: dict[str, np.ndarray], vocab: int, profile: str, where: str) -> None:
@@ -137,6 +139,20 @@ def _check_topk(signals: dict[str, np.ndarray], vocab: int, profile: str, where:
         off = np.abs(mass + np.exp(signals["tail_logprob"].astype(np.float64)) - 1).max()
         if off > MASS_TOLERANCE.get(profile, ROUNDED_MASS_TOLERANCE):
             raise ShardCorrupt(f"probabilities sum to 1 +- {off:.3g}", where=where)
+
+
+def _check_draws(signals: dict[str, np.ndarray], vocab: int, draws: int, where: str) -> None:
+    ids, times = signals["draw_ids"], signals["draw_counts"]
+    held = ids >= 0
+    ordered = np.sort(ids, axis=1)
+    if _outside(ids, -1, vocab) or ((np.diff(ordered) == 0) & (ordered[:, 1:] >= 0)).any():
+        raise ShardCorrupt("draw ids are repeated or outside the vocabulary", where=where)
+    if ((times > 0) != held).any() or (times.sum(axis=1, dtype=np.int64) > draws).any():
+        raise ShardCorrupt(f"draw counts are not those of {draws} draws", where=where)
+    listed = signals.get("topk_ids", ids[:, :0])
+    both = np.sort(np.concatenate([np.where(held, ids, -1), listed], axis=1), axis=1)
+    if ((np.diff(both) == 0) & (both[:, 1:] >= 0)).any():
+        raise ShardCorrupt("a draw is one of the top-k ids", where=where)
 
 
 def _outside(ids: np.ndarray, low: int, high: int) -> bool:

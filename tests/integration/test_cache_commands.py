@@ -51,6 +51,13 @@ def test_show_tells_what_a_cache_holds(capsys, cache):
     assert "example 0 of 10" in out
 
 
+def test_show_of_draws_alone(capsys, tmp_path):
+    cache = write_cache(tmp_path, make_plan(k=0, tail_draws=4))
+    code, out, _ = stillroom(capsys, "show", cache, "--rows", 2, "--guesses", 1)
+    assert (code, "the teacher's draws" in out) == (0, True)
+    assert len(re.findall(r"\b\d+ x1\b", out)) == 2
+
+
 def test_show_of_an_unfinished_cache_tells_what_is_missing(capsys, tmp_path, plan):
     code, out, err = stillroom(capsys, "show", write_cache(tmp_path, plan, shards=[1]))
     assert (code, "1 of 4" in out) == (0, True)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from cache_schemas.record_codec import MAX_KL, MEAN_KL, NAMES, RowCodec
 from tests.codec_samples import (
     SHAPES,
+    assert_draws,
     assert_same,
     assert_within_bounds,
     divergence,
@@ -20,7 +21,7 @@ sizes = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 2**32 - 1),
         "rows": st.sampled_from([0, 1, 2, 5, 33]),
-        "k": st.sampled_from([1, 2, 3, 4, 5, 16, 17, 63, 66, 130]),
+        "k": st.sampled_from([0, 1, 2, 3, 4, 5, 16, 17, 63, 66, 130]),
         "vocab": st.sampled_from([131, 300, 9000]),
         "shape": st.sampled_from(SHAPES),
         "draws": st.sampled_from([0, 1, 8]),
@@ -131,3 +132,18 @@ def test_classes_make_records_smaller_than_one_order_of_the_vocabulary():
     held_out = rows(500)
     saved = len(one_order.encode(held_out)) - len(clustered.encode(held_out))
     assert saved > 500 * 32 * 1.5 / 8
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_records_of_draws_alone(profile):
+    """k = 0: no exact ids, draws from the whole distribution, a tail that is everything."""
+    size = {"k": 0, "vocab": 500, "draws": 16}
+    samples = [record(seed, rows=400, **size) for seed in range(3)]
+    codec = fitted(profile, size, samples[1:])
+    blob = codec.encode(samples[0])
+    found = codec.decode(blob)
+    assert (found["topk_ids"].shape, found["topk_logprobs"].shape) == ((400, 0), (400, 0))
+    np.testing.assert_array_equal(found["tail_logprob"], np.zeros(400, dtype=np.float32))
+    assert_draws(found, samples[0])
+    assert_same(found, samples[0], ("token_ids", "token_rank"))
+    assert found["draw_counts"].sum(axis=1).min() == 16

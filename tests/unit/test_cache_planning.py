@@ -209,3 +209,12 @@ def test_plan_from_the_command_line(tmp_path, tiny_llama, monkeypatch):
     planned = tomllib.loads((tmp_path / "run.planned.toml").read_text())
     assert planned["capture"]["k"] in {setting.k for setting in SETTINGS[:3]}
     assert (tmp_path / "run" / "plan.png").exists()
+
+
+def test_draws_alone_are_planned_too(rows):
+    """Random sampling: no list, no bias, more noise than lists with draws."""
+    alone, listed = planning.frontier(rows, [Setting(0, 8, "small"), Setting(4, 8, "small")])
+    assert (alone.setting.k, listed.setting.k) == (0, 4)
+    assert alone.retained_mass == alone.kl_added == alone.gradient_bias == 0
+    assert alone.gradient_noise > listed.gradient_noise
+    assert alone.bytes_per_token < listed.bytes_per_token

@@ -152,6 +152,22 @@ def test_diff_of_other_answers_measures_them(cache, tmp_path):
     assert found.values.hidden["hidden.2"] > 0.1
 
 
+def test_diff_of_draws_alone_compares_the_tokens_that_followed(tmp_path):
+    """k = 0 keeps no list; KL of the token against all others is a lower bound."""
+    plan = make_plan(k=0, tail_draws=4)
+    first = write_cache(tmp_path / "first", plan)
+    same = diff(first, first).values
+    assert same is not None
+    assert (same.kl_max, np.isnan(same.top1)) == (0, True)
+    other = diff(first, write_cache(tmp_path / "second", plan, seed=5)).values
+    assert other is not None
+    assert other.kl_mean > 0.01
+    record, again = first[0], make_record(plan, 0, seed=5)
+    p, q = (np.exp(r.signals["token_logprob"].astype(np.float64)) for r in (record, again))
+    expected = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    np.testing.assert_allclose(row_divergence(record, again)[0], expected, rtol=1e-6)
+
+
 def test_row_divergence_agrees_with_the_whole_sum():
     """Both lists over the same ids: the coarsening is the distribution itself."""
     plan = make_plan(num_examples=1)

@@ -132,9 +132,19 @@ def test_a_receipt_without_its_file_stops_the_writer(sealed, plan):
         CacheWriter.open(sealed, plan).missing()
 
 
+@pytest.fixture(scope="module")
+def drawing_plan():
+    return make_plan(tail_draws=3)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
+        ("draw_ids", lambda a: np.full_like(a, 3), "draw ids are repeated"),
+        ("draw_ids", lambda a: a + 990, "outside the vocabulary"),
+        ("draw_counts", lambda a: a * 0, "not those of 3 draws"),
+        ("draw_counts", lambda a: a + 1, "not those of 3 draws"),
+        ("draw_ids", lambda a: np.full_like(a, -1), "not those of 3 draws"),
         ("topk_ids", lambda a: np.full_like(a, 3), "repeated"),
         ("topk_ids", lambda a: a + 990, "outside the vocabulary"),
         ("topk_logprobs", lambda a: a[:, ::-1], "not falling"),
@@ -142,9 +152,16 @@ def test_a_receipt_without_its_file_stops_the_writer(sealed, plan):
         ("entropy", lambda a: a * np.nan, "NaN"),
     ],
 )
-def test_records_that_make_no_sense_are_refused(plan, name, change, message):
-    record = make_record(plan, 3)
-    check_record(record, plan)
+def test_records_that_make_no_sense_are_refused(drawing_plan, name, change, message):
+    record = make_record(drawing_plan, 3)
+    check_record(record, drawing_plan)
     record.signals[name] = change(record.signals[name])
     with pytest.raises(ShardCorrupt, match=message):
-        check_record(record, plan)
+        check_record(record, drawing_plan)
+
+
+def test_a_draw_of_a_listed_id_is_refused(drawing_plan):
+    record = make_record(drawing_plan, 3)
+    record.signals["draw_ids"][:, 0] = record.signals["topk_ids"][:, -1]
+    with pytest.raises(ShardCorrupt, match="a draw is one of the top-k ids"):
+        check_record(record, drawing_plan)
