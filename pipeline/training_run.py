@@ -138,6 +138,7 @@ def facts_of(cache: Any) -> CacheFacts:
         temperatures=tuple(cache.temperatures),
         vocab_size=facts["teacher"]["vocab_size"],
         widths={name: width for name in cache.signals if name.startswith("hidden.")},
+        k=facts["capture"]["k"],
     )
 
 

@@ -64,6 +64,13 @@ def _check_needs(needs: Needs, facts: CacheFacts, where: str) -> None:
             where=where,
             remedy="Capture it, or choose another objective.",
         )
+    if needs.exact_ids and facts.k == 0:
+        raise StudentError(
+            "the cache holds draws alone (k = 0), and this needs exact ids",
+            expected="forward_kl with options = { tail = 'sampled' }",
+            where=where,
+            remedy="Train with that, or capture with k >= 1.",
+        )
     absent = [t for t in needs.temperatures if t != 1.0 and t not in facts.temperatures]
     if absent:
         held = ", ".join(f"{t:g}" for t in facts.temperatures)

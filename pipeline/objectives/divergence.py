@@ -9,11 +9,13 @@ KL to their weighted arithmetic mixture (it is linear in the teacher's p).
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from cache_schemas.errors import ConfigError
 from pipeline.kernels.divergences import DivergenceName
 from pipeline.kernels.topk_divergence import topk_divergence
 from pipeline.objectives.registry import Context, Needs, Spec, register
@@ -44,6 +46,14 @@ class DivergenceOptions(Table):
     """`mask = "answer"` as LLaVADI's code has it: rows whose own token is an answer, so that the
     prediction of the first answer token is left out. The row after the last token, which that
     code adds, is in no cache."""
+
+    @model_validator(mode="after")
+    def _draws_are_of_temperature_one(self) -> "DivergenceOptions":
+        if self.tail == "sampled" and (self.temperature != 1.0 or self.normalise_logits):
+            raise ValueError(
+                "draws are of p at temperature 1: tail = 'sampled' takes no other, nor z-scores"
+            )
+        return self
 
 
 class LabelOptions(Table):
@@ -123,6 +133,8 @@ def _divergence(context: Context, divergence: str) -> torch.Tensor:
     tail_ids, tail_weights = (None, None)
     if options.tail == "sampled":
         tail_ids, tail_weights = sampled_tail(context.teacher)
+    if not ids.shape[1]:
+        ids, logprobs = _no_exact_ids(context)
     k = options.k or ids.shape[1]
     hidden = context.states.at(context.batch.rows.flat)
     if options.normalise_logits:
@@ -143,6 +155,12 @@ def _divergence(context: Context, divergence: str) -> torch.Tensor:
         labels=context.batch.labels if options.ce_weight else None,
         ce_weight=options.ce_weight,
     )
+
+
+def _no_exact_ids(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    """One column of padding: all mass is in the draws (random sampling KD, arXiv 2503.16870)."""
+    mass = context.teacher["tail_logprob"][:, None]
+    return torch.full_like(mass, -1, dtype=torch.int64), torch.zeros_like(mass)
 
 
 def _logprobs(context: Context) -> torch.Tensor:
@@ -196,7 +214,13 @@ def _teacher_argmax(context: Context) -> torch.Tensor:
     return hard_label(context, context.teacher["topk_ids"][:, 0])
 
 
-def _divergence_needs(options: DivergenceOptions) -> Needs:
+def _divergence_needs(divergence: str, options: DivergenceOptions) -> Needs:
+    if options.tail == "sampled" and divergence != "forward_kl":
+        raise ConfigError(
+            f"'{divergence}' with tail = 'sampled'",
+            expected="'forward_kl', the one divergence that is linear in the teacher's p",
+            where="[[objective]] options",
+        )
     signals = ["topk_ids", "topk_logprobs"]
     if options.tail == "sampled":
         signals += ["draw_ids", "draw_counts", "tail_logprob"]
@@ -204,18 +228,20 @@ def _divergence_needs(options: DivergenceOptions) -> Needs:
         signals += ["lse", "logit_mean", "logit_std", "zscore_lse"]
     if options.temperature != 1.0:
         signals.append("lse")
-    return Needs(tuple(signals), (options.temperature,))
+    exact = options.tail != "sampled"
+    return Needs(tuple(signals), (options.temperature,), exact_ids=exact)
+
+
+def _argmax_needs(_options: LabelOptions) -> Needs:
+    return Needs(("topk_ids",), exact_ids=True)
 
 
 def _register_divergence(name: str) -> None:
-    register(
-        Spec(name, "row", DivergenceOptions, lambda c: _divergence(c, name), _divergence_needs)
-    )
+    compute, needs = partial(_divergence, divergence=name), partial(_divergence_needs, name)
+    register(Spec(name, "row", DivergenceOptions, compute, needs))
 
 
 for _name in DIVERGENCES:
     _register_divergence(_name)
 register(Spec("cross_entropy", "row", LabelOptions, _cross_entropy, lambda _: Needs()))
-register(
-    Spec("teacher_argmax", "row", LabelOptions, _teacher_argmax, lambda _: Needs(("topk_ids",)))
-)
+register(Spec("teacher_argmax", "row", LabelOptions, _teacher_argmax, _argmax_needs))

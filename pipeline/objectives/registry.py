@@ -29,12 +29,14 @@ class Needs:
         temperatures: temperatures whose log-sum-exp must be in the cache.
         blocks: student blocks (1-based) whose outputs must be kept.
         teacher_head: the teacher's LM head must be kept beside the student.
+        exact_ids: the cache must hold exact ids, not draws alone.
     """
 
     signals: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = ()
     blocks: tuple[int, ...] = ()
     teacher_head: bool = False
+    exact_ids: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class CacheFacts:
             padding and get no probability.
         widths: signal -> width of a dense signal.
         positions: image signal -> positions of a target.
+        k: exact ids per row; 0 where there are none.
     """
 
     signals: tuple[str, ...]
@@ -55,6 +58,7 @@ class CacheFacts:
     vocab_size: int
     widths: dict[str, int] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
+    k: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -307,3 +307,31 @@ def test_fsdp_in_one_process_is_refused(tmp_path, teacher, cache):
     run = make_run(tmp_path, teacher, parallel="fsdp")
     with pytest.raises(ConfigError, match="torchrun"):
         train(run, caches={"": cache})
+
+
+def test_draws_alone_train_a_student_and_serve_nothing_else(tmp_path, teacher, texts):
+    drawn = memory_cache.captured(teacher, texts[:8], k=0, tail_draws=16)
+    line = {"name": "forward_kl", "options": {"tail": "sampled"}}
+    run = make_run(tmp_path / "run", teacher, objective=[line], steps=2, checkpoint_every=2)
+    train(run, caches={"": drawn})
+    assert np.isfinite(losses(run)).all()
+    for line in ({"name": "forward_kl"}, {"name": "teacher_argmax"}):
+        refused = make_run(tmp_path / line["name"], teacher, objective=[line])
+        with pytest.raises(StudentError, match=r"draws alone \(k = 0\).*tail = 'sampled'"):
+            train(refused, caches={"": drawn})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("reverse_kl", {}, "'reverse_kl' with tail = 'sampled'; expected 'forward_kl'"),
+        ("forward_kl", {"temperature": 2.0}, "draws are of p at temperature 1"),
+        ("forward_kl", {"normalise_logits": True}, "draws are of p at temperature 1"),
+    ],
+)
+def test_draws_serve_one_divergence_at_one_temperature(
+    tmp_path, teacher, cache, name, options, message
+):
+    line = {"name": name, "options": options | {"tail": "sampled"}}
+    with pytest.raises(ConfigError, match=message):
+        train(make_run(tmp_path, teacher, objective=[line]), caches={"": cache})

@@ -1,0 +1,332 @@
+"""Which loss, and which record of the teacher's tail, gives the best student: arms, budgets, seeds.
+
+One idea: an experiment is a grid of (arm, steps, seed); every cell is a small file of its own in
+the work directory, so the grid may be stopped at any time, is shared by any number of workers, and
+goes on where it was. Nothing is reported that was not run: the table says how many seeds each mean
+is over.
+
+    tail     one question: bytes per token, as stored, against held-out KL. Each treatment at four
+             budgets; `full` (rebuilt from cached final states) is the ceiling.
+                 bucket       exact top-k, the rest of the mass as one outcome
+                 truncate     exact top-k as it is
+                 renormalise  exact top-k scaled to one
+                 sampled      exact top-k and as many draws from the tail
+                 random       draws from the whole distribution, no exact ids (RS-KD)
+    losses   forward KL, reverse KL, JSD, LLaVADI's joint alignment and plain cross-entropy, on one
+             cache with k = 64
+
+It does not time anything: see benchmarks.train.
+
+    python -m benchmarks.students --grid tail --steps 36 --seeds 1 2 3 --worker 0/2
+    python -m benchmarks.students --grid tail --report     # table and plot of what is there
+"""
+
+import argparse
+import fcntl
+import json
+import shutil
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+from benchmarks.cache_trial import publish
+from pipeline import config
+from pipeline.checkpoint import write_durably
+
+MODEL = ".cache/models/SmolLM2-135M-Instruct"
+WINDOW, BATCH_TOKENS, HELDOUT = 512, 2048, 24
+SEEDS = (1, 2, 3, 4, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """What is captured per row."""
+
+    k: int
+    draws: int = 0
+    final: bool = False
+
+    @property
+    def name(self) -> str:
+        """Directory name of its cache."""
+        return f"k{self.k}-d{self.draws}" + ("-final" if self.final else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to train a student.
+
+    Attributes:
+        name: unique in its grid.
+        storage: what its cache holds.
+        objectives: rows of the [[objective]] table.
+    """
+
+    name: str
+    storage: Storage
+    objectives: tuple[dict[str, Any], ...]
+
+
+def _kl(tail: str) -> tuple[dict[str, Any], ...]:
+    return ({"name": "forward_kl", "options": {"tail": tail}},)
+
+
+# Sizes that come nearest to 20, 40, 100 and 180 bytes a token on this text, from the sizes that
+# benchmarks.cache prints; what is reported is what was stored.
+_EXACT = {20: 9, 40: 26, 100: 78, 180: 146}
+_SAMPLED = {20: (5, 5), 40: (12, 12), 100: (36, 36), 180: (70, 70)}
+_RANDOM = {20: 16, 40: 64, 100: 384}
+_NEAREST = Storage(64, final=True)
+
+GRIDS: dict[str, tuple[Arm, ...]] = {
+    "tail": (
+        Arm("full", Storage(8, final=True), ({"name": "full_vocabulary"},)),
+        *(
+            arm
+            for budget in _EXACT
+            for arm in (
+                Arm(f"sampled-{budget}", Storage(*_SAMPLED[budget]), _kl("sampled")),
+                *(
+                    Arm(f"{tail}-{budget}", Storage(_EXACT[budget]), _kl(tail))
+                    for tail in ("bucket", "truncate", "renormalise")
+                ),
+            )
+        ),
+        *(Arm(f"random-{b}", Storage(0, draws), _kl("sampled")) for b, draws in _RANDOM.items()),
+    ),
+    "losses": (
+        Arm("forward_kl", _NEAREST, ({"name": "forward_kl"},)),
+        Arm("reverse_kl", _NEAREST, ({"name": "reverse_kl"},)),
+        Arm("jsd", _NEAREST, ({"name": "jsd"},)),
+        Arm("joint", _NEAREST, ({"name": "llavadi_joint"},)),
+        Arm("full", _NEAREST, ({"name": "full_vocabulary"},)),
+        Arm("cross_entropy", _NEAREST, ({"name": "cross_entropy"},)),
+    ),
+}
+
+
+def main() -> None:
+    """Run what is missing, or report what is there."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--grid", choices=sorted(GRIDS), default="tail")
+    parser.add_argument("--work", type=Path, default=Path("runs/students"))
+    parser.add_argument("--cells", type=Path, default=Path("benchmarks/results/students"))
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--report", action="store_true", help="only report what has been run")
+    parser.add_argument("--arms", nargs="+", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--steps", type=int, default=150, help=f"of {BATCH_TOKENS} tokens")
+    parser.add_argument("--worker", default="0/1", help="this worker / number of workers")
+    arguments = parser.parse_args()
+    if arguments.report:
+        publish(f"students-{arguments.grid}", report(arguments.cells, arguments.grid), True)
+        return
+    arms = [a for a in GRIDS[arguments.grid] if not arguments.arms or a.name in arguments.arms]
+    experiment = Experiment(arguments.work, arguments.cells / arguments.grid, arguments.model)
+    cells = [(arm, seed) for seed in arguments.seeds for arm in arms]
+    worker, workers = map(int, arguments.worker.split("/"))
+    for arm, seed in cells[worker::workers]:
+        experiment.run(arm, arguments.steps, seed)
+
+
+@dataclass
+class Experiment:
+    """The caches and runs of a grid.
+
+    Attributes:
+        work: corpus, caches and runs.
+        cells: results, one file per cell.
+        model: the teacher.
+    """
+
+    work: Path
+    cells: Path
+    model: str
+
+    def run(self, arm: Arm, steps: int, seed: int) -> None:
+        """Train and measure one cell, unless its result is there."""
+        from pipeline.corpus import Corpus
+        from pipeline.evaluate import measure
+        from pipeline.trainer import train
+
+        path = self.cells / f"{arm.name}-{steps}-{seed}.json"
+        if path.exists():
+            return
+        cache = self._cache(arm.storage)
+        directory = self.work / "runs" / f"{self.cells.name}-{path.stem}"
+        result = train(self._training(arm, cache, directory, steps, seed))
+        heldout = list(Corpus.open(self.work / "corpus").split("heldout"))[:HELDOUT]
+        scores = measure(self.model, {"student": result.student}, heldout, "bfloat16")["student"]
+        facts = {
+            "arm": arm.name,
+            "seed": seed,
+            "steps": result.steps,
+            "tokens": result.tokens,
+            **asdict(arm.storage),
+            **_bytes_per_token(cache),
+            "kl": scores.kl,
+            "kl_standard_error_over_windows": scores.kl_standard_error,
+            "top1": scores.top1,
+            "perplexity": scores.perplexity,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, json.dumps(facts, indent=1) + "\n")
+        shutil.rmtree(directory)
+
+    def _cache(self, storage: Storage) -> Path:
+        """The cache of a storage, captured by whichever worker comes first."""
+        from pipeline.capture import capture
+        from pipeline.corpus import prepare
+
+        directory = self.work / "caches" / storage.name
+        directory.mkdir(parents=True, exist_ok=True)
+        run = self._capturing(storage, directory)
+        with _locked(self.work / "capture.lock"):
+            if not (self.work / "corpus").exists():
+                assert run.prepare
+                prepare(run.prepare, self.model, self.work / "corpus")
+            if not (directory / "corpus").exists():
+                (directory / "corpus").symlink_to((self.work / "corpus").resolve())
+            if not (directory / "cache" / "manifest.json").exists():
+                capture(run)
+        return directory / "cache"
+
+    def _capturing(self, storage: Storage, directory: Path) -> config.Run:
+        document = {
+            "name": storage.name,
+            "directory": str(directory),
+            "teacher": {"model": self.model, "dtype": "bfloat16"},
+            "prepare": {
+                "window": WINDOW,
+                "heldout": 0.1,
+                "source": [{"name": "help", "kind": "pydoc_topics"}],
+            },
+            "capture": {
+                "k": storage.k,
+                "tail_draws": storage.draws,
+                "hidden_layers": ["final"] if storage.final else [],
+                "hidden_codec": "bf16",
+                "entropy": False,
+                # Tables are fitted on the first shard.
+                "examples_per_shard": 64,
+            },
+        }
+        return config.parse(document, "benchmarks.students")
+
+    def _training(self, arm: Arm, cache: Path, directory: Path, steps: int, seed: int):
+        document = {
+            "name": arm.name,
+            "directory": str(directory),
+            "teacher": {"model": self.model, "dtype": "bfloat16"},
+            "student": {"keep_every": 3},
+            "objective": list(arm.objectives),
+            "train": {
+                "cache": str(cache),
+                "steps": steps,
+                "batch_tokens": BATCH_TOKENS,
+                "learning_rate": 6e-4,
+                "precision": "bfloat16",
+                "seed": seed,
+                "checkpoint_every": 75,
+                "keep_last": 1,
+            },
+        }
+        return config.parse(document, "benchmarks.students")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _bytes_per_token(cache: Path) -> dict[str, float]:
+    """Bytes of the shards' top-k files over the tokens, and of all that lies under the cache.
+
+    The first is what a corpus of any size pays; tables, index and manifest are shared by all of it
+    and weigh more on a small one.
+    """
+    from pipeline.cache.reader import TeacherCache
+
+    tokens = TeacherCache.open(str(cache)).manifest.num_tokens
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    rows = sum(path.stat().st_size for path in files if path.suffix == ".arrow")
+    return {
+        "bytes_per_token": rows / tokens,
+        "bytes_per_token_with_everything": sum(path.stat().st_size for path in files) / tokens,
+    }
+
+
+def report(cells: Path, grid: str) -> dict[str, Any]:
+    """Means and standard errors over the seeds that were run, and a plot beside them."""
+    found = [json.loads(path.read_text()) for path in sorted((cells / grid).glob("*.json"))]
+    groups: dict[tuple, list[dict]] = {}
+    for cell in found:
+        groups.setdefault((cell["steps"], cell["arm"]), []).append(cell)
+    rows = [_row(own) for _, own in sorted(groups.items())]
+    if grid == "tail" and rows:
+        _plot(rows, cells / f"{grid}.png")
+    return {"rows": rows, "cells": len(found)}
+
+
+def _row(cells: list[dict]) -> dict[str, Any]:
+    kept = ("arm", "steps", "tokens", "k", "draws", "bytes_per_token")
+    return {
+        **{key: cells[0][key] for key in kept},
+        "seeds": len(cells),
+        **_mean_and_error(cells, "kl"),
+        **_mean_and_error(cells, "top1"),
+        **_mean_and_error(cells, "perplexity"),
+    }
+
+
+def _mean_and_error(cells: list[dict], key: str) -> dict[str, float | None]:
+    values = [cell[key] for cell in cells]
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return {key: statistics.mean(values), f"{key}_standard_error": error}
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    lengths = sorted({row["steps"] for row in rows})
+    figure = Figure(figsize=(6 * len(lengths), 4.5), layout="constrained")
+    for axis, steps in zip(
+        figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True
+    ):
+        own = [row for row in rows if row["steps"] == steps]
+        _draw(axis, own)
+        axis.set(title=f"{own[0]['tokens']:,} tokens per run")
+    figure.savefig(path, dpi=110)
+
+
+def _draw(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """One curve per treatment, and the full vocabulary as a line."""
+    for treatment in sorted({row["arm"].split("-")[0] for row in rows}):
+        own = [row for row in rows if row["arm"].split("-")[0] == treatment]
+        own.sort(key=lambda row: row["bytes_per_token"])
+        if treatment == "full":
+            axis.axhline(own[0]["kl"], linestyle="--", color="grey", label="full vocabulary")
+            continue
+        axis.errorbar(
+            [row["bytes_per_token"] for row in own],
+            [row["kl"] for row in own],
+            yerr=[row["kl_standard_error"] or 0.0 for row in own],
+            marker="o",
+            capsize=3,
+            label=treatment,
+        )
+    axis.set(xscale="log", xlabel="bytes per token, as stored", ylabel="held-out KL (nats)")
+    axis.legend()
+
+
+if __name__ == "__main__":
+    main()
