@@ -210,7 +210,7 @@ def _unigram_limit(
     ids, logprobs = (np.concatenate([r[n] for r in both]) for n in ("topk_ids", "topk_logprobs"))
     table = LevelTable.of(codebook)
     levels, counts = np.empty(ids.shape, dtype=np.uint16), np.empty(len(ids), dtype=np.int32)
-    quantise(ids, logprobs, table.edges, table.coarse, vocab, counts, levels)
+    quantise(ids, logprobs, *table.search, vocab, counts, levels)
     return float(unigram_limit_bytes(ids, levels, vocab, _tokens(fitted_on)))
 
 

@@ -22,6 +22,8 @@ class Lists:
         levels: uint32 [R, k]; equal levels are one group.
         counts: int32 [R] entries before the padding.
         classes: uint8 [R].
+        shifts: float32 [R], taken from the values of the levels so that a row sums to one.
+        table: of the levels.
     """
 
     ids: np.ndarray
@@ -30,6 +32,8 @@ class Lists:
     levels: np.ndarray
     counts: np.ndarray
     classes: np.ndarray
+    shifts: np.ndarray
+    table: "LevelTable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +53,20 @@ class RowError:
 
 @dataclass(frozen=True, slots=True)
 class LevelTable:
-    """Edges, log-probabilities and masses (in units of 2**-MASS_BITS) of a codebook's levels, and
-    where the search for one starts."""
+    """Edges, log-probabilities, probabilities and masses (probabilities in units of 2**-MASS_BITS)
+    of a codebook's levels, and where the search for one starts (see `coarse_levels`)."""
 
     edges: np.ndarray
     coarse: np.ndarray
+    per_nat: float
     logprobs: np.ndarray
+    probabilities: np.ndarray
     masses: np.ndarray
+
+    @property
+    def search(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """What the search for a level needs."""
+        return self.edges, self.coarse, self.per_nat
 
     @classmethod
     def of(cls, codebook: Codebook) -> "LevelTable":
@@ -63,8 +74,9 @@ class LevelTable:
         from cache_schemas.kernels.topk import MASS_BITS, coarse_levels
 
         edges, logprobs = codebook.edges, codebook.logprobs
-        masses = np.rint(np.exp(logprobs.astype(np.float64)) * 2.0**MASS_BITS).astype(np.int64)
-        return cls(edges, coarse_levels(edges), logprobs, masses)
+        probabilities = np.exp(logprobs.astype(np.float64))
+        masses = np.rint(probabilities * 2.0**MASS_BITS).astype(np.int64)
+        return cls(edges, *coarse_levels(edges), logprobs, probabilities, masses)
 
 
 def refuse(status: tuple[int, int]) -> None:

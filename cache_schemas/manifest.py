@@ -7,7 +7,14 @@ receipts. Both are documents of `canonical.py`. This module reads and writes no 
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+)
 
 from cache_schemas import canonical
 from cache_schemas.errors import ShardCorrupt
@@ -137,6 +144,17 @@ class ShardTable(Document):
         return len(self.receipt)
 
 
+class StoredError(Document):
+    """What a dense signal lost by being stored: squared error over squared norm, per example.
+
+    Attributes:
+        mean, largest: over the examples that have the signal.
+    """
+
+    mean: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    largest: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Manifest(Document):
     """A sealed cache: everything a reader needs before it opens its first shard."""
 
@@ -146,6 +164,16 @@ class Manifest(Document):
     files: dict[str, FileEntry]
     """Tables, array metadata and index: everything but shards, receipts and this file."""
     shards: ShardTable
+    stored_error: dict[str, StoredError] = Field(default_factory=dict)
+    """Dense signal -> what it lost; only in caches that measured it (signal `image_error`)."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialise: Any) -> dict[str, Any]:
+        """Caches that measured nothing have no such key, as in the first caches of version 1."""
+        made = serialise(self)
+        if not made["stored_error"]:
+            del made["stored_error"]
+        return made
 
     @property
     def num_tokens(self) -> int:

@@ -65,8 +65,16 @@ class Rankings:
 
     @cached_property
     def lookup(self) -> np.ndarray:
-        """int32: `common`, then the lists one after another."""
-        return np.concatenate([self.common, self.lists.reshape(-1)])
+        """`common`, then the lists one after another, in the narrowest dtype that holds an id."""
+        dtype = np.uint16 if self.common.size <= 1 << 16 else np.int32
+        return np.concatenate([self.common, self.lists.reshape(-1)]).astype(dtype)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """uint32 [vocab]: the place of every id in `common`."""
+        places = np.empty(self.common.size, dtype=np.uint32)
+        places[self.common] = np.arange(self.common.size, dtype=np.uint32)
+        return places
 
     def base(self, classes: np.ndarray) -> np.ndarray:
         """int64 [R]: where each row's list begins in `lookup`."""

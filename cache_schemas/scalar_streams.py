@@ -76,9 +76,11 @@ def predict(name: str, lists: Lists | None, places: np.ndarray | None, rows: int
 
 
 def _list_entropy(lists: Lists) -> np.ndarray:
-    held = np.where(np.isfinite(lists.logprobs), lists.logprobs, 0.0).astype(np.float64)
-    mass = np.exp(lists.logprobs, dtype=np.float64)
-    entropy = -(mass * held).sum(axis=1)
+    from cache_schemas.kernels.topk import list_entropy
+
+    entropy, table = np.empty(len(lists.counts)), lists.table
+    rows = lists.levels, lists.counts, lists.logprobs, lists.shifts
+    list_entropy(*rows, table.logprobs, table.probabilities, entropy)
     if lists.tail.size:
         tail = np.where(np.isfinite(lists.tail), lists.tail, 0.0).astype(np.float64)
         entropy += np.exp(lists.tail, dtype=np.float64) * (TAIL_ENTROPY - tail)

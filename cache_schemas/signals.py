@@ -60,6 +60,9 @@ after the final norm, the one the LM head reads."""
 
 IMAGE_PREFIX = "image."
 """`image.<encoder>` is a vision target [patches, width], keyed by image content hash."""
+IMAGE_ERROR = "image_error"
+"""What the vision targets of an image lost by being stored, [encoders, 1] in the order of their
+names: squared error divided by squared norm. No positions where an image has no targets."""
 
 
 def hidden_name(layer: int | str) -> str:

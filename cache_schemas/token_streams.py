@@ -20,9 +20,7 @@ RANKS_ALONE, RANKS_IN_GROUP, RANKS_OUTSIDE = 32, 33, 34
 def encode_tokens(tokens: np.ndarray, lists: Lists, rankings: Rankings) -> Streams:
     """Streams of int32 [L] tokens, of which the last R follow the rows."""
     following, prompt = _following(tokens, len(lists.ids))
-    rank_of = np.empty(rankings.common.size, dtype=np.uint32)
-    rank_of[rankings.common] = np.arange(rankings.common.size, dtype=np.uint32)
-    streams = {PROMPT: rank_of[prompt]}
+    streams = {PROMPT: rankings.places[prompt]}
     if following.size:
         places = places_of(following, lists)
         outside = places == lists.ids.shape[1]

@@ -58,10 +58,12 @@ class TopkCoder:
             CacheError: a value that is no id or no log-probability; names signal and row.
         """
         ids, logprobs = _sorted(ids, logprobs)
+        masses = np.exp(logprobs, dtype=np.float64)
+        scale = self.normalise and _sums_to_one(masses, tail)
         for finer in range(MAX_FINER + 1):
             levels, tail_levels, counts = self._levels(ids, logprobs, tail, finer)
-            scale = self.normalise and _sums_to_one(logprobs, tail)
-            error = self._error(logprobs, tail, levels, tail_levels, counts, finer, scale)
+            given = logprobs, tail, masses
+            error = self._error(*given, levels, tail_levels, counts, finer, scale)
             if error.kl_max <= self.max_kl:
                 break
         else:
@@ -117,8 +119,7 @@ class TopkCoder:
         """(levels [R, k], levels of the tail, entries before the padding)."""
         from cache_schemas.kernels.topk import quantise, quantise_each
 
-        table = self._table(finer)
-        edges = table.edges
+        search = self._table(finer).search
         counts = np.empty(len(ids), dtype=np.int32)
         levels = np.empty(ids.shape, dtype=np.uint16)
         tail_levels = np.empty(len(tail), dtype=np.uint16)
@@ -127,12 +128,12 @@ class TopkCoder:
             "topk",
             ids,
             logprobs,
-            *quantise(ids, logprobs, edges, table.coarse, vocab_size, counts, levels),
+            *quantise(ids, logprobs, *search, vocab_size, counts, levels),
         )
-        explain("tail_logprob", ids, tail[:, None], *quantise_each(tail, edges, tail_levels))
+        explain("tail_logprob", ids, tail[:, None], *quantise_each(tail, *search, tail_levels))
         return levels, tail_levels, counts
 
-    def _error(self, logprobs, tail, levels, tail_levels, counts, finer, scale) -> RowError:
+    def _error(self, logprobs, tail, masses, levels, tail_levels, counts, finer, scale) -> RowError:
         from cache_schemas.kernels.topk import divergence
 
         table = self._table(finer).logprobs
@@ -140,12 +141,12 @@ class TopkCoder:
         if not tail.size:
             tail = np.full(len(counts), -np.inf, dtype=np.float32)
             tail_levels = np.zeros(len(counts), dtype=np.uint16)
-        divergence(logprobs, tail, levels, tail_levels, counts, table, scale, kl, worst)
+        divergence(logprobs, tail, masses, levels, tail_levels, counts, table, scale, kl, worst)
         kl_max, delta_max = float(kl.max(initial=0)), float(worst.max(initial=0))
         return RowError(float(kl.sum()), kl_max, delta_max, len(kl))
 
     def _streams(self, ids, levels, counts, classes) -> Streams:
-        from cache_schemas.kernels.topk import level_gaps, rank_steps
+        from cache_schemas.kernels.topk import level_gaps, rank_steps, sort_keys
 
         rows, k = ids.shape
         streams: Streams = {CLASSES: classes}
@@ -161,7 +162,10 @@ class TopkCoder:
             streams[QUADS + i] = quads[i, : ends[2 + i]].astype(narrow)
         steps = np.empty(int(counts.sum(dtype=np.int64)), dtype=self.rankings.dtype)
         order = np.empty((rows, k), dtype=np.int32)
-        rank_steps(ids, levels, counts, classes, self.rankings.ranks, steps, order)
+        keys = np.empty((rows, k), dtype=np.uint64)
+        sort_keys(ids, levels, counts, classes, self.rankings.ranks, keys)
+        keys.sort(axis=1)
+        rank_steps(keys, ids, counts, steps, order)
         return streams | {STEPS: steps, -1: order}
 
     def _lists(self, ids, levels, tail_levels, counts, classes, finer, scale) -> Lists:
@@ -170,9 +174,10 @@ class TopkCoder:
         table = self._table(finer)
         logprobs = np.empty(ids.shape, dtype=np.float32)
         tail = np.empty(len(tail_levels), dtype=np.float32)
+        shifts = np.empty(len(ids), dtype=np.float32)
         values = table.logprobs, table.masses
-        merge_logprobs(levels, tail_levels, counts, *values, scale, logprobs, tail)
-        return Lists(ids, logprobs, tail, levels, counts, classes)
+        merge_logprobs(levels, tail_levels, counts, *values, scale, logprobs, tail, shifts)
+        return Lists(ids, logprobs, tail, levels, counts, classes, shifts, table)
 
     def _counts(self, record: Record, k: int) -> np.ndarray:
         if COUNTS not in record.entries:
@@ -221,10 +226,10 @@ def _sorted(ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
 
 
-def _sums_to_one(logprobs: np.ndarray, tail: np.ndarray) -> bool:
+def _sums_to_one(masses: np.ndarray, tail: np.ndarray) -> bool:
     if not tail.size:
         return False
-    mass = np.exp(logprobs, dtype=np.float64).sum(axis=1) + np.exp(tail, dtype=np.float64)
+    mass = masses.sum(axis=1) + np.exp(tail, dtype=np.float64)
     return bool((np.abs(mass - 1) <= SUM_SLACK).all())
 
 
@@ -250,10 +255,15 @@ def _stream_sizes(counts: np.ndarray, k: int, full: bool) -> list[int]:
     from cache_schemas.kernels.topk import QUAD_STARTS, SINGLE_GAPS
 
     if full:
-        counts, times = np.array([k], dtype=np.int64), len(counts)
-    else:
-        counts, times = counts.astype(np.int64), 1
+        return [len(counts) * size for size in _row_sizes(k)]
+    counts = counts.astype(np.int64)
     sizes = [(counts > 0).sum(), np.clip(counts - 1, 0, SINGLE_GAPS - 1).sum()]
     for start, end in pairwise(QUAD_STARTS):
         sizes.append((-(-(np.clip(counts, start, end) - start) // 4)).sum())
-    return [int(size) * times for size in sizes]
+    return [int(size) for size in sizes]
+
+
+@functools.cache
+def _row_sizes(k: int) -> list[int]:
+    """Elements that one row of `k` entries has in each gap stream."""
+    return _stream_sizes(np.array([k]), k, full=False)

@@ -27,27 +27,44 @@ SLACK = 1e-3
 """Nats by which a log-probability may exceed 0, for rounding by the teacher."""
 
 
-COARSE = 32
-"""Steps per nat of the table from which the search for a level starts."""
+MAX_CELLS = 1 << 16
+"""Cells, at most, of the table from which the search for a level starts."""
 
 
 @compiled
 def coarse_levels(edges):
-    """int64: the level of a = i / COARSE, for all i within the codebook."""
-    found = np.empty(int(edges[-1] * COARSE) + 1, dtype=np.int64)
+    """(uint16 levels, cells per nat): the level of a = i / cells, for all i within the codebook.
+
+    A cell is no wider than a level where MAX_CELLS allows, so that the search ends at once. Cells
+    per nat are a power of two, so that multiplying by it is exact.
+    """
+    narrow_enough = math.ceil(-math.log2(np.diff(edges).min()))
+    per_nat = 2.0 ** min(narrow_enough, math.floor(math.log2(MAX_CELLS / edges[-1])))
+    found = np.empty(int(edges[-1] * per_nat) + 1, dtype=np.uint16)
     level = 0
     for i in range(found.size):
-        while level < edges.size - 2 and i / COARSE >= edges[level + 1]:
+        while level < edges.size - 2 and i / per_nat >= edges[level + 1]:
             level += 1
         found[i] = level
-    return found
+    return found, per_nat
 
 
 @compiled
-def quantise(ids, logprobs, edges, coarse, vocab_size, counts, levels):
+def level_of(a, edges, coarse, per_nat, last, end):
+    """The level of a = -log p; of NaN it is any. `last` and `end` are the last level with a
+    width and the last cell."""
+    cell = min(a * per_nat, end)
+    level = np.uint64(coarse[np.uint64(cell) if cell > 0 else np.uint64(0)])
+    while level < last and a >= edges[level + np.uint64(1)]:
+        level += np.uint64(1)
+    return level + np.uint64(a == np.inf)
+
+
+@compiled
+def quantise(ids, logprobs, edges, coarse, per_nat, vocab_size, counts, levels):
     """Fill counts [R] (entries before the padding) and levels [R, k] (uint16)."""
     num_rows, k = ids.shape
-    last = edges.size - 2
+    last, end = np.uint64(edges.size - 2), np.float64(coarse.size - 1)
     for t in range(num_rows):
         n = 0
         while n < k and ids[t, n] >= 0:
@@ -57,76 +74,81 @@ def quantise(ids, logprobs, edges, coarse, vocab_size, counts, levels):
             if ids[t, r] != -1 or logprobs[t, r] != -np.inf:
                 return BAD_PADDING, t
             levels[t, r] = 0
+        largest, likely, sorted_ = np.int64(-1), True, True
         for r in range(n):
-            if ids[t, r] >= vocab_size:
-                return BAD_ID, t
+            largest = max(largest, np.int64(ids[t, r]))
             a = -np.float64(logprobs[t, r])
-            if not a >= -SLACK:
-                return BAD_LOGPROB, t
-            if r > 0 and logprobs[t, r] > logprobs[t, r - 1]:
-                return UNSORTED, t
-            if a == np.inf:
-                levels[t, r] = last + 1
-                continue
-            level = coarse[min(int(max(a, 0.0) * COARSE), coarse.size - 1)]
-            while level < last and a >= edges[level + 1]:
-                level += 1
-            levels[t, r] = level
+            likely &= a >= -SLACK
+            sorted_ &= r == 0 or logprobs[t, r] <= logprobs[t, r - 1]
+            levels[t, r] = level_of(a, edges, coarse, per_nat, last, end)
+        if largest >= vocab_size:
+            return BAD_ID, t
+        if not likely:
+            return BAD_LOGPROB, t
+        if not sorted_:
+            return UNSORTED, t
     return 0, -1
 
 
 @compiled
-def quantise_each(logprobs, edges, levels):
+def quantise_each(logprobs, edges, coarse, per_nat, levels):
     """Levels [R] of unrelated log-probabilities."""
-    last = edges.size - 2
+    last, end = np.uint64(edges.size - 2), np.float64(coarse.size - 1)
     for t in range(logprobs.size):
         a = -np.float64(logprobs[t])
         if not a >= -SLACK:
             return BAD_LOGPROB, t
-        if a == np.inf:
-            levels[t] = last + 1
-        else:
-            found = np.searchsorted(edges, a, side="right") - 1
-            levels[t] = min(max(found, 0), last)
+        levels[t] = level_of(a, edges, coarse, per_nat, last, end)
     return 0, -1
 
 
-@compiled
-def rank_steps(ids, levels, counts, classes, ranks, steps, sorted_ids):
-    """Fill the rank steps [sum(counts)] and the order of ids [R, k]; `ranks` is [classes, vocab].
+RANK_BIT, LEVEL_BIT = 16, 41
+"""Where a sort key keeps rank and level; the place in the row is below."""
 
-    Ids of one level are put in the order of their ranks; a step is the difference to the rank
-    before it in the same level.
-    """
-    num_rows, k = ids.shape
-    key = np.empty(k, dtype=np.int64)
-    at = 0
-    for t in range(num_rows):
+
+@compiled
+def sort_keys(ids, levels, counts, classes, ranks, keys):
+    """Fill keys [R, k] (uint64), whose order is that of levels, then of ranks; `ranks` is [classes,
+    vocab]. Padding sorts last."""
+    for t in range(ids.shape[0]):
         n = counts[t]
         rank_of = ranks[classes[t]]
-        for r in range(n):  # by itself, so that the machine waits for all these look-ups at once
-            key[r] = (np.int64(rank_of[ids[t, r]]) << 32) | ids[t, r]
-        start = 0
-        for r in range(1, n):
-            if levels[t, r] != levels[t, r - 1]:
-                start = r
-            new = key[r]
-            place = r
-            while place > start and key[place - 1] > new:
-                key[place] = key[place - 1]
-                place -= 1
-            key[place] = new
-        before = np.int64(0)
         for r in range(n):
-            rank = key[r] >> 32
-            if r > 0 and levels[t, r] != levels[t, r - 1]:
-                before = 0
-            steps[at] = rank - before
-            at += 1
-            before = rank
-            sorted_ids[t, r] = key[r] & 0xFFFFFFFF
-        for r in range(n, k):
-            sorted_ids[t, r] = -1
+            rank = np.uint64(rank_of[ids[t, r]])
+            level = np.uint64(levels[t, r])
+            keys[t, r] = level << np.uint64(LEVEL_BIT) | rank << np.uint64(RANK_BIT) | np.uint64(r)
+        keys[t, n:] = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+@compiled
+def rank_steps(keys, ids, counts, steps, sorted_ids):
+    """Fill the rank steps [sum(counts)] and the ids [R, k] in the order of the sorted keys.
+
+    A step is the difference to the rank before it in the same level.
+    """
+    at = np.uint64(0)
+    low = np.uint64((1 << (LEVEL_BIT - RANK_BIT)) - 1)
+    for t in range(ids.shape[0]):
+        n = counts[t]
+        before = np.uint64(0)
+        for r in range(n):
+            key = keys[t, r]
+            same = r > 0 and key >> np.uint64(LEVEL_BIT) == before >> np.uint64(LEVEL_BIT)
+            rank = key >> np.uint64(RANK_BIT) & low
+            steps[at] = rank - (before >> np.uint64(RANK_BIT) & low if same else np.uint64(0))
+            at += np.uint64(1)
+            before = key
+            sorted_ids[t, r] = ids[t, key & np.uint64(0xFFFF)]
+        sorted_ids[t, n:] = -1
+
+
+@compiled
+def to_every_fourth_bit(x):
+    """Bits 0 .. 15 of a uint64, moved to bits 0, 4, 8 .. 60: the inverse of `every_fourth_bit`."""
+    x = (x | x << np.uint64(24)) & np.uint64(0x000000FF000000FF)
+    x = (x | x << np.uint64(12)) & np.uint64(0x000F000F000F000F)
+    x = (x | x << np.uint64(6)) & np.uint64(0x0303030303030303)
+    return (x | x << np.uint64(3)) & np.uint64(0x1111111111111111)
 
 
 @compiled
@@ -146,21 +168,17 @@ def level_gaps(levels, counts, single, quads, ends):
                 for j in range(min(4, n - r)):
                     gap = np.uint64(levels[t, r + j] - before)
                     before = levels[t, r + j]
-                    bit = np.uint64(j)
-                    while gap > 0:
-                        quad |= (gap & np.uint64(1)) << bit
-                        gap >>= np.uint64(1)
-                        bit += np.uint64(4)
+                    quad |= to_every_fourth_bit(gap) << np.uint64(j)
                 quads[stream, ends[2 + stream]] = quad
                 ends[2 + stream] += 1
 
 
 @compiled
 def divergence(
-    logprobs, tail, levels, tail_levels, counts, table, normalise, kl, worst
+    logprobs, tail, masses, levels, tail_levels, counts, table, normalise, kl, worst
 ):  # fmt: skip
     """KL(given || decoded) [R] over the entries and the tail, in nats, and max |delta log p| [R]
-    over entries above the codebook's floor.
+    over entries above the codebook's floor. `masses` [R, k] are exp(logprobs) in float64.
 
     The given row is normalised too, so that rounding by the teacher is not counted.
     """
@@ -169,17 +187,18 @@ def divergence(
     for t in range(logprobs.shape[0]):
         mass, stored, cross, largest = 0.0, 0.0, 0.0, 0.0
         for r in range(counts[t] + 1):
-            a = np.float64(logprobs[t, r]) if r < counts[t] else np.float64(tail[t])
-            level = levels[t, r] if r < counts[t] else tail_levels[t]
-            b = np.float64(table[level])
+            inside = r < counts[t]
+            a = np.float64(logprobs[t, r] if inside else tail[t])
             if a == -np.inf:
                 continue
-            p = math.exp(a)
+            p = masses[t, r] if inside else math.exp(a)
+            level = levels[t, r] if inside else tail_levels[t]
+            difference = a - np.float64(table[level])
             mass += p
             stored += mass_of[level]
-            cross += p * (a - b)
+            cross += p * difference
             if a > floor:
-                largest = max(largest, abs(a - b))
+                largest = max(largest, abs(difference))
         shift = math.log(stored) if stored > 0 else 0.0
         kl[t] = cross / mass + shift - math.log(mass) if mass > 0 else 0.0
         worst[t] = largest + (abs(shift) if normalise else 0.0)
@@ -318,8 +337,9 @@ def merge_ids(steps, levels, counts, bases, lookup, length, num_ranks, ids):
 
 
 @compiled
-def merge_logprobs(levels, tail_levels, counts, table, masses, normalise, logprobs, tail):
-    """Fill logprobs [R, k] and tail [R] (empty: none) from levels known to be in the table.
+def merge_logprobs(levels, tail_levels, counts, table, masses, normalise, logprobs, tail, shifts):
+    """Fill logprobs [R, k] and tail [R] (empty: none) from levels known to be in the table, and
+    shifts [R]: what was taken away so that a row sums to one.
 
     `masses` are the probabilities of `table` in units of 2**-MASS_BITS: integers, so that their
     sum does not depend on the order in which a machine adds.
@@ -329,6 +349,7 @@ def merge_logprobs(levels, tail_levels, counts, table, masses, normalise, logpro
     for t in range(np.uint64(logprobs.shape[0])):
         n = np.uint64(counts[t])
         mass = np.int64(0)
+        shifts[t] = 0.0
         for r in range(n):
             level = np.uint64(levels[t, r])
             mass += masses[level]
@@ -339,11 +360,32 @@ def merge_logprobs(levels, tail_levels, counts, table, masses, normalise, logpro
             tail[t] = table[level]
             if normalise and mass > 0:
                 shift = np.float32(math.log(mass) - MASS_BITS * LOG_2)
+                shifts[t] = shift
                 tail[t] -= shift
                 for r in range(n):
                     logprobs[t, r] -= shift
         for r in range(n, k):
             logprobs[t, r] = -np.inf
+
+
+@compiled
+def list_entropy(levels, counts, logprobs, shifts, table, probabilities, entropy):
+    """Fill entropy [R] (float64): -sum p log p over the entries, nats.
+
+    p = exp(log p) without an exponential for each: log p is a level's value (probability known)
+    less the row's shift, but for a rounding error, whose exponential is its series.
+    """
+    for t in range(np.uint64(logprobs.shape[0])):
+        shift, total = np.float64(shifts[t]), 0.0
+        scale = math.exp(-shift)
+        for r in range(np.uint64(counts[t])):
+            level = np.uint64(levels[t, r])
+            probability = probabilities[level]
+            if probability > 0.0:
+                logprob = np.float64(logprobs[t, r])
+                rounding = logprob - (np.float64(table[level]) - shift)
+                total -= probability * logprob * (1.0 + rounding + 0.5 * rounding * rounding)
+        entropy[t] = scale * total
 
 
 @compiled
