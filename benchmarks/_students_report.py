@@ -1,4 +1,4 @@
-"""Tables and plots of `benchmarks.students`: means and standard errors over the seeds that were run.
+"""Tables and plots of `benchmarks.students`: means and standard errors over the seeds run.
 
 One idea: reads the cells' files and nothing else, so a report is of what is there. It runs nothing.
 """
