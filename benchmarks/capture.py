@@ -223,7 +223,7 @@ def _extra_peak_bytes() -> int:
     hidden = torch.randn(LONG_PROMPT - 1, 64, generator=generator).bfloat16()
     targets = torch.randint(0, BIG_VOCABULARY, (LONG_PROMPT - 1,), generator=generator)
     spec = RowSpec.of(EVERYTHING)
-    block = rows_within(SCRATCH_BYTES, BIG_VOCABULARY, "cpu")
+    block = rows_within(SCRATCH_BYTES, BIG_VOCABULARY, "cpu", spec)
 
     def score(count: int) -> None:
         score_block(spec, 1, hidden[:count], targets[:count], 0, lambda h: h @ head.T, block)

@@ -1,21 +1,34 @@
 """From hidden states to rows in bounded memory: the LM head and the sweep, block by block.
 
 One idea: a block is as many rows as the memory bound allows and the caches like, so [rows,
-vocabulary] never exists for a whole prompt; which sweep reads it follows from where the logits lie.
+vocabulary] never exists for a whole prompt. Which sweep reads it follows from where the logits lie,
+`sweep_cpu` on a CPU, `sweep_triton` on a GPU, `sweep` elsewhere, unless STILLROOM_SWEEP names one
+(numba, triton or torch).
 """
 
+import importlib.util
+import os
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
+from cache_schemas.errors import ConfigError, TeacherError
 from pipeline.teacher.rows import RowSpec
 from pipeline.teacher.sweep import sweep
 
+SweepName = Literal["numba", "triton", "torch"]
+Sweep = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, int, RowSpec], tuple[torch.Tensor, torch.Tensor]
+]
+SWEEP_VARIABLE = "STILLROOM_SWEEP"
 CPU_ROWS = 128
 """Enough rows for the head's matrix product to be efficient, few enough to stay in cache."""
-BYTES_PER_LOGIT = {"cpu": 6, "other": 44}
-"""Logits in at most float32 and their temporaries: `sweep_cpu` widens row by row, `sweep` makes
-float32 copies, int64 sort keys and float64 weights."""
+BYTES_PER_LOGIT = {"numba": 6, "triton": 8, "torch": 44}
+"""Logits in at most float32 and their temporaries: `sweep_cpu` widens row by row, a head may copy
+once (soft cap, gathering of ranks), `sweep` makes float32 copies, int64 sort keys and float64
+weights."""
+MOST_DIFFERENCE = 1e-3
 
 
 def score_block(
@@ -41,26 +54,85 @@ def score_block(
         (ints, floats), see `rows`.
     """
     done = []
+    sweep_rows = sweep_of(hidden.device.type)
     for start in range(0, len(hidden), block_rows):
         logits = logits_fn(hidden[start : start + block_rows])
         positions = torch.arange(start, start + len(logits), device=logits.device) + first_row
         target = targets[start : start + len(logits)]
-        done.append(sweep_of(logits)(logits, target, positions, key, spec))
+        done.append(sweep_rows(logits, target, positions, key, spec))
     ints, floats = zip(*done)
     return torch.cat(ints), torch.cat(floats)
 
 
-def rows_within(scratch_bytes: int, vocab_size: int, device: str) -> int:
+def rows_within(scratch_bytes: int, vocab_size: int, device: str, spec: RowSpec) -> int:
     """Rows whose logits and temporaries fit the bound; at least one."""
-    per_logit = BYTES_PER_LOGIT.get(device, BYTES_PER_LOGIT["other"])
-    fitting = max(1, scratch_bytes // (per_logit * vocab_size))
+    fitting = max(1, scratch_bytes // _bytes_of_row(vocab_size, device, spec))
     return min(fitting, CPU_ROWS) if device == "cpu" else fitting
 
 
-def sweep_of(logits: torch.Tensor) -> Callable:
-    """The fastest sweep for where these logits are."""
-    if logits.device.type != "cpu":
-        return sweep
-    from pipeline.teacher.sweep_cpu import sweep_cpu
+def _bytes_of_row(vocab_size: int, device: str, spec: RowSpec) -> int:
+    name = sweep_name(device)
+    scratch = 0
+    if name == "triton":
+        from pipeline.teacher.sweep_triton import scratch_bytes_per_row
 
-    return sweep_cpu
+        scratch = scratch_bytes_per_row(vocab_size, spec.k)
+    return BYTES_PER_LOGIT[name] * vocab_size + scratch
+
+
+def sweep_name(device: str) -> SweepName:
+    """Which sweep reads logits on a device: STILLROOM_SWEEP, or the fastest.
+
+    Raises:
+        ConfigError: the variable names none.
+    """
+    usual = {"cpu": "numba", "cuda": "triton" if _has_triton() else "torch"}.get(device, "torch")
+    name = os.environ.get(SWEEP_VARIABLE, usual)
+    if name not in BYTES_PER_LOGIT:
+        raise ConfigError(
+            f"no sweep is named '{name}'",
+            expected=f"one of {', '.join(sorted(BYTES_PER_LOGIT))}",
+            where=SWEEP_VARIABLE,
+        )
+    return name  # type: ignore[return-value]
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def sweep_of(device: str) -> Sweep:
+    """The sweep that `sweep_name` names."""
+    name = sweep_name(device)
+    if name == "numba":
+        from pipeline.teacher.sweep_cpu import sweep_cpu
+
+        return sweep_cpu
+    if name == "triton":
+        from pipeline.teacher.sweep_triton import sweep_triton
+
+        return sweep_triton
+    return sweep
+
+
+def check_sweep(vocab_size: int, device: str, spec: RowSpec) -> None:
+    """Refuse a device on which the sweep for it does not say what its definition says.
+
+    Raises:
+        TeacherError: names both values.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(4, vocab_size, generator=generator)).to(device)
+    targets = torch.randint(0, vocab_size, (4,), generator=generator).to(device)
+    asked = (logits, targets, torch.arange(4, device=device), 1, spec)
+    (ints, floats), (true_ints, true_floats) = sweep_of(device)(*asked), sweep(*asked)
+    exact = [*range(spec.k), spec.int_columns - 1]
+    gap = float((floats - true_floats).abs().max())
+    ids_differ = int((ints[:, exact] != true_ints[:, exact]).sum())
+    if not gap <= MOST_DIFFERENCE or ids_differ > 0:
+        raise TeacherError(
+            f"the {sweep_name(device)} sweep is off by {gap:.3g} and in {ids_differ} ids",
+            expected=f"at most {MOST_DIFFERENCE:g} from its definition, and the same ids",
+            where=device,
+            remedy=f"Set {SWEEP_VARIABLE}=torch, and report this with your accelerator.",
+        )

@@ -18,8 +18,8 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba import njit
 
+from cache_schemas.kernels import compiled
 from pipeline.teacher.rows import RowSpec
 from pipeline.teacher.sweep_loops import (
     BLOCK,
@@ -83,7 +83,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, len(_CPUS)), "sweep", initializer=unpin)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _stripe(
     rows,
     targets,
@@ -120,7 +120,7 @@ def _stripe(
         )  # fmt: skip
 
 
-@njit(cache=True)
+@compiled
 def _sweep_row(
     z, vocab_size, target, counter, key, k, draws, temperatures, entropy, moments,
     ints, floats, maxima, sums, keys,

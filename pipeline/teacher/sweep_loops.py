@@ -11,6 +11,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic as typed_intrinsic
 
+from cache_schemas.kernels import compiled
+
 BLOCK = 64
 """Logits in one block: a candidate search skips it whole, a draw searches inside it."""
 PIECE = 16 * BLOCK
@@ -72,7 +74,7 @@ def _exp2(y):
     return p * _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
-@njit(fastmath=FAST, cache=True)
+@compiled(fastmath=FAST)
 def widen(source, shift, bits):
     """Copy a row into the bits of a float32 buffer; False if a logit is NaN or infinite."""
     bad = np.int32(0)
@@ -84,7 +86,7 @@ def widen(source, shift, bits):
     return bad == 0
 
 
-@njit(fastmath=FAST, cache=True)
+@compiled(fastmath=FAST)
 def first_sweep(z, vocab_size, token, maxima):
     """Block maxima; mean and population standard deviation; how many logits are above `token`.
 
@@ -111,7 +113,7 @@ def first_sweep(z, vocab_size, token, maxima):
     return shift + offset, np.sqrt(variance), above
 
 
-@njit(fastmath=FAST, cache=True)
+@compiled(fastmath=FAST)
 def _maxima(piece, maxima):
     for block in range(len(maxima)):
         inside = piece[block * BLOCK : (block + 1) * BLOCK]
@@ -121,7 +123,7 @@ def _maxima(piece, maxima):
         maxima[block] = largest
 
 
-@njit(cache=True)
+@compiled
 def candidates(z, vocab_size, maxima, k, keys):
     """Sort keys of every logit that may be among the top k; returns how many there are."""
     if k == 0:
@@ -155,7 +157,7 @@ def id_of(key):
     return np.int64(0x7FFFFFFF) - (key & np.int64(0xFFFFFFFF))
 
 
-@njit(fastmath=FAST, cache=True)
+@compiled(fastmath=FAST)
 def second_sweep(z, peak, inverse, sums, at_one):
     """Sum of exp((z - peak) / T) over the row, and at T = 1 also of exp(x) x and per block."""
     scale = np.float32(inverse * _LOG2E)
@@ -182,7 +184,7 @@ def second_sweep(z, peak, inverse, sums, at_one):
     return total, weighted
 
 
-@njit(cache=True)
+@compiled
 def draw(z, peak, sums, tail, counter, key, draws, out):
     """Draws from what is left in z, in proportion to exp(z): see `sweep.draw_tail`."""
     points = np.empty(draws, dtype=np.float64)

@@ -22,7 +22,7 @@ from vllm.model_executor.models.interfaces import EagleModelMixin
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from pipeline.teacher.blocks import rows_within, score_block
+from pipeline.teacher.blocks import check_sweep, rows_within, score_block
 from pipeline.teacher.rows import RowSpec
 
 MARK = "stillroom"
@@ -57,8 +57,21 @@ class Settings:
         spec = RowSpec.from_json(data["spec"])
         vocab_size = vllm_config.model_config.get_vocab_size()
         device = vllm_config.device_config.device_type
-        block_rows = rows_within(data["scratch_bytes"], vocab_size, device)
+        block_rows = rows_within(data["scratch_bytes"], vocab_size, device, spec)
         return cls(spec, tuple(data["layers"]), data["final"], block_rows)
+
+    @classmethod
+    def checked(cls, vllm_config, device: torch.device) -> "Settings | None":
+        """The same, when an accelerator has shown that it sweeps right.
+
+        Raises:
+            TeacherError: it does not.
+        """
+        settings = cls.of(vllm_config)
+        if settings is not None and device.type != "cpu":
+            vocab_size = vllm_config.model_config.get_vocab_size()
+            check_sweep(vocab_size, device.type, settings.spec)
+        return settings
 
 
 @dataclass(slots=True)
@@ -195,7 +208,7 @@ def ask_for_blocks(model: Any, layers: tuple[int, ...]) -> None:
 
 def _setup(self) -> None:
     """V1 runner, after the model is loaded and before it is compiled: ask it for block outputs."""
-    self.stillroom_settings = settings = Settings.of(self.vllm_config)
+    self.stillroom_settings = settings = Settings.checked(self.vllm_config, self.device)
     self.stillroom_states = None
     if settings is None or not settings.layers:
         _their_setup(self)

@@ -42,7 +42,7 @@ def install_on_prompt_worker() -> None:
 def _loading(theirs):
     def load_model(self, *args, **kwargs):
         theirs(self, *args, **kwargs)
-        settings = Settings.of(self.vllm_config)
+        settings = Settings.checked(self.vllm_config, self.device)
         if settings is not None and settings.layers:
             ask_for_blocks(self.model, settings.layers)
             self.use_aux_hidden_state_outputs = True

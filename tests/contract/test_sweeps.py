@@ -1,4 +1,11 @@
-"""Both sweeps against dense float64 formulas, and their draws against the dense distribution."""
+"""All sweeps against dense float64 formulas, and their draws against the dense distribution.
+
+STILLROOM_TEST_SWEEPS names which (the Triton one runs under its interpreter or on a GPU only) and
+STILLROOM_TEST_DEVICE where.
+"""
+
+import os
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -6,12 +13,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.teacher.blocks import CPU_ROWS, rows_within, score_block
+from cache_schemas.errors import ConfigError, TeacherError
+from pipeline.teacher import blocks
+from pipeline.teacher.blocks import (
+    CPU_ROWS,
+    check_sweep,
+    rows_within,
+    score_block,
+    sweep_name,
+    sweep_of,
+)
 from pipeline.teacher.rows import RowSpec, draw_key
 from pipeline.teacher.sweep import sweep
-from pipeline.teacher.sweep_cpu import sweep_cpu
 
-SWEEPS = pytest.mark.parametrize("run", [sweep, sweep_cpu])
+NAMES = os.environ.get("STILLROOM_TEST_SWEEPS", "sweep sweep_cpu").split()
+DEVICE = os.environ.get("STILLROOM_TEST_DEVICE", "cpu")
+FAST = [getattr(import_module(f"pipeline.teacher.{n}"), n) for n in NAMES if n != "sweep"]
+SWEEPS = pytest.mark.parametrize("run", [sweep] * ("sweep" in NAMES) + FAST)
+FAST_SWEEPS = pytest.mark.parametrize("run", FAST)
 KEPT = pytest.mark.parametrize("k", [8, 0])
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 
@@ -24,10 +43,11 @@ def rows_of(num_rows: int, vocab_size: int, dtype=torch.float32, scale: float = 
 
 
 def said(run, logits, targets, positions, spec: RowSpec, key: int = 99) -> dict[str, np.ndarray]:
-    ints, floats = run(logits, targets, positions, key, spec)
+    asked = (tensor.to(DEVICE) for tensor in (logits, targets, positions))
+    ints, floats = run(*asked, key, spec)
     assert ints.dtype == torch.int32
     assert floats.dtype == torch.float32
-    return spec.unpack(ints.numpy(), floats.numpy())
+    return spec.unpack(ints.cpu().numpy(), floats.cpu().numpy())
 
 
 def dense(logits: torch.Tensor, targets: torch.Tensor, spec: RowSpec) -> dict[str, np.ndarray]:
@@ -89,7 +109,7 @@ def test_signals_are_what_they_mean(run, num_rows, vocab_size, k, dtype):
 
 
 @SWEEPS
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=10 if NAMES == ["sweep_triton"] else 40, deadline=None)
 @given(
     vocab_size=st.integers(32, 3000),
     share=st.floats(0, 1),
@@ -113,6 +133,20 @@ def test_ties_are_broken_by_id(run):
     found = said(run, logits, torch.tensor([4]), torch.tensor([0]), spec)
     assert found["topk_ids"].tolist() == [[2, 3, 5, 0, 1]]
     assert found["token_rank"].tolist() == [4]
+
+
+@SWEEPS
+@pytest.mark.parametrize("k", [1, 64, 512])
+@pytest.mark.parametrize("shape", ["all equal", "two values", "falling", "rising"])
+def test_words_of_the_top_may_lie_anywhere(run, shape, k):
+    """Many ties, and all of the top in one corner, are what a search by parts could get wrong."""
+    ids = torch.arange(6000)
+    rows = {"all equal": ids * 0, "two values": ids % 2, "falling": -ids, "rising": ids}
+    spec = RowSpec(k, 3, (0.5, 1.0), True, True, 0)
+    asked = rows[shape][None].float() / 1000, torch.tensor([17]), torch.tensor([3])
+    found = said(run, *asked, spec)
+    assert_same(found, dense(asked[0], asked[1], spec))
+    assert not np.isin(found["draw_ids"], found["topk_ids"]).any()
 
 
 @SWEEPS
@@ -153,11 +187,12 @@ def test_draws_do_not_depend_on_the_batch(run):
 
 
 @KEPT
-def test_both_sweeps_draw_the_same(k):
-    spec = RowSpec(k, 64, (1.0,), False, False, 0)
-    logits, targets, positions = rows_of(40, 5000)
+@FAST_SWEEPS
+def test_a_fast_sweep_draws_what_the_definition_draws(run, k):
+    spec = RowSpec(k, 32, (1.0,), False, False, 0)
+    logits, targets, positions = rows_of(20, 5000)
     plain = said(sweep, logits, targets, positions, spec)
-    fast = said(sweep_cpu, logits, targets, positions, spec)
+    fast = said(run, logits, targets, positions, spec)
     differing = (plain["draw_ids"] != fast["draw_ids"]).any(axis=1)
     assert differing.mean() <= 0.05  # a point within rounding of a boundary may fall either way
 
@@ -166,7 +201,7 @@ def test_both_sweeps_draw_the_same(k):
 @SWEEPS
 def test_draws_are_distinct_rising_ids_of_the_tail(run, k):
     spec = RowSpec(k, 50, (1.0,), False, False, 0)
-    logits, targets, positions = rows_of(20, 300)
+    logits, targets, positions = rows_of(9, 300)
     found = said(run, logits, targets, positions, spec)
     for top, ids, counts in zip(found["topk_ids"], found["draw_ids"], found["draw_counts"]):
         kept = ids[counts > 0]
@@ -176,12 +211,13 @@ def test_draws_are_distinct_rising_ids_of_the_tail(run, k):
         assert (ids[counts == 0] == -1).all()
 
 
-def test_another_seed_or_example_draws_otherwise():
+@SWEEPS
+def test_another_seed_or_example_draws_otherwise(run):
     keys = {draw_key(seed, example) for seed in (0, 1) for example in ("a" * 32, "b" * 32)}
     assert len(keys) == 4
     spec = RowSpec(4, 16, (1.0,), False, False, 0)
     rows = rows_of(1, 5000, scale=0.5)
-    drawn = {tuple(said(sweep_cpu, *rows, spec, key)["draw_ids"][0]) for key in keys}
+    drawn = {tuple(said(run, *rows, spec, key)["draw_ids"][0]) for key in keys}
     assert len(drawn) == 4
 
 
@@ -213,7 +249,7 @@ def test_variance_is_below_random_sampling_at_equal_ids():
     k, draws = 8, 8
     logits, _, _ = rows_of(1, 200, scale=2.0, seed=1)
     p = torch.softmax(logits[0].double(), 0).numpy()
-    ours = _estimates(sweep_cpu, logits, RowSpec(k, draws, (1.0,), False, False, 0), 3000)
+    ours = _estimates(sweep, logits, RowSpec(k, draws, (1.0,), False, False, 0), 3000)
     generator = np.random.default_rng(0)
     theirs = generator.multinomial(k + draws, p, size=3000) / (k + draws)
     assert ((theirs - p) ** 2).sum(axis=1).mean() == pytest.approx(
@@ -253,8 +289,32 @@ def test_blocks_change_nothing():
         np.testing.assert_allclose(pieces[name], whole[name], atol=1e-5, err_msg=name)
 
 
-def test_block_rows_fit_the_bound():
-    bound = 256 << 20
-    assert rows_within(bound, 151_936, "cpu") == CPU_ROWS
-    assert rows_within(bound, 151_936, "cuda") * 151_936 * 44 <= bound
-    assert rows_within(1, 151_936, "cpu") == 1
+@pytest.mark.parametrize(("device", "sweep_bytes"), [("cuda", 8), ("xpu", 44)])
+def test_block_rows_fit_the_bound(device, sweep_bytes):
+    bound, spec = 256 << 20, RowSpec(64, 16, TEMPERATURES, True, True, 0)
+    assert rows_within(bound, 151_936, "cpu", spec) == CPU_ROWS
+    assert rows_within(1, 151_936, device, spec) == 1
+    rows = rows_within(bound, 151_936, device, spec)
+    assert 0.8 * bound < rows * 151_936 * sweep_bytes <= bound
+
+
+def test_the_sweep_follows_from_the_device_or_is_named(monkeypatch):
+    assert [sweep_name(device) for device in ("cpu", "cuda", "xpu")] == ["numba", "triton", "torch"]
+    monkeypatch.setenv("STILLROOM_SWEEP", "torch")
+    assert sweep_of("cuda") is sweep
+    monkeypatch.setenv("STILLROOM_SWEEP", "tirton")
+    with pytest.raises(ConfigError, match=r"STILLROOM_SWEEP: no sweep is named 'tirton'.*triton"):
+        sweep_of("cuda")
+
+
+def test_a_sweep_that_errs_is_refused_before_it_is_used(monkeypatch):
+    spec = RowSpec(8, 2, TEMPERATURES, True, True, 0)
+    check_sweep(3000, "cpu", spec)
+
+    def wrong(*asked):
+        ints, floats = sweep(*asked)
+        return ints, floats + 0.01
+
+    monkeypatch.setattr(blocks, "sweep_of", lambda _: wrong)
+    with pytest.raises(TeacherError, match=r"numba sweep is off by 0\.01 and in 0 ids.*=torch"):
+        check_sweep(3000, "cpu", spec)
