@@ -176,31 +176,47 @@ class ShardWork:
             self._with_engine([n for n in missing if n in set(self._writer.missing())], 0.5)
 
     def _with_engine(self, missing: list[int], scale: float) -> None:
+        self._say("starting the teacher")
         engine = self._start(scale)
         self._totals.start()
         try:
-            self._fit(engine)
-            self._write(engine, missing)
+            first = self._fit(engine)
+            self._say("scoring")
+            self._write(engine, missing, first)
         finally:
             self._writer.release()
             engine.close()
 
-    def _fit(self, engine: Engine) -> None:
-        """Codec tables follow from shard 0 alone, whichever worker comes first."""
-        if self._writer.needs_fit:
-            first = self._writer.plan.shard_range(0)
-            self._writer.fit(engine.score(self._of(first), self._notes.reject))
+    def _say(self, doing: str) -> None:
+        self._totals.doing = doing
+        self._tell(self._totals.progress())
 
-    def _write(self, engine: Engine, missing: list[int]) -> None:
-        """Score ahead while the shard before is being encoded and committed."""
+    def _fit(self, engine: Engine) -> list[TeacherRecord]:
+        """Codec tables follow from shard 0 alone, whichever worker comes first; its records."""
+        if not self._writer.needs_fit:
+            return []
+        self._say("fitting the codec's tables on the first shard")
+        examples = self._of(self._writer.plan.shard_range(0))
+        first = list(engine.score(examples, self._notes.reject))
+        self._writer.fit(first)
+        return first
+
+    def _write(self, engine: Engine, missing: list[int], first: list[TeacherRecord]) -> None:
+        """Score ahead while the shard before is being encoded and committed.
+
+        Args:
+            first: shard 0, if its answers are at hand.
+        """
         ahead, order = itertools.tee(self._writer.unclaimed(missing))
         shard_range = self._writer.plan.shard_range
-        wanted = (example for number in ahead for example in self._of(shard_range(number)))
-        records = self._watched(engine.score(wanted, self._notes.reject))
+        asked = (number for number in ahead if number or not first)
+        wanted = (example for number in asked for example in self._of(shard_range(number)))
+        answers = iter(engine.score(wanted, self._notes.reject))
         with ThreadPoolExecutor(1, "writer") as pool:
             before: Future[ShardReceipt] | None = None
             for number in order:
-                shard = list(itertools.islice(records, len(shard_range(number))))
+                found = answers if number or not first else iter(first)
+                shard = list(self._watched(itertools.islice(found, len(shard_range(number)))))
                 self._committed(before)
                 before = pool.submit(self._writer.write, number, shard)
             self._committed(before)

@@ -29,6 +29,7 @@ class CaptureProgress:
         seconds: since the first example was asked for.
         retained_mass: mean probability inside the stored top-k, so far.
         entropy: mean entropy in nats, so far; NaN where it is not kept.
+        doing: what the worker is at, in words.
     """
 
     rank: int
@@ -43,6 +44,7 @@ class CaptureProgress:
     seconds: float
     retained_mass: float
     entropy: float
+    doing: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,6 +67,7 @@ class CaptureProgress:
         """Everything, with the rates, for a log; NaN becomes null."""
         names = ("tokens_per_second", "bytes_per_token", "seconds_left")
         numbers = asdict(self) | {name: getattr(self, name) for name in names}
+        del numbers["doing"]
         return {"progress": {name: _json(value) for name, value in numbers.items()}}
 
 
@@ -83,6 +86,7 @@ class Totals:
     committed_tokens: int = 0
     mass: float = 0.0
     entropy: float = 0.0
+    doing: str = ""
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -130,6 +134,7 @@ class Totals:
             seconds=time.monotonic() - self.started,
             retained_mass=self.mass / rows,
             entropy=self.entropy / rows,
+            doing=self.doing,
         )
 
 

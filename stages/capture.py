@@ -1,5 +1,6 @@
 """`stillroom capture`: run the teacher once and keep what it says."""
 
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -82,9 +83,11 @@ def _capture(run, **options) -> None:
     if "address" in options:
         score, title = capture_on_ray, "capture on Ray"
         _alone(options.pop("rank"), options.pop("world_size"))
+    steps = Steps(title)
     with progress(title, unit="examples") as report:
 
         def show(now: CaptureProgress) -> None:
+            steps(now.doing)
             report(
                 now.examples,
                 now.total_examples,
@@ -103,6 +106,21 @@ def _capture(run, **options) -> None:
     out.print(options["location"] or str(run.path("cache")))
 
 
+class Steps:
+    """Says what a worker is at whenever that changes, and how long the step before took."""
+
+    def __init__(self, title: str):
+        self._title, self._doing, self._began = title, "", time.monotonic()
+
+    def __call__(self, doing: str) -> None:
+        if not doing or doing == self._doing:
+            return
+        before, passed = self._doing, time.monotonic() - self._began
+        after = f" ({before}: {passed:.0f} s)" if before else ""
+        say(f"{self._title}: {doing}{after}")
+        self._doing, self._began = doing, time.monotonic()
+
+
 def _alone(rank: int, world_size: int) -> None:
     """Ray hands out the shards itself."""
     from cache_schemas.errors import ConfigError
@@ -116,9 +134,11 @@ def _capture_images(run, **worker) -> None:
     from pipeline.capture import CaptureProgress
     from pipeline.vision.capture import capture_images
 
+    steps = Steps("vision targets")
     with progress("vision targets", unit="images") as report:
 
         def show(now: CaptureProgress) -> None:
+            steps(now.doing)
             per_image = now.bytes / now.examples if now.shards else 0.0
             report(now.examples, now.total_examples, bytes_per_image=per_image)
 

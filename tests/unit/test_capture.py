@@ -114,7 +114,7 @@ def test_a_bad_example_is_set_aside_on_request(run, corpus):
     fault = Faulty(run, lambda e: RejectedExample(e, "NaN or infinite logits at position 3"), at=6)
     capture(run, engine="reference", on_error="quarantine", open_engine=lambda _: fault)
     lines = [json.loads(line) for line in run.path("rejects.jsonl").read_text().splitlines()]
-    (rejected,) = {line["example_id"] for line in lines}
+    (rejected,) = [line["example_id"] for line in lines]
     assert "position 3" in lines[0]["reason"]
     cache = TeacherCache.open(str(run.path("cache")))
     examples = corpus.split("train")
@@ -157,6 +157,26 @@ def test_progress_counts_every_token_once(run, corpus):
     assert last.retained_mass == pytest.approx(1 - tails.mean(), abs=1e-3)
     assert 0 < last.entropy < math.log(768)
     assert all(a.examples <= b.examples for a, b in itertools.pairwise(seen))
+
+
+def test_no_example_is_scored_twice_and_every_step_is_announced(run, corpus):
+    asked, seen = [], []
+    engine = open_engine("reference", run.teacher, run.capture)
+    score = engine.score
+
+    def counted(examples, reject):
+        for example in examples:
+            asked.append(example.example_id)
+            yield from score([example], reject)
+
+    engine.score = counted
+    small = run.model_copy(update={"capture": run.capture.model_copy(update={"profile": "small"})})
+    capture(small, engine="reference", on_progress=seen.append, open_engine=lambda _: engine)
+    assert asked == [example.example_id for example in corpus.split("train")]
+    steps = [step for step, _ in itertools.groupby(now.doing for now in seen)]
+    fitting = "fitting the codec's tables on the first shard"
+    assert steps == ["starting the teacher", fitting, "scoring"]
+    assert seen[0].examples == 0
 
 
 def receipt_bytes(run: Run) -> list[int]:
