@@ -81,7 +81,7 @@ def check_words(
         _require(0 < words <= rows, f"valid_vocab: found {words}; expected 1 to {rows}")
         return Shard.whole(words)
     _require(valid_vocab is None, "valid_vocab: is shard.total where a shard is given")
-    _require(impl == "chunked", f"shard: needs impl='chunked'; found {impl!r}")
+    _require(impl != "eager", "shard: 'eager' needs the whole head; expected 'chunked' or 'triton'")
     _require(0 <= shard.width <= rows, f"shard: holds {shard.width} words; the head, {rows}")
     return shard
 

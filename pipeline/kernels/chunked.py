@@ -48,6 +48,7 @@ class Plan:
         sum_dtype: dtype in which d_unembedding is summed over chunks.
         budget: bytes that the buffers of one chunk may take.
         scale_: multiplies a finished gradient by a device's number, in place.
+        teacher_itemsize: bytes of each of the logits that the sweep makes of the teacher's side.
     """
 
     sweep: Sweep
@@ -59,6 +60,7 @@ class Plan:
     sum_dtype: torch.dtype
     budget: int
     scale_: Scale = Tensor.mul_
+    teacher_itemsize: int = 0
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -233,7 +235,9 @@ class Workbench:
         columns = (plan.shard.largest // COLUMN_MULTIPLE + 1) * COLUMN_MULTIPLE
         same = plan.sweep_dtype == plan.compute_dtype
         bytes_per_row = columns * (
-            plan.sweep_dtype.itemsize + (not same) * plan.compute_dtype.itemsize
+            plan.sweep_dtype.itemsize
+            + (not same) * plan.compute_dtype.itemsize
+            + plan.teacher_itemsize
         )
         size = chunk_rows(rows, bytes_per_row, plan.budget)
         self.chunks = [slice(i, min(i + size, rows)) for i in range(0, rows, size)]

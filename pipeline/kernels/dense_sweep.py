@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.kernels.divergences import LOG_ZERO, Objective, Outcomes, outcome_gradient, terms
+from pipeline.kernels.divergences import (
+    LOG_ZERO,
+    Objective,
+    Outcomes,
+    head_share,
+    outcome_gradient,
+    terms,
+)
 from pipeline.kernels.vocabulary_shards import FAR_BELOW, Shard
 
 CPU_BLOCK = 2**19
@@ -60,15 +67,48 @@ def sweep(
     return torch.cat(losses)
 
 
+def raw_teacher_logits(targets: DenseTargets, words: int) -> Tensor:
+    """[C, words] logits of the teacher before any soft cap, in its head's dtype.
+
+    Rows start at multiples of 16 elements, as those of the student's buffer do.
+    """
+    head = targets.unembedding[:words]
+    hidden = targets.hidden.to(head.dtype)
+    logits = head.new_empty(len(hidden), -(-words // 16) * 16)[:, :words]
+    if targets.bias is None:
+        return torch.mm(hidden, head.T, out=logits)
+    return torch.addmm(targets.bias[:words].to(head.dtype), hidden, head.T, out=logits)
+
+
 def teacher_logits(targets: DenseTargets, words: int) -> Tensor:
     """[C, words] logits of the teacher, soft-capped."""
-    hidden = targets.hidden.to(targets.unembedding.dtype)
-    logits = hidden @ targets.unembedding[:words].T
-    if targets.bias is not None:
-        logits = logits + targets.bias[:words]
-    if targets.softcap is None:
-        return logits
-    return targets.softcap * torch.tanh(logits.float() / targets.softcap)
+    logits = raw_teacher_logits(targets, words)
+    return logits if targets.softcap is None else soft_capped(logits, targets.softcap)
+
+
+def soft_capped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap tanh(logits / softcap), in at least fp32."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return softcap * torch.tanh(logits / softcap)
+
+
+def head_shares(
+    logits: Tensor, teacher: Tensor, targets: DenseTargets, objective: Objective, words: int
+) -> Tensor:
+    """AKL's w_h [C] in fp32, for raw logits of both sides [C, words + spare], [C, words]."""
+    size = max(1, CUDA_BLOCK // (4 * words))
+    shares = [
+        _head_shares(z.float(), y.float(), targets.softcap, objective)
+        for z, y in zip(logits[:, :words].split(size), teacher.split(size))
+    ]
+    return torch.cat(shares)
+
+
+def _head_shares(z: Tensor, y: Tensor, cap: float | None, objective: Objective) -> Tensor:
+    z = z if objective.softcap is None else soft_capped(z, objective.softcap)
+    y = y if cap is None else soft_capped(y, cap)
+    q = torch.nn.functional.pad((z / objective.temperature).softmax(1), (0, 1))
+    return head_share(dense_outcomes(y, objective.temperature), q)[:, 0]
 
 
 def _sweep_block(

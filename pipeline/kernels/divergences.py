@@ -142,7 +142,7 @@ def terms(objective: Objective, teacher: Outcomes, log_q: Tensor) -> Terms:
             log_ratio = log_q - _log_mixture(a, log_q, log_p)
             return Terms(q * log_ratio, q * (log_ratio + 1 - a * log_ratio.exp()))
         case "adaptive_kl":
-            head = _head_share(teacher, q.detach())
+            head = head_share(teacher, q.detach())
             reverse = (1 - head) * q * (log_q - teacher.log_p_above_floor)
             value = head * p * (log_p - log_q) + reverse
             return Terms(value, reverse + (1 - head) * q - head * p)
@@ -169,7 +169,7 @@ def _log_mixture(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
 
 
-def _head_share(teacher: Outcomes, q: Tensor) -> Tensor:
+def head_share(teacher: Outcomes, q: Tensor) -> Tensor:
     """AKL's w_h [rows, 1]: the head's share of sum |p - q|; 1/2 where p = q."""
     gap = (teacher.p - q).abs()
     head = (gap * _head(teacher.p)).sum(1, keepdim=True)

@@ -4,13 +4,14 @@ One idea: the doors say what is computed, `chunked` how chunks go by; the choice
 sweep, in which dtype, within how many bytes) are made here, once for all doors.
 """
 
+import importlib
 import os
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pipeline.kernels import autocasting, torch_sweep
+from pipeline.kernels import autocasting, dense_sweep, torch_sweep
 from pipeline.kernels.chunked import Plan, Sweep
 from pipeline.kernels.divergences import Objective
 from pipeline.kernels.vocabulary_shards import Shard
@@ -43,6 +44,7 @@ def plan(
     accumulate_fp32: bool,
     *,
     triton: bool = False,
+    teacher_itemsize: int = 0,
 ) -> Plan:
     """A plan for the fused form.
 
@@ -50,6 +52,7 @@ def plan(
         budget: bytes for a chunk's buffers, or None for the device's default.
         triton: the sweep takes logits in the products' dtype (others take fp32 or fp64), and
             Triton scales the gradients.
+        teacher_itemsize: bytes of each of the teacher's logits, where a chunk has them too.
     """
     compute = autocasting.dtype_of(hidden)
     wide = torch.float64 if compute == torch.float64 else torch.float32
@@ -61,30 +64,49 @@ def plan(
         shard=shard,
         compute_dtype=compute,
         sum_dtype=wide if accumulate_fp32 else unembedding.dtype,
-        budget=budget or (CUDA_BUDGET if hidden.is_cuda else CPU_BUDGET),
-        scale_=_triton().scale_ if triton else Tensor.mul_,
+        budget=budget
+        or (CUDA_BUDGET if hidden.is_cuda else CPU_BUDGET) * (1 + (teacher_itemsize > 0)),
+        teacher_itemsize=teacher_itemsize,
+        scale_=_triton("triton_sweep").scale_ if triton else Tensor.mul_,
     )
 
 
-def sparse_sweep(impl: Implementation, hidden: Tensor) -> Sweep:
-    """The sweep of an implementation, or the reason why there is none.
+def _budget(device: torch.device, with_teacher: bool) -> int:
+    """Bytes of a chunk's buffers: twice as many where the teacher's logits are among them."""
+    return (CUDA_BUDGET if device.type == "cuda" else CPU_BUDGET) * (1 + with_teacher)
+
+
+def sparse_sweep(impl: Implementation, hidden: Tensor, shard: Shard) -> Sweep:
+    """The sweep of an implementation against a sparse teacher, or the reason why there is none.
 
     Raises:
         RuntimeError: Triton is missing, the device is not CUDA, or the dtype is fp64.
     """
     if impl == "chunked":
         return torch_sweep.sweep
-    kernel = _triton()
-    if not kernel.available(hidden.device):
+    _require_triton(hidden)
+    if shard.group is None:
+        return _triton("triton_sweep").sweep
+    return _triton("triton_shard_sweep").sweep
+
+
+def dense_teacher_sweep(impl: Implementation, hidden: Tensor) -> Sweep:
+    """The sweep of an implementation against a dense teacher; see `sparse_sweep`."""
+    if impl == "chunked":
+        return dense_sweep.sweep
+    _require_triton(hidden)
+    return _triton("triton_dense_sweep").sweep
+
+
+def _require_triton(hidden: Tensor) -> None:
+    if not _triton("triton_rows").available(hidden.device):
         raise RuntimeError(f"impl: 'triton' needs a CUDA device; hidden is on {hidden.device}")
     if hidden.dtype == torch.float64:
         raise RuntimeError("impl: 'triton' computes in fp32; found fp64 inputs")
-    return kernel.sweep
 
 
-def _triton() -> Any:
+def _triton(module: str) -> Any:
     try:
-        from pipeline.kernels import triton_sweep
+        return importlib.import_module(f"pipeline.kernels.{module}")
     except ImportError as error:
         raise RuntimeError(f"impl: 'triton' needs Triton, which does not import: {error}") from None
-    return triton_sweep

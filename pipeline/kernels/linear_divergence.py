@@ -7,7 +7,7 @@ divergences are those of `topk_divergence` with every word in the list and no ta
 
 from torch import Tensor
 
-from pipeline.kernels import argument_checks, chunked, dense_sweep, eager, execution
+from pipeline.kernels import argument_checks, chunked, eager, execution
 from pipeline.kernels.dense_sweep import DenseTargets
 from pipeline.kernels.divergences import DivergenceName, Objective
 from pipeline.kernels.execution import Implementation
@@ -47,7 +47,7 @@ def linear_divergence(
         teacher_unembedding: [V', D'] its head; must cover the student's real words.
         teacher_bias: [V'] of its head.
         teacher_softcap: cap of its tanh soft-capped logits.
-        impl: `eager` or `chunked`.
+        impl: `eager` (the truth), `chunked` (torch, any device) or `triton` (CUDA).
         debug: check the values of labels and weights; see `topk_divergence`.
         hidden, unembedding, divergence, beta, alpha, temperature, labels, ce_weight, weights, bias,
         softcap, valid_vocab, memory_budget, accumulate_fp32: see `topk_divergence`.
@@ -57,7 +57,7 @@ def linear_divergence(
 
     Raises:
         ValueError, TypeError: an argument that cannot mean what it says.
-        RuntimeError: `triton` was asked for; there is no such kernel.
+        RuntimeError: `triton` was asked for and cannot run.
     """
     objective = Objective(divergence, beta, alpha, "truncate", temperature, ce_weight, softcap)
     argument_checks.check_objective(objective, None, None)
@@ -70,12 +70,10 @@ def linear_divergence(
     )
     if execution.debugging(debug, hidden):
         argument_checks.check_row_values(labels, weights, shard.total)
-    if impl == "triton":
-        raise RuntimeError("impl: 'triton' has no dense kernel; use 'chunked' on any device")
     targets = DenseTargets(
         teacher_hidden.detach(),
         teacher_unembedding.detach(),
-        teacher_bias,
+        None if teacher_bias is None else teacher_bias.detach(),
         teacher_softcap,
         labels,
         weights,
@@ -83,7 +81,7 @@ def linear_divergence(
     if impl == "eager":
         return eager.linear_divergence(hidden, unembedding, bias, targets, objective, shard.total)
     plan = execution.plan(
-        dense_sweep.sweep,
+        execution.dense_teacher_sweep(impl, hidden),
         hidden,
         unembedding,
         targets,
@@ -91,5 +89,7 @@ def linear_divergence(
         shard,
         memory_budget,
         accumulate_fp32,
+        triton=impl == "triton",
+        teacher_itemsize=teacher_unembedding.dtype.itemsize,
     )
     return chunked.FusedDivergence.apply(hidden, unembedding, bias, plan)

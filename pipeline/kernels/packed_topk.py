@@ -81,7 +81,7 @@ class PackedTopk:
             shift=torch.from_numpy(shift.astype(np.float32)),
             scale=1.0,
             table=torch.from_numpy(np.asarray(level_logprobs, dtype=np.float32)),
-            lookup=torch.from_numpy(rankings.lookup),
+            lookup=torch.from_numpy(rankings.lookup.astype(np.int32)),
             length=rankings.lists.shape[1],
             words=rankings.common.size,
         )

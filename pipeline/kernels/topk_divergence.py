@@ -120,7 +120,7 @@ def topk_divergence(
         accumulate_fp32: sum d_unembedding over chunks in fp32 (for bf16 and fp16 heads).
         debug: check ranges and values of tensors, which makes a device wait. None checks CPU
             tensors and, if the environment has STILLROOM_DEBUG_KERNELS=1, all others.
-        shard: for a head sharded over ranks (`chunked` only): which words `unembedding` holds.
+        shard: for a head sharded over ranks (not `eager`): which words `unembedding` holds.
             Everything else, ids included, is the same on all ranks; so is the loss. For heads that
             are DTensors see `distributed_head`.
 
@@ -190,7 +190,7 @@ def _run(
     if impl == "eager":
         return eager.topk_divergence(hidden, unembedding, bias, targets, objective, shard.total)
     plan = execution.plan(
-        execution.sparse_sweep(impl, hidden),
+        execution.sparse_sweep(impl, hidden, shard),
         hidden,
         unembedding,
         targets,

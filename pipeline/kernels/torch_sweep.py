@@ -8,6 +8,8 @@ for a second buffer where the loss needs one (soft cap; cross-entropy at another
 The formulas are derived in `topk_divergence`.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,6 @@ from pipeline.kernels.vocabulary_shards import (
     FAR_BELOW,
     Shard,
     ShardStatistics,
-    Student,
     combine,
 )
 
@@ -44,17 +45,60 @@ def sweep(
     label = label_column(targets, objective, shard)
     cap_slope = _cap_(buffer, objective.softcap, with_gradient)
     local, plain = _statistics_(buffer, columns, label, objective, shard.width)
-    student = combine(shard, targets.ids, local)
-    teacher = teacher_outcomes(
-        targets.ids, targets.logprobs, objective.tail, shard.total, buffer.dtype
-    )
-    values, slopes = terms(objective, teacher, student.log_q)
+    verdict = judge(targets, objective, shard, local)
     if with_gradient:
-        outcomes = outcome_gradient(slopes, student.log_q.exp()) * objective.temperature
-        _gradient_(buffer, columns, label, plain, targets, objective, outcomes, student)
+        _gradient_(buffer, columns, label, plain, verdict)
         if cap_slope is not None:
             buffer.mul_(cap_slope)
-    return _loss(objective, targets, values, student)
+    return verdict.loss
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Losses of a chunk's rows, and what their gradients are made of, row weights included.
+
+    Attributes:
+        loss: [C].
+        inside: [C, k] d loss / d z of the list's words; cross-entropy included where z is x.
+        outside: [C, 1] factor of this shard's own distribution of the words outside.
+        plain: [C, 1] factor of this shard's own softmax(z), where z is not x.
+        hard: [C, 1] what the label's gradient is less.
+    """
+
+    loss: Tensor
+    inside: Tensor
+    outside: Tensor
+    plain: Tensor
+    hard: Tensor
+
+
+def judge(targets: Targets, objective: Objective, shard: Shard, local: ShardStatistics) -> Verdict:
+    """The closed forms of [C, k + 1] outcomes, once the shards have put their statistics together.
+
+    Args:
+        targets: teacher, labels and weights of these rows.
+        objective: the loss of a row.
+        shard: which words the statistics are of.
+        local: this shard's statistics.
+    """
+    student = combine(shard, targets.ids, local)
+    dtype = local.support.dtype
+    teacher = teacher_outcomes(targets.ids, targets.logprobs, objective.tail, shard.total, dtype)
+    values, slopes = terms(objective, teacher, student.log_q)
+    hard = _hard_weight(objective, targets, student.log_q)
+    # 0 * -inf: a row without a label may have any number here.
+    surprise = torch.where(hard > 0, hard * -student.label_logprob, 0)
+    loss = objective.temperature**2 * values.sum(1) + surprise[:, 0]
+    q = student.log_q.exp()
+    outcomes = outcome_gradient(slopes, q) * objective.temperature
+    if local.plain_peak is None:
+        outcomes += q * hard
+    if targets.weights is not None:
+        row_weights = targets.weights.to(loss)
+        loss = loss * row_weights
+        outcomes, hard = outcomes * row_weights[:, None], hard * row_weights[:, None]
+    outside = outcomes[:, -1:] * student.tail_share
+    return Verdict(loss, outcomes[:, :-1], outside, hard * student.plain_share, hard)
 
 
 def label_column(targets: Targets, objective: Objective, shard: Shard) -> Tensor | None:
@@ -109,31 +153,15 @@ def _softmax_(buffer: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gradient_(
-    buffer: Tensor,
-    columns: Tensor,
-    label: Tensor | None,
-    plain: Tensor | None,
-    targets: Targets,
-    objective: Objective,
-    outcomes: Tensor,
-    student: Student,
+    buffer: Tensor, columns: Tensor, label: Tensor | None, plain: Tensor | None, verdict: Verdict
 ) -> None:
-    """Overwrites the tail's distribution with d loss / d z of every column.
-
-    `outcomes` is the divergence's gradient at the words of the list and, last, A.
-    """
-    hard = _hard_weight(objective, targets, buffer)
-    if plain is None:
-        outcomes = outcomes + student.log_q.exp() * hard
-    if targets.weights is not None:
-        row_weights = targets.weights.to(buffer)[:, None]
-        outcomes, hard = outcomes * row_weights, hard * row_weights
-    buffer.mul_(outcomes[:, -1:] * student.tail_share)
-    buffer.scatter_(1, columns, outcomes[:, :-1])
+    """Overwrites the tail's distribution with d loss / d z of every column."""
+    buffer.mul_(verdict.outside)
+    buffer.scatter_(1, columns, verdict.inside)
     if plain is not None:
-        buffer.addcmul_(plain, hard * student.plain_share)
+        buffer.addcmul_(plain, verdict.plain)
     if label is not None:
-        buffer.scatter_add_(1, label, -hard)
+        buffer.scatter_add_(1, label, -verdict.hard)
 
 
 def _hard_weight(objective: Objective, targets: Targets, like: Tensor) -> Tensor:
@@ -141,11 +169,3 @@ def _hard_weight(objective: Objective, targets: Targets, like: Tensor) -> Tensor
     if targets.labels is None:
         return like.new_zeros(1, 1)
     return (targets.labels >= 0)[:, None].to(like) * objective.ce_weight
-
-
-def _loss(objective: Objective, targets: Targets, values: Tensor, student: Student) -> Tensor:
-    hard = _hard_weight(objective, targets, student.log_q)
-    loss = objective.temperature**2 * values.sum(1)
-    # 0 * -inf: a row without a label may have any number here.
-    loss = loss - torch.where(hard > 0, hard * student.label_logprob, 0)[:, 0]
-    return loss if targets.weights is None else loss * targets.weights.to(loss)

@@ -11,7 +11,6 @@ Barriers stand where one thread's stores to the row are another's loads. Importi
 imports Triton.
 """
 # Triton reads `if ... else` on constants as compile-time choices, and its values have no types.
-# ruff: noqa: RET505
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
@@ -24,6 +23,7 @@ from pipeline.kernels import divergences
 from pipeline.kernels.divergences import Objective
 from pipeline.kernels.packed_topk import PackedTargets, PackedTopk
 from pipeline.kernels.targets import Targets
+from pipeline.kernels.triton_rows import cap, tail_sums, terms, write_tail
 from pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
 from pipeline.kernels.vocabulary_shards import Shard
 
@@ -36,11 +36,6 @@ NUM_WARPS = 8
 PLAIN_BLOCK, HEAVY_BLOCK, HEAVY_REGISTERS = 8192, 4096, 96
 """Words of a block. Where a word needs two exponentials or a tanh, a smaller block and a limit that
 is above what it needs keep ptxas from spilling a few bytes to reach a higher occupancy."""
-
-
-def available(device: torch.device) -> bool:
-    """Whether the kernel can run on a device: CUDA, or anything under Triton's interpreter."""
-    return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
 
 
 def sweep(
@@ -124,7 +119,7 @@ def launch_options(width: int, objective: Objective) -> dict[str, int]:
     block = HEAVY_BLOCK if heavy else PLAIN_BLOCK
     limit = {"maxnreg": HEAVY_REGISTERS} if heavy else {}
     limit |= {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
-    return {"BLOCK_V": min(block, triton.next_power_of_2(width))} | limit
+    return {"BLOCK_V": min(block, triton.next_power_of_2(max(width, 1)))} | limit
 
 
 def _sorted(targets: Targets) -> Targets:
@@ -200,31 +195,27 @@ def _sweep_row(
         ids = tl.load(ids_or_gaps_ptr + row * k + place, mask=place < k, other=-1).to(tl.int64)
         given = tl.load(logprobs_or_ranks_ptr + row * k + place, mask=place < k, other=0.0)
     named = ids >= 0
+    # A word beyond the head is the caller's mistake, which `debug` names; it touches no other row.
+    here = named & (ids < width)
 
     # The student's logits at the teacher's words and at the label: z at temperature 1, x = z / T.
-    raw_named = tl.load(logits + ids, mask=named, other=0.0).to(tl.float32)
-    z, slope = _cap(raw_named, softcap, CAPPED)
-    x = tl.where(named, z * cold, FAR_BELOW)
+    raw_named = tl.load(logits + ids, mask=here, other=0.0).to(tl.float32)
+    z, slope = cap(raw_named, softcap, CAPPED)
+    x = tl.where(here, z * cold, FAR_BELOW)
     label, z_label, slope_label = -1, 0.0, 1.0
     if HARD:
         label = tl.load(labels_ptr + row).to(tl.int64)
-        raw_label = tl.load(logits + label, mask=label >= 0, other=0.0).to(tl.float32)
-        z_label, slope_label = _cap(raw_label, softcap, CAPPED)
+        labelled = (label >= 0) & (label < width)
+        raw_label = tl.load(logits + label, mask=labelled, other=0.0).to(tl.float32)
+        z_label, slope_label = cap(raw_label, softcap, CAPPED)
     tl.debug_barrier()
-    tl.store(logits + ids, float("-inf"), mask=named)
+    tl.store(logits + ids, float("-inf"), mask=here)
     tl.debug_barrier()
 
     # First pass: log-sum-exp of the words outside, in x and where asked in z.
-    peak, total = tl.full((), FAR_BELOW, tl.float32), tl.full((), 0.0, tl.float32)
-    plain_peak, plain_total = peak, total
-    for start in range(0, width, BLOCK_V):
-        word = start + tl.arange(0, BLOCK_V)
-        raw = tl.load(logits + word, mask=word < width, other=float("-inf")).to(tl.float32)
-        z_word, _ = _cap(raw, softcap, CAPPED)
-        z_word = tl.where(raw == float("-inf"), raw, z_word)
-        peak, total = _add(peak, total, z_word * cold)
-        if PLAIN:
-            plain_peak, plain_total = _add(plain_peak, plain_total, z_word)
+    peak, total, plain_peak, plain_total = tail_sums(
+        logits, width, cold, softcap, CAPPED, PLAIN, BLOCK_V
+    )
 
     # Log-probabilities of the outcomes, relative to the largest logit.
     total = tl.where(total > 0, total, 1.0)
@@ -259,9 +250,9 @@ def _sweep_row(
         in_head = (tl.cumsum(p, 0) <= HEAD_MASS) | (place == 0)
         gaps = tl.sum(gap, 0) + tl.abs(p_tail - q_counted)
         head = tl.where(gaps > 0, tl.sum(tl.where(in_head, gap, 0.0), 0) / gaps, 0.5)
-    value, r = _terms(log_p, log_p, p, log_q, q_named, beta, alpha, head, DIVERGENCE)
+    value, r = terms(log_p, log_p, p, log_q, q_named, beta, alpha, head, DIVERGENCE)
     floored = tl.maximum(log_p_tail, LOG_TAIL_FLOOR)
-    value_tail, r_tail = _terms(
+    value_tail, r_tail = terms(
         log_p_tail, floored, p_tail, log_q_tail, q_counted, beta, alpha, head, DIVERGENCE
     )
     loss = temperature * temperature * (tl.sum(value, 0) + value_tail)
@@ -272,7 +263,7 @@ def _sweep_row(
     if HARD:
         hard = tl.where(label >= 0, ce_weight, 0.0)
         if PLAIN:
-            z_named = tl.where(named, z, FAR_BELOW)
+            z_named = tl.where(here, z, FAR_BELOW)
             plain_top = tl.maximum(tl.max(z_named, 0), plain_peak)
             plain_total = plain_total * tl.exp(plain_peak - plain_top)
             plain_total += tl.sum(tl.exp(z_named - plain_top), 0)
@@ -306,16 +297,19 @@ def _sweep_row(
         plain_scale = weight * plain_scale
 
         # Second pass: the gradient of the words outside; those inside hold exp(-inf) = 0.
-        for start in range(0, width, BLOCK_V):
-            word = start + tl.arange(0, BLOCK_V)
-            raw = tl.load(logits + word, mask=word < width, other=float("-inf")).to(tl.float32)
-            z_word, slope_word = _cap(raw, softcap, CAPPED)
-            z_word = tl.where(raw == float("-inf"), raw, z_word)
-            gradient = scale * tl.exp(z_word * cold - peak)
-            if PLAIN:
-                gradient += plain_scale * tl.exp(z_word - plain_peak)
-            gradient = (gradient * slope_word).to(buffer.dtype.element_ty)
-            tl.store(logits + word, gradient, mask=word < width)
+        write_tail(
+            logits,
+            width,
+            cold,
+            softcap,
+            scale,
+            peak,
+            plain_scale,
+            plain_peak,
+            CAPPED,
+            PLAIN,
+            BLOCK_V,
+        )
         tl.debug_barrier()
 
         # The words inside, and a label that is not among them.
@@ -327,58 +321,7 @@ def _sweep_row(
             at_label = scale * tl.exp(z_label * cold - peak) - hard * weight
             if PLAIN:
                 at_label += plain_scale * tl.exp(z_label - plain_peak)
-            alone = (label >= 0) & (tl.sum((ids == label).to(tl.int32), 0) == 0)
+            alone = labelled & (tl.sum((ids == label).to(tl.int32), 0) == 0)
             at_label = (at_label * slope_label).to(buffer.dtype.element_ty)
             tl.store(logits + label, at_label, mask=alone)
-        tl.store(logits + ids, (inside * slope).to(buffer.dtype.element_ty), mask=named)
-
-
-@triton.jit
-def _cap(raw, softcap, CAPPED: tl.constexpr):
-    """Soft-capped logits, and the cap's slope."""
-    if CAPPED:
-        bent = 1.0 - 2.0 / (tl.exp(2.0 * raw / softcap) + 1.0)
-        return softcap * bent, 1.0 - bent * bent
-    else:
-        return raw, tl.full(raw.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def _add(peak, total, x):
-    """An online log-sum-exp, one block further."""
-    new = tl.maximum(peak, tl.max(x, 0))
-    return new, total * tl.exp(peak - new) + tl.sum(tl.exp(x - new), 0)
-
-
-@triton.jit
-def _terms(log_p, floored, p, log_q, q, beta, alpha, head, DIVERGENCE: tl.constexpr):
-    """f(p, q) and q df/dq: the table of `divergences`."""
-    if DIVERGENCE == "forward_kl":
-        return p * (log_p - log_q), -p
-    elif DIVERGENCE == "reverse_kl":
-        return q * (log_q - floored), q * (log_q - floored + 1)
-    elif DIVERGENCE == "jsd":
-        log_m = _log_mixture(beta, log_p, log_q)
-        above = (1 - beta) * q * (log_q - log_m)
-        return beta * p * (log_p - log_m) + above, above
-    elif DIVERGENCE == "skew_forward_kl":
-        log_m = _log_mixture(alpha, log_p, log_q)
-        return p * (log_p - log_m), (alpha - 1) * p * tl.exp(log_q - log_m)
-    elif DIVERGENCE == "skew_reverse_kl":
-        ratio = log_q - _log_mixture(alpha, log_q, log_p)
-        return q * ratio, q * (ratio + 1 - alpha * tl.exp(ratio))
-    elif DIVERGENCE == "adaptive_kl":
-        reverse = (1 - head) * q * (log_q - floored)
-        return head * p * (log_p - log_q) + reverse, reverse + (1 - head) * q - head * p
-    else:
-        tl.static_assert(DIVERGENCE == "tv")
-        sign = tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0))
-        return tl.abs(p - q) / 2, q * sign / 2
-
-
-@triton.jit
-def _log_mixture(weight, log_a, log_b):
-    """log(weight a + (1 - weight) b)."""
-    a, b = log_a + tl.log(weight), log_b + tl.log(1 - weight)
-    high = tl.maximum(a, b)
-    return high + tl.log(1 + tl.exp(tl.minimum(a, b) - high))
+        tl.store(logits + ids, (inside * slope).to(buffer.dtype.element_ty), mask=here)

@@ -2,6 +2,8 @@
 
 import json
 import traceback
+from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,9 @@ from pipeline.kernels.topk_divergence import topk_divergence
 from tests.contract.divergence_cases import error, make_case
 
 RANKS = 2
+PATIENCE = timedelta(seconds=60)
+"""Where one rank fails a check, the other does not wait for it for ever."""
+IMPLS = ("chunked", "triton")
 OPTIONS = {
     "plain": {"divergence": "forward_kl"},
     "reverse": {"divergence": "reverse_kl", "tail": "renormalise"},
@@ -35,14 +40,17 @@ LABELS = torch.tensor([0, -1, 130, 66, 65, 3, -1, 64, 100, 1, 67])
 def outcomes(tmp_path_factory):
     """What every check said on every rank; one group of processes runs them all."""
     directory = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_join, (str(directory),), nprocs=RANKS)
+    with pytest.MonkeyPatch.context() as patch:
+        # The processes inherit it, and Triton reads it when they import it.
+        patch.setenv("TRITON_INTERPRET", "1")
+        mp.spawn(_join, (str(directory),), nprocs=RANKS)
     return [json.loads(path.read_text()) for path in sorted(directory.glob("rank*"))]
 
 
 def _join(rank, directory):
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(directory, "store")), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=PATIENCE)
     found = {check.__name__: _outcome(check) for check in CHECKS}
     Path(directory, f"rank{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -61,50 +69,62 @@ def case_of(options):
     return make_case(words=131, **options, **labels)
 
 
-def check_sharded_over_words():
+def sharded(case, impl, valid_vocab=None, **options):
+    """Loss and gradients of a case whose head is cut over the ranks."""
     mesh = init_device_mesh("cpu", (RANKS,))
-    for options in OPTIONS.values():
-        for valid_vocab in (131, 132):
-            case = case_of(options)
-            if valid_vocab == 132:
-                case.options |= {"valid_vocab": 131}
-                case.unembedding = torch.cat([case.unembedding, torch.ones(1, 24)])
-                case.bias = torch.cat([case.bias, torch.ones(1)])
-            plain = case.run("chunked")
-            hidden = distribute_tensor(case.hidden, mesh, [Replicate()]).requires_grad_()
-            head = distribute_tensor(case.unembedding, mesh, [Shard(0)]).requires_grad_()
-            bias = distribute_tensor(case.bias, mesh, [Shard(0)]).requires_grad_()
-            loss = sharded_topk_divergence(
-                hidden, head, case.ids, case.logprobs, bias=bias, memory_budget=4000, **case.options
-            )
-            loss.sum().backward()
-            assert error(loss, plain["loss"]) < 1e-6, options
-            for leaf, name in ((hidden, "hidden"), (head, "unembedding"), (bias, "bias")):
-                assert error(leaf.grad.full_tensor(), plain[name]) < 2e-6, (options, name)
+    leaves = {
+        "hidden": distribute_tensor(case.hidden, mesh, [Replicate()]),
+        "unembedding": distribute_tensor(case.unembedding, mesh, [Shard(0)]),
+    }
+    if case.bias is not None:
+        leaves["bias"] = distribute_tensor(case.bias, mesh, [Shard(0)])
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    options = {"impl": impl, "valid_vocab": valid_vocab} | case.options | options
+    loss = sharded_topk_divergence(**leaves, ids=case.ids, logprobs=case.logprobs, **options)
+    loss.sum().backward()
+    return {"loss": loss} | {name: leaf.grad.full_tensor() for name, leaf in leaves.items()}
+
+
+def assert_same(found, plain, what):
+    for name in found:
+        assert error(found[name], plain[name]) < 2e-6, (what, name)
+
+
+def check_sharded_over_words():
+    for impl, options in product(IMPLS, OPTIONS.values()):
+        case = case_of(options)
+        assert_same(sharded(case, impl, memory_budget=4000), case.run("chunked"), (impl, options))
+        case.unembedding = torch.cat([case.unembedding, torch.ones(1, 24)])
+        case.bias = torch.cat([case.bias, torch.ones(1)])
+        plain = case.run("chunked", valid_vocab=131)
+        assert_same(sharded(case, impl, 131, memory_budget=4000), plain, (impl, options))
 
 
 def check_a_rank_without_words():
     """Three rows of head on two ranks of which one is past the vocabulary."""
-    mesh = init_device_mesh("cpu", (RANKS,))
-    case = make_case(words=3, k=2, padding=False)
+    case = make_case(words=3, k=2, padding=False, with_bias=False)
     case.unembedding = torch.cat([case.unembedding, torch.zeros(3, 24)])
-    head = distribute_tensor(case.unembedding, mesh, [Shard(0)]).requires_grad_()
-    hidden = distribute_tensor(case.hidden, mesh, [Replicate()]).requires_grad_()
+    head = distribute_tensor(case.unembedding, init_device_mesh("cpu", (RANKS,)), [Shard(0)])
     assert shard_of(head, 3).width == (3 if dist.get_rank() == 0 else 0)
-    loss = sharded_topk_divergence(hidden, head, case.ids, case.logprobs, valid_vocab=3)
-    loss.sum().backward()
-    case.bias = None
-    plain = case.run("chunked", valid_vocab=3)
-    assert error(loss, plain["loss"]) < 1e-6
-    assert error(hidden.grad.full_tensor(), plain["hidden"]) < 2e-6
-    assert error(head.grad.full_tensor(), plain["unembedding"]) < 2e-6
+    for impl in IMPLS:
+        assert_same(sharded(case, impl, 3), case.run("chunked", valid_vocab=3), impl)
+
+
+def check_no_gradient_only_the_loss():
+    case = case_of(OPTIONS["tempered"])
+    mesh = init_device_mesh("cpu", (RANKS,))
+    hidden = distribute_tensor(case.hidden, mesh, [Replicate()])
+    head = distribute_tensor(case.unembedding, mesh, [Shard(0)])
+    bias = distribute_tensor(case.bias, mesh, [Shard(0)])
+    plain = case.run("chunked")["loss"]
+    for impl in IMPLS:
+        loss = sharded_topk_divergence(
+            hidden, head, case.ids, case.logprobs, bias=bias, impl=impl, **case.options
+        )
+        assert error(loss, plain) < 1e-6
 
 
 def check_three_all_reduces():
-    mesh = init_device_mesh("cpu", (RANKS,))
-    case = make_case()
-    head = distribute_tensor(case.unembedding, mesh, [Shard(0)]).requires_grad_()
-    hidden = distribute_tensor(case.hidden, mesh, [Replicate()]).requires_grad_()
     calls, all_reduce = [], dist.all_reduce
 
     def counted(tensor, *args, **kwargs):
@@ -112,9 +132,10 @@ def check_three_all_reduces():
         return all_reduce(tensor, *args, **kwargs)
 
     dist.all_reduce = counted
-    sharded_topk_divergence(hidden, head, case.ids, case.logprobs).sum().backward()
+    for impl in IMPLS:
+        sharded(make_case(with_bias=False), impl)
     dist.all_reduce = all_reduce
-    assert calls == [(11, 3), (11, 10), (11, 24)]
+    assert calls == [(11, 3), (11, 10), (11, 24)] * len(IMPLS)
 
 
 def check_fsdp_head():
@@ -144,13 +165,14 @@ def check_ambiguous_placements_are_refused():
         sharded_topk_divergence(hidden, whole, case.ids, case.logprobs)
     with pytest.raises(ValueError, match=r"unembedding: is a DTensor; .*distributed_head"):
         topk_divergence(case.hidden, head, case.ids, case.logprobs)
-    with pytest.raises(ValueError, match=r"shard: needs impl='chunked'; found 'eager'"):
+    with pytest.raises(ValueError, match=r"shard: 'eager' needs the whole head"):
         sharded_topk_divergence(hidden, head, case.ids, case.logprobs, impl="eager")
 
 
 CHECKS = [
     check_sharded_over_words,
     check_a_rank_without_words,
+    check_no_gradient_only_the_loss,
     check_three_all_reduces,
     check_fsdp_head,
     check_ambiguous_placements_are_refused,

@@ -268,7 +268,8 @@ def test_triton_on_the_cpu_is_an_error_not_a_fallback(monkeypatch):
 
 def test_triton_missing_is_an_error_not_a_fallback(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "pipeline.kernels.triton_sweep", raising=False)
-    monkeypatch.delattr(pipeline.kernels, "triton_sweep", raising=False)
+    for name in ("triton_rows", "triton_sweep"):
+        monkeypatch.delitem(sys.modules, f"pipeline.kernels.{name}", raising=False)
+        monkeypatch.delattr(pipeline.kernels, name, raising=False)
     with pytest.raises(RuntimeError, match="needs Triton, which does not import"):
         call(impl="triton")

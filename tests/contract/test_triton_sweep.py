@@ -14,14 +14,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pipeline.kernels import triton_dense_sweep, triton_shard_sweep, triton_sweep
 from pipeline.kernels.divergences import DivergenceName, Objective
-from pipeline.kernels.triton_sweep import _sweep_row, launch_options
 
 CONTRACT = [
-    Path(__file__).with_name(name) for name in ("test_topk_divergence.py", "test_packed_topk.py")
+    Path(__file__).with_name(name)
+    for name in ("test_topk_divergence.py", "test_packed_topk.py", "test_linear_divergence.py")
 ]
+WORDS = 151_936
 HOPPER = GPUTarget("cuda", 90, 32)
-POINTERS = {
+TYPES = {
     "ids_or_gaps_ptr": "*i32",
     "first_ptr": "*i32",
     "logprobs_or_ranks_ptr": "*fp32",
@@ -31,11 +33,15 @@ POINTERS = {
     "table_ptr": "*fp32",
     "lookup_ptr": "*i32",
     "labels_ptr": "*i64",
-    "weights_ptr": "*fp32",
-    "loss_ptr": "*fp32",
-}
-PACKED_POINTERS = {"ids_or_gaps_ptr": "*u8", "logprobs_or_ranks_ptr": "*i16"}
-INTEGERS = ("stride", "width", "k", "length", "words")
+    "label_ptr": "*i64",
+    "columns_ptr": "*i64",
+    "factor_ptr": "*fp32",
+} | dict.fromkeys(
+    ["stride", "teacher_stride", "sums_stride", "width", "k", "length", "words", "size"], "i32"
+)
+PACKED_TYPES = {"ids_or_gaps_ptr": "*u8", "logprobs_or_ranks_ptr": "*i16"}
+BUFFERS = ("buffer", "teacher_buffer", "gradient")
+ALIGNED = (*BUFFERS, "stride", "teacher_stride", "width")
 PLAIN = {}
 TEMPERED = {"temperature": 2.0, "ce_weight": 0.5}
 CAPPED = {"softcap": 30.0}
@@ -51,31 +57,37 @@ def test_the_contract_holds_under_the_interpreter():
     assert re.search(r"\d{3} passed", run.stdout), run.stdout[-500:]
 
 
-def compile_for_hopper(objective, k, dtype="bf16", packed=False):
-    """Assembler of the kernel for a vocabulary of 151,936, and ptxas's report on it."""
-    options = launch_options(151_936, objective)
+def compile_for_hopper(kernel, objective, k=64, dtype="bf16", *, packed=False):
+    """A kernel for a vocabulary of 151,936, with every option the objective asks for."""
     hard = objective.ce_weight > 0
     constants = {
         "PACKED": packed,
         "DIVERGENCE": objective.divergence,
         "TAIL": objective.tail,
         "HARD": hard,
+        "LABELLED": hard,
         "PLAIN": hard and objective.temperature != 1,
         "WEIGHTED": True,
         "CAPPED": objective.softcap is not None,
+        "TEACHER_CAPPED": objective.softcap is not None,
         "GRADIENT": True,
         "BLOCK_K": triton.next_power_of_2(k),
-        "BLOCK_V": options.pop("BLOCK_V"),
+        "BLOCK": 4096,
     }
-    place = _sweep_row.arg_names.index
-    types = dict.fromkeys(_sweep_row.arg_names, "fp32") | POINTERS
-    types |= {"buffer": f"*{dtype}"} | dict.fromkeys(INTEGERS, "i32")
-    types |= PACKED_POINTERS if packed else {}
-    types |= dict.fromkeys(constants, "constexpr")
-    aligned = {(place(name),): [["tt.divisibility", 16]] for name in ("buffer", "stride", "width")}
-    source = ASTSource(
-        _sweep_row, types, {(place(name),): value for name, value in constants.items()}, aligned
-    )
+    options = triton_sweep.launch_options(WORDS, objective)
+    if kernel is triton_dense_sweep._sweep_row:
+        options = triton_dense_sweep.launch_options(WORDS)
+    constants["BLOCK_V"] = options.pop("BLOCK_V")
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    types = TYPES | (PACKED_TYPES if packed else {})
+    types |= dict.fromkeys(BUFFERS, f"*{dtype}") | dict.fromkeys(constants, "constexpr")
+    signature = {
+        name: types.get(name, "*fp32" if name.endswith("_ptr") else "fp32") for name in names
+    }
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in ALIGNED if n in names}
+    fixed = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, fixed, aligned)
     return triton.compile(source, target=HOPPER, options=options)
 
 
@@ -91,16 +103,20 @@ def ptxas_report(kernel, tmp_path):
     return run.stdout + run.stderr
 
 
+SPARSE, DENSE = triton_sweep._sweep_row, triton_dense_sweep._sweep_row
+SHARD = triton_shard_sweep._row_statistics, triton_shard_sweep._row_gradient
+DIVERGENCES = get_args(DivergenceName)
 COMPILED = [
-    *product(get_args(DivergenceName), [64], [PLAIN, TEMPERED | CAPPED]),
-    *product(["forward_kl", "jsd"], [512], [PLAIN, TEMPERED, CAPPED, TEMPERED | CAPPED]),
+    *product([SPARSE], DIVERGENCES, [64], [PLAIN, TEMPERED | CAPPED]),
+    *product([SPARSE], ["forward_kl", "jsd"], [512], [PLAIN, TEMPERED, CAPPED, TEMPERED | CAPPED]),
+    *product([DENSE], DIVERGENCES, [64], [PLAIN, TEMPERED | CAPPED]),
+    *product(SHARD, ["forward_kl"], [64, 512], [PLAIN, TEMPERED, CAPPED, TEMPERED | CAPPED]),
 ]
 
 
-@pytest.mark.parametrize(("divergence", "k", "options"), COMPILED)
-def test_it_compiles_for_hopper_without_spills(divergence, k, options, tmp_path):
-    kernel = compile_for_hopper(Objective(divergence, **options), k)
-    report = ptxas_report(kernel, tmp_path)
+@pytest.mark.parametrize(("kernel", "divergence", "k", "options"), COMPILED)
+def test_it_compiles_for_hopper_without_spills(kernel, divergence, k, options, tmp_path):
+    report = ptxas_report(compile_for_hopper(kernel, Objective(divergence, **options), k), tmp_path)
     assert "0 bytes spill stores, 0 bytes spill loads" in report
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     assert registers <= 96
@@ -108,13 +124,25 @@ def test_it_compiles_for_hopper_without_spills(divergence, k, options, tmp_path)
 
 @pytest.mark.parametrize("k", [64, 512])
 def test_packed_lists_compile_for_hopper_without_spills(k, tmp_path):
-    kernel = compile_for_hopper(Objective(), k, packed=True)
+    kernel = compile_for_hopper(SPARSE, Objective(), k, packed=True)
     assert "0 bytes spill stores, 0 bytes spill loads" in ptxas_report(kernel, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_logits_move_in_128_bit_words(dtype):
+@pytest.mark.parametrize("kernel", [SPARSE, DENSE, SHARD[1]])
+def test_logits_move_in_128_bit_words(kernel, dtype):
     """Eight bf16 or four fp32 in one instruction, in both directions."""
-    assembler = compile_for_hopper(Objective(), 64, dtype).asm["ptx"]
+    assembler = compile_for_hopper(kernel, Objective(), dtype=dtype).asm["ptx"]
     assert "ld.global.v4.b32" in assembler
     assert "st.global.v4.b32" in assembler
+
+
+@pytest.mark.parametrize("kernel", [SPARSE, DENSE, *SHARD, triton_sweep._scale])
+def test_no_offset_overflows_32_bits(kernel):
+    """8,192 rows of 151,936 words are 1.2e9 elements, and two such chunks are more than int32
+    counts: the program's number is widened before anything is multiplied by it."""
+    code = compile_for_hopper(kernel, Objective()).asm["ttir"]
+    (program,) = re.findall(r"(%\w+) = tt.get_program_id x : i32", code)
+    uses = [line for line in code.splitlines() if re.search(rf"{program}\b(?! = )", line)]
+    assert uses
+    assert all(re.search(r"= arith.extsi .* : i32 to i64", line) for line in uses), uses
