@@ -1,11 +1,13 @@
 """From receipts to a manifest and an index.
 
-One idea: sealing reads receipts only, never shards, so it takes minutes for a cache of any size;
-and its result follows from them alone: sealing twice, or by two workers, gives the same bytes.
+One idea: sealing reads receipts only, so it takes minutes for a cache of any size; and its result
+follows from them alone: sealing twice, or by two workers, gives the same bytes. The one exception
+is `image_error`, a number per image and encoder, which is read to be summed up.
 """
 
 import hashlib
 import io
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +16,16 @@ import pyarrow.parquet as pq
 
 from cache_schemas import layout
 from cache_schemas.errors import PlanMismatch, ShardCorrupt
-from cache_schemas.manifest import FileEntry, Manifest, ShardReceipt, ShardTable, read
+from cache_schemas.manifest import (
+    FileEntry,
+    Manifest,
+    ShardReceipt,
+    ShardTable,
+    StoredError,
+    read,
+)
+from cache_schemas.signals import IMAGE_ERROR
+from pipeline.cache import shard as shards_of
 from pipeline.cache.card import README, card
 from pipeline.cache.formats import Format
 from pipeline.cache.storage import Storage
@@ -62,6 +73,7 @@ def seal(storage: Storage, form: Format) -> Manifest:
         codec=form.codec_body,
         files=files,
         shards=ShardTable(**table),
+        stored_error=stored_errors(storage, form),
     )
     storage.create(README, card(form.plan))
     storage.replace(layout.MANIFEST, manifest.to_bytes())
@@ -70,6 +82,24 @@ def seal(storage: Storage, form: Format) -> Manifest:
 
 
 PARQUET = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": ["source"]}
+
+
+def stored_errors(storage: Storage, form: Format) -> dict[str, StoredError]:
+    """What each target of a vision cache lost by being stored, from its signal `image_error`."""
+    names = sorted(name for name in form.all_dense if name != IMAGE_ERROR)
+    if IMAGE_ERROR not in form.dense or form.dense[IMAGE_ERROR].positions != len(names):
+        return {}
+    found = [
+        errors[:, 0].tolist()
+        for number in range(form.plan.num_shards)
+        for errors in shards_of.dense_values(storage, form, number, IMAGE_ERROR)
+        if len(errors)
+    ]
+    columns = dict(zip(names, zip(*found, strict=True), strict=bool(found)))
+    return {
+        name: StoredError(mean=math.fsum(column) / len(column), largest=max(column))
+        for name, column in columns.items()
+    }
 
 
 def read_receipts(

@@ -7,7 +7,7 @@ worker's files and verifying all compare against it. It publishes nothing.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,21 @@ def decode(
     wanted = [name for name in form.dense if signals is None or name in signals]
     arrays = {name: dense(name, lengths[name]) for name in wanted}
     return form.record(values, arrays, signals)
+
+
+def dense_values(storage: Storage, form: Format, shard: int, name: str) -> Iterator[np.ndarray]:
+    """One dense signal of every example of a shard, [positions used, width]; no other is decoded.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ShardCorrupt: a file is not what the plan says.
+    """
+    data, where = storage.read(layout.rows(shard)), f"{storage.location}/{layout.rows(shard)}"
+    dense = {name: _DenseShard(storage, form, name, shard, {})}
+    numbers = form.plan.shard_range(shard)
+    for position, (start, stop) in enumerate(_messages(data, form, where)):
+        values = parse(form, data[start:stop], numbers[position], where)
+        yield _fetch(dense, position, name, form.dense_lengths(values)[name])
 
 
 def parse(form: Format, message: bytes, number: int, where: str) -> dict[str, Any]:

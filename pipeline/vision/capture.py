@@ -14,6 +14,7 @@ import numpy as np
 
 from cache_schemas.errors import CorpusError
 from cache_schemas.manifest import Manifest, Plan, ShardReceipt
+from cache_schemas.signals import IMAGE_ERROR
 from pipeline.cache.formats import dense_arrays
 from pipeline.cache.writer import CacheWriter
 from pipeline.capture import Notes, OnError, fill
@@ -25,10 +26,6 @@ from pipeline.record import Example, TeacherRecord
 from pipeline.vision.encoders import ImageEncoder, open_encoder
 from pipeline.vision.engine import VisionEngine, image_example, signal_name
 from pipeline.vision.tables import Vision
-
-ERRORS = "image_error"
-"""Signal [encoders, 1], in the order of their names: squared error of each target as stored,
-divided by its squared norm."""
 
 
 def capture_images(
@@ -119,7 +116,11 @@ def make_plan(table: Vision, encoders: Iterable[ImageEncoder], images: Sequence[
     """The plan of some encoders over some images."""
     opened = {encoder.table.name: encoder for encoder in encoders}
     dense = {signal_name(name): _shape(encoder) for name, encoder in opened.items()}
-    dense[ERRORS] = {"positions": len(opened), "width": 1, "codec": {"name": "bf16", "step": None}}
+    dense[IMAGE_ERROR] = {
+        "positions": len(opened),
+        "width": 1,
+        "codec": {"name": "bf16", "step": None},
+    }
     digest = hashlib.sha256("".join(f"{name}\n" for name in images).encode()).hexdigest()
     return Plan.make(
         teacher={"encoders": {name: encoder.facts for name, encoder in opened.items()}},
@@ -135,7 +136,8 @@ def make_plan(table: Vision, encoders: Iterable[ImageEncoder], images: Sequence[
 
 
 class MeasuringWriter(CacheWriter):
-    """A writer that keeps, beside every image's targets, what they lose by being stored."""
+    """A writer that keeps, beside every image's targets, what they lose by being stored; nothing
+    for an image without targets."""
 
     def write(self, number: int, records: Iterable[TeacherRecord]) -> ShardReceipt:
         return super().write(number, self._measured(records))
@@ -143,13 +145,15 @@ class MeasuringWriter(CacheWriter):
     def _measured(self, records: Iterable[TeacherRecord]) -> Iterator[TeacherRecord]:
         dense = dense_arrays(self.plan)
         for record in records:
-            errors = [self._error(dense[name], target) for name, target in _sorted(record.signals)]
+            errors = [
+                self._error(dense[name], target)
+                for name, target in _sorted(record.signals)
+                if len(target)
+            ]
             column = np.array(errors, dtype=np.float32).reshape(-1, 1)
-            yield replace(record, signals={**record.signals, ERRORS: column})
+            yield replace(record, signals={**record.signals, IMAGE_ERROR: column})
 
     def _error(self, array, target: np.ndarray) -> float:
-        if not len(target):
-            return 0.0
         stored = array.decode(array.encode(target), len(target), self.storage.location)
         norm = float(np.sum(np.square(target, dtype=np.float64)))
         lost = float(np.sum(np.square(stored - target, dtype=np.float64)))

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from cache_schemas.errors import CorpusError, PlanMismatch, TeacherError
+from cache_schemas.manifest import Manifest, read
+from cache_schemas.signals import IMAGE_ERROR
 from pipeline.cache.reader import TeacherCache
 from pipeline.config import Run
 from pipeline.corpus import Corpus
 from pipeline.images import decode_image
 from pipeline.teacher.engine import RejectedExample
 from pipeline.vision import capture as vision_capture
-from pipeline.vision.capture import ERRORS, capture_images, images_of
+from pipeline.vision.capture import capture_images, images_of
 from pipeline.vision.encoders import open_encoder
 from pipeline.vision.engine import VisionEngine, image_example
 from tests import tiny_encoders
@@ -81,9 +83,33 @@ def test_targets_are_the_encoders_to_within_the_stated_error(run, prompts):
             found = record.signals[f"image.{name}"]
             assert found.shape == encoder.shape
             error = np.sum((found - wanted) ** 2) / np.sum(wanted**2)
-            stated = record.signals[ERRORS][column, 0]
+            stated = record.signals[IMAGE_ERROR][column, 0]
             assert error == pytest.approx(stated, rel=0.02, abs=1e-9)
             assert error < 2e-4
+
+
+def test_the_manifest_says_what_was_lost_by_storing(run):
+    sealed = capture_images(run)
+    cache = opened(run)
+    assert set(sealed.stored_error) == {"image.dino", "image.seg"}
+    for column, name in enumerate(sorted(sealed.stored_error)):
+        errors = [float(record.signals[IMAGE_ERROR][column, 0]) for record in cache]
+        assert sealed.stored_error[name].mean == pytest.approx(np.mean(errors), rel=1e-6)
+        assert sealed.stored_error[name].largest == max(errors) > 0
+    data = run.path("vision", "manifest.json").read_bytes()
+    assert read(Manifest, data, "manifest.json") == sealed
+    assert json.loads(data)["stored_error"]["image.dino"]["mean"] > 1e-9
+
+
+def test_images_set_aside_do_not_count_as_stored_without_loss(run):
+    everything = capture_images(run)
+    names = images_of(Corpus.open(run.path("corpus")))
+    errors = [record.signals[IMAGE_ERROR][0, 0] for record in opened(run)]
+    (run.path("corpus") / "images" / names[1][:2] / names[1]).unlink()
+    fewer = capture_images(run, on_error="quarantine", location=str(run.path("fewer")))
+    assert len(everything.stored_error) == len(fewer.stored_error) == 2
+    expected = np.mean(np.delete(errors, 1))
+    assert fewer.stored_error["image.dino"].mean == pytest.approx(expected, rel=1e-6)
 
 
 def test_any_number_of_workers_and_any_interruption_give_the_same_bytes(run, tmp_path, models):
