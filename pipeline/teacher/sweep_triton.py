@@ -22,6 +22,20 @@ import triton
 import triton.language as tl
 
 from pipeline.teacher.rows import RowSpec
+from pipeline.teacher.sweep_triton_loops import (
+    HIGHEST,
+    LOWEST,
+    SELECT,
+    accumulate,
+    cut_of,
+    key_of,
+    keys_of,
+    ordered,
+    ordered_inverse,
+    search,
+    store_runs,
+    uniform,
+)
 
 BLOCK, NUM_WARPS = 2048, 8
 """Words that a program has in registers at a time, and its warps."""
@@ -33,10 +47,6 @@ LARGEST_PART = 128
 NEAR = 4096
 """Candidates for the top k that a row may list; where there are more (many equal logits, say) the
 bisection reads the whole row instead."""
-SELECT = tl.constexpr(1024)
-"""Candidates in registers at a time."""
-LOWEST = tl.constexpr(-(2**63))
-HIGHEST = tl.constexpr(2**63 - 1)
 
 
 def sweep_triton(
@@ -191,25 +201,25 @@ def _sweep_row(
     tail_peak = peak
     top_z = tl.full((BLOCK_K,), float("-inf"), tl.float32)
     if K > 0:
-        bound = _cut_of(masses, near, 0, parts, K + 1) >> 32
+        bound = cut_of(masses, near, 0, parts, K + 1) >> 32
         count = tl.full((), 0, tl.int32)
         for start in range(0, vocab_size, BLOCK):
             largest = tl.load(masses + start // PART + part)
-            if tl.max(_ordered(largest), 0) >= bound:
+            if tl.max(ordered(largest), 0) >= bound:
                 ids = start + place
                 z = tl.load(logits + ids, mask=ids < vocab_size, other=0.0).to(tl.float32)
-                chosen = (_ordered(z) >= bound) & (ids < vocab_size)
+                chosen = (ordered(z) >= bound) & (ids < vocab_size)
                 slot = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
                 tl.store(near + slot, ids, mask=chosen & (slot < NEAR))
                 count += tl.sum(chosen.to(tl.int32), 0)
         tl.debug_barrier()
         listed = tl.where(count <= NEAR, count, 0)
         count = tl.where(count <= NEAR, count, vocab_size)
-        cut = _cut_of(logits, near, listed, count, K)
+        cut = cut_of(logits, near, listed, count, K)
         found = tl.full((), 0, tl.int32)
         next_key = tl.full((), LOWEST, tl.int64)
         for start in range(0, count, SELECT):
-            keys = _keys(logits, near, listed, start, count)
+            keys = keys_of(logits, near, listed, start, count)
             chosen = keys >= cut
             slot = found + tl.cumsum(chosen.to(tl.int32), 0) - 1
             tl.store(top + slot, keys, mask=chosen & (slot < K))
@@ -220,7 +230,7 @@ def _sweep_row(
         keys = tl.sort(tl.load(top + lane_k, mask=kept, other=LOWEST), descending=True)
         top_ids = (0x7FFFFFFF - (keys & 0xFFFFFFFF)).to(tl.int32)
         top_z = tl.load(logits + top_ids, mask=kept, other=float("-inf")).to(tl.float32)
-        tail_peak = _ordered_inverse((next_key >> 32).to(tl.int32))
+        tail_peak = ordered_inverse((next_key >> 32).to(tl.int32))
         tl.store(ints + lane_k, tl.where(bad, 0, top_ids), mask=lane_k < K)
 
     # Second pass: sums of exponentials of the tail, relative to its peak.
@@ -235,7 +245,7 @@ def _sweep_row(
     for start in range(0, vocab_size, BLOCK):
         ids = start + place
         z = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
-        gone = (_key(z, ids) >= cut) | (ids >= vocab_size)
+        gone = (key_of(z, ids) >= cut) | (ids >= vocab_size)
         x = tl.where(gone, float("-inf"), z - tail_peak)
         mass = tl.exp(x)
         part_mass = tl.sum(tl.reshape(mass, (BLOCK // PART, PART)), 1)
@@ -283,132 +293,12 @@ def _sweep_row(
 
     if DRAWS > 0:
         tl.debug_barrier()
-        _accumulate(masses, cdf, parts)
+        accumulate(masses, cdf, parts)
         draw = tl.arange(0, BLOCK_D)
         counter = (tl.load(positions_ptr + row).to(tl.int64) << 10) + draw + 1
-        points = tl.where(draw < DRAWS, _uniform(key, counter) * tail, float("inf"))
+        points = tl.where(draw < DRAWS, uniform(key, counter) * tail, float("inf"))
         points = tl.sort(points)
         tl.debug_barrier()
-        drawn = _search(points, logits, cdf, cut, tail_peak, vocab_size, parts, half, BLOCK_D, PART)
+        drawn = search(points, logits, cdf, cut, tail_peak, vocab_size, parts, half, BLOCK_D, PART)
         drawn = tl.where(draw < DRAWS, tl.where(bad, 0, drawn), 0x7FFFFFFF)
-        _store_runs(drawn, draw, near, ints + K, DRAWS)
-
-
-@triton.jit
-def _ordered(z):
-    """int32 that rises with a float32; -0.0 and 0.0 are one."""
-    bits = tl.where(z == 0.0, 0.0, z).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def _ordered_inverse(ordered):
-    bits = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _key(z, ids):
-    """int64 that rises with the logit and, at ties, falls with the id (as in `sweep.top_k`)."""
-    return (_ordered(z).to(tl.int64) << 32) + (0x7FFFFFFF - ids).to(tl.int64)
-
-
-@triton.jit
-def _keys(values, near, listed, start, count):
-    """Sort keys of SELECT words from `start` on: of the `listed` ones, or, with 0 of them, of all
-    ids below `count`; LOWEST pads."""
-    place = start + tl.arange(0, SELECT)
-    inside = place < count
-    ids = tl.load(near + place, mask=place < listed, other=0)
-    ids = tl.where(place < listed, ids, place)
-    z = tl.load(values + ids, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(inside, _key(z, ids), LOWEST)
-
-
-@triton.jit
-def _cut_of(values, near, listed, count, wanted):
-    """A key that exactly `wanted` of the words reach, by bisection; LOWEST where none must go."""
-    low, high = tl.full((), LOWEST, tl.int64), tl.full((), HIGHEST, tl.int64)
-    reached = count
-    while (reached > wanted) & (low + 1 < high):
-        middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
-        found = tl.full((), 0, tl.int32)
-        for start in range(0, count, SELECT):
-            keys = _keys(values, near, listed, start, count)
-            found += tl.sum((keys >= middle).to(tl.int32), 0)
-        enough = found >= wanted
-        low, reached = tl.where(enough, middle, low), tl.where(enough, found, reached)
-        high = tl.where(enough, high, middle)
-    return low
-
-
-@triton.jit
-def _accumulate(masses, cdf, parts):
-    """Running sums of the parts' masses."""
-    place = tl.arange(0, SELECT)
-    before = tl.full((), 0.0, tl.float64)
-    for start in range(0, parts, SELECT):
-        inside = start + place < parts
-        mass = tl.load(masses + start + place, mask=inside, other=0.0).to(tl.float64)
-        tl.store(cdf + start + place, before + tl.cumsum(mass, 0), mask=inside)
-        before += tl.sum(mass, 0)
-
-
-@triton.jit
-def _uniform(key, counter):
-    """(0, 1) from a counter: splitmix64, top 32 bits, midpoint (as in `sweep.uniforms`)."""
-    x = key.to(tl.uint64) + counter.to(tl.uint64) * 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    x = x ^ (x >> 31)
-    return ((x >> 32).to(tl.float64) + 0.5) * 2.3283064365386963e-10
-
-
-@triton.jit
-def _search(
-    points,
-    logits,
-    cdf,
-    cut,
-    tail_peak,
-    vocab_size,
-    parts,
-    half,
-    BLOCK_D: tl.constexpr,
-    PART: tl.constexpr,
-):
-    """The tail's word at each point of its running sum: int32 [BLOCK_D]."""
-    at = tl.zeros((BLOCK_D,), tl.int32)
-    jump = half
-    while jump > 0:
-        probe = at + jump
-        inside = probe <= parts
-        reached = tl.load(cdf + probe - 1, mask=inside, other=float("inf"))
-        at = tl.where(inside & (reached <= points), probe, at)
-        jump = jump // 2
-    at = tl.minimum(at, parts - 1)
-    reached = tl.load(cdf + at - 1, mask=at > 0, other=0.0)
-    drawn, done = tl.full((BLOCK_D,), -1, tl.int32), tl.zeros((BLOCK_D,), tl.int1)
-    for word in range(PART):
-        ids = at * PART + word
-        z = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
-        gone = (_key(z, ids) >= cut) | (ids >= vocab_size)
-        mass = tl.where(gone, 0.0, tl.exp(z - tail_peak))
-        drawn = tl.where((mass > 0) & (done == 0), ids, drawn)
-        reached += mass.to(tl.float64)
-        done = done | (reached > points)
-    return drawn
-
-
-@triton.jit
-def _store_runs(drawn, draw, scratch, out, DRAWS: tl.constexpr):
-    """Distinct ids of a rising row and how often each was drawn; -1 and 0 pad."""
-    tl.store(scratch + draw, drawn)
-    tl.store(out + draw, tl.full(drawn.shape, -1, tl.int32), mask=draw < DRAWS)
-    tl.store(out + DRAWS + draw, tl.zeros(drawn.shape, tl.int32), mask=draw < DRAWS)
-    tl.debug_barrier()
-    before = tl.load(scratch + draw - 1, mask=draw > 0, other=-1)
-    first = drawn != before
-    slot = tl.cumsum(first.to(tl.int32), 0) - 1
-    tl.store(out + slot, drawn, mask=first & (draw < DRAWS))
-    tl.atomic_add(out + DRAWS + slot, 1, mask=draw < DRAWS)
+        store_runs(drawn, draw, near, ints + K, DRAWS)
