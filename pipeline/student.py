@@ -130,6 +130,7 @@ def export(
 
 def _check_receipt(directory: Path, settings: dict) -> None:
     made = json.loads((directory / RECEIPT).read_text())["student"]
+    made = Student().model_dump(mode="json") | made
     for key, wanted in settings.items():
         if made.get(key) != wanted:
             raise PlanMismatch(
@@ -212,7 +213,8 @@ def _parts(student: Student, teacher: Teacher) -> Any:
             where="[student] model, vision_model",
             remedy="Name an HF directory for each.",
         )
-    return assemble(Path(student.vision_model), Path(student.model), seed=student.seed)
+    tower, language = Path(student.vision_model), Path(student.model)
+    return assemble(tower, language, student.vision_layer, student.seed)
 
 
 _MAKERS: dict[str, Callable[[Student, Teacher], Any]] = {

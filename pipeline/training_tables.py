@@ -20,6 +20,8 @@ class Student(Table):
     `parts`: the language model."""
     vision_model: str = ""
     """`parts`: HF directory of the vision tower; both are joined by a fresh projector."""
+    vision_layer: int = -2
+    """`parts`: the tower's layer that the projector reads; LLaVA takes the last but one."""
     keep_every: int = Field(default=3, ge=1)
     """`prune_layers`: keep blocks 0, n, 2n, ..."""
     keep_layers: tuple[int, ...] = ()
@@ -72,6 +74,11 @@ class Train(Table):
 
     cache: str = ""
     """Directory or URL of the cache; empty takes `<directory>/cache`."""
+    local_copy: str = ""
+    """Directory that keeps what was read of caches behind a URL, so that a second epoch and other
+    runs read it from disk; empty keeps nothing."""
+    local_copy_gigabytes: float = Field(default=16, gt=0)
+    """What `local_copy` may hold; what was used longest ago goes first."""
     caches: dict[str, str] = Field(default_factory=dict)
     """Further caches of the same corpus, by name: other teachers, other signals."""
     images: dict[str, str] = Field(default_factory=dict)

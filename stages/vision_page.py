@@ -16,13 +16,13 @@ img { width: 96px; height: 96px; image-rendering: pixelated; border: 1px solid #
 """
 
 
-def page(results: dict[str, Any], pictures: list[Any], shown: dict[str, dict[str, Any]]) -> str:
+def page(results: dict[str, Any], pictures: list[Any], shown: dict[str, list]) -> str:
     """The page as HTML.
 
     Args:
         results: as in results.json.
         pictures: the first test pictures.
-        shown: model -> {"said": answers per picture}.
+        shown: model -> its answers per picture.
     """
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
@@ -37,10 +37,17 @@ def _arms(results: dict[str, Any]) -> str:
         for arm, found in results["arms"].items()
     ]
     head = ["arm", "test accuracy", "mean probe cosine"]
-    teacher = f"{results['teacher_accuracy']:.3f}"
-    count = results["test_pictures"]
-    intro = f"<p>Teacher accuracy {teacher}. {count} test pictures; mean ± standard error.</p>"
-    return intro + _table(head, rows)
+    blind = results["blind_accuracy"]
+    compared = [
+        ["the teacher", f"{results['teacher_accuracy']:.3f}", ""],
+        ["blind: most common answer to each question", f"{blind['question']:.3f}", ""],
+        ["blind: most common answer", f"{blind['majority']:.3f}", ""],
+    ]
+    intro = (
+        f"<p>{results['test_questions']} questions about {results['test_pictures']} test pictures; "
+        "mean ± standard error over seeds.</p>"
+    )
+    return intro + _table(head, compared + rows)
 
 
 def _probes(results: dict[str, Any]) -> str:
@@ -53,19 +60,21 @@ def _probes(results: dict[str, Any]) -> str:
                 for layer in layers
             ]
             rows.append([arm, target, *(f"{mean:.3f}" for mean in means)])
+    for target, cosine in results["probe_floor"].items():
+        rows.append(["no student: the mean target", target, *(len(layers) * [f"{cosine:.3f}"])])
     first = next(iter(results["arms"].values()))["seeds"]["0"]["probes"]
     layers = [f"layer {layer}" for layer in next(iter(first.values()))]
     return "<h2>Probes by layer</h2>" + _table(["arm", "target", *layers], rows)
 
 
-def _examples(pictures: list[Any], shown: dict[str, dict[str, Any]]) -> str:
+def _examples(pictures: list[Any], shown: dict[str, list]) -> str:
     parts = ["<h2>Pictures</h2>"]
     for number, picture in enumerate(pictures):
         data = base64.b64encode(picture.path.read_bytes()).decode()
         rows = []
         for place, (question, answer) in enumerate(picture.questions):
-            said = [_answer(found["said"][number][place], answer) for found in shown.values()]
-            rows.append([escape(question), f"<b>{escape(answer)}</b>", *said])
+            answers = [_answer(said[number][place], answer) for said in shown.values()]
+            rows.append([escape(question), f"<b>{escape(answer)}</b>", *answers])
         head = ["question", "truth", *shown]
         parts.append(f"<p><img alt='' src='data:image/png;base64,{data}'></p>")
         parts.append(_table(head, rows, safe=True))

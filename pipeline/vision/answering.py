@@ -4,6 +4,8 @@ One idea: an answer is one word, so the most likely next token after the prompt 
 tokens that a student was trained with stand behind the image, as they did in training.
 """
 
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ import torch
 from pipeline.data.images import ImageBatch
 from pipeline.student import load
 from pipeline.student_states import forward_states
-from pipeline.vision.small_vlm import IMAGE_TOKENS, Picture, normalise, prompts
+from pipeline.vision.questions import lay_out, states_of
+from pipeline.vision.small_vlm import IMAGE_TOKENS, Picture, features_of, normalise, prompts
 from pipeline.vision.student import load_task_tokens
 
 PROMPT = "what is in the image ?"
@@ -32,6 +35,21 @@ class Answers:
 
     said: tuple[tuple[str, ...], ...]
     accuracy: float
+
+
+def blind(train: Sequence[Picture], test: Sequence[Picture]) -> dict[str, float]:
+    """Accuracy on `test` without looking: of the most common answer of `train` (`majority`), and of
+    the most common answer to each question (`question`)."""
+    by_question: dict[str, Counter[str]] = defaultdict(Counter)
+    for question, answer in _asked(train):
+        by_question[question][answer] += 1
+    ((majority, _),) = sum(by_question.values(), Counter()).most_common(1)
+    usual = {question: counts.most_common(1)[0][0] for question, counts in by_question.items()}
+    asked = _asked(test)
+    return {
+        "majority": sum(answer == majority for _, answer in asked) / len(asked),
+        "question": sum(answer == usual.get(question) for question, answer in asked) / len(asked),
+    }
 
 
 class Answerer:
@@ -61,26 +79,29 @@ class Answerer:
         """Layer -> [I, K, D]: states of one fixed prompt for each picture, without task tokens."""
         parts: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
         for start in range(0, len(pictures), batch):
-            chosen = pictures[start : start + batch]
-            ids, at = prompts(self.tokenizer, [PROMPT] * len(chosen))
-            ids = ids[:, : int(at[0]) + 1]
-            found = self._forward(ids, chosen, list(range(len(chosen))), layers, tokens=None)
+            found = self._prompt_states(pictures[start : start + batch], layers)
             for layer in layers:
-                parts[layer].append(found.blocks[layer].view(*ids.shape, -1).clone())
+                parts[layer].append(found[layer])
         return {layer: torch.cat(found) for layer, found in parts.items()}
 
     def _answer(self, pictures: list[Picture]) -> list[tuple[str, ...]]:
-        owner = [n for n, picture in enumerate(pictures) for _ in picture.questions]
-        asked = [question for picture in pictures for question, _ in picture.questions]
-        ids, at = prompts(self.tokenizer, asked)
-        found = self._forward(ids, pictures, owner, [], self.task_tokens)
-        places = torch.arange(len(ids)) * ids.shape[1] + at
-        logits = self.model.lm_head(found.at(places))
+        """Task tokens stand behind the picture, as they did in training."""
+        pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
+        seen = features_of(self.model, pixels)
+        if self.task_tokens is not None:
+            repeated = self.task_tokens.expand(len(seen), -1, -1)
+            seen = torch.cat([seen, repeated], dim=1)
+        questions = [picture.questions for picture in pictures]
+        asked = lay_out(self.tokenizer, questions, 1 + seen.shape[1], answered=False)
+        user = self.tokenizer.convert_tokens_to_ids("<user>")
+        states = states_of(self.model, seen, asked, user)
+        logits = self.model.lm_head(states[asked.row, asked.column])
         words = iter(self.tokenizer.convert_ids_to_tokens(logits.argmax(-1).tolist()))
         return [tuple(next(words) for _ in picture.questions) for picture in pictures]
 
-    def _forward(self, ids, pictures: list[Picture], owner: list[int], blocks, tokens):
-        """Every row is a prompt about the picture `owner[row]`; rows share a picture's pixels."""
+    def _prompt_states(self, pictures: list[Picture], layers: list[int]) -> dict[int, torch.Tensor]:
+        ids, at = prompts(self.tokenizer, [PROMPT] * len(pictures))
+        ids = ids[:, : int(at[0]) + 1]
         pixels = normalise(torch.from_numpy(np.stack([picture.pixels for picture in pictures])))
         first = torch.arange(len(ids)) * ids.shape[1]
         images = ImageBatch(
@@ -90,7 +111,12 @@ class Answerer:
             document=first,
             start=first + 1,
             length=torch.full_like(first, IMAGE_TOKENS),
-            pixels=pixels[owner],
+            pixels=pixels,
         )
         positions = torch.arange(ids.shape[1]).expand_as(ids)
-        return forward_states(self.model, ids, positions, blocks, images, tokens)
+        found = forward_states(self.model, ids, positions, layers, images)
+        return {layer: found.blocks[layer].view(*ids.shape, -1).clone() for layer in layers}
+
+
+def _asked(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
+    return [pair for picture in pictures for pair in picture.questions]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from pipeline.vision.predictor import TaskPredictor
 
-PROBE_WIDTH = 256
+PROBE_WIDTH = 64
 """Inside a probe, at most."""
 
 
@@ -42,6 +42,13 @@ def probe(
         seed: of the probes' weights and of the order.
     """
     return {layer: _probe_layer(layer, train, test, steps, batch, seed) for layer in train.states}
+
+
+def floor(train: torch.Tensor, test: torch.Tensor) -> float:
+    """Mean cosine on `test` of the constant answer, the mean of `train`: what no state is needed
+    for. Both are [I, positions, width]."""
+    constant = train.mean(dim=0).flatten()[None]
+    return float(F.cosine_similarity(constant, test.flatten(1), dim=1).mean())
 
 
 def _probe_layer(

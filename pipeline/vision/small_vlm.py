@@ -2,8 +2,8 @@
 
 One idea: LLaVA's shape at toy size, made the way LLaVA is made. First the vision tower learns to
 see (here: to name shape and colour of easy-VQA's pictures), then a projector and a language model
-learn to answer questions, the tower frozen; a picture's features are computed once and shared by
-all its questions. The result is an HF directory that transformers and vLLM serve.
+learn to answer questions, the tower frozen; a picture is in the sequence once, before all its
+questions. The result is an HF directory that transformers and vLLM serve.
 """
 
 import json
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.vision.parts import assemble, name_for_vllm, save_processor
+from pipeline.vision.questions import lay_out, states_of
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -38,8 +39,14 @@ TEMPLATE = (
     "{{ '<end>' }}{% endgeneration %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<answer>' }}{% endif %}"
 )
-PIXELS, PATCH = 64, 16
+PIXELS, PATCH = 64, 8
 IMAGE_TOKENS = (PIXELS // PATCH) ** 2
+LAYER = -1
+"""Tower layer that the projector reads: every block is trained, so the last one is used too."""
+MOST = 6
+"""Pixels by which training pictures are shifted, at most."""
+PREPROCESSOR = "preprocessor_config.json"
+"""Written last, so a tower that has it is complete."""
 Report = Callable[[str], None]
 
 
@@ -48,18 +55,22 @@ class Recipe:
     """Sizes and lengths of the teacher's training.
 
     Attributes:
-        width, blocks: of tower and language model.
+        tower_width, tower_blocks: of the vision tower.
+        width, blocks: of the language model.
         tower_epochs, language_epochs: passes over the pictures.
         pictures: training pictures to use; 0 takes all.
-        batch: pictures of a step.
+        tower_batch, language_batch: pictures of a step.
     """
 
-    width: int = 128
+    tower_width: int = 64
+    tower_blocks: int = 4
+    width: int = 96
     blocks: int = 4
-    tower_epochs: int = 24
-    language_epochs: int = 3
+    tower_epochs: int = 30
+    language_epochs: int = 4
     pictures: int = 0
-    batch: int = 64
+    tower_batch: int = 64
+    language_batch: int = 32
     seed: int = 0
 
 
@@ -96,9 +107,10 @@ def train_teacher(
     torch.manual_seed(recipe.seed)
     pictures = read_pictures(data, "train", recipe.pictures)
     tower, language = directory.parent / "tower", directory.parent / "language"
-    save_tower(tower, pictures, recipe, report)
+    if not (tower / PREPROCESSOR).exists():
+        save_tower(tower, pictures, recipe, report)
     save_language_model(language, recipe.width, recipe.blocks, recipe.seed)
-    model = assemble(tower, language, layer=-2, seed=recipe.seed)
+    model = assemble(tower, language, layer=LAYER, seed=recipe.seed)
     _train_language(model, _tokenizer(), pictures, recipe, report)
     model.save_pretrained(directory)
     name_for_vllm(directory)
@@ -107,26 +119,27 @@ def train_teacher(
 
 
 def save_tower(directory: Path, pictures: list[Picture], recipe: Recipe, report: Report) -> None:
-    """Train the vision tower to name shape and colour from its last layer but one."""
+    """Train the vision tower to name shape and colour from the mean of its patches."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
-        hidden_size=recipe.width,
-        intermediate_size=2 * recipe.width,
-        num_hidden_layers=recipe.blocks,
-        num_attention_heads=recipe.width // 32,
+        hidden_size=recipe.tower_width,
+        intermediate_size=2 * recipe.tower_width,
+        num_hidden_layers=recipe.tower_blocks,
+        num_attention_heads=recipe.tower_width // 32,
         image_size=PIXELS,
         patch_size=PATCH,
     )
     tower = CLIPVisionModel(config)
-    heads = nn.Linear(recipe.width, len(SHAPES) + len(COLOURS))
+    heads = nn.Linear(recipe.tower_width, len(SHAPES) + len(COLOURS))
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
     labels = torch.tensor([_labels(picture) for picture in pictures])
-    steps = recipe.tower_epochs * -(-len(pictures) // recipe.batch)
-    optimizer, schedule = _optimizer([*tower.parameters(), *heads.parameters()], 1e-3, steps)
-    for number, chosen in enumerate(_epochs(len(pictures), recipe.tower_epochs, recipe)):
-        states = tower(normalise(_flipped(pixels[chosen])), output_hidden_states=True)
-        found = heads(states.hidden_states[-2][:, 1:].mean(dim=1))
+    steps = recipe.tower_epochs * -(-len(pictures) // recipe.tower_batch)
+    optimizer, schedule = _optimizer([*tower.parameters(), *heads.parameters()], 3e-3, steps)
+    order = _epochs(len(pictures), recipe.tower_epochs, recipe.tower_batch, recipe.seed)
+    for number, chosen in enumerate(order):
+        states = tower(normalise(moved(pixels[chosen])), output_hidden_states=True)
+        found = heads(states.hidden_states[LAYER][:, 1:].mean(dim=1))
         shape, colour = found.split([len(SHAPES), len(COLOURS)], dim=1)
         loss = F.cross_entropy(shape, labels[chosen, 0], ignore_index=-1)
         loss = loss + F.cross_entropy(colour, labels[chosen, 1], ignore_index=-1)
@@ -135,7 +148,7 @@ def save_tower(directory: Path, pictures: list[Picture], recipe: Recipe, report:
             report(f"tower step {number} of {steps}: loss {loss.item():.3f}")
     tower.save_pretrained(directory)
     processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
-    (directory / "preprocessor_config.json").write_text(json.dumps(processor) + "\n")
+    (directory / PREPROCESSOR).write_text(json.dumps(processor) + "\n")
 
 
 def save_language_model(directory: Path, width: int, blocks: int, seed: int) -> Path:
@@ -165,7 +178,7 @@ def save_language_model(directory: Path, width: int, blocks: int, seed: int) -> 
 
 
 def prompts(tokenizer: Any, questions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [N, L] of questions about one picture each, left-aligned, and where each answer is
+    """Token ids [N, L] of prompts about one picture each, left-aligned, and where each answer is
     predicted, [N]."""
     head = [tokenizer.convert_tokens_to_ids("<user>")]
     head += IMAGE_TOKENS * [tokenizer.convert_tokens_to_ids("<image>")]
@@ -185,23 +198,18 @@ def _train_language(
 ) -> None:
     model.model.vision_tower.requires_grad_(False)
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    steps = recipe.language_epochs * -(-len(pictures) // recipe.batch)
+    steps = recipe.language_epochs * -(-len(pictures) // recipe.language_batch)
     optimizer, schedule = _optimizer(wanted, 2e-3, steps)
-    end = tokenizer.convert_tokens_to_ids("<end>")
-    for number, chosen in enumerate(_epochs(len(pictures), recipe.language_epochs, recipe)):
+    user, end = tokenizer.convert_tokens_to_ids(["<user>", "<end>"])
+    order = _epochs(len(pictures), recipe.language_epochs, recipe.language_batch, recipe.seed)
+    for number, chosen in enumerate(order):
         batch = [pictures[index] for index in chosen.tolist()]
         pixels = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
-        features = _features(model, _flipped(pixels))
-        owner = [n for n, picture in enumerate(batch) for _ in picture.questions]
-        asked = [one for picture in batch for one in picture.questions]
-        ids, at = prompts(tokenizer, [question for question, _ in asked])
-        answers = torch.tensor(tokenizer.convert_tokens_to_ids([answer for _, answer in asked]))
-        rows = torch.arange(len(ids))
-        ids[rows, at + 1] = answers
-        embeddings = model.get_input_embeddings()(ids)
-        embeddings[:, 1 : 1 + IMAGE_TOKENS] = features[owner]
-        states = model.model.language_model(inputs_embeds=embeddings).last_hidden_state
-        places = torch.stack([states[rows, at], states[rows, at + 1]])
+        asked = lay_out(tokenizer, [picture.questions for picture in batch], 1 + IMAGE_TOKENS, True)
+        states = states_of(model, features_of(model, moved(pixels)), asked, user)
+        said = [answer for picture in batch for _, answer in picture.questions]
+        answers = torch.tensor(tokenizer.convert_tokens_to_ids(said))
+        places = torch.stack([states[asked.row, asked.column], states[asked.row, asked.column + 1]])
         targets = torch.cat([answers, torch.full_like(answers, end)])
         loss = F.cross_entropy(model.lm_head(places).flatten(0, 1), targets)
         _step(loss, optimizer, schedule)
@@ -209,8 +217,8 @@ def _train_language(
             report(f"language step {number} of {steps}: loss {loss.item():.3f}")
 
 
-def _features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Projected features [B, patches, D]."""
+def features_of(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Projected features [B, patches, D] of uint8 pictures."""
     return torch.stack(
         list(model.model.get_image_features(pixel_values=normalise(pixels)).pooler_output)
     )
@@ -243,19 +251,25 @@ def _pixels(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
-def _flipped(pixels: torch.Tensor) -> torch.Tensor:
-    """Mirror a batch at random; no question of easy-VQA is about direction."""
+def moved(pixels: torch.Tensor, most: int = MOST) -> torch.Tensor:
+    """Mirror a batch at random and shift every picture by up to `most` pixels, repeating its edge;
+    no question of easy-VQA is about place or direction."""
     for dimension in (2, 3):
         if random.random() < 0.5:
             pixels = pixels.flip(dimension)
-    return pixels
+    count, _, height, width = pixels.shape
+    down, right = torch.randint(-most, most + 1, (2, count, 1))
+    rows = (torch.arange(height) + down).clamp(0, height - 1)
+    columns = (torch.arange(width) + right).clamp(0, width - 1)
+    number, channel = torch.arange(count)[:, None, None, None], torch.arange(3)[:, None, None]
+    return pixels[number, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def _epochs(count: int, epochs: int, recipe: Recipe) -> Iterator[torch.Tensor]:
-    generator = torch.Generator().manual_seed(recipe.seed)
-    random.seed(recipe.seed)
+def _epochs(count: int, epochs: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    random.seed(seed)
     for _ in range(epochs):
-        yield from torch.randperm(count, generator=generator).split(recipe.batch)
+        yield from torch.randperm(count, generator=generator).split(batch)
 
 
 def _optimizer(parameters: list, rate: float, steps: int) -> tuple[Any, Any]:
@@ -267,5 +281,6 @@ def _optimizer(parameters: list, rate: float, steps: int) -> tuple[Any, Any]:
 def _step(loss: torch.Tensor, optimizer: Any, schedule: Any) -> None:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     schedule.step()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from cache_schemas.manifest import Plan
 from pipeline.cache.reader import TeacherCache
@@ -21,13 +22,14 @@ from pipeline.config import Run
 from pipeline.record import TeacherRecord
 from pipeline.training_tables import Objective, Student, Train
 from pipeline.vision.answering import Answerer, Answers
-from pipeline.vision.encoders import ImageEncoder
+from pipeline.vision.encoders import ImageEncoder, open_encoder
 from pipeline.vision.engine import signal_name
 from pipeline.vision.probe import ProbeData, probe
-from pipeline.vision.small_vlm import Picture, save_language_model
+from pipeline.vision.small_vlm import LAYER, Picture, save_language_model
+from pipeline.vision.tables import Encoder
 
-STUDENT_WIDTH, STUDENT_BLOCKS = 64, 4
-LAYERS = (1, 2, 3, 4)
+STUDENT_WIDTH, STUDENT_BLOCKS = 64, 3
+LAYERS = (1, 2, 3)
 PERMUTED = "vision-permuted"
 NEXT_TOKEN: dict[str, Any] = {"name": "cross_entropy"}
 
@@ -46,10 +48,11 @@ def _hidden(*pairs: tuple) -> dict[str, Any]:
 
 
 def _embedding(cache: str = "vision", contrastive: float = 0.3) -> list[dict[str, Any]]:
-    """Both targets at two layers each, as OLA-VLM spreads its tasks over the depth."""
-    shape = {"contrastive": contrastive, "seek": 4}
+    """Two targets at two layers each, as OLA-VLM spreads its tasks over the depth; both with the
+    depth task's resampler, the one whose inside is as narrow as the student."""
+    shape = {"task": "depth", "contrastive": contrastive, "seek": 4}
     tasks = (
-        {"target": "dino", "layers": [2, 4], "queries": "grid"},
+        {"target": "dino", "layers": [1, 3], "queries": "grid"},
         {"target": "efficientnet", "layers": [2, 3], "queries": "tokens"},
     )
     return [
@@ -92,7 +95,11 @@ def arm_of(run: Run, arm: str, seed: int, steps: int) -> Run:
     if not (language / "config.json").exists():
         save_language_model(language, STUDENT_WIDTH, STUDENT_BLOCKS, seed)
     student = Student(
-        init="parts", model=str(language), vision_model=str(models / "tower"), seed=seed
+        init="parts",
+        model=str(language),
+        vision_model=str(models / "tower"),
+        vision_layer=LAYER,
+        seed=seed,
     )
     images = {name: str(run.path(name)) for name in ("vision", PERMUTED)}
     train = Train(
@@ -150,17 +157,29 @@ def targets_live(encoder: ImageEncoder, pictures: Sequence[Picture], batch: int 
     return torch.cat(parts)
 
 
+def kept_targets(
+    encoders: Sequence[Encoder], pictures: Sequence[Picture], path: Path
+) -> dict[str, torch.Tensor]:
+    """Encoder -> its targets of pictures that no student has seen; made once, kept in `path`."""
+    if not path.exists():
+        found = {table.name: targets_live(open_encoder(table), pictures) for table in encoders}
+        save_file(found, path)
+    return load_file(path)
+
+
 def measure(
     student: Path,
     train: tuple[list[Picture], dict[str, torch.Tensor]],
     test: tuple[list[Picture], dict[str, torch.Tensor]],
+    asked: list[Picture],
     probe_steps: int = 100,
 ) -> Measured:
     """Answers and probes of one student.
 
     Args:
         student: HF directory.
-        train, test: pictures, and target -> [I, positions, width].
+        train, test: pictures of the probes, and target -> [I, positions, width].
+        asked: pictures whose questions are answered.
         probe_steps: of each probe's training.
     """
     answerer = Answerer(student)
@@ -169,7 +188,7 @@ def measure(
         name: probe(ProbeData(seen, train[1][name]), ProbeData(unseen, test[1][name]), probe_steps)
         for name in train[1]
     }
-    return Measured(answerer.answer(test[0]), probes)
+    return Measured(answerer.answer(asked), probes)
 
 
 def _sha256(picture: Picture) -> str:

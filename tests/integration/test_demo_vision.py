@@ -17,7 +17,7 @@ directory = "{root}/run"
 model = "{root}/run/models/teacher"
 dtype = "float32"
 [prepare]
-window = 48
+window = 96
 heldout = 0.1
 [[prepare.source]]
 name = "easy-vqa"
@@ -30,6 +30,7 @@ k = 8
 temperatures = [0.25, 0.7, 1.0]
 hidden_layers = [1, "final"]
 hidden_codec = "fp16"
+score_images = true
 profile = "exact"
 [vision]
 images_per_shard = 8
@@ -65,24 +66,34 @@ def root(tmp_path, monkeypatch):
     tiny_encoders.save("efficientnet_lite0", tmp_path / "efficientnet")
     monkeypatch.setattr(demo_vision, "DATA", data)
     (tmp_path / "run.toml").write_text(RUN.format(root=tmp_path))
-    recipe = Recipe(width=32, blocks=2, tower_epochs=1, language_epochs=1)
+    recipe = Recipe(width=32, blocks=2, tower_blocks=2, tower_epochs=1, language_epochs=1)
     train_teacher(data, tmp_path / "run" / "models" / "teacher", recipe)
     return tmp_path
 
 
 def test_the_demo_from_pictures_to_page(root, capsys):
     arms = "joint,embedding,permuted_targets"
-    options = {"engine": "reference", "seeds": 1, "steps": 2, "pictures": 6, "probe_steps": 2}
+    options = {
+        "engine": "reference",
+        "seeds": 1,
+        "steps": 2,
+        "pictures": 8,
+        "probed": 6,
+        "probe_steps": 2,
+    }
     demo_vision.demo_vision(root / "run.toml", arms=arms, **options)
     results = json.loads((root / "run" / "results.json").read_text())
     assert set(results["arms"]) == set(arms.split(","))
+    assert results["test_questions"] == 16
+    assert results["blind_accuracy"] == {"majority": 0.5, "question": 1.0}
+    assert set(results["probe_floor"]) == {"dino", "efficientnet"}
     for found in results["arms"].values():
         (seed,) = found["seeds"].values()
         assert 0.0 <= seed["accuracy"] <= 1.0
         assert set(seed["probes"]) == {"dino", "efficientnet"}
         assert all(-1.0 <= v <= 1.0 for p in seed["probes"].values() for v in p.values())
     page = (root / "run" / "page.html").read_text()
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 8
     assert "what shape is in the image ?" in page
     assert "permuted_targets" in capsys.readouterr().out
 
@@ -91,7 +102,7 @@ def test_the_teacher_learns_and_is_kept(root):
     from pipeline.vision.answering import Answerer
 
     data = root / "data"
-    recipe = Recipe(width=32, blocks=2, tower_epochs=1, language_epochs=120)
+    recipe = Recipe(width=32, blocks=2, tower_blocks=2, tower_epochs=1, language_epochs=120)
     made = train_teacher(data, root / "models" / "teacher", recipe)
     answers = Answerer(made).answer(read_pictures(data, "test"))
     assert answers.accuracy == 1.0
