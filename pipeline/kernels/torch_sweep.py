@@ -47,7 +47,7 @@ def sweep(
     local, plain = _statistics_(buffer, columns, label, objective, shard.width)
     verdict = judge(targets, objective, shard, local)
     if with_gradient:
-        _gradient_(buffer, columns, label, plain, verdict)
+        _gradient_(buffer, columns, label, plain, local, verdict)
         if cap_slope is not None:
             buffer.mul_(cap_slope)
     return verdict.loss
@@ -132,34 +132,42 @@ def _statistics_(
         at_label = buffer.gather(1, label)
         if objective.temperature != 1:
             plain = buffer.clone()
-            plain_peak, plain_total = _softmax_(plain)
+            plain_peak, plain_total = _softmax_(plain, width)
     if objective.temperature != 1:
         buffer[:, :width] /= objective.temperature
     support = buffer.gather(1, columns)
     buffer.scatter_(1, columns, -torch.inf)
     buffer[:, width:] = FAR_BELOW
-    peak, total = _softmax_(buffer)
+    peak, total = _softmax_(buffer, width)
     return ShardStatistics(support, peak, total, at_label, plain_peak, plain_total), plain
 
 
-def _softmax_(buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over each row, in place; the largest logit and sum exp(x - largest), [C, 1] each.
+def _softmax_(buffer: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Softmax over each row in place; its largest logit and total = sum exp(x - largest), [C, 1].
 
-    The largest probability is one over that sum, so it need not be asked for.
+    A spare column is given the largest logit too, so that its probability, 1 / (1 + total), tells
+    the total and no pass over the row need ask for it. The row is 1 + 1 / total too small by that.
     """
     peak = buffer.amax(1, keepdim=True)
+    spare = buffer[:, width : width + 1]
+    spare.copy_(peak)
     torch.softmax(buffer, 1, out=buffer)
-    return peak, 1 / buffer.amax(1, keepdim=True)
+    return peak, 1 / spare - 1
 
 
 def _gradient_(
-    buffer: Tensor, columns: Tensor, label: Tensor | None, plain: Tensor | None, verdict: Verdict
+    buffer: Tensor,
+    columns: Tensor,
+    label: Tensor | None,
+    plain: Tensor | None,
+    local: ShardStatistics,
+    verdict: Verdict,
 ) -> None:
-    """Overwrites the tail's distribution with d loss / d z of every column."""
-    buffer.mul_(verdict.outside)
+    """Overwrites the tail's distribution, as `_softmax_` leaves it, with d loss / d z."""
+    buffer.mul_(verdict.outside * (1 + 1 / local.tail_total))
     buffer.scatter_(1, columns, verdict.inside)
-    if plain is not None:
-        buffer.addcmul_(plain, verdict.plain)
+    if plain is not None and local.plain_total is not None:
+        buffer.addcmul_(plain, verdict.plain * (1 + 1 / local.plain_total))
     if label is not None:
         buffer.scatter_add_(1, label, -verdict.hard)
 
