@@ -24,6 +24,8 @@ from pipeline.training_tables import Train
 HOW_NOT_WHAT = {
     "cache",
     "caches",
+    "local_copy",
+    "local_copy_gigabytes",
     "images",
     "corpus",
     "workers",
@@ -41,13 +43,17 @@ HOW_NOT_WHAT = {
 
 def open_caches(run: Run, settings: Train) -> dict[str, Any]:
     """Every cache of a run by name; "" is the main one."""
+    main = settings.cache or str(run.path("cache"))
+    return {name: opened(at, settings) for name, at in ({"": main} | settings.caches).items()}
+
+
+def opened(location: str, settings: Train) -> Any:
+    """A sealed cache; one behind a URL through `[train] local_copy`."""
     from pipeline.cache.reader import TeacherCache
 
-    main = settings.cache or str(run.path("cache"))
-    return {
-        name: TeacherCache.open(location)
-        for name, location in ({"": main} | settings.caches).items()
-    }
+    far = "://" in location and not location.startswith("file://")
+    local = settings.local_copy if far else ""
+    return TeacherCache.open(location, local, int(1e9 * settings.local_copy_gigabytes))
 
 
 def open_heldout(settings: Train, main: Any) -> dict[str, Any]:
@@ -57,15 +63,13 @@ def open_heldout(settings: Train, main: Any) -> dict[str, Any]:
         ConfigError: none is named.
         StudentError: it holds other signals than the training cache.
     """
-    from pipeline.cache.reader import TeacherCache
-
     if not settings.heldout_cache:
         raise ConfigError(
             "evaluate_every without heldout_cache",
             where="[train]",
             remedy="Capture the held-out split (stillroom capture --split heldout) and name it.",
         )
-    cache = TeacherCache.open(settings.heldout_cache)
+    cache = opened(settings.heldout_cache, settings)
     if lacking := set(main.signals) - set(cache.signals):
         raise StudentError(
             f"lacks signals {', '.join(sorted(lacking))}",
@@ -81,12 +85,10 @@ def open_image_caches(settings: Train, taken: Collection[str]) -> dict[str, Any]
     Raises:
         ConfigError: a name that a cache of texts already has.
     """
-    from pipeline.cache.reader import TeacherCache
-
     for name in settings.images:
         if name in taken:
             raise ConfigError(f"two caches are called '{name}'", where="[train.images]")
-    return {name: TeacherCache.open(location) for name, location in settings.images.items()}
+    return {name: opened(location, settings) for name, location in settings.images.items()}
 
 
 def pictures_of(

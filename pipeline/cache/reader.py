@@ -60,8 +60,8 @@ class TeacherCache:
 
         Args:
             location: where the cache lies.
-            local: directory that keeps what was read, so that a second epoch needs no network;
-                empty for none.
+            local: directory that keeps what was read, so that a second epoch asks the network for
+                the manifest only; many caches may share it; empty for none.
             local_bytes: what that directory may hold.
 
         Raises:
@@ -70,9 +70,12 @@ class TeacherCache:
             FormatTooNew: a later release wrote it.
         """
         storage = open_storage(location)
-        storage = ReadThrough(storage, local, local_bytes) if local else storage
         where = f"{storage.location}/{layout.MANIFEST}"
-        manifest = read(Manifest, _manifest_bytes(storage), where)
+        data = _manifest_bytes(storage)
+        manifest = read(Manifest, data, where)
+        if local:
+            identity = hashlib.sha256(data).hexdigest()
+            storage = ReadThrough(storage, local, local_bytes, identity)
         plan = Plan.from_facts(manifest.plan, where)
         if {len(column) for column in manifest.shards.model_dump().values()} != {plan.num_shards}:
             raise ShardCorrupt("does not list the plan's shards", where=where)

@@ -1,14 +1,17 @@
 """A local copy of what was read from far away, of bounded size.
 
-One idea: a range that was read is a file named by the hash of what was asked for; the oldest go
-when the folder grows too large. What a file holds is checked when it is used again, and a bad one
-is fetched anew. Writing is refused: it belongs to the storage behind.
+One idea: a range that was read is a file named by the hash of cache and range; the oldest go when
+the folder grows too large. What a file holds is checked when it is used again, and a bad one is
+fetched anew. Whose bytes they are is in the name, so one folder may serve many caches, and a cache
+that was published anew finds nothing of the old one. Writing is refused: it belongs to the storage
+behind.
 """
 
 import contextlib
 import hashlib
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
@@ -17,6 +20,9 @@ from cache_schemas.errors import CacheError
 from pipeline.cache.storage import Claim, Disk, Storage
 
 CHECKSUM_BYTES = 8
+LOOKS = 16
+"""The folder is measured again after every such part of its limit that was written: other readers
+write to it too."""
 
 
 class ReadThrough:
@@ -25,18 +31,31 @@ class ReadThrough:
     Args:
         behind: where a miss is read from.
         directory: where ranges are kept; several processes may share it.
-        limit_bytes: what the directory may hold.
+        limit_bytes: what the directory may hold; it may pass it by a sixteenth per reader.
+        identity: of what lies behind, such as its manifest's hash; only reads of the same identity
+            are shared.
+
+    Raises:
+        CacheError: the directory cannot be made.
     """
 
-    def __init__(self, behind: Storage, directory: str | Path, limit_bytes: int):
+    def __init__(
+        self, behind: Storage, directory: str | Path, limit_bytes: int, identity: str = ""
+    ):
         self.behind, self.location = behind, behind.location
         self.directory, self.limit_bytes = Path(directory), limit_bytes
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._used = sum(entry.stat().st_size for entry in os.scandir(self.directory))
+        self.identity = identity or self.location
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            where = str(directory)
+            raise CacheError(f"is no place for a local copy ({error})", where=where) from None
+        self._written = 0
         self._lock = threading.Lock()
+        self._make_room(0)
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        asked = f"{self.location}\n{name}\n{start}\n{length}".encode()
+        asked = f"{self.identity}\n{name}\n{start}\n{length}".encode()
         path = self.directory / hashlib.sha256(asked).hexdigest()
         data = _kept(path)
         if data is None:
@@ -70,28 +89,39 @@ class ReadThrough:
 
     def _keep(self, path: Path, data: bytes) -> None:
         """Store a range; a full disk only means that it is not kept."""
-        if len(data) + CHECKSUM_BYTES > self.limit_bytes:
+        size = len(data) + CHECKSUM_BYTES
+        if size > self.limit_bytes:
             return
+        with self._lock:
+            self._written += size
+            if self._written > self.limit_bytes // LOOKS:
+                self._make_room(size)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
         with contextlib.suppress(OSError):
             temporary.write_bytes(data + xxhash.xxh3_64_digest(data))
             Disk().rename(temporary, path)
-        with self._lock:
-            self._used += len(data) + CHECKSUM_BYTES
-            if self._used > self.limit_bytes:
-                self._evict()
 
-    def _evict(self) -> None:
-        """Remove what was used longest ago until a tenth of the room is free."""
-        entries = sorted(os.scandir(self.directory), key=lambda entry: entry.stat().st_mtime_ns)
-        self._used = sum(entry.stat().st_size for entry in entries)
-        for entry in entries:
-            if self._used <= self.limit_bytes * 9 // 10:
+    def _make_room(self, wanted: int) -> None:
+        """If `wanted` bytes more would nearly fill the folder, remove what was used longest ago
+        until a tenth of the room is left."""
+        self._written = wanted
+        entries = sorted(_entries(self.directory))
+        used = wanted + sum(size for _, _, size in entries)
+        if used <= self.limit_bytes * (LOOKS - 1) // LOOKS:
+            return
+        for _, path, size in entries:
+            if used <= self.limit_bytes * 9 // 10:
                 return
-            with contextlib.suppress(FileNotFoundError):
-                size = entry.stat().st_size
-                os.unlink(entry.path)
-                self._used -= size
+            path.unlink(missing_ok=True)
+            used -= size
+
+
+def _entries(directory: Path) -> Iterator[tuple[int, Path, int]]:
+    """(when it was used, path, bytes) of every file; other readers may remove some meanwhile."""
+    for entry in os.scandir(directory):
+        with contextlib.suppress(FileNotFoundError):
+            found = entry.stat()
+            yield found.st_mtime_ns, Path(entry.path), found.st_size
 
 
 def _kept(path: Path) -> bytes | None:

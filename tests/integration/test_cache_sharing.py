@@ -1,6 +1,7 @@
 """Push, pull and direct reading over real S3 and HTTP servers, with faults on the wire."""
 
 import itertools
+import shutil
 import threading
 
 import pytest
@@ -25,12 +26,15 @@ def plan():
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory, plan):
-    root = tmp_path_factory.mktemp("original") / "cache"
+    return DirectoryStorage(write_cache(tmp_path_factory.mktemp("original") / "cache", plan))
+
+
+def write_cache(root, plan, seed=0):
     writer = CacheWriter.open(root, plan)
     for shard in writer.missing():
-        writer.write(shard, records_of(plan, shard))
+        writer.write(shard, records_of(plan, shard, seed))
     writer.seal()
-    return DirectoryStorage(root)
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -258,15 +262,29 @@ def test_credentials_in_a_url_are_not_shown():
 
 
 def test_a_read_through_copy_serves_again_without_requests(plan, web_proxy, tmp_path):
-    kept = ReadThrough(website(web_proxy), tmp_path, 1 << 20)
-    first = TeacherCache.open(kept)
+    first = TeacherCache.open(website(web_proxy), tmp_path)
     assert_same_record(first[4], make_record(plan, 4))
     web_proxy.requests.clear()
     for path in list(tmp_path.iterdir())[:1]:
         path.write_bytes(b"rotten")
-    assert_same_record(TeacherCache.open(kept)[4], make_record(plan, 4))
-    again = [line for line in web_proxy.requests if "partial.json" not in line]
+    assert_same_record(TeacherCache.open(website(web_proxy), tmp_path)[4], make_record(plan, 4))
+    small = ("partial.json", layout.MANIFEST)
+    again = [line for line in web_proxy.requests if not any(name in line for name in small)]
     assert len(again) == 1
+
+
+def test_a_cache_published_anew_is_not_served_from_the_copy_of_the_old_one(plan, tmp_path):
+    root, local = tmp_path / "cache", tmp_path / "local"
+    for seed in (0, 1):
+        shutil.rmtree(root, ignore_errors=True)
+        write_cache(root, plan, seed)
+        assert_same_record(TeacherCache.open(root, local)[4], make_record(plan, 4, seed))
+
+
+def test_a_local_copy_that_cannot_be_made_says_so(cache, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match="no place for a local copy"):
+        TeacherCache.open(cache, tmp_path / "file")
 
 
 def test_a_read_through_copy_keeps_to_its_limit(plan, cache, tmp_path):
@@ -274,4 +292,4 @@ def test_a_read_through_copy_keeps_to_its_limit(plan, cache, tmp_path):
     held = TeacherCache.open(kept)
     for number in [*range(10), *range(10)]:
         assert_same_record(held[number], make_record(plan, number))
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 20_000
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 20_000
