@@ -238,6 +238,14 @@ def test_two_teachers_at_once(tmp_path, teacher, cache, texts):
     assert logged["objective/2.forward_kl@second"] > 0
 
 
+def test_compiled_blocks_train_to_the_same_losses(tmp_path, teacher, cache):
+    plain = make_run(tmp_path / "plain", teacher, steps=2)
+    compiled = make_run(tmp_path / "compiled", teacher, steps=2, compile=True)
+    for run in (plain, compiled):
+        train(run, caches={"": cache})
+    np.testing.assert_allclose(losses(compiled), losses(plain), rtol=1e-5)
+
+
 def test_a_second_cache_must_hold_the_same_examples(tmp_path, teacher, cache, texts):
     second = memory_cache.captured(teacher, texts[:39])
     run = make_run(tmp_path / "run", teacher, caches={"second": "unused"})
