@@ -220,6 +220,8 @@ def on_cuda() -> list[Contender]:
         ours("triton", "reverse_kl"),
         ours("triton", "jsd"),
         ours("triton", "cross_entropy", "label"),
+        ours("triton", "forward_kl", "dense"),
+        ours("triton", "jsd", "dense"),
         ours("chunked"),
         ours("chunked", "jsd", "dense"),
         Contender("naive autograd", "forward_kl", "truncate", naive_kl),

@@ -13,14 +13,17 @@ temperature its log-sum-exps, log p_T = (log p_1 + lse_1) / T - lse_T.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache_schemas.rankings import Rankings
-from cache_schemas.topk_streams import Lists
 from pipeline.kernels.targets import Targets
+
+if TYPE_CHECKING:  # The kernels run where no cache can be read.
+    from cache_schemas.lists import Lists
+    from cache_schemas.rankings import Rankings
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class PackedTopk:
     ROWS = ("gaps", "first", "ranks", "classes", "counts", "shift")
 
     @classmethod
-    def pack(cls, lists: Lists, rankings: Rankings, level_logprobs: np.ndarray) -> "PackedTopk":
+    def pack(cls, lists: "Lists", rankings: "Rankings", level_logprobs: np.ndarray) -> "PackedTopk":
         """A decoded record's lists, packed again.
 
         Args:

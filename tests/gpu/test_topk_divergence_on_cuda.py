@@ -10,10 +10,8 @@ import torch
 
 from pipeline.kernels.topk_divergence import topk_divergence
 
-CONTRACT_DIRECTORY = Path(__file__).parent.parent / "contract"
-CONTRACT = [
-    CONTRACT_DIRECTORY / name for name in ("test_topk_divergence.py", "test_packed_topk.py")
-]
+FILES = ("test_topk_divergence.py", "test_packed_topk.py", "test_linear_divergence.py")
+CONTRACT = [Path(__file__).parent.parent / "contract" / name for name in FILES]
 
 
 @pytest.mark.gpu
