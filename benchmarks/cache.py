@@ -2,7 +2,8 @@
 
 One idea: every layout codes the same held-out windows of SmolLM2-135M-Instruct in one run, so that
 the ratios hold whatever the machine is doing. Codecs are fitted on the other windows. Speeds are
-tokens per CPU second of one core, best of a few turns.
+tokens per CPU second of one core, best of a few turns. Beside each other layout stands ours, tuned
+to add no more KL than that layout does (`equal_kl`).
 """
 
 import argparse
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import cache_data, cache_peers, cache_reads
+from benchmarks import cache_data, cache_equal_kl, cache_peers, cache_reads
+from benchmarks.cache_divergence import divergence, row_kl
 from benchmarks.cache_entropy import unigram_limit_bytes
 from benchmarks.cache_trial import publish
 from cache_schemas import row_scaling
@@ -22,7 +24,6 @@ from cache_schemas.lists import LevelTable
 from cache_schemas.record_codec import RowCodec
 
 TURNS = 8
-NEVER_LESS = 1e-30
 
 Windows = list[dict[str, np.ndarray]]
 
@@ -96,13 +97,17 @@ def run(model: str, num_windows: int, seconds: float, num_examples: int) -> dict
     held_out = windows[3::4]
     fitted_on = [window for at, window in enumerate(windows) if at % 4 != 3]
     rows = [_ours(case, vocab, fitted_on, held_out) for case in CASES]
-    rows += [_theirs(layout, vocab, held_out) for layout in cache_peers.layouts(vocab)]
+    others = [_theirs(layout, vocab, held_out) for layout in cache_peers.layouts(vocab)]
+    rows += others
     codec = _fit(CASES[0], vocab, fitted_on)
+    samples, records = ([_signals(CASES[0], w) for w in part] for part in (fitted_on, held_out))
+    equal = [_at_equal_kl(row, rows[0], codec, samples, records) for row in others]
     few = [_signals(CASES[1], window) for window in held_out[:8]]
     reads = cache_reads.measure(_fit(CASES[1], vocab, fitted_on), few, num_examples)
     report = {
         "teacher": Path(teacher).name,
         "rows": [asdict(row) for row in rows],
+        "equal_kl": equal,
         "unigram_limit_bytes": _unigram_limit(vocab, fitted_on, held_out, codec.codebook),
         "over_unigram_limit": 0.0,
         "hidden_bits_per_element": 0.0,
@@ -135,9 +140,7 @@ def _ours(case: Case, vocab: int, fitted_on: Windows, held_out: Windows) -> Row:
     codec = _fit(case, vocab, fitted_on)
     records = [_signals(case, window) for window in held_out]
     blobs = [codec.encode(record) for record in records]
-    found = [codec.decode(blob) for blob in blobs]
-    kl = [_divergence(record, f["topk_ids"], f["topk_logprobs"], f["tail_logprob"])
-          for record, f in zip(records, found)]  # fmt: skip
+    kl = [row_kl(record, codec.decode(blob)) for record, blob in zip(records, blobs)]
     speeds = _speed(codec.encode, records), _speed(codec.decode, blobs)
     return _row(case.name, case.k, vocab, blobs, np.concatenate(kl), *speeds, case.note)
 
@@ -154,13 +157,28 @@ def _theirs(layout: cache_peers.Layout, vocab: int, held_out: Windows) -> Row:
         outside = 1 - np.exp(logprobs, dtype=np.float64).sum(axis=1)
         derived = np.log(np.maximum(outside, 1e-6))
         tail = record["tail_logprob"] if layout.name.startswith("raw") else derived
-        kl.append(_divergence(record, ids, logprobs, tail))
+        kl.append(divergence(record, ids, logprobs, tail))
     speeds = (
         _speed(layout.encode, records),
         _speed(lambda blob: layout.decode(blob, *shape), blobs),
     )
     note = "with tail" if layout.name.startswith("raw") else "no tail, no token ids"
     return _row(layout.name, case.k, vocab, blobs, np.concatenate(kl), *speeds, note)
+
+
+def _at_equal_kl(
+    other: Row, small: Row, codec: RowCodec, samples: Windows, records: Windows
+) -> dict:
+    """Ours beside another layout, at no more error than its."""
+    ours = cache_equal_kl.tuned(codec, other.kl_mean, samples, records)
+    return ours | {
+        "layout": other.layout,
+        "its_bytes_per_token": other.bytes_per_token,
+        "its_kl_mean": other.kl_mean,
+        "ratio_at_equal_kl": other.bytes_per_token / ours["bytes_per_token"],
+        "ratio_of_small": other.bytes_per_token / small.bytes_per_token,
+        "goal": cache_equal_kl.goal(other.layout),
+    }
 
 
 def _row(
@@ -179,25 +197,6 @@ def _speed(work: Callable, items: list) -> float:
             work(item)
             best[at] = min(best[at], time.process_time_ns() - started)
     return len(items) * cache_data.LENGTH / (best.sum() / 1e9)
-
-
-def _divergence(
-    given: dict[str, np.ndarray], ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray
-) -> np.ndarray:
-    """KL(given || decoded) [R] in nats over list and tail, both normalised."""
-    order, own = np.argsort(given["topk_ids"], axis=1), np.argsort(ids, axis=1, kind="stable")
-    if not (
-        np.take_along_axis(ids, own, 1) == np.take_along_axis(given["topk_ids"], order, 1)
-    ).all():
-        raise AssertionError("a layout changed the ids")
-    p = _distribution(np.take_along_axis(given["topk_logprobs"], order, 1), given["tail_logprob"])
-    q = _distribution(np.take_along_axis(logprobs, own, 1), tail)
-    return (p * np.log(np.maximum(p, NEVER_LESS) / np.maximum(q, NEVER_LESS))).sum(axis=1)
-
-
-def _distribution(logprobs: np.ndarray, tail: np.ndarray) -> np.ndarray:
-    mass = np.exp(np.concatenate([logprobs, tail[:, None]], axis=1, dtype=np.float64))
-    return mass / mass.sum(axis=1, keepdims=True)
 
 
 def _unigram_limit(
@@ -253,6 +252,9 @@ def _print(report: dict) -> None:
         speeds = row["encode_tok_s"] / 1e3, row["decode_tok_s"] / 1e3
         cells = "{:8.2f} {:9.2e} {:9.2e} {:8.0f} {:7.0f}".format(*numbers, *speeds)
         print(f"{row['layout']:22} {row['k']:4} {cells}  {row['note']}")
+    for line in report["equal_kl"]:
+        numbers = line["ratio_at_equal_kl"], line["goal"], line["bytes_per_token"], line["kl_mean"]
+        print(f"{line['layout']:22} ", "{:.3f}x (goal {}) at {:.2f} B, KL {:.2e}".format(*numbers))
     for name in ("unigram_limit_bytes", "over_unigram_limit", "hidden_bits_per_element"):
         print(f"{name}: {report[name]:.3f}")
     print(f"hidden: {report['hidden']['layers']}")

@@ -76,7 +76,8 @@ class LevelTable:
         edges, logprobs = codebook.edges, codebook.logprobs
         probabilities = np.exp(logprobs.astype(np.float64))
         masses = np.rint(probabilities * 2.0**MASS_BITS).astype(np.int64)
-        return cls(edges, *coarse_levels(edges), logprobs, probabilities, masses)
+        coarse, per_nat = coarse_levels(edges)
+        return cls(edges, coarse, per_nat, logprobs, probabilities, masses)
 
 
 def refuse(status: tuple[int, int]) -> None:
