@@ -67,10 +67,10 @@ class Recipe:
     width: int = 96
     blocks: int = 4
     tower_epochs: int = 30
-    language_epochs: int = 4
+    language_epochs: int = 5
     pictures: int = 0
     tower_batch: int = 64
-    language_batch: int = 32
+    language_batch: int = 16
     seed: int = 0
 
 
@@ -199,7 +199,7 @@ def _train_language(
     model.model.vision_tower.requires_grad_(False)
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steps = recipe.language_epochs * -(-len(pictures) // recipe.language_batch)
-    optimizer, schedule = _optimizer(wanted, 2e-3, steps)
+    optimizer, schedule = _optimizer(wanted, 3e-3, steps)
     user, end = tokenizer.convert_tokens_to_ids(["<user>", "<end>"])
     order = _epochs(len(pictures), recipe.language_epochs, recipe.language_batch, recipe.seed)
     for number, chosen in enumerate(order):
@@ -213,7 +213,7 @@ def _train_language(
         targets = torch.cat([answers, torch.full_like(answers, end)])
         loss = F.cross_entropy(model.lm_head(places).flatten(0, 1), targets)
         _step(loss, optimizer, schedule)
-        if number % 20 == 0:
+        if number % 100 == 0:
             report(f"language step {number} of {steps}: loss {loss.item():.3f}")
 
 

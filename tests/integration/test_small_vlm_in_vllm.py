@@ -41,8 +41,13 @@ def world(tmp_path_factory):
                 lines.write(json.dumps({"messages": messages, "image": name}) + "\n")
     recipe = Recipe(width=32, blocks=2, tower_blocks=2, tower_epochs=2, language_epochs=2)
     teacher = train_teacher(root, root / "models" / "teacher", recipe)
-    columns = {"messages_column": "messages", "image_column": "image"}
-    source = Source(name="s", kind="jsonl", path=str(root / "train.jsonl"), **columns)
+    source = Source(
+        name="s",
+        kind="jsonl",
+        path=str(root / "train.jsonl"),
+        messages_column="messages",
+        image_column="image",
+    )
     table = Prepare(source=(source,), heldout=0.0, window=96)
     prepare(table, str(teacher), root / "corpus")
     return root
