@@ -6,7 +6,7 @@ Shards, receipts, resuming and sealing are those of any capture.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import overload
 
@@ -15,7 +15,7 @@ import numpy as np
 from cache_schemas.errors import CorpusError
 from cache_schemas.manifest import Manifest, Plan, ShardReceipt
 from cache_schemas.signals import IMAGE_ERROR
-from pipeline.cache.formats import dense_arrays
+from pipeline.cache.formats import Encoded, Format
 from pipeline.cache.writer import CacheWriter
 from pipeline.capture import Notes, OnError, fill
 from pipeline.capture_plan import first_version
@@ -140,24 +140,27 @@ class MeasuringWriter(CacheWriter):
     for an image without targets."""
 
     def write(self, number: int, records: Iterable[TeacherRecord]) -> ShardReceipt:
-        return super().write(number, self._measured(records))
+        form = self.fitted()
+        return self.write_encoded(number, (self._encoded(form, record) for record in records))
 
-    def _measured(self, records: Iterable[TeacherRecord]) -> Iterator[TeacherRecord]:
-        dense = dense_arrays(self.plan)
-        for record in records:
-            errors = [
-                self._error(dense[name], target)
-                for name, target in _sorted(record.signals)
-                if len(target)
-            ]
-            column = np.array(errors, dtype=np.float32).reshape(-1, 1)
-            yield replace(record, signals={**record.signals, IMAGE_ERROR: column})
+    def _encoded(self, form: Format, record: TeacherRecord) -> Encoded:
+        """Encoded once: errors come from the very bytes that are stored."""
+        targets = [(name, target) for name, target in _sorted(record.signals) if len(target)]
+        column = np.zeros((len(targets), 1), dtype=np.float32)
+        made = form.encode(replace(record, signals={**record.signals, IMAGE_ERROR: column}))
+        for place, (name, target) in enumerate(targets):
+            where = self.storage.location
+            stored = form.dense[name].decode(made.chunks[name], len(target), where)
+            column[place] = _relative_error(stored, target)
+        return replace(
+            made, chunks=made.chunks | {IMAGE_ERROR: form.dense[IMAGE_ERROR].encode(column)}
+        )
 
-    def _error(self, array, target: np.ndarray) -> float:
-        stored = array.decode(array.encode(target), len(target), self.storage.location)
-        norm = float(np.sum(np.square(target, dtype=np.float64)))
-        lost = float(np.sum(np.square(stored - target, dtype=np.float64)))
-        return lost / norm if norm else lost
+
+def _relative_error(stored: np.ndarray, target: np.ndarray) -> float:
+    norm = float(np.sum(np.square(target, dtype=np.float64)))
+    lost = float(np.sum(np.square(stored - target, dtype=np.float64)))
+    return lost / norm if norm else lost
 
 
 def _sorted(signals: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:

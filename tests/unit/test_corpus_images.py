@@ -13,6 +13,7 @@ from cache_schemas.errors import CorpusError
 from pipeline.config import Prepare, Source
 from pipeline.corpus import Corpus, prepare
 from pipeline.corpus_images import place_images
+from pipeline.vision.capture import images_of
 from tests import tiny_image_models
 
 
@@ -143,6 +144,22 @@ def test_an_image_with_a_caption_beside_it_is_a_conversation(llava, tmp_path):
     (tmp_path / "house.txt").unlink()
     with pytest.raises(CorpusError, match="no caption"):
         prepare(Prepare(source=(source,), heldout=0.0), str(llava), tmp_path / "other")
+
+
+def test_two_captions_of_one_image_are_two_examples_of_one_picture(llava, tmp_path):
+    data = picture(tmp_path, "a.png", 7)
+    picture(tmp_path, "copy.png", 7)
+    rows = [
+        conversation([name], "<image>?", answer)
+        for name, answer in (("a.png", "A red house."), ("copy.png", "A barn."))
+    ]
+    corpus = prepared(llava, tmp_path, rows)
+    one, two = corpus.split("train")
+    assert one.example_id != two.example_id
+    assert one.images[0].sha256 == two.images[0].sha256 == hashlib.sha256(data).hexdigest()
+    assert images_of(corpus) == (one.images[0].sha256,)
+    files = [path for path in (corpus.directory / "images").rglob("*") if path.is_file()]
+    assert [path.read_bytes() for path in files] == [data]
 
 
 def test_conversations_without_an_image_may_stand_among_the_others(llava, tmp_path):
