@@ -6,10 +6,12 @@ sweep, in which dtype, within how many bytes) are made here, once for all doors.
 
 import importlib
 import os
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from pipeline.kernels import autocasting, dense_sweep, torch_sweep
 from pipeline.kernels.chunked import Plan, Sweep
@@ -17,6 +19,7 @@ from pipeline.kernels.divergences import Objective
 from pipeline.kernels.vocabulary_shards import Shard
 
 Implementation = Literal["eager", "chunked", "triton"]
+Door = TypeVar("Door", bound=Callable[..., Tensor])
 
 CPU_BUDGET = 2**24, 2**28
 """16 MiB, within reach of a last-level cache, to 256 MiB; see `_budget`."""
@@ -24,6 +27,17 @@ CUDA_BUDGET = 5 * 2**28
 """1.25 GiB: four thousand rows of bf16 logits over 152 thousand words."""
 
 DEBUG_VARIABLE = "STILLROOM_DEBUG_KERNELS"
+
+
+def opaque(door: Door) -> Door:
+    """The door as torch.compile is to see it: one call, not looked into.
+
+    Chunks write into one buffer in place and hand over gradients that were taken on the way.
+    Traced, that becomes many graphs and copies of the buffer; as one call it is one graph break.
+    """
+    # As torch.compiler.disable, which would import the compiler (seconds) before it is asked for.
+    disabled: Any = _disable_dynamo(door)
+    return disabled
 
 
 def debugging(debug: bool | None, hidden: Tensor) -> bool:

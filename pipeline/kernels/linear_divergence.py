@@ -13,6 +13,7 @@ from pipeline.kernels.divergences import DivergenceName, Objective
 from pipeline.kernels.execution import Implementation
 
 
+@execution.opaque
 def linear_divergence(
     hidden: Tensor,
     unembedding: Tensor,

@@ -64,6 +64,7 @@ from pipeline.kernels.targets import Targets
 from pipeline.kernels.vocabulary_shards import Shard
 
 
+@execution.opaque
 def topk_divergence(
     hidden: Tensor,
     unembedding: Tensor,

@@ -273,3 +273,22 @@ def test_triton_missing_is_an_error_not_a_fallback(monkeypatch):
         monkeypatch.delattr(pipeline.kernels, name, raising=False)
     with pytest.raises(RuntimeError, match="needs Triton, which does not import"):
         call(impl="triton")
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_compiled_model_breaks_its_graph_once(debug):
+    """Before the loss and after it the graph is whole; nothing of the loss is traced."""
+    case = make_case(with_bias=False)
+
+    def step(hidden, head):
+        rows = topk_divergence(
+            torch.tanh(hidden), head, case.ids, case.logprobs, impl="chunked", debug=debug
+        )
+        return 2 * rows.sum()
+
+    leaves = [t.clone().requires_grad_() for t in (case.hidden, case.unembedding)]
+    seen = torch._dynamo.explain(step)(*leaves)
+    assert (seen.graph_count, seen.graph_break_count) == (2, 1)
+    expected = torch.autograd.grad(step(*leaves), leaves)
+    found = torch.autograd.grad(torch.compile(step, backend="aot_eager")(*leaves), leaves)
+    assert all(error(f, e) < 1e-6 for f, e in zip(found, expected, strict=True))
