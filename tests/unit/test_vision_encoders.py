@@ -108,6 +108,32 @@ def test_teacher_tower_is_what_the_language_model_reads(directories):
     np.testing.assert_allclose(ours.numpy(), wanted.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "name", "prefix"), [("clip", "CLIP", 1), ("siglip", "Siglip", 0)])
+def test_clip_and_siglip_are_the_towers_last_patches(kind, name, prefix, directories):
+    import transformers
+
+    encoder, batch = open_encoder(table(kind, directories[kind])), pixels(56)
+    model = getattr(transformers, f"{name}VisionModel").from_pretrained(directories[kind]).eval()
+    with torch.no_grad():
+        wanted = model(normalised(encoder, batch)).last_hidden_state[:, prefix:]
+    np.testing.assert_allclose(encoder(batch), wanted.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("mask2former", "Mask2Former"), ("oneformer", "OneFormer")]
+)
+def test_segmenters_are_what_the_whole_model_says_of_its_backbone(kind, name, directories):
+    import transformers
+
+    encoder, batch = open_encoder(table(kind, directories[kind])), pixels(64)
+    model = getattr(transformers, f"{name}Model").from_pretrained(directories[kind]).eval()
+    more = {"task_inputs": torch.zeros(3, 5, dtype=torch.int64)} if kind == "oneformer" else {}
+    with torch.no_grad():
+        seen = model(normalised(encoder, batch), **more, output_hidden_states=True)
+    wanted = seen.encoder_hidden_states[-1].flatten(2).transpose(1, 2)
+    np.testing.assert_allclose(encoder(batch), wanted.numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_unclip_target_is_the_projected_embedding(directories):
     from transformers import CLIPVisionModelWithProjection
 
