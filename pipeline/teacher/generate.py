@@ -6,9 +6,9 @@ an importance weight needs no model later. b is the mixture a p + (1 - a) q of t
 `top_p` and renormalised. Every draw has its own seed, from the run's, the prompt and the number of
 the answer, so that a redo writes the same.
 
-`reference` runs any mixture step by step under transformers. `vllm` runs one model: the teacher
-(a = 1) or the student (a = 0). What the teacher thinks of the answers, top-k and all, is the
-business of a capture over the corpus that they become.
+`reference` runs any mixture step by step under transformers. `vllm` runs one model, the teacher
+(a = 1) or the student (a = 0), or both and tosses a coin for each token. What the teacher thinks of
+the answers, top-k and all, is the business of a capture over the corpus that they become.
 """
 
 from collections.abc import Iterable, Iterator
@@ -103,12 +103,9 @@ def open_generator(name: EngineName, writers: Writers) -> Generator:
 
         return ReferenceGenerator(writers)
     if len(models) > 1:
-        raise ConfigError(
-            f"vLLM draws from one model, not from a mixture (teacher_share = {models[0][0]:g})",
-            expected="teacher_share = 1 (the teacher) or 0 (the student)",
-            where="[generate] teacher_share",
-            remedy="Use `--engine reference` for a mixture.",
-        )
+        from pipeline.teacher.vllm_mixture import VllmMixture
+
+        return VllmMixture(writers)
     from pipeline.teacher.vllm_generate import VllmGenerator
 
     return VllmGenerator(writers, models[0][1])

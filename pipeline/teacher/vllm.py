@@ -8,10 +8,12 @@ The alignment shift happens where row t meets token t+1, in `vllm_worker`. Prefi
 position served from it has no logits.
 """
 
+import math
 import os
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +55,7 @@ class VllmEngine:
     ):
         self.shape = model_shape(teacher)
         self._capture, self._pictures = capture, pictures
-        self._requests = _requests(capture)
+        self._requests = requests_for(capture)
         arguments = vllm_arguments(teacher, self.shape.context, max_tokens, batch_scale)
         if pictures is not None:
             check_served(model_directory(teacher))
@@ -147,7 +149,7 @@ class VllmEngine:
         return self._wait_for(_Asked(example, self._add(example, self._prompt(example), sampling)))
 
 
-def _requests(capture: Capture) -> MarkedRequests | PublicRequests:
+def requests_for(capture: Capture) -> MarkedRequests | PublicRequests:
     """Our hooks on the release they were written for; the public API, with a warning, elsewhere."""
     found = _import_vllm().__version__
     if found.split("+")[0] == VLLM_VERSION:
@@ -223,7 +225,8 @@ def start_vllm(teacher: Teacher, arguments: dict):
     _set_environment()
     plugin.register()
     try:
-        return _import_vllm().LLM(**arguments)
+        with _processors_shared(_num_ranks(arguments)):
+            return _import_vllm().LLM(**arguments)
     except Exception as error:
         if _is_out_of_memory(error) or "kv cache" in str(error).lower():
             raise _out_of_memory(error) from error
@@ -252,6 +255,31 @@ def _set_environment() -> None:
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+
+
+def _num_ranks(arguments: dict) -> int:
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+    return math.prod(int(arguments.get(name, 1)) for name in sizes)
+
+
+@contextmanager
+def _processors_shared(num_ranks: int) -> Iterator[None]:
+    """On a CPU, an equal share of this program's processors for each rank, while vLLM starts.
+
+    vLLM itself wants a memory node for each. A person's own setting wins.
+    """
+    name = "VLLM_CPU_OMP_THREADS_BIND"
+    if num_ranks == 1 or torch.cuda.is_available() or name in os.environ:
+        yield
+        return
+    cpus = sorted(os.sched_getaffinity(0))
+    share = len(cpus) // num_ranks
+    lists = [cpus[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
+    os.environ[name] = "|".join(",".join(map(str, own)) for own in lists) if share else "nobind"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _import_vllm():

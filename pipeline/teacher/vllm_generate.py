@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.config import Teacher
 from pipeline.record import Example
@@ -25,12 +26,8 @@ class VllmGenerator:
 
     def __init__(self, writers: Writers, model: Teacher):
         self._writers = writers
-        arguments = vllm_arguments(model, model_shape(model).context, writers.max_tokens, 1.0)
-        arguments |= {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": True}
-        if writers.pictures is not None:
-            check_served(model_directory(model))
-            arguments["skip_tokenizer_init"] = False
-        self._llm: Any = start_vllm(model, arguments)
+        arguments = writing_arguments(model, writers)
+        self._llm: Any = start_vllm(model, arguments | {"logprobs_mode": "processed_logprobs"})
         self._finished: dict[str, Any] = {}
         self._num_asked = 0
 
@@ -96,3 +93,16 @@ class VllmGenerator:
         if self._writers.settings.temperature == 0:
             logprobs = np.zeros_like(logprobs)
         return Answer(ids, logprobs, bool(np.isin(ids[-1], self._writers.stop_ids)))
+
+
+def writing_arguments(model: Teacher, writers: Writers) -> dict[str, Any]:
+    """Arguments of an engine that writes."""
+    arguments = vllm_arguments(model, model_shape(model).context, writers.max_tokens, 1.0)
+    arguments["enable_prefix_caching"] = True
+    if not torch.cuda.is_available():
+        # A seeded request whose prompt is read in pieces needs what CPU generators do not have.
+        arguments["enable_chunked_prefill"] = False
+    if writers.pictures is not None:
+        check_served(model_directory(model))
+        arguments["skip_tokenizer_init"] = False
+    return arguments

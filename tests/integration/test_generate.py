@@ -112,13 +112,7 @@ def test_tokens_are_drawn_from_the_stated_mixture(
     drawn = np.zeros_like(allowed)
     drawn[[example.token_ids[-1] for example in examples]] = [e.weight for e in examples]
     assert (drawn[allowed == 0] == 0).all()
-    often = count * allowed >= 5
-    found, expected = (
-        np.append(values[often], values[~often].sum()) for values in (drawn, count * allowed)
-    )
-    chi_square = np.sum((found - expected)[expected > 0] ** 2 / expected[expected > 0])
-    freedom = len(found) - 1
-    assert chi_square < freedom + 5 * np.sqrt(2 * freedom) + 10
+    _assert_drawn(drawn, allowed)
 
 
 def test_an_answer_is_the_target_and_everything_else_was_given(
@@ -277,9 +271,18 @@ def test_a_mixture_needs_a_student(tiny_llama, tmp_path):
         written(run_in(tmp_path / "run", tiny_llama, teacher_share=0.5))
 
 
-def test_vllm_refuses_a_mixture_before_it_starts(tiny_llama, student, tmp_path):
-    run = run_in(tmp_path / "run", tiny_llama, teacher_share=0.5, student=str(student))
-    with pytest.raises(ConfigError, match="one model, not from a mixture"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_p": 0.9}, "top_p = 0.9 acts on the whole mixture"),
+        ({"temperature": 0}, "temperature = 0 acts on the whole mixture"),
+        ({}, "heads of teacher and student have 768 and 800 words"),
+    ],
+)
+def test_vllm_refuses_a_mixture_that_coins_cannot_draw(tmp_path, tiny_llama, settings, message):
+    wide = tiny_models.save_qwen3(tmp_path / "wide", chat_template=tiny_models.CHAT_TEMPLATE)
+    run = run_in(tmp_path / "run", tiny_llama, teacher_share=0.5, student=str(wide), **settings)
+    with pytest.raises(ConfigError, match=message):
         generate(run, engine="vllm")
 
 
@@ -378,3 +381,53 @@ def test_vllm_writes_what_it_says_it_writes(tiny_llama, tmp_path):
         b = b / b.sum(1, keepdim=True)
         drawn = b.gather(1, torch.tensor(example.token_ids[first:].copy()).long()[:, None])[:, 0]
         np.testing.assert_allclose(example.behaviour_logprob[first:], drawn.log(), atol=1e-4)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_draws_from_a_mixture_and_knows_how_probable_each_token_was(
+    tiny_llama, student, tmp_path
+):
+    from transformers import AutoModelForCausalLM
+
+    share, temperature, count = 0.4, 0.8, 200
+    settings = {"n": count, "max_tokens": 6, "temperature": temperature, "teacher_share": share}
+    run = run_in(tmp_path / "run", tiny_llama, student=str(student), **settings)
+    corpus = generate(run, engine="vllm")
+    models = [AutoModelForCausalLM.from_pretrained(model) for model in (tiny_llama, student)]
+    first_tokens, surprises = {}, []
+    for number, example in enumerate(corpus.split("train")):
+        start = int(np.argmax(example.loss_mask))
+        if number % 4 and start in first_tokens:
+            continue
+        ids = torch.tensor(example.token_ids.copy()).long()
+        with torch.inference_mode():
+            p, q = (
+                (model(ids[None]).logits[0].double() / temperature).softmax(-1) for model in models
+            )
+        b = (share * p + (1 - share) * q)[start - 1 : -1]
+        drawn = b.gather(1, ids[start:, None])[:, 0].log().numpy()
+        np.testing.assert_allclose(example.behaviour_logprob[start:], drawn, atol=1e-4)
+        entropy = -(b * b.log()).sum(1).numpy()
+        surprises.append((-drawn - entropy).mean())
+        first_tokens.setdefault(start, (example.token_ids[:start].tobytes(), b[0].numpy()))
+    # A token of b is -log b(token) surprising, on average its entropy, at every step of an answer.
+    error = np.std(surprises) / np.sqrt(len(surprises))
+    assert len(surprises) > 100
+    assert abs(np.mean(surprises)) <= 4 * error
+    for start, (prompt, expected) in first_tokens.items():
+        found = np.zeros_like(expected)
+        for example in corpus.split("train"):
+            if example.token_ids[:start].tobytes() == prompt and not example.loss_mask[start - 1]:
+                found[example.token_ids[start]] += example.weight
+        _assert_drawn(found, expected)
+
+
+def _assert_drawn(found: np.ndarray, expected: np.ndarray) -> None:
+    """Counts of draws fit their probabilities (chi-square, rare words together)."""
+    expected = found.sum() * expected
+    often = expected >= 5
+    seen, due = (np.append(v[often], v[~often].sum()) for v in (found, expected))
+    chi_square = np.sum((seen - due)[due > 0] ** 2 / due[due > 0])
+    freedom = len(seen) - 1
+    assert chi_square < freedom + 5 * np.sqrt(2 * freedom) + 10
