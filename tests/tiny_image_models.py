@@ -1,4 +1,4 @@
-"""Tiny image-text teachers of three families, saved as vLLM 0.32 and transformers both read them.
+"""Tiny image-text teachers of several families, saved as vLLM 0.32 and transformers both read them.
 
 One idea: the real architecture, processor and chat template of a family at toy sizes, so that what
 differs between families (how an image becomes placeholders, which positions they get) is real.
@@ -12,24 +12,30 @@ import numpy as np
 
 from tests import tiny_models
 
-FAMILIES = ("llava", "qwen2_5_vl", "idefics3")
+FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
 """Families that vLLM serves as transformers does; `paligemma` is the other kind."""
+_QWEN = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_IDEFICS = (
+    "<image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    *(f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)),
+)
 EXTRA = {
     "llava": ("<image>",),
-    "qwen2_5_vl": ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
-    "idefics3": (
-        "<image>",
-        "<fake_token_around_image>",
-        "<global-img>",
-        "<end_of_utterance>",
-        *(f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)),
-    ),
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "idefics3": _IDEFICS,
+    "smolvlm": (*_IDEFICS, "<video>"),
     "paligemma": ("<image>",),
 }
 MARKER = {
     "llava": "<image>",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "idefics3": "<image>",
+    "smolvlm": "<image>",
 }
 TEMPLATE = (
     "{% for message in messages %}"
@@ -116,7 +122,6 @@ def _qwen(tokenizer):
         "intermediate_size": 128,
         "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]},
     }
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in EXTRA["qwen2_5_vl"]}
     config = Qwen2_5_VLConfig(
         text_config=text | {"model_type": "qwen2_5_vl_text"},
         vision_config={
@@ -130,19 +135,58 @@ def _qwen(tokenizer):
             "fullatt_block_indexes": [1],
             "initializer_range": 0.1,
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        **_qwen_ids(tokenizer),
         tie_word_embeddings=False,
     )
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _qwen_ids(tokenizer) -> dict[str, int]:
+    ids = [tokenizer.convert_tokens_to_ids(name) for name in _QWEN]
+    names = ("vision_start", "vision_end", "image", "video")
+    return {f"{name}_token_id": number for name, number in zip(names, ids)}
+
+
+def _qwen3(tokenizer):
+    """Interleaved positions of three axes; two vision blocks add to the text blocks."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True}
+    text = _text(tokenizer, head_dim=32, num_hidden_layers=3)
+    text |= {"rope_parameters": rope | {"rope_theta": 1e4}}
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config={
+            "depth": 3,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 14,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+            "initializer_range": 0.1,
+        },
+        **_qwen_ids(tokenizer),
+        tie_word_embeddings=False,
+    )
+    return Qwen3VLForConditionalGeneration(config)
+
+
 def _idefics3(tokenizer):
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
-    config = Idefics3Config(
+    return Idefics3ForConditionalGeneration(_tiled(Idefics3Config, tokenizer))
+
+
+def _smolvlm(tokenizer):
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    return SmolVLMForConditionalGeneration(_tiled(SmolVLMConfig, tokenizer))
+
+
+def _tiled(config_class, tokenizer):
+    return config_class(
         text_config=_text(tokenizer, head_dim=32) | {"model_type": "llama"},
         vision_config={
             "hidden_size": 64,
@@ -158,7 +202,6 @@ def _idefics3(tokenizer):
         tie_word_embeddings=False,
         pad_token_id=0,
     )
-    return Idefics3ForConditionalGeneration(config)
 
 
 def _paligemma(tokenizer):
@@ -204,13 +247,36 @@ def _qwen_processor(tokenizer):
     return Qwen2_5_VLProcessor(images, tokenizer, videos)
 
 
+def _qwen3_processor(tokenizer):
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 8}
+    images = Qwen2VLImageProcessor(size=pixels)
+    videos = Qwen3VLVideoProcessor(size=pixels, patch_size=14)
+    return Qwen3VLProcessor(images, tokenizer, videos)
+
+
+TILES = {
+    "size": {"longest_edge": 56},
+    "max_image_size": {"longest_edge": 28},
+    "do_image_splitting": True,
+}
+
+
 def _idefics3_processor(tokenizer):
     from transformers import Idefics3ImageProcessor, Idefics3Processor
 
-    images = Idefics3ImageProcessor(
-        size={"longest_edge": 56}, max_image_size={"longest_edge": 28}, do_image_splitting=True
+    return Idefics3Processor(Idefics3ImageProcessor(**TILES), tokenizer, image_seq_len=4)
+
+
+def _smolvlm_processor(tokenizer):
+    from transformers import SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
+
+    sampling = {"max_frames": 4, "fps": 1, "video_size": {"longest_edge": 28}}
+    videos = SmolVLMVideoProcessor(
+        size={"longest_edge": 28}, max_image_size={"longest_edge": 28}, video_sampling=sampling
     )
-    return Idefics3Processor(images, tokenizer, image_seq_len=4)
+    return SmolVLMProcessor(SmolVLMImageProcessor(**TILES), tokenizer, videos, image_seq_len=4)
 
 
 def _paligemma_processor(tokenizer):
@@ -238,12 +304,16 @@ def _rename_for_vllm(family: str, directory: Path) -> None:
 MODELS = {
     "llava": _llava,
     "qwen2_5_vl": _qwen,
+    "qwen3_vl": _qwen3,
     "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
     "paligemma": _paligemma,
 }
 PROCESSORS = {
     "llava": _llava_processor,
     "qwen2_5_vl": _qwen_processor,
+    "qwen3_vl": _qwen3_processor,
     "idefics3": _idefics3_processor,
+    "smolvlm": _smolvlm_processor,
     "paligemma": _paligemma_processor,
 }

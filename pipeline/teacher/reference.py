@@ -119,7 +119,11 @@ class ReferenceEngine:
 
 
 class _BlockOutputs:
-    """While open, collects the outputs of chosen decoder blocks (1-based) as layer -> [L, H]."""
+    """While open, collects the states after chosen decoder blocks (1-based) as layer -> [L, H].
+
+    The state after a block is what the next one reads: Qwen3-VL adds features of the picture
+    between its first blocks.
+    """
 
     def __init__(self, model, layers: Sequence[int]):
         self._layers = layers
@@ -129,16 +133,19 @@ class _BlockOutputs:
     def __enter__(self) -> dict:
         states: dict = {}
         for layer in self._layers:
-            hook = self._keep(states, layer)
-            self._handles.append(self._blocks[layer - 1].register_forward_hook(hook))
+            self._handles.append(self._hook(states, layer))
         return states
 
-    @staticmethod
-    def _keep(states: dict, layer: int):
-        def hook(_module, _args, output):
+    def _hook(self, states: dict, layer: int):
+        def before_next(_module, args, kwargs):
+            states[layer] = (args[0] if args else kwargs["hidden_states"])[0]
+
+        def after_last(_module, _args, output):
             states[layer] = (output[0] if isinstance(output, tuple) else output)[0]
 
-        return hook
+        if layer == len(self._blocks):
+            return self._blocks[-1].register_forward_hook(after_last)
+        return self._blocks[layer].register_forward_pre_hook(before_next, with_kwargs=True)
 
     def __exit__(self, *_):
         for handle in self._handles:

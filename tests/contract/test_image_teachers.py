@@ -1,4 +1,4 @@
-"""Image-text teachers of three families: reference against transformers, vLLM against reference."""
+"""Image-text teachers of five families: reference against transformers, vLLM against reference."""
 
 import json
 from dataclasses import replace
@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from cache_schemas.errors import PlanMismatch, TeacherError
+from pipeline.cache.audit import audit
 from pipeline.cache.reader import TeacherCache
 from pipeline.capture import capture as run_capture
+from pipeline.capture_cost import estimate
 from pipeline.capture_plan import pictures_of
 from pipeline.config import Capture, Prepare, Run, Source, Teacher
 from pipeline.corpus import prepare
@@ -184,6 +186,25 @@ def test_spans_travel_into_the_cache(worlds, tmp_path):
         example.images for example in corpus.split("train")
     ]
     assert cache.plan.facts["corpus"]["processor"] == corpus.facts["processor"]
+
+
+def test_an_estimate_and_an_audit_look_at_the_pictures(worlds, tmp_path):
+    model, corpus = worlds("llava")
+    teacher = Teacher(model=str(model), dtype="float32")
+    run = Run(name="r", directory=str(corpus.directory.parent), teacher=teacher, capture=TABLE)
+    assert estimate(run, engine="reference").examples == len(corpus.split("train"))
+    run_capture(run, engine="reference", location=str(tmp_path / "cache"))
+    cache = TeacherCache.open(str(tmp_path / "cache"))
+
+    def live(examples):
+        return scored("reference", model, corpus, examples=examples)
+
+    found = audit(cache, live, sample=3)
+    assert found.passed
+    assert found.live.kl_mean == 0
+    blind = replace(cache[0].example, images=())
+    (unseen,) = live([blind])
+    assert not audit(cache, lambda asked: [unseen for _ in asked], sample=1).passed
 
 
 BAD = {
