@@ -27,11 +27,21 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(body=True)
 
+    def do_POST(self) -> None:
+        """`paths-info`: which of the paths asked for there are."""
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+        self._answer(body=True, asked=asked)
+
     def log_message(self, *_) -> None:
         pass
 
-    def _answer(self, body: bool) -> None:
-        status, data, headers = self._found(self.path.partition("?")[0].lstrip("/"))
+    def _answer(self, body: bool, asked: list[str] | None = None) -> None:
+        path = self.path.partition("?")[0].lstrip("/")
+        status, data, headers = self._found(path, asked)
+        if status == 200 and (wanted := self.headers.get("Range")):
+            start, end = wanted.removeprefix("bytes=").split("-")
+            headers |= {"Content-Range": f"bytes {wanted[6:]}/{len(data)}"}
+            status, data = 206, data[int(start) : int(end or len(data)) + 1]
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(data))} | headers).items():
             self.send_header(name, value)
@@ -39,8 +49,12 @@ class _Handler(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(data)
 
-    def _found(self, path: str) -> tuple[int, bytes, dict[str, str]]:
+    def _found(self, path: str, asked: list[str] | None) -> tuple[int, bytes, dict[str, str]]:
         for repo, revisions in self.server.repos.items():  # type: ignore[attr-defined]
+            if path == f"api/datasets/{repo}":
+                return self._listing(revisions, "revision", "main")
+            if asked is not None and path.startswith(f"api/datasets/{repo}/paths-info/"):
+                return _json(_entries(revisions["main"], lambda name: name in asked))
             if path.startswith(f"api/datasets/{repo}/"):
                 return self._listing(
                     revisions, *path.removeprefix(f"api/datasets/{repo}/").split("/", 1)
@@ -51,30 +65,41 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _listing(self, revisions, kind: str, rest: str) -> tuple[int, bytes, dict[str, str]]:
         known = revisions | {commit_of(name): files for name, files in revisions.items()}
-        revision = rest.replace("%2F", "/")
+        revision, folder = rest.replace("%2F", "/"), ""
+        if kind == "tree" and revision not in known:
+            revision, _, folder = revision.partition("/")
         files = known.get(revision)
         if files is None:
             return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
         if kind == "tree":
-            entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": _sha1(data)}
-                for name, data in files.items()
-            ]
-            return 200, json.dumps(entries).encode(), {"Content-Type": "application/json"}
+            found = _entries(files, lambda name: not folder or name.startswith(f"{folder}/"))
+            return _json(found) if found or not folder else (404, b"[]", {})
         facts = {
             "id": "x/y",
             "sha": commit_of(revision),
             "siblings": [{"rfilename": name} for name in files],
         }
-        return 200, json.dumps(facts).encode(), {"Content-Type": "application/json"}
+        return _json(facts)
 
     def _file(self, revisions, rest: str) -> tuple[int, bytes, dict[str, str]]:
         commit, name = rest.split("/", 1)
-        files = {commit_of(revision): files for revision, files in revisions.items()}[commit]
+        files = (revisions | {commit_of(name): files for name, files in revisions.items()})[commit]
         if name not in files:
             return 404, b"", {"X-Error-Code": "EntryNotFound"}
         headers = {"ETag": f'"{_sha1(files[name])}"', "X-Repo-Commit": commit}
         return 200, files[name], headers
+
+
+def _entries(files: dict[str, bytes], wanted) -> list[dict]:
+    return [
+        {"type": "file", "path": name, "size": len(data), "oid": _sha1(data)}
+        for name, data in files.items()
+        if wanted(name)
+    ]
+
+
+def _json(value) -> tuple[int, bytes, dict[str, str]]:
+    return 200, json.dumps(value).encode(), {"Content-Type": "application/json"}
 
 
 @contextmanager

@@ -117,14 +117,20 @@ class BucketStorage:
                 raise CacheError(
                     f"cannot be opened ({scrub(str(error))[:200]})",
                     where=self.location,
-                    remedy="Check the URL; `pip install 'stillroom[s3]'` adds S3.",
+                    remedy=f"Check the URL{_missing_package(self.url)}.",
                 ) from None
         return self._opened[1], self._opened[2]
 
     def _call(self, verb: str, name: str, **options: Any) -> Any:
+        """Ask the file system, without trusting what it remembers of its folders; but a finished
+        file never changes, so reading one may."""
         files, root = self._files()
+        path = f"{root}/{name}".rstrip("/")
+        if verb == "cat_file":
+            with contextlib.suppress(FileNotFoundError):
+                return files.cat_file(path, **options)
         files.invalidate_cache()
-        return getattr(files, verb)(f"{root}/{name}".rstrip("/"), **options)
+        return getattr(files, verb)(path, **options)
 
     def _put(self, source: bytes | Path, name: str, **options: Any) -> None:
         files, root = self._files()
@@ -163,6 +169,13 @@ class BucketStorage:
             where=f"{self.location}/{name}",
             remedy="Check the credentials and their rights on this bucket.",
         )
+
+
+def _missing_package(url: str) -> str:
+    """What to install for a protocol that needs more than we do."""
+    extras = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+    extra = extras.get(url.split("://", 1)[0])
+    return f"; `pip install 'stillroom[{extra}]'` adds what it needs" if extra else ""
 
 
 def _is_taken(error: BaseException | None) -> bool:

@@ -1,0 +1,153 @@
+"""Caches on Google Cloud Storage and on the Hugging Face hub, each a stand-in on this machine that
+the real client library talks to."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from cache_schemas.errors import CacheError
+from pipeline.cache.bucket import BucketStorage
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.sharing import copy
+from pipeline.cache.storage import DirectoryStorage
+from pipeline.cache.verification import verify
+from pipeline.cache.writer import CacheWriter
+from tests import fake_hub
+from tests.services import Proxy
+from tests.synthetic_records import assert_same_record, make_plan, make_record, records_of
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(hidden_layers=[2])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, plan):
+    root = tmp_path_factory.mktemp("original") / "cache"
+    fill(CacheWriter.open(root, plan), plan)
+    return DirectoryStorage(root)
+
+
+def fill(writer, plan):
+    for shard in writer.missing():
+        writer.write(shard, records_of(plan, shard))
+    writer.seal()
+
+
+@pytest.fixture
+def google(monkeypatch):
+    """A bucket called `bucket`; yields the proxy before it."""
+    # Asks for credentials, which the stand-in needs none of.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    import gcsfs
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True)
+    server.start()
+    try:
+        with Proxy(f"127.0.0.1:{port}") as proxy:
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{proxy.address}")
+            gcsfs.GCSFileSystem.clear_instance_cache()
+            gcsfs.GCSFileSystem().mkdir("bucket")
+            yield proxy
+    finally:
+        server.stop()
+
+
+def test_a_cache_goes_to_google_and_comes_back(google, cache, plan, tmp_path):
+    bucket = BucketStorage("gs://bucket/cache")
+    copy(cache, bucket)
+    assert verify(bucket).problems == []
+    assert_same_record(TeacherCache.open("gs://bucket/cache")[4], make_record(plan, 4))
+    back = DirectoryStorage(tmp_path / "back")
+    copy(bucket, back)
+    assert {name: back.read(name) for name in ("manifest.json", "plan.json")} == {
+        name: cache.read(name) for name in ("manifest.json", "plan.json")
+    }
+    assert not bucket.create("plan.json", b"another")
+
+
+def test_writers_at_google_put_only_what_is_not_there(google, plan):
+    writer = CacheWriter.open("gs://bucket/direct", plan)
+    fill(writer, plan)
+    assert verify(writer.storage).problems == []
+    uploads = [line for line in google.requests if line.startswith("POST /upload/")]
+    conditional = [line for line in uploads if "ifGenerationMatch=0" in line]
+    # Three files of four shards, plan, codec, zarr.json and README; then index and manifest, which
+    # follow from the rest.
+    assert (len(conditional), len(uploads)) == (16, 18)
+
+
+def test_google_survives_faults_on_the_wire(google, cache, plan):
+    copy(cache, BucketStorage("gs://bucket/cache"))
+    faults = {"reset", "truncate", "unavailable"}
+    google.fault = lambda count, method, path: (
+        faults.pop() if faults and method == "GET" and "rows" in path else None
+    )
+    for number in range(len(TeacherCache.open("gs://bucket/cache"))):
+        record = TeacherCache.open(BucketStorage("gs://bucket/cache", pause=lambda s: None))[number]
+        assert_same_record(record, make_record(plan, number))
+    assert faults == set()
+
+
+def test_a_cache_on_the_hub_is_pulled_and_read_in_place(cache, plan, tmp_path):
+    """By the command, in a process of its own: the hub's address is read when it starts."""
+    paths = [path for path in cache.root.rglob("*") if path.is_file()]
+    files = {str(path.relative_to(cache.root)): path.read_bytes() for path in paths}
+    with fake_hub.serve({"owner/cache": {"main": files}}) as address:
+        away = ["hf://datasets/owner/cache"]
+        shown = stillroom(address, "show", *away, "--rows", "1")
+        pulled = stillroom(address, "pull", *away, str(tmp_path / "copy"))
+        lost = stillroom(address, "pull", "hf://datasets/owner/none", str(tmp_path / "none"))
+    assert (shown.returncode, "example 0 of 10" in shown.stdout) == (0, True), shown.stderr
+    assert pulled.returncode == 0, pulled.stderr
+    assert (pulled.returncode, verify(DirectoryStorage(tmp_path / "copy")).problems) == (0, [])
+    assert_same_record(TeacherCache.open(tmp_path / "copy")[4], make_record(plan, 4))
+    assert (lost.returncode, "there is no cache here" in lost.stderr) == (2, True)
+
+
+def stillroom(address, *arguments):
+    settings = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "stages", "cache", *arguments]
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+
+
+def test_listings_of_the_hub_are_asked_for_once_per_folder(cache, plan, monkeypatch):
+    """A record is one range request more, not three."""
+    paths = [path for path in cache.root.rglob("*") if path.is_file()]
+    files = {str(path.relative_to(cache.root)): path.read_bytes() for path in paths}
+    hub = fake_hub.serve({"owner/cache": {"main": files}})
+    with hub as address, Proxy(address.removeprefix("http://")) as proxy:
+        options = {"endpoint": f"http://{proxy.address}", "skip_instance_cache": True}
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        opened = TeacherCache.open(BucketStorage("hf://datasets/owner/cache", options))
+        opened.read(0, ["topk_ids"])
+        proxy.requests.clear()
+        found = opened.read(1, ["topk_ids"]).signals["topk_ids"]
+        assert (found == make_record(plan, 1).signals["topk_ids"]).all()
+        assert len(proxy.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "advice"),
+    [
+        ("gs://bucket/cache", "gcsfs", r"stillroom\[gs\]"),
+        ("s3://bucket/cache", "s3fs", r"stillroom\[s3\]"),
+        ("nowhere://cache", "", "Check the URL"),
+    ],
+)
+def test_a_missing_package_is_named(monkeypatch, url, package, advice):
+    if package:
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(
+            sys.modules["fsspec.registry"]._registry, url.split(":")[0], raising=False
+        )
+    with pytest.raises(CacheError, match=advice):
+        TeacherCache.open(url)
