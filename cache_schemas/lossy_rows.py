@@ -64,12 +64,16 @@ class LossyRows:
         self._encode_scalars(arrays, lists, places, rows, streams)
         return streams, error
 
+    def lists(self, record: Record) -> Lists | None:
+        """The record's lists with the levels and classes they were coded in, if it codes any."""
+        return self._lists.decode(record, self.k) if PARAMETERS in record.entries else None
+
     def decode(self, record: Record, names: Collection[str]) -> dict[str, np.ndarray]:
         """Those of `names` that the record codes."""
         found: dict[str, np.ndarray] = {}
-        lists, places = None, None
-        if PARAMETERS in record.entries and not _FROM_LISTS.isdisjoint(names):
-            lists = self._lists.decode(record, self.k)
+        lists = None if _FROM_LISTS.isdisjoint(names) else self.lists(record)
+        places = None
+        if lists is not None:
             found = {"topk_ids": lists.ids, "topk_logprobs": lists.logprobs}
             if lists.tail.size or (self.k and not record.rows):
                 found["tail_logprob"] = lists.tail

@@ -17,7 +17,7 @@ import numpy as np
 from cache_schemas import streams
 from cache_schemas.codebook import Codebook
 from cache_schemas.errors import CacheError
-from cache_schemas.lists import RowError
+from cache_schemas.lists import Lists, RowError
 from cache_schemas.lossy_rows import LossyRows
 from cache_schemas.rankings import Rankings
 from cache_schemas.signals import ROW_SIGNALS
@@ -154,14 +154,9 @@ class RowCodec:
         Raises:
             ShardCorrupt: the bytes are not a record of this codec.
         """
-        record = streams.unpack(blob)
-        if record.profile != PROFILE_CODES.get(self.profile):
-            streams.corrupt(f"profile {record.profile}", f"{self.profile!r}")
+        record = self._record(blob)
         if rows is not None and record.rows != rows:
             streams.corrupt(f"{record.rows} rows", f"{rows}")
-        limit = streams.MAX_ELEMENTS // max(self.k, self.draws, self.temperatures, 1)
-        if max(record.rows, record.tokens) > limit:
-            streams.corrupt(f"{record.rows} rows, {record.tokens} tokens", f"at most {limit}")
         wanted = NAMES if names is None else names
         held = [n for i, n in enumerate(NAMES) if i in record.entries and n in wanted]
         found = {n: self._exact(record, n) for n in held}
@@ -171,6 +166,34 @@ class RowCodec:
             except (IndexError, ValueError) as error:
                 streams.corrupt(f"its streams contradict each other ({error})")
         return found
+
+    def lists(self, blob: bytes | memoryview) -> tuple[Lists, Rankings]:
+        """One record's top-k lists as they are coded: levels and classes beside ids and values.
+
+        Raises:
+            CacheError: the profile or the record codes no lists.
+            ShardCorrupt: the bytes are not a record of this codec.
+        """
+        try:
+            found = self._lossy.lists(self._record(blob)) if self._lossy else None
+        except (IndexError, ValueError) as error:
+            streams.corrupt(f"its streams contradict each other ({error})")
+        if self._lossy is None or found is None:
+            raise CacheError(
+                f"profile '{self.profile}' codes no lists in this record",
+                expected="topk_ids and topk_logprobs under profile 'small' or 'strict'",
+                remedy="Read the signals themselves.",
+            )
+        return found, self._lossy.rankings
+
+    def _record(self, blob: bytes | memoryview) -> streams.Record:
+        record = streams.unpack(blob)
+        if record.profile != PROFILE_CODES.get(self.profile):
+            streams.corrupt(f"profile {record.profile}", f"{self.profile!r}")
+        limit = streams.MAX_ELEMENTS // max(self.k, self.draws, self.temperatures, 1)
+        if max(record.rows, record.tokens) > limit:
+            streams.corrupt(f"{record.rows} rows, {record.tokens} tokens", f"at most {limit}")
+        return record
 
     def _exact(self, record: streams.Record, name: str) -> np.ndarray:
         shape = (record.tokens,) if name == TOKENS else (record.rows, *self._width(name))

@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from cache_schemas import layout
+from cache_schemas import layout, rows
 from cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
+from cache_schemas.lists import Lists
 from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from cache_schemas.rankings import Rankings
 from pipeline.cache import shard as shards
 from pipeline.cache.formats import Encoded, Format, read_codec
 from pipeline.cache.location import open_storage
@@ -133,6 +135,19 @@ class TeacherCache:
             return self._dense(name, shard, position, used)
 
         return shards.decode(self.form, message, number, where, dense, signals)
+
+    def lists(self, number: int) -> tuple[Lists, Rankings]:
+        """One record's top-k lists as profiles `small` and `strict` code them, for `PackedTopk`.
+
+        Raises:
+            CacheError: another profile, or no lists.
+        """
+        shard, position = divmod(range(len(self))[number], self.plan.examples_per_shard)
+        where = f"{self.storage.location}/{layout.rows(shard)} example {number}"
+        values = shards.parse(self.form, self._message(shard, position), number, where)
+        if rows.PAYLOAD not in values:
+            raise CacheError("profile 'portable' codes no lists", where=where)
+        return self.form.codec.lists(values[rows.PAYLOAD])
 
     def encoded(self, number: int) -> Encoded:
         """One record as it is stored, its row signals and dense chunks not decoded."""

@@ -20,14 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.kernels import autocasting
+from pipeline.kernels import autocasting, products
 from pipeline.kernels.divergences import Objective
 from pipeline.kernels.vocabulary_shards import Shard
 
 COLUMN_MULTIPLE = 16
 """Rows of the buffer start at multiples of it, for vector loads; at least one column is spare."""
-CPU_BLOCK = 1024
-"""Words of a block of logits: with their rows of the head, within a second-level cache."""
 
 Sweep = Callable[[Tensor, Any, Objective, Shard, bool], Tensor]
 """(logits [C, width + spare], targets, objective, shard, with_gradient) -> losses [C]."""
@@ -227,8 +225,6 @@ class Workbench:
         self.of_head = _empty(unembedding.shape, unembedding, plan.sum_dtype, needed[1])
         self.of_bias = _empty(unembedding.shape[:1], unembedding, plan.loss_dtype, needed[2])
         self.dtypes = hidden.dtype, unembedding.dtype, bias.dtype if bias is not None else None
-        size = max(width, 1) if hidden.is_cuda else CPU_BLOCK
-        self.blocks = [slice(words, words + size) for words in range(0, width, size)]
         self._make_buffers(len(hidden))
         self.fresh = True
 
@@ -252,13 +248,7 @@ class Workbench:
         """The sweep's buffer, filled with the raw logits of these rows."""
         hidden, width = self.hidden[rows], self.plan.shard.width
         product = self.product[: len(hidden), :width]
-        # In cache-sized blocks of words on a CPU: 5% of the whole at 512 x 256 x 32,000.
-        for part in self.blocks:
-            head, out = self.head[part].T, product[:, part]
-            if self.bias is None:
-                torch.mm(hidden, head, out=out)
-            else:
-                torch.addmm(self.bias[part], hidden, head, out=out)
+        products.logits(hidden, self.head, self.bias, out=product)
         buffer = self.buffer[: len(hidden)]
         if self.buffer is not self.product:
             buffer[:, :width].copy_(product)
@@ -273,7 +263,7 @@ class Workbench:
         if self.of_hidden is not None:
             torch.mm(gradient, self.head, out=self.of_hidden[rows])
         if self.of_head is not None:
-            add_product_(self.of_head[:width], gradient.T, hidden, self.fresh)
+            products.add_(self.of_head[:width], gradient.T, hidden, self.fresh)
         if self.of_bias is not None:
             total = self.buffer[: len(hidden), :width].sum(0, dtype=self.of_bias.dtype)
             self.of_bias[:width].copy_(total) if self.fresh else self.of_bias[:width].add_(total)
@@ -293,20 +283,3 @@ class Workbench:
 
 def _empty(shape: torch.Size, like: Tensor, dtype: torch.dtype, needed: bool) -> Tensor | None:
     return torch.empty(shape, dtype=dtype, device=like.device) if needed else None
-
-
-def add_product_(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
-    """total = left @ right, or total += left @ right; total may be wider than the factors."""
-    if total.dtype == left.dtype:
-        torch.mm(left, right, out=total) if fresh else total.addmm_(left, right)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, beta=0 if fresh else 1, out_dtype=total.dtype, out=total)
-    else:
-        _add_product_in_blocks_(total, left, right, fresh)
-
-
-def _add_product_in_blocks_(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
-    # No CPU product writes fp32 from bf16 factors; blocks keep the copy small.
-    for part, rows in zip(total.split(4096), left.split(4096)):
-        product = rows @ right
-        part.copy_(product) if fresh else part.add_(product)

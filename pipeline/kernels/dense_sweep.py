@@ -3,7 +3,7 @@
 One idea: the teacher's logits of the same rows are made beside the student's, chunk by chunk, from
 its final hidden states and its head, so a cache of hidden states [N, D'] is a cache of whole
 distributions at any temperature. With nothing left for a tail, the gradient is r_v - q_v R for
-every word v: the closed forms of `divergences` with k = V and a tail column that counts nothing.
+every word v: the closed forms of `divergences` with k = V and no column for a tail.
 They make some ten tensors of their rows' size, so they see a few rows of the chunk at a time.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pipeline.kernels import products
 from pipeline.kernels.divergences import (
     LOG_ZERO,
     Objective,
@@ -20,7 +21,7 @@ from pipeline.kernels.divergences import (
     outcome_gradient,
     terms,
 )
-from pipeline.kernels.vocabulary_shards import FAR_BELOW, Shard
+from pipeline.kernels.vocabulary_shards import Shard
 
 CPU_BLOCK = 2**19
 CUDA_BLOCK = 2**26
@@ -59,10 +60,10 @@ def sweep(
     width = shard.width
     teacher = teacher_logits(targets, width).to(buffer.dtype)
     block = CUDA_BLOCK if buffer.is_cuda else CPU_BLOCK
-    size = max(1, block // (buffer.element_size() * (width + 1)))
+    size = max(1, block // (buffer.element_size() * width))
     losses = [
         _sweep_block(logits, teacher[i : i + size], targets[i : i + size], objective, with_gradient)
-        for i, logits in zip(range(0, len(buffer), size), buffer[:, : width + 1].split(size))
+        for i, logits in zip(range(0, len(buffer), size), buffer[:, :width].split(size))
     ]
     return torch.cat(losses)
 
@@ -74,10 +75,9 @@ def raw_teacher_logits(targets: DenseTargets, words: int) -> Tensor:
     """
     head = targets.unembedding[:words]
     hidden = targets.hidden.to(head.dtype)
+    bias = None if targets.bias is None else targets.bias[:words].to(head.dtype)
     logits = head.new_empty(len(hidden), -(-words // 16) * 16)[:, :words]
-    if targets.bias is None:
-        return torch.mm(hidden, head.T, out=logits)
-    return torch.addmm(targets.bias[:words].to(head.dtype), hidden, head.T, out=logits)
+    return products.logits(hidden, head, bias, out=logits)
 
 
 def teacher_logits(targets: DenseTargets, words: int) -> Tensor:
@@ -107,7 +107,7 @@ def head_shares(
 def _head_shares(z: Tensor, y: Tensor, cap: float | None, objective: Objective) -> Tensor:
     z = z if objective.softcap is None else soft_capped(z, objective.softcap)
     y = y if cap is None else soft_capped(y, cap)
-    q = torch.nn.functional.pad((z / objective.temperature).softmax(1), (0, 1))
+    q = (z / objective.temperature).softmax(1)
     return head_share(dense_outcomes(y, objective.temperature), q)[:, 0]
 
 
@@ -122,16 +122,16 @@ def _sweep_block(
     if objective.softcap is not None:
         bent = torch.tanh(logits / objective.softcap)
         logits[:], slope = objective.softcap * bent, 1 - bent.square()
-    logits[:, -1] = FAR_BELOW
     outcomes = dense_outcomes(teacher, objective.temperature)
-    log_q = (logits / objective.temperature).log_softmax(1).clamp_(min=LOG_ZERO)
-    values, slopes = terms(objective, outcomes, log_q)
+    log_q = _log_probabilities(logits, objective.temperature)
+    q = log_q.exp()
+    values, slopes = terms(objective, outcomes, log_q, q)
     loss = objective.temperature**2 * values.sum(1)
     log_plain = log_q if objective.temperature == 1 else logits.log_softmax(1)
     hard, label = _hard(targets, objective, logits)
     loss -= hard[:, 0] * log_plain.gather(1, label)[:, 0]
     if with_gradient:
-        gradient = outcome_gradient(slopes, log_q.exp())
+        gradient = outcome_gradient(slopes, q)
         torch.mul(gradient, objective.temperature, out=logits)
         if objective.ce_weight:
             logits += hard * log_plain.exp()
@@ -144,12 +144,15 @@ def _sweep_block(
 
 
 def dense_outcomes(logits: Tensor, temperature: float) -> Outcomes:
-    """The teacher's distribution over every word, and a tail column that counts nothing."""
-    log_p = (logits / temperature).log_softmax(1).clamp_(min=LOG_ZERO)
-    log_p = torch.nn.functional.pad(log_p, (0, 1), value=LOG_ZERO)
-    counted = torch.ones_like(log_p[:1], dtype=torch.bool)
-    counted[:, -1] = False
-    return Outcomes(log_p.exp(), log_p, counted)
+    """The teacher's distribution over every word; there is no tail."""
+    log_p = _log_probabilities(logits, temperature)
+    return Outcomes(log_p.exp(), log_p, None)
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) [C, words], at least `LOG_ZERO`."""
+    logits = logits if temperature == 1 else logits / temperature
+    return logits.log_softmax(1).clamp_(min=LOG_ZERO)
 
 
 def _hard(targets: DenseTargets, objective: Objective, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,16 +67,19 @@ class Outcomes:
     Attributes:
         p: [rows, k + 1] probabilities, 0 where not counted.
         log_p: [rows, k + 1] their logs, finite everywhere.
-        counted: bool [rows, k + 1]; False for padding and for a tail that is left out.
+        counted: bool [rows, k + 1]; False for padding and for a tail that is left out. None where
+            there is no tail's column and all outcomes count: the list is the whole vocabulary.
     """
 
     p: Tensor
     log_p: Tensor
-    counted: Tensor
+    counted: Tensor | None
 
     @property
     def log_p_above_floor(self) -> Tensor:
         """log_p for divergences that divide by p: the tail's is at least `LOG_TAIL_FLOOR`."""
+        if self.counted is None:
+            return self.log_p
         return torch.cat([self.log_p[:, :-1], self.log_p[:, -1:].clamp(min=LOG_TAIL_FLOOR)], 1)
 
 
@@ -120,10 +123,15 @@ class Terms(NamedTuple):
     slope: Tensor
 
 
-def terms(objective: Objective, teacher: Outcomes, log_q: Tensor) -> Terms:
-    """The table of this module, for log-probabilities of the student [rows, k + 1]."""
+def terms(objective: Objective, teacher: Outcomes, log_q: Tensor, q: Tensor | None = None) -> Terms:
+    """The table of this module, for log-probabilities of the student [rows, k + 1].
+
+    Args:
+        q: exp(log_q), where the caller has it.
+    """
     p, log_p = teacher.p, teacher.log_p
-    q = log_q.exp() * teacher.counted
+    q = log_q.exp() if q is None else q
+    q = q if teacher.counted is None else q * teacher.counted
     a, b = objective.alpha, objective.beta
     match objective.divergence:
         case "forward_kl":
@@ -172,16 +180,15 @@ def _log_mixture(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
 def head_share(teacher: Outcomes, q: Tensor) -> Tensor:
     """AKL's w_h [rows, 1]: the head's share of sum |p - q|; 1/2 where p = q."""
     gap = (teacher.p - q).abs()
-    head = (gap * _head(teacher.p)).sum(1, keepdim=True)
+    listed = teacher.p if teacher.counted is None else teacher.p[:, :-1]
+    head = (gap[:, : listed.shape[1]] * _head(listed)).sum(1, keepdim=True)
     total = gap.sum(1, keepdim=True)
     return torch.where(total > 0, head / total.clamp(min=1e-30), 0.5)
 
 
 def _head(p: Tensor) -> Tensor:
-    """Membership of the head [rows, k + 1]: largest outcome, then while cumulative mass <= mu."""
-    falling, order = p[:, :-1].sort(dim=1, descending=True, stable=True)
-    first = torch.arange(falling.shape[1], device=p.device) == 0
+    """Membership of the head [rows, k]: largest outcome, then while cumulative mass <= mu."""
+    falling, order = p.sort(dim=1, descending=True, stable=True)
+    first = torch.arange(p.shape[1], device=p.device) == 0
     within = (falling.cumsum(1) <= HEAD_MASS) | first
-    head = torch.zeros_like(p)
-    head[:, :-1].scatter_(1, order, within.to(p.dtype))
-    return head
+    return torch.zeros_like(p).scatter_(1, order, within.to(p.dtype))

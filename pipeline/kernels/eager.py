@@ -45,7 +45,7 @@ def linear_divergence(
     logits = head_logits(hidden, unembedding, bias, words, objective.softcap)
     teacher = dense_outcomes(teacher_logits(targets, words).to(logits.dtype), objective.temperature)
     log_q = (logits / objective.temperature).log_softmax(1).clamp(min=LOG_ZERO)
-    soft = terms(objective, teacher, F.pad(log_q, (0, 1), value=LOG_ZERO)).value.sum(1)
+    soft = terms(objective, teacher, log_q).value.sum(1)
     return total(soft, logits, targets.labels, targets.weights, objective)
 
 

@@ -59,31 +59,28 @@ class PackedTopk:
     ROWS = ("gaps", "first", "ranks", "classes", "counts", "shift")
 
     @classmethod
-    def pack(cls, lists: "Lists", rankings: "Rankings", level_logprobs: np.ndarray) -> "PackedTopk":
-        """A decoded record's lists, packed again.
+    def pack(cls, lists: "Lists", rankings: "Rankings") -> "PackedTopk":
+        """A record's lists as a cache codes them (`TeacherCache.lists`), short of the entropy code.
 
         Args:
-            lists: what `TopkCoder.decode` gave.
-            rankings: its classes and ranks.
-            level_logprobs: float32 [levels] of the codebook the record was written with.
+            lists: with levels, classes, the codebook's table and each row's shift.
+            rankings: the classes.
         """
-        rows, k = lists.ids.shape
+        k = lists.ids.shape[1]
         inside = np.arange(k) < lists.counts[:, None]
-        levels = np.where(inside, lists.levels, lists.levels[:, :1]).astype(np.int64)
+        levels = np.where(inside, lists.levels, lists.levels[:, :1]).astype(np.int32)
         gaps = np.where(inside, np.diff(levels, axis=1, prepend=levels[:, :1]), 0)
         ranks = rankings.ranks[lists.classes[:, None], np.where(inside, lists.ids, 0)]
-        ends = lists.logprobs[:, 0] - level_logprobs[levels[:, 0]] if k else np.zeros(rows)
-        shift = np.where((lists.counts > 0) & np.isfinite(ends), ends, 0)
         narrow = np.uint8 if gaps.max(initial=0) < 256 else np.int32
         return cls(
             gaps=torch.from_numpy(gaps.astype(narrow)),
-            first=torch.from_numpy(levels[:, 0].astype(np.int32)),
+            first=torch.from_numpy(levels[:, 0].copy()),
             ranks=torch.from_numpy(_signed(ranks)),
             classes=torch.from_numpy(lists.classes.astype(np.uint8)),
             counts=torch.from_numpy(lists.counts.astype(np.int32)),
-            shift=torch.from_numpy(shift.astype(np.float32)),
+            shift=torch.from_numpy(-lists.shifts),
             scale=1.0,
-            table=torch.from_numpy(np.asarray(level_logprobs, dtype=np.float32)),
+            table=torch.from_numpy(np.array(lists.table.logprobs, dtype=np.float32)),
             lookup=torch.from_numpy(rankings.lookup.astype(np.int32)),
             length=rankings.lists.shape[1],
             words=rankings.common.size,

@@ -49,7 +49,7 @@ def _full_vocabulary(context: Context) -> torch.Tensor:
         bias=head.bias,
         softcap=head.softcap,
         valid_vocab=context.cache.vocab_size,
-        impl="eager" if context.kernel == "eager" else "chunked",
+        impl=context.kernel,
     )
 
 

@@ -28,7 +28,7 @@ def packed_lists(rows=11, words=131, k=7, *, strict=False, spread=2.0, seed=0):
     rankings = Rankings.fit(ids, words)
     coder = TopkCoder(codebook, rankings, np.inf, normalise=not strict)
     _, lists, _ = coder.encode(ids, logprobs, tail, rankings.choose(ids))
-    return PackedTopk.pack(lists, rankings, codebook.logprobs), lists
+    return PackedTopk.pack(lists, rankings), lists
 
 
 def made_up(rows=11, words=131, k=7, *, wide=False, seed=0):

@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from cache_schemas.errors import CacheError
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.writer import CacheWriter
 from pipeline.kernels.packed_topk import PackedTopk
+from pipeline.kernels.topk_divergence import topk_divergence
+from tests.contract.divergence_cases import IMPLEMENTATIONS, error
 from tests.contract.packed_cases import packed_lists
+from tests.synthetic_records import TEMPERATURES, VOCAB, make_plan, records_of
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -42,3 +48,45 @@ def test_records_join_though_their_codebooks_differ():
         expected = torch.cat([row[column] for row in rows])
         assert torch.equal(found, expected)
     assert torch.equal(joined[3:7].unpack()[0], joined.unpack()[0][3:7])
+
+
+def sealed_cache(root, **capture):
+    plan = make_plan(**capture)
+    writer = CacheWriter.open(root, plan)
+    for shard in range(plan.num_shards):
+        writer.write(shard, records_of(plan, shard))
+    writer.seal()
+    return TeacherCache.open(root)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("profile", ["small", "strict"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_from_a_cache_to_the_loss_without_plain_lists(tmp_path, profile, temperature, impl):
+    """Value and gradient of a whole cache's rows are those of the signals that `read` gives."""
+    cache = sealed_cache(tmp_path, profile=profile)
+    read = [cache.read(number, ["topk_ids", "topk_logprobs", "lse"]) for number in range(10)]
+    ids, logprobs, lse = (
+        torch.from_numpy(np.concatenate([record.signals[name] for record in read]))
+        for name in ("topk_ids", "topk_logprobs", "lse")
+    )
+    packed = PackedTopk.cat([PackedTopk.pack(*cache.lists(number)) for number in range(10)])
+    at_one, at_t = (lse[:, TEMPERATURES.index(t)] for t in (1.0, temperature))
+    packed = packed.at_temperature(temperature, at_one, at_t)
+    logprobs = (logprobs + at_one[:, None]) / temperature - at_t[:, None]
+    torch.manual_seed(0)
+    hidden, head = torch.randn(len(ids), 16), torch.randn(VOCAB, 16)
+    options = {"temperature": temperature, "impl": impl, "debug": False}
+    results = []
+    for lists in ((ids, logprobs), (packed,)):
+        leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+        loss = topk_divergence(*leaves, *lists, **options)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaves)))
+    for plain, found in zip(*results, strict=True):
+        assert error(found, plain) < 5e-6
+
+
+@pytest.mark.parametrize("profile", ["exact", "portable"])
+def test_profiles_that_code_no_lists_say_so(tmp_path, profile):
+    with pytest.raises(CacheError, match=f"profile '{profile}' codes no lists"):
+        sealed_cache(tmp_path, profile=profile).lists(0)

@@ -19,7 +19,12 @@ from pipeline.kernels.divergences import DivergenceName, Objective
 
 CONTRACT = [
     Path(__file__).with_name(name)
-    for name in ("test_topk_divergence.py", "test_packed_topk.py", "test_linear_divergence.py")
+    for name in (
+        "test_topk_divergence.py",
+        "test_packed_topk.py",
+        "test_packed_records.py",
+        "test_linear_divergence.py",
+    )
 ]
 WORDS = 151_936
 HOPPER = GPUTarget("cuda", 90, 32)
