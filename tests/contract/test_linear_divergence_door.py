@@ -47,10 +47,3 @@ def test_bad_arguments_are_named(changes, message):
     arguments = dict(zip(names, (*student[:2], *teacher), strict=True))
     with pytest.raises(ValueError, match=message):
         linear_divergence(**(arguments | changes))
-
-
-def test_triton_on_the_cpu_is_an_error_not_a_fallback(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    student, teacher = make_case()
-    with pytest.raises(RuntimeError, match="impl: 'triton' needs a CUDA device"):
-        linear_divergence(*student[:2], *teacher, impl="triton")

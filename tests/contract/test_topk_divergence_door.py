@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pipeline.kernels
+from pipeline.kernels.linear_divergence import linear_divergence
 from pipeline.kernels.topk_divergence import topk_divergence
 from tests.contract.divergence_cases import Recorder, error, make_case, with_draws
 
@@ -21,6 +22,12 @@ def change(tensor, place, value):
     tensor = tensor.clone()
     tensor[place] = value
     return tensor
+
+
+def drawn(case, name, value):
+    """With a sampled tail of which row 2's first draw is spoilt."""
+    case = with_draws(case, draws=3)
+    return replace(case, options=case.options | {name: change(case.options[name], (2, 0), value)})
 
 
 BAD_VALUES = {
@@ -56,6 +63,18 @@ BAD_VALUES = {
         lambda c: replace(c, options={"weights": change(torch.ones(11), 6, math.inf)}),
         r"weights: row 6 holds inf",
     ),
+    "draw_without_weight": (
+        lambda c: drawn(c, "tail_weights", 0.0),
+        r"tail_weights: row 2 holds 0\.0",
+    ),
+    "draws_above_the_tail": (
+        lambda c: drawn(c, "tail_weights", 2.0),
+        r"logprobs: row 2 holds 2\.\d+; .*mass",
+    ),
+    "draw_of_a_named_word": (
+        lambda c: drawn(c, "tail_ids", int(c.ids[2, 1])),
+        r"ids: row 2 .*named twice",
+    ),
 }
 
 
@@ -64,24 +83,6 @@ def test_bad_values_name_argument_row_and_value(name):
     spoil, message = BAD_VALUES[name]
     with pytest.raises(ValueError, match=message):
         spoil(make_case()).run("chunked", debug=True)
-
-
-@pytest.mark.parametrize(
-    ("tail_weights", "message"),
-    [(0.0, r"tail_weights: row 2 holds 0\.0"), (2.0, r"logprobs: row 2 holds 2\.\d+; .*mass")],
-)
-def test_bad_draws(tail_weights, message):
-    case = with_draws(make_case(), draws=3)
-    case.options["tail_weights"] = change(case.options["tail_weights"], (2, 0), tail_weights)
-    with pytest.raises(ValueError, match=message):
-        case.run("chunked", debug=True)
-
-
-def test_a_drawn_word_that_is_already_named():
-    case = with_draws(make_case(), draws=3)
-    case.options["tail_ids"] = change(case.options["tail_ids"], (2, 0), int(case.ids[2, 1]))
-    with pytest.raises(ValueError, match=r"ids: row 2 .*named twice"):
-        case.run("chunked", debug=True)
 
 
 def test_values_are_checked_on_the_cpu_without_asking():
@@ -136,8 +137,8 @@ BAD_OPTIONS = {
 }
 
 
-def call(**changes):
-    case = make_case()
+def call(dtype=torch.float32, **changes):
+    case = make_case(dtype=dtype)
     arguments = {
         "hidden": case.hidden,
         "unembedding": case.unembedding,
@@ -148,17 +149,25 @@ def call(**changes):
     return topk_divergence(**(arguments | changes))
 
 
-@pytest.mark.parametrize("name", [*BAD_SHAPES, *BAD_OPTIONS])
-def test_bad_arguments_are_named(name):
-    changes, message = (BAD_SHAPES | BAD_OPTIONS)[name]
-    with pytest.raises(ValueError, match=message):
-        call(**changes)
+def dense_call(dtype=torch.float32, **changes):
+    tensors = (torch.ones(shape, dtype=dtype) for shape in ((3, 4), (9, 4), (3, 5), (9, 5)))
+    return linear_divergence(*tensors, **changes)
 
 
-@pytest.mark.parametrize("name", BAD_DTYPES)
-def test_bad_dtypes_are_named(name):
-    changes, message = BAD_DTYPES[name]
-    with pytest.raises(TypeError, match=message):
+BAD_ARGUMENTS = [
+    pytest.param(kind, *bad, id=name)
+    for kind, table in (
+        (ValueError, BAD_SHAPES),
+        (ValueError, BAD_OPTIONS),
+        (TypeError, BAD_DTYPES),
+    )
+    for name, bad in table.items()
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_are_named(kind, changes, message):
+    with pytest.raises(kind, match=message):
         call(**changes)
 
 
@@ -260,10 +269,22 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *t: rows(*t).sum() / 3, leaves, nondet_tol=1e-12)
 
 
-def test_triton_on_the_cpu_is_an_error_not_a_fallback(monkeypatch):
+@pytest.mark.parametrize("door", [call, dense_call])
+@pytest.mark.parametrize(
+    ("dtype", "interpret", "message"),
+    [
+        (torch.float32, None, "impl: 'triton' needs a CUDA device; hidden is on cpu"),
+        (torch.float64, "1", "impl: 'triton' computes in fp32; found fp64 inputs"),
+    ],
+)
+def test_triton_that_cannot_run_is_an_error_not_a_fallback(
+    monkeypatch, door, dtype, interpret, message
+):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="impl: 'triton' needs a CUDA device"):
-        call(impl="triton")
+    if interpret:
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    with pytest.raises(RuntimeError, match=message):
+        door(dtype, impl="triton")
 
 
 def test_triton_missing_is_an_error_not_a_fallback(monkeypatch):
