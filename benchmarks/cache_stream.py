@@ -1,41 +1,65 @@
-"""Reading a cache larger than memory: the whole of it, shards in random order, every checksum.
+"""A cache larger than memory: the whole of it read, or a student trained on the whole of it.
 
     python -m benchmarks.cache_stream --gigabytes 8 --memory 2 --json
+    python -m benchmarks.cache_stream --gigabytes 8 --memory 2 --train --json
 
-Makes a cache of the size asked for (64 distinct records, repeated), then reads it once in a child
-whose address space is limited (RLIMIT_AS, which is stricter than a limit of resident memory).
+Makes a cache of the size asked for (64 distinct records, repeated), then goes through it once,
+shards in random order, every checksum verified, in a child whose address space is limited
+(RLIMIT_AS, which is stricter than a limit of resident memory). Reading is of profile `small`,
+k = 64. Training is `pipeline.trainer` with a tiny student, from profile `portable` with k = 512:
+four kilobytes a token, so that a CPU gets through in minutes. With `--cache` the cache stays, and a
+run that was stopped goes on.
 """
 
 import argparse
+import contextlib
 import itertools
 import multiprocessing
 import resource
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty
 
 import numpy as np
 
 from benchmarks.cache_trial import publish
 from cache_schemas.manifest import Plan
+from pipeline.cache.formats import Encoded
 from pipeline.cache.writer import CacheWriter
 from pipeline.record import Example, TeacherRecord
 
-VOCAB, K, TOKENS, PER_SHARD, DISTINCT = 49_152, 64, 1024, 512, 64
+TOKENS, DISTINCT = 1024, 64
 
 
-def make_record(number: int) -> TeacherRecord:
+@dataclass(frozen=True)
+class Shape:
+    """What a made-up cache holds."""
+
+    vocab: int
+    k: int
+    profile: str
+    per_shard: int
+
+
+READ = Shape(49_152, 64, "small", 512)
+TRAIN = Shape(1024, 512, "portable", 16)
+BATCH_TOKENS = 8192
+
+
+def make_record(shape: Shape, number: int) -> TeacherRecord:
     """A record whose lists look like a language model's: skewed ids, falling log-probabilities."""
     rng = np.random.default_rng(number)
     rows = TOKENS - 1
-    ids = np.sort(_distinct_ids(rng, rows), axis=1)
-    gaps = rng.gamma(0.4, 0.5, size=(rows, K)).astype(np.float32)
+    ids = _distinct_ids(shape, rng, rows)
+    gaps = rng.gamma(0.4, 0.5, size=(rows, shape.k)).astype(np.float32)
     logits = -np.cumsum(gaps, axis=1)
     tail = rng.uniform(0.01, 0.3, rows)
     lse = np.log(np.exp(logits).sum(axis=1) / (1 - tail))
     logprobs = (logits - lse[:, None]).astype(np.float32)
-    tokens = rng.integers(0, VOCAB, TOKENS).astype(np.int32)
+    tokens = rng.integers(0, shape.vocab, TOKENS).astype(np.int32)
     example = Example(f"{number:032x}", str(number), "made", tokens, np.ones(TOKENS, dtype=bool))
     signals = {
         "topk_ids": ids,
@@ -49,23 +73,28 @@ def make_record(number: int) -> TeacherRecord:
     return TeacherRecord(example, 0, signals)
 
 
-def _distinct_ids(rng: np.random.Generator, rows: int) -> np.ndarray:
-    """int32 [rows, K], without repetition in a row, small ids more often."""
-    drawn = (VOCAB * rng.random((rows, 4 * K)) ** 4).astype(np.int32)
-    return np.stack([np.unique(row)[:K] for row in drawn])
+def _distinct_ids(shape: Shape, rng: np.random.Generator, rows: int) -> np.ndarray:
+    """int32 [rows, k], without repetition in a row, rising; where there is room, small ids more
+    often."""
+    if shape.k * 4 > shape.vocab:
+        order = rng.permuted(np.tile(np.arange(shape.vocab, dtype=np.int32), (rows, 1)), axis=1)
+        return np.sort(order[:, : shape.k], axis=1)
+    drawn = (shape.vocab * rng.random((rows, 4 * shape.k)) ** 4).astype(np.int32)
+    return np.sort(np.stack([np.unique(row)[: shape.k] for row in drawn]), axis=1)
 
 
-def make_cache(root: Path, gigabytes: float) -> CacheWriter:
-    """Write and seal a cache of about this size."""
-    records = [make_record(number) for number in range(DISTINCT)]
-    probe = _plan(1)
+def make_cache(shape: Shape, root: Path, gigabytes: float) -> CacheWriter:
+    """Write and seal a cache of about this size, or go on with one."""
+    records = [make_record(shape, number) for number in range(DISTINCT)]
+    probe = _plan(shape, 1)
     with tempfile.TemporaryDirectory() as folder:
         writer = CacheWriter.open(folder, probe)
-        writer.fit(records[:16])
+        if writer.needs_fit:
+            writer.fit(records[:16])
         codec = writer.fitted().codec
         encoded = [writer.fitted().encode(record) for record in records]
-    size = np.mean([len(example.values["record"]) for example in encoded])
-    plan = _plan(int(gigabytes * 1e9 / size))
+    size = np.mean([_bytes(example) for example in encoded])
+    plan = _plan(shape, int(gigabytes * 1e9 / size))
     writer = CacheWriter.open(root, plan)
     writer.use_codec(codec)
     for shard in writer.missing():
@@ -75,14 +104,19 @@ def make_cache(root: Path, gigabytes: float) -> CacheWriter:
     return writer
 
 
-def _plan(num_examples: int) -> Plan:
-    capture = {"k": K, "tail_draws": 0, "temperatures": [1.0], "entropy": True}
+def _bytes(example: Encoded) -> int:
+    kept = example.values.values()
+    return sum(memoryview(v).nbytes for v in kept if isinstance(v, (bytes, np.ndarray)))
+
+
+def _plan(shape: Shape, num_examples: int) -> Plan:
+    capture = {"k": shape.k, "tail_draws": 0, "temperatures": [1.0], "entropy": True}
     return Plan.make(
-        teacher={"vocab_size": VOCAB},
+        teacher={"vocab_size": shape.vocab, "hidden_size": 0},
         engine={},
         tokenizer={},
         corpus={"digest": "made"},
-        capture=capture | {"profile": "small", "examples_per_shard": PER_SHARD},
+        capture=capture | {"profile": shape.profile, "examples_per_shard": shape.per_shard},
         num_examples=num_examples,
         max_tokens=TOKENS,
     )
@@ -90,8 +124,7 @@ def _plan(num_examples: int) -> Plan:
 
 def read_all(root: str, gigabytes: float, queue) -> None:
     """Read every record in a limited address space, shards shuffled, as training does."""
-    limit = int(gigabytes * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    _limit(gigabytes)
     from pipeline.cache.reader import TeacherCache
 
     cache = TeacherCache.open(root)
@@ -102,9 +135,58 @@ def read_all(root: str, gigabytes: float, queue) -> None:
         for number in numbers:
             record = cache.read(int(number), ("topk_ids", "topk_logprobs", "tail_logprob"))
             tokens += len(record.example.token_ids)
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    queue.put({"tokens": tokens, "seconds": round(seconds, 1), "peak_megabytes": round(peak)})
+    queue.put({"tokens": tokens, "seconds": time.perf_counter() - started, **_peak()})
+
+
+def train_through(root: str, gigabytes: float, queue) -> None:
+    """Train a tiny student on every example once, in a limited address space."""
+    _limit(gigabytes)
+    from pipeline.cache.reader import TeacherCache
+    from pipeline.config import parse
+    from pipeline.trainer import train
+
+    cache = TeacherCache.open(root)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = len(cache) * TOKENS // BATCH_TOKENS
+        settings = {"steps": steps, "batch_tokens": BATCH_TOKENS, "checkpoint_every": steps}
+        made = _student(Path(folder, "made"))
+        document = {
+            "name": "stream",
+            "directory": folder,
+            "teacher": {"model": made},
+            "student": {"init": "model", "model": made},
+            "objective": [{"name": "forward_kl"}],
+            "train": settings | {"cache": root, "log_every": max(steps // 20, 1)},
+        }
+        started = time.perf_counter()
+        result = train(parse(document, "stream"))
+        seconds = time.perf_counter() - started
+    found = {"tokens": result.tokens, "seconds": seconds, "final_loss": result.final_loss}
+    queue.put(found | {"steps": result.steps, **_peak()})
+
+
+def _student(folder: Path) -> str:
+    """A Llama of one narrow block with a tokenizer of as many words as the made-up vocabulary."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(TRAIN.vocab)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=TRAIN.vocab, num_hidden_layers=1, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    return str(folder)
+
+
+def _limit(gigabytes: float) -> None:
+    limit = int(gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _peak() -> dict[str, int]:
+    return {"peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
 
 
 def main() -> None:
@@ -113,23 +195,28 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--memory", type=float, default=2.0, help="GiB of address space")
-    parser.add_argument("--folder", default="", help="where the cache goes; removed afterwards")
+    parser.add_argument("--train", action="store_true", help="train on it rather than read it")
+    parser.add_argument("--cache", default="", help="where the cache goes; it is kept there")
     options = parser.parse_args()
-    root = Path(tempfile.mkdtemp(dir=options.folder or None)) / "cache"
+    shape, work = (TRAIN, train_through) if options.train else (READ, read_all)
+    temporary = None if options.cache else tempfile.mkdtemp()
+    root = Path(options.cache or f"{temporary}/cache")
     started = time.perf_counter()
     try:
-        writer = make_cache(root, options.gigabytes)
+        writer = make_cache(shape, root, options.gigabytes)
         written = time.perf_counter() - started
         size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
         spawn = multiprocessing.get_context("spawn")
         queue = spawn.Queue()
-        child = spawn.Process(target=read_all, args=(str(root), options.memory, queue))
+        child = spawn.Process(target=work, args=(str(root), options.memory, queue))
         child.start()
-        answer = queue.get()
+        answer = _answer(queue, child)
         child.join()
     finally:
-        shutil.rmtree(root.parent)
+        if temporary:
+            shutil.rmtree(temporary)
     result = {
+        "what": "trained" if options.train else "read",
         "cache_bytes": size,
         "shards": writer.plan.num_shards,
         "examples": writer.plan.num_examples,
@@ -140,6 +227,16 @@ def main() -> None:
         "bytes_per_token": round(size / answer["tokens"], 1),
     }
     publish("cache_stream", result, options.json)
+
+
+def _answer(queue, child) -> dict:
+    """What the child found; RuntimeError if it ended without an answer, as for want of memory."""
+    while child.is_alive():
+        with contextlib.suppress(Empty):
+            return queue.get(timeout=1)
+    with contextlib.suppress(Empty):
+        return queue.get(timeout=1)
+    raise RuntimeError(f"the child ended with code {child.exitcode}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import typer
 
 from cache_schemas.errors import CacheError, CacheIncomplete
 from stages import cache_compare, cache_plan, cache_sharing
-from stages.cache_arguments import Cache, location, tokenizer_of
+from stages.cache_arguments import Cache, location, tokenizer_near, tokenizer_of
 from stages.console import out, progress, say, table
 
 app = typer.Typer(help="Look at caches, check, mend and share them.", no_args_is_help=True)
@@ -36,7 +36,9 @@ def show(
     seen = overview(storage)
     facts_table(seen)
     if seen.sealed and rows:
-        guesses_table(storage, example, rows, guesses, tokenizer or tokenizer_of(cache))
+        tokenizer = tokenizer or tokenizer_of(cache)
+        expected = str(seen.plan.facts["tokenizer"].get("sha256", ""))
+        guesses_table(storage, example, rows, guesses, tokenizer or tokenizer_near(cache, expected))
     if not seen.sealed:
         left = seen.plan.num_shards - seen.shards_done
         say(f"not sealed: {left} of {seen.plan.num_shards} shards are missing")

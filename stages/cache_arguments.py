@@ -1,13 +1,17 @@
 """What the verbs of `stillroom cache` share: how a cache and its tokenizer are named.
 
-One idea: wherever a cache is asked for, the run file that makes it will do. It opens no cache.
+One idea: wherever a cache is asked for, the run file that makes it will do; and a cache that still
+lies in its run's directory has a tokenizer near. It opens no cache.
 """
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cache_schemas.errors import PlanMismatch
+from cache_schemas.errors import PlanMismatch, StillroomError
 
 Cache = Annotated[str, typer.Argument(help="Directory, URL or RUN.toml.", metavar="CACHE")]
 
@@ -30,6 +34,31 @@ def tokenizer_of(cache: str) -> str:
     run = config.load(cache)
     named = run.prepare.tokenizer if run.prepare else ""
     return named or (run.teacher.model if run.teacher else "")
+
+
+def tokenizer_near(cache: str, expected: str) -> str:
+    """A directory with the tokenizer of that sha256: of the teacher that the run names, or of a
+    student made from it; empty where there is none."""
+    from pipeline.corpus_tokenizer import tokenizer_facts
+
+    for directory in _models_near(Path(cache).parent):
+        try:
+            if tokenizer_facts(str(directory))["sha256"] == expected:
+                return str(directory)
+        except StillroomError:
+            continue
+    return ""
+
+
+def _models_near(run: Path) -> Iterator[Path]:
+    """Model directories that the settings kept in a run's directory name, and its students."""
+    for file in sorted(run.glob("*.config.json")):
+        settings = json.loads(file.read_text())
+        for table, key in (("teacher", "model"), ("prepare", "tokenizer")):
+            named = (settings.get(table) or {}).get(key)
+            if named and Path(named, "tokenizer.json").is_file():
+                yield Path(named)
+    yield from (run / name for name in ("student-initial", "student") if (run / name).is_dir())
 
 
 def check_tokenizer(model: str, expected: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.cache.overview import Overview
 from pipeline.cache.storage import Storage
 from pipeline.plain_text import plain
-from stages.console import out, table
+from stages.console import say, table
 
 LS_COLUMNS = ["cache", "state", "shards", "tokens", "B/token", "GB", "plan"]
 
@@ -79,7 +79,8 @@ def guesses_table(storage: Storage, number: int, rows: int, guesses: int, tokeni
     heard = "the teacher's draws" if drawn else "the teacher's top guesses"
     table(title, ["after", "came", "log p", "rank", "tail", heard], lines)
     if not tokenizer:
-        out.print("token ids are shown; --tokenizer shows words")
+        sha256 = str(cache.plan.facts["tokenizer"].get("sha256", ""))[:12]
+        say(f"token ids are shown: pass --tokenizer DIR, the teacher's (its tokenizer is {sha256})")
 
 
 WANTED = (

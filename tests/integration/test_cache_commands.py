@@ -1,5 +1,6 @@
 """`stillroom cache`: results on stdout, one message on stderr, exit codes, nothing lost."""
 
+import json
 import re
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 from cache_schemas import layout
 from pipeline.cache.writer import CacheWriter
 from stages.__main__ import run
+from tests import memory_cache
 from tests.synthetic_records import make_plan, records_of
 
 
@@ -154,3 +156,18 @@ def test_subset_reshard_merge_and_diff(capsys, cache, tmp_path):
     assert stillroom(capsys, "verify", tmp_path / "new")[0] == 0
     code, _, err = stillroom(capsys, *reshard, "--profile", "tiny")
     assert (code, "unknown profile 'tiny'" in err) == (2, True)
+
+
+@pytest.mark.parametrize("where", ["teacher", "student-initial", "nowhere"])
+def test_show_finds_the_tokenizer_of_the_run(capsys, tmp_path, tiny_llama, where):
+    """Named in the run's settings, or lying in its student; else `show` says what to pass."""
+    captured = memory_cache.captured(tiny_llama, memory_cache.examples(2))
+    captured.write(tmp_path / "cache")
+    if where == "teacher":
+        settings = {"teacher": {"model": str(tiny_llama)}, "prepare": None}
+        (tmp_path / "capture.config.json").write_text(json.dumps(settings))
+    if where == "student-initial":
+        shutil.copytree(tiny_llama, tmp_path / "student-initial")
+    code, out, err = stillroom(capsys, "show", tmp_path / "cache", "--rows", 1)
+    assert (code, "pass --tokenizer DIR" in err) == (0, where == "nowhere")
+    assert ("'" in out.splitlines()[-2]) == (where != "nowhere")
