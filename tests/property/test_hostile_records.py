@@ -17,8 +17,11 @@ from tests.codec_samples import record
 
 SIZES = {"k": 17, "vocab_size": 300, "draws": 4, "temperatures": 2}
 SAMPLE = record(0, rows=60, k=17, vocab=300, draws=4, nucleus=True)
+DRAWS_ALONE = record(0, rows=60, k=0, vocab=300, draws=4)
+SAMPLES = {"exact": SAMPLE, "small": SAMPLE, "strict": SAMPLE, "draws": DRAWS_ALONE}
 CODECS = {p: RowCodec.fit(p, [SAMPLE], **SIZES) for p in ("exact", "small", "strict")}
-BLOBS = {profile: codec.encode(SAMPLE) for profile, codec in CODECS.items()}
+CODECS["draws"] = RowCodec.fit("small", [DRAWS_ALONE], **SIZES | {"k": 0})
+BLOBS = {name: codec.encode(SAMPLES[name]) for name, codec in CODECS.items()}
 ROWS = np.random.default_rng(0).standard_normal((30, 24)).astype(np.float32)
 CHUNKS = {form: row_scaling.encode(ROWS, form, 0.05) for form in row_scaling.FORMS}
 
@@ -51,8 +54,8 @@ def test_forged_records_are_refused_or_have_the_right_shapes(profile, changes, c
     rows = {len(array) for name, array in found.items() if name != "token_ids"}
     assert len(rows) <= 1
     for name, array in found.items():
-        assert array.shape[1:] == SAMPLE[name].shape[1:]
-        assert array.dtype == SAMPLE[name].dtype
+        assert array.shape[1:] == SAMPLES[profile][name].shape[1:]
+        assert array.dtype == SAMPLES[profile][name].dtype
     if profile != "exact" and "topk_ids" in found:
         assert found["topk_ids"].min(initial=0) >= -1
         assert found["topk_ids"].max(initial=0) < 300
