@@ -19,7 +19,7 @@ from cache_schemas.manifest import Manifest
 from pipeline.capture import OnError, Task, manifest_of
 from pipeline.capture_progress import CaptureProgress, Totals
 from pipeline.config import Run, Teacher, require
-from pipeline.ray_worker import Problem, Worker
+from pipeline.ray_worker import Problem, Worker, open_task
 from pipeline.teacher.engine import EngineName
 
 MOST_SHARDS_AT_HAND = 16
@@ -36,6 +36,7 @@ def capture_on_ray(
     on_error: OnError = "stop",
     split: str = "train",
     location: str = "",
+    images: bool = False,
     on_progress: Callable[[CaptureProgress], None] | None = None,
 ) -> Manifest:
     """Score what is missing of a run's cache on every node of a Ray cluster, and seal it.
@@ -44,6 +45,7 @@ def capture_on_ray(
         run: as for `capture.capture`; its directory and a local teacher must be reachable under
             the same path from every node.
         address: of the cluster; empty takes RAY_ADDRESS, a cluster on this machine, or starts one.
+        images: the run's vision targets, in place of its teacher's answers.
         on_progress: called with the sum over workers whenever one has finished its shards.
         engine, on_error, split, location: as for `capture.capture`.
 
@@ -54,14 +56,14 @@ def capture_on_ray(
     """
     ray = _import_ray()
     run, location = _everywhere(run, location)
-    task = Task.open(run, engine, split, location)
+    job = {"run": run.model_dump(), "engine": engine, "split": split}
+    job |= {"location": location, "on_error": on_error, "images": images}
+    task = open_task(run, job)
     if (sealed := manifest_of(task.writer)) is not None:
         return sealed
     if not ray.is_initialized():
         ray.init(address=address or None, log_to_driver=False)
-    job = {"run": run.model_dump(), "engine": engine, "split": split}
-    job |= {"location": location, "on_error": on_error}
-    need = gpus_per_engine(require(run.teacher, "teacher", run.directory), engine)
+    need = 1 if images else gpus_per_engine(require(run.teacher, "teacher", ""), engine)
     missing = task.writer.missing()
     tell = on_progress or (lambda _: None)
     crew = _Crew(ray, job, need, deque(missing), Totals.of(task.writer.plan, missing, 0), tell)
@@ -217,13 +219,22 @@ def _gpu_places(found: dict[str, int], need: int) -> dict[Place, dict[str, float
 
 def _everywhere(run: Run, location: str) -> tuple[Run, str]:
     """The same run with paths that mean the same in every working directory."""
-    teacher = require(run.teacher, "teacher", run.directory)
-    if Path(teacher.model).is_dir():
-        teacher = teacher.model_copy(update={"model": str(Path(teacher.model).resolve())})
-    directory = str(Path(run.directory).resolve())
+    changed: dict[str, Any] = {"directory": str(Path(run.directory).resolve())}
+    if run.teacher is not None:
+        changed["teacher"] = _resolved(run.teacher)
+    if run.vision is not None:
+        encoders = tuple(_resolved(encoder) for encoder in run.vision.encoder)
+        changed["vision"] = run.vision.model_copy(update={"encoder": encoders})
     if location and "://" not in location:
         location = str(Path(location).resolve())
-    return run.model_copy(update={"directory": directory, "teacher": teacher}), location
+    return run.model_copy(update=changed), location
+
+
+def _resolved(table: Any) -> Any:
+    """A table whose `model`, where it is a directory, is an absolute path."""
+    if not table.model or not Path(table.model).is_dir():
+        return table
+    return table.model_copy(update={"model": str(Path(table.model).resolve())})
 
 
 def _still_missing(task: Task, shards: list[int]) -> list[int]:

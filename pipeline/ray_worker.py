@@ -40,8 +40,9 @@ class Worker:
 
     def _open(self) -> ShardWork:
         job, run = self._job, Run.model_validate(self._job["run"])
-        task = Task.open(run, job["engine"], job["split"], job["location"])
-        notes = Notes(run.path(), self._rank, job["on_error"])
+        task = open_task(run, job)
+        where = run.path("images") if job["images"] else run.path()
+        notes = Notes(where, self._rank, job["on_error"])
         self._start = task.start
         return ShardWork(
             task.writer, task.examples, notes, self._totals, lambda _: None, self._kept
@@ -54,6 +55,15 @@ class Worker:
                 self._engine.close()
             self._engine, self._scale = self._start(scale), scale
         return _StaysOpen(self._engine)
+
+
+def open_task(run: Run, job: dict) -> Task:
+    """What a job is about: a language model's answers, or its images' targets."""
+    if job["images"]:
+        from pipeline.vision.capture import open_task
+
+        return open_task(run, job["location"])
+    return Task.open(run, job["engine"], job["split"], job["location"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,11 +63,11 @@ def capture(
     if dry_run:
         _dry_run(run, engine.value, split.value)
         return
-    worker = {"rank": rank, "world_size": world_size, "on_error": on_error.value}
+    worker: dict[str, Any] = {"rank": rank, "world_size": world_size, "on_error": on_error.value}
+    if ray or ray_address:
+        worker["address"] = ray_address
     if run.capture is not None or run.vision is None:
         where = {"engine": engine.value, "split": split.value, "location": cache}
-        if ray or ray_address:
-            where["address"] = ray_address
         _capture(run, **where, **worker)
     if run.vision is not None:
         _capture_images(run, **worker)
@@ -132,8 +132,14 @@ def _alone(rank: int, world_size: int) -> None:
 def _capture_images(run, **worker) -> None:
     from pipeline import provenance
     from pipeline.capture import CaptureProgress
+    from pipeline.ray_capture import capture_on_ray
     from pipeline.vision.capture import capture_images
 
+    score: Any = capture_images
+    options: dict[str, Any] = worker
+    if "address" in worker:
+        score, options = capture_on_ray, worker | {"images": True}
+        _alone(options.pop("rank"), options.pop("world_size"))
     steps = Steps("vision targets")
     with progress("vision targets", unit="images") as report:
 
@@ -142,7 +148,7 @@ def _capture_images(run, **worker) -> None:
             per_image = now.bytes / now.examples if now.shards else 0.0
             report(now.examples, now.total_examples, bytes_per_image=per_image)
 
-        manifest = capture_images(run, on_progress=show, **worker)
+        manifest = score(run, on_progress=show, **options)
     provenance.record(run.path("run.json"), "vision")
     if manifest is None:
         say("this worker's shards are done; the last worker to finish seals the vision targets")

@@ -17,7 +17,7 @@ from cache_schemas.manifest import Manifest, Plan, ShardReceipt
 from cache_schemas.signals import IMAGE_ERROR
 from pipeline.cache.formats import Encoded, Format
 from pipeline.cache.writer import CacheWriter
-from pipeline.capture import Notes, OnError, fill
+from pipeline.capture import Notes, OnError, Task, fill
 from pipeline.capture_plan import first_version
 from pipeline.capture_progress import CaptureProgress
 from pipeline.config import Run, require
@@ -55,6 +55,13 @@ def capture_images(
         RejectedExample: an image cannot be answered and `on_error` is `stop`.
         TeacherError: an encoder cannot be loaded, or its output has not the planned shape.
     """
+    task = open_task(run, location)
+    notes = Notes(run.path("images"), rank, on_error)
+    return fill(task.writer, task.examples, task.start, notes, rank, world_size, on_progress)
+
+
+def open_task(run: Run, location: str = "") -> Task:
+    """Plan the vision targets of a run and open their cache; see `capture_images`."""
     table: Vision = require(run.vision, "vision", run.directory)
     corpus = Corpus.open(run.path("corpus"))
     images = images_of(corpus)
@@ -62,13 +69,12 @@ def capture_images(
     writer = MeasuringWriter.open(
         location or str(run.path("vision")), make_plan(table, encoders, images)
     )
-    notes = Notes(run.path("images"), rank, on_error)
 
     def start(scale: float) -> VisionEngine:
         batch = max(1, int(table.batch * scale))
         return VisionEngine(encoders, corpus.image_bytes, batch, table.decoders)
 
-    return fill(writer, Images(images), start, notes, rank, world_size, on_progress)
+    return Task(writer, Images(images), start)
 
 
 def images_of(corpus: Corpus) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from functools import partial
 
 import pytest
 
@@ -13,6 +14,8 @@ from pipeline.corpus import prepare
 from pipeline.ray_capture import Place, capture_on_ray, gpus_per_engine, places
 from pipeline.ray_worker import Problem
 from pipeline.teacher.engine import RejectedExample
+from pipeline.vision.capture import capture_images
+from tests import tiny_encoders
 from tests.memory_cache import examples
 
 SHARDS = 40
@@ -66,6 +69,7 @@ def test_a_node_killed_mid_run_changes_nothing_about_the_seal(tiny_llama, tmp_pa
 
         capture_on_ray(spread, engine="reference", on_progress=kill_when_both_have_worked)
         assert second not in cluster.list_all_nodes()
+        _pictures_too(tmp_path)  # on the node that is left
     sealed = [
         (tmp_path / name / "cache" / "manifest.json").read_bytes() for name in ("alone", "spread")
     ]
@@ -75,6 +79,20 @@ def test_a_node_killed_mid_run_changes_nothing_about_the_seal(tiny_llama, tmp_pa
     assert seen[-1].total_shards == cache.plan.num_shards
     again = capture_on_ray(spread, engine="reference")
     assert again == cache.manifest
+
+
+def _pictures_too(root):
+    """Vision targets seal the same on Ray as in one process."""
+    model = tiny_encoders.save("dinov2", root / "encoder")
+    table = {"name": "dino", "kind": "dinov2", "model": str(model), "size": 56}
+    pictures = [[tiny_encoders.file(tiny_encoders.picture(seed))] for seed in range(5)]
+    seals = []
+    for name, score in (("one", capture_images), ("ray", partial(capture_on_ray, images=True))):
+        tiny_encoders.save_corpus(root / name / "corpus", pictures, heldout=1)
+        vision = {"encoder": [table], "images_per_shard": 2}
+        score(Run(name="pictures", directory=str(root / name), vision=vision))
+        seals.append((root / name / "vision" / "manifest.json").read_bytes())
+    assert seals[0] == seals[1]
 
 
 def test_what_a_worker_cannot_do_reaches_the_driver_as_it_was_said(tiny_llama, tmp_path):
