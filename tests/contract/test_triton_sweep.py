@@ -11,11 +11,11 @@ from typing import get_args
 
 import pytest
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from pipeline.kernels import triton_dense_sweep, triton_shard_sweep, triton_sweep
 from pipeline.kernels.divergences import DivergenceName, Objective
+from tests import hopper
+from tests.hopper import ptxas_report
 
 CONTRACT = [
     Path(__file__).with_name(name)
@@ -27,7 +27,6 @@ CONTRACT = [
     )
 ]
 WORDS = 151_936
-HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
     "ids_or_gaps_ptr": "*i32",
     "first_ptr": "*i32",
@@ -86,26 +85,10 @@ def compile_for_hopper(kernel, objective, k=64, dtype="bf16", *, packed=False):
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     types = TYPES | (PACKED_TYPES if packed else {})
-    types |= dict.fromkeys(BUFFERS, f"*{dtype}") | dict.fromkeys(constants, "constexpr")
-    signature = {
-        name: types.get(name, "*fp32" if name.endswith("_ptr") else "fp32") for name in names
-    }
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in ALIGNED if n in names}
-    fixed = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, fixed, aligned)
-    return triton.compile(source, target=HOPPER, options=options)
-
-
-def ptxas_report(kernel, tmp_path):
-    """What ptxas says with Triton's own flags."""
-    source = tmp_path / "kernel.ptx"
-    source.write_text(kernel.asm["ptx"])
-    ptxas = triton.knobs.nvidia.ptxas_blackwell.path
-    flags = ["-v", "-lineinfo", "--regAllocOptLevel=2", "--gpu-name=sm_90a"]
-    run = subprocess.run(
-        [ptxas, *flags, str(source), "-o", "/dev/null"], capture_output=True, text=True, check=True
-    )
-    return run.stdout + run.stderr
+    types |= dict.fromkeys(BUFFERS, f"*{dtype}")
+    types = {n: types.get(n, "*fp32" if n.endswith("_ptr") else "fp32") for n in names}
+    aligned = [name for name in ALIGNED if name in names]
+    return hopper.compile_kernel(kernel, types, constants, aligned, options)
 
 
 SPARSE, DENSE = triton_sweep._sweep_row, triton_dense_sweep._sweep_row
@@ -123,8 +106,7 @@ COMPILED = [
 def test_it_compiles_for_hopper_without_spills(kernel, divergence, k, options, tmp_path):
     report = ptxas_report(compile_for_hopper(kernel, Objective(divergence, **options), k), tmp_path)
     assert "0 bytes spill stores, 0 bytes spill loads" in report
-    registers = int(re.search(r"Used (\d+) registers", report)[1])
-    assert registers <= 96
+    assert hopper.registers(report) <= 96
 
 
 @pytest.mark.parametrize("k", [64, 512])
