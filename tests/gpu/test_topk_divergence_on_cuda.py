@@ -1,14 +1,18 @@
 """The contract of the divergences on a real GPU: every implementation, Triton compiled."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.kernels.linear_divergence import linear_divergence
 from pipeline.kernels.topk_divergence import topk_divergence
+from tests.contract.packed_cases import made_up
 
 FILES = ("test_topk_divergence.py", "test_packed_topk.py", "test_linear_divergence.py")
 CONTRACT = [Path(__file__).parent.parent / "contract" / name for name in FILES]
@@ -20,23 +24,40 @@ def test_the_contract_holds_on_cuda():
         "STILLROOM_TEST_DEVICE": "cuda",
         "STILLROOM_TEST_KERNELS": "eager chunked triton",
     }
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", *map(str, CONTRACT)]
+    # Most of the time goes into compiling some two hundred variants of the kernels.
+    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", *parallel, *map(str, CONTRACT)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     assert " passed" in run.stdout
 
 
+def plain_lists(hidden, head, **options):
+    logprobs, ids = torch.randn(300, 5003, device="cuda").log_softmax(1).topk(64, 1)
+    return partial(topk_divergence, hidden, head, ids, logprobs, **options)
+
+
+def packed_rows(hidden, head, **options):
+    return partial(topk_divergence, hidden, head, made_up(300, 5003, 64).to("cuda"), **options)
+
+
+def dense_teacher(hidden, head, **options):
+    states = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
+    teacher = torch.randn(5003, 256, device="cuda", dtype=torch.bfloat16)
+    return partial(linear_divergence, hidden, head, states, teacher, **options)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
-def test_the_hot_path_never_synchronises(impl):
+@pytest.mark.parametrize("kind", [plain_lists, packed_rows, dense_teacher])
+def test_the_hot_path_never_synchronises(kind, impl):
     hidden = torch.randn(300, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     head = torch.randn(5003, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    logprobs, ids = torch.randn(300, 5003, device="cuda").log_softmax(1).topk(64, 1)
     weights = torch.rand(300, device="cuda")
+    loss = kind(hidden, head, weights=weights, impl=impl)
 
     def step():
-        loss = topk_divergence(hidden, head, ids, logprobs, weights=weights, impl=impl)
-        (loss.sum() / 300).backward()
+        (loss().sum() / 300).backward()
 
     step()
     torch.cuda.set_sync_debug_mode("error")
