@@ -34,7 +34,7 @@ def demo_vision(
     pictures: Annotated[int, typer.Option(min=2, help="Test pictures.")] = 1000,
     probed: Annotated[int, typer.Option(min=2, help="Pictures of a probe's halves.")] = 200,
     arms: Annotated[str, typer.Option(help="Names of arms, with commas; empty: all.")] = "",
-    probe_steps: Annotated[int, typer.Option(min=1, help="Steps of each probe.")] = 100,
+    probe_steps: Annotated[int, typer.Option(min=1, help="Steps of each probe.")] = 150,
 ) -> None:
     """Train a teacher, capture it and its pictures' targets, train students, show the results.
 
@@ -48,7 +48,7 @@ def demo_vision(
     make_models(run)
     for stage in ("prepare", "capture"):
         perform(stage, run_file, engine)
-    facts = facts_of(run, pictures, probed)
+    facts = facts_of(run, pictures)
     teacher = facts.pop("teacher_said")
     measured: dict[str, dict[int, dict]] = {}
     settings = (steps, pictures, probed, probe_steps)
@@ -137,22 +137,18 @@ def test_pictures(count: int) -> list:
     return read_pictures(DATA, "test", count)
 
 
-def facts_of(run: Any, pictures: int, probed: int) -> dict[str, Any]:
-    """What arms are compared with: the teacher, answers without looking, probes without a student;
-    kept beside the results."""
+def facts_of(run: Any, pictures: int) -> dict[str, Any]:
+    """What arms are compared with: the teacher, and answers without looking; kept on disk."""
     from pipeline.vision.answering import Answerer, blind
-    from pipeline.vision.probe import floor
     from pipeline.vision.small_vlm import read_pictures
 
-    path = run.path(f"compared-with-{pictures}-{probed}.json")
+    path = run.path(f"compared-with-{pictures}.json")
     if not path.exists():
         test = test_pictures(pictures)
         answers = Answerer(Path(run.teacher.model)).answer(test)
-        (_, seen), (_, unseen) = probe_halves(run, probed)
         facts = {
             "teacher_accuracy": answers.accuracy,
             "blind_accuracy": blind(read_pictures(DATA, "train"), test),
-            "probe_floor": {name: floor(seen[name], unseen[name]) for name in seen},
             "test_pictures": pictures,
             "test_questions": sum(len(picture.questions) for picture in test),
             "teacher_said": answers.said,

@@ -60,11 +60,11 @@ def _probes(results: dict[str, Any]) -> str:
                 for layer in layers
             ]
             rows.append([arm, target, *(f"{mean:.3f}" for mean in means)])
-    for target, cosine in results["probe_floor"].items():
-        rows.append(["no student: the mean target", target, *(len(layers) * [f"{cosine:.3f}"])])
     first = next(iter(results["arms"].values()))["seeds"]["0"]["probes"]
     layers = [f"layer {layer}" for layer in next(iter(first.values()))]
-    return "<h2>Probes by layer</h2>" + _table(["arm", "target", *layers], rows)
+    return "<h2>Probes by layer (0: what needs no student)</h2>" + _table(
+        ["arm", "target", *layers], rows
+    )
 
 
 def _examples(pictures: list[Any], shown: dict[str, list]) -> str:

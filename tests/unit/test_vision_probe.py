@@ -29,6 +29,20 @@ def test_permuted_targets_do_not_help():
     assert abs(found[2]) < 0.3
 
 
+def test_what_all_targets_share_counts_for_nothing():
+    train, test = data(256, 0), data(64, 1)
+    shared = 50.0
+    found, moved = (
+        probe(
+            ProbeData({2: train.states[2]}, train.targets + offset),
+            ProbeData({2: test.states[2]}, test.targets + offset),
+            steps=60,
+        )[2]
+        for offset in (0.0, shared)
+    )
+    assert abs(found - moved) < 1e-3
+
+
 def test_the_same_seed_gives_the_same_probe():
     train, test = data(64, 0), data(16, 1)
     first, again, other = (probe(train, test, steps=3, seed=seed) for seed in (0, 0, 1))

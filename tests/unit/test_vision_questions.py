@@ -9,7 +9,6 @@ import torch
 
 from pipeline.vision.answering import Answerer, blind
 from pipeline.vision.parts import assemble, name_for_vllm, save_processor
-from pipeline.vision.probe import floor
 from pipeline.vision.questions import lay_out, states_of
 from pipeline.vision.small_vlm import (
     IMAGE_TOKENS,
@@ -108,12 +107,6 @@ def test_blind_answers_are_the_most_common_ones():
     found = blind(train, train)
     assert found["question"] == 1.0
     assert found["majority"] == pytest.approx(1 / 5)
-
-
-def test_the_floor_of_a_probe_is_the_mean_target():
-    train = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
-    assert floor(train, torch.tensor([[[1.0, 1.0]]])) == pytest.approx(1.0)
-    assert floor(train, torch.tensor([[[1.0, -1.0]]])) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_moved_pictures_keep_their_colours_and_size():
