@@ -12,7 +12,9 @@ import typer
 from cache_schemas.errors import ConfigError
 from stages.console import out, progress, say, table
 
-COLUMNS = ["k", "tail", "profile", "B/token", "mass", "KL added", "bias", "noise", "error", "disk"]
+COLUMNS = ["k", "tail", "profile", "B/token", "mass", "KL", "error", "GB"]
+PARTS = ["bias", "noise"]
+"""Of the error, shown with `--all`: where every column is, 80 characters are too few."""
 
 
 def plan(
@@ -22,7 +24,9 @@ def plan(
     examples: Annotated[int, typer.Option(help="Examples to score.", min=2)] = 200,
     engine: Annotated[str, typer.Option(help="vllm or reference.")] = "vllm",
     write: Annotated[str, typer.Option(help="New run file; default: NAME.planned.toml.")] = "",
-    every: Annotated[bool, typer.Option("--all", help="Show every setting, not the best.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Show every setting, and what its error is made of.")
+    ] = False,
 ) -> None:
     """Print and plot the rate-distortion frontier; write the run file with the best setting."""
     from pipeline import config
@@ -39,7 +43,9 @@ def plan(
         points = planning.frontier(sample, on_progress=report)
     chosen = planning.choose(points, budget or None, max_kl or None)
     shown = [point for point in points if every or point.efficient or point is chosen]
-    table(f"{run.name}: bytes and error", COLUMNS, [_cells(point, chosen) for point in shown])
+    columns = [*COLUMNS, *PARTS] if every else COLUMNS
+    rows = [_cells(point, chosen)[: len(columns)] for point in shown]
+    table(f"{run.name}: bytes and gradient error", columns, rows)
     picture = run.path("plan.png")
     plan_files.plot(points, chosen, picture)
     target = write or str(run_file.with_suffix(".planned.toml"))
@@ -52,16 +58,23 @@ def plan(
 
 def _cells(point, chosen) -> list[str]:  # type: ignore[no-untyped-def]
     setting = point.setting
-    profile = f"small {setting.mean_kl:g}" if setting.profile == "small" else setting.profile
+    profile = (
+        f"small {_short(setting.mean_kl, 0)}" if setting.profile == "small" else setting.profile
+    )
     return [
         f"{setting.k} *" if point is chosen else str(setting.k),
         setting.tail,
         profile,
         f"{point.bytes_per_token:.1f}",
-        f"{point.retained_mass:.4f}",
-        f"{point.kl_added:.1e}",
-        f"{point.gradient_bias:.1e}",
-        f"{point.gradient_noise:.1e}",
-        f"{point.gradient_error:.1e}",
-        f"{point.corpus_bytes / 1e9:.3g} GB",
+        f"{point.retained_mass:.3f}",
+        _short(point.kl_added),
+        _short(point.gradient_error),
+        f"{point.corpus_bytes / 1e9:.3g}",
+        _short(point.gradient_bias),
+        _short(point.gradient_noise),
     ]
+
+
+def _short(value: float, digits: int = 1) -> str:
+    """A small number, such as 9.5e-5."""
+    return f"{value:.{digits}e}".replace("e-0", "e-") if value else "0"

@@ -38,18 +38,22 @@ def plot(points: Sequence[Point], chosen: Point, path: str | Path) -> None:
     """PNG: gradient error against bytes a token, one colour per way to keep the tail."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    colours = iter(f"C{number}" for number in range(10))
     for tail in sorted({point.setting.tail for point in points}):
         own = [point for point in points if point.setting.tail == tail]
+        colour = next(colours)
         for profile, marker in (("small", "o"), ("strict", "s"), ("exact", "^")):
             drawn = [point for point in own if point.setting.profile == profile]
             if drawn:
                 x = [point.bytes_per_token for point in drawn]
                 y = [point.gradient_error for point in drawn]
-                axes.scatter(x, y, marker=marker, s=22, label=f"{tail}, {profile}")
+                looks = {"marker": marker, "color": colour, "s": 22}
+                axes.scatter(x, y, label=f"{tail}, {profile}", **looks)
     best = [point for point in points if point.efficient]
     axes.plot([p.bytes_per_token for p in best], [p.gradient_error for p in best], "k-", lw=0.8)
     for point in best:
@@ -58,6 +62,9 @@ def plot(points: Sequence[Point], chosen: Point, path: str | Path) -> None:
     spot = chosen.bytes_per_token, chosen.gradient_error
     axes.plot(*spot, "r*", ms=15, label="chosen")
     axes.set(xscale="log", yscale="log", xlabel="bytes per token", ylabel="gradient error")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=7, ncols=2)
     axes.grid(alpha=0.3)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
