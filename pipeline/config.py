@@ -99,6 +99,8 @@ class Teacher(Table):
     quantization: str = ""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Any further vLLM engine argument, passed on as it stands."""
+    scratch_mib: int = Field(default=256, ge=1)
+    """MiB beside the model that logits may take while a prompt is scored; not part of the plan."""
 
 
 class Capture(Table):

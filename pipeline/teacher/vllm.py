@@ -55,7 +55,7 @@ class VllmEngine:
     ):
         self.shape = model_shape(teacher)
         self._capture, self._pictures = capture, pictures
-        self._requests = requests_for(capture)
+        self._requests = requests_for(capture, teacher)
         arguments = vllm_arguments(teacher, self.shape.context, max_tokens, batch_scale)
         if pictures is not None:
             check_served(model_directory(teacher))
@@ -149,11 +149,11 @@ class VllmEngine:
         return self._wait_for(_Asked(example, self._add(example, self._prompt(example), sampling)))
 
 
-def requests_for(capture: Capture) -> MarkedRequests | PublicRequests:
+def requests_for(capture: Capture, teacher: Teacher) -> MarkedRequests | PublicRequests:
     """Our hooks on the release they were written for; the public API, with a warning, elsewhere."""
     found = _import_vllm().__version__
     if found.split("+")[0] == VLLM_VERSION:
-        return MarkedRequests(capture)
+        return MarkedRequests(capture, teacher.scratch_mib << 20)
     warnings.warn(
         f"vLLM {found} is not {VLLM_VERSION}, the release that the scoring hooks were written for: "
         "using its public API, which is one to two orders of magnitude slower and has no hidden "
@@ -276,10 +276,13 @@ def _processors_shared(num_ranks: int) -> Iterator[None]:
     share = len(cpus) // num_ranks
     lists = [cpus[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
     os.environ[name] = "|".join(",".join(map(str, own)) for own in lists) if share else "nobind"
+    forget = getattr(_import_vllm().envs, "disable_envs_cache", lambda: None)
+    forget()  # an engine started before in this process
     try:
         yield
     finally:
         del os.environ[name]
+        forget()
 
 
 def _import_vllm():

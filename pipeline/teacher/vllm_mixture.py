@@ -133,7 +133,7 @@ class _Model:
         self._stop_ids = list(writers.stop_ids)
         self._temperature = writers.settings.temperature
         kept = Capture(k=1, temperatures=(self._temperature,), entropy=False)
-        self._requests = requests_for(kept)
+        self._requests = requests_for(kept, model)
         self._columns = sorted({1.0, self._temperature})
         arguments = writing_arguments(model, writers) | self._requests.engine_arguments()
         if torch.cuda.is_available():

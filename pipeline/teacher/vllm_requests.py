@@ -26,8 +26,9 @@ class MarkedRequests:
 
     in_flight_tokens = 1 << 17
 
-    def __init__(self, capture: Capture):
+    def __init__(self, capture: Capture, scratch_bytes: int = SCRATCH_BYTES):
         self._capture, self._spec = capture, RowSpec.of(capture)
+        self._scratch_bytes = scratch_bytes
         self._layers = sorted(layer for layer in capture.hidden_layers if layer != "final")
         self._final = "final" in capture.hidden_layers
 
@@ -40,7 +41,7 @@ class MarkedRequests:
             "spec": self._spec.to_json(),
             "layers": self._layers,
             "final": self._final,
-            "scratch_bytes": SCRATCH_BYTES,
+            "scratch_bytes": self._scratch_bytes,
         }
         return {
             "worker_extension_cls": "pipeline.teacher.vllm_worker.WorkerExtension",

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from vllm import envs
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 from vllm.model_executor.models.interfaces import EagleModelMixin
 from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import reserve_aux_intermediate_tensor_slots
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from pipeline.teacher.blocks import check_sweep, rows_within, score_block
@@ -150,6 +151,7 @@ def mark_of(sampling_params) -> dict | None:
 _their_prompt_logprobs = GPUModelRunner._get_prompt_logprobs_dict
 _their_setup = GPUModelRunner._setup_eagle3_aux_hidden_state_outputs
 _their_sample_tokens: Any = GPUModelRunner.sample_tokens
+_their_stage_input = GPUModelRunner.sync_and_gather_intermediate_tensors
 
 
 def _prompt_logprobs(self, hidden_states, num_scheduled_tokens):
@@ -196,14 +198,24 @@ def ask_for_blocks(model: Any, layers: tuple[int, ...]) -> None:
     """Make a model return the outputs of these blocks beside its last states.
 
     Idefics3 and others do not offer it themselves, but hand on whatever their decoder returns.
+
+    Raises:
+        RuntimeError: vLLM's model does not give them, or its pipeline stages lose them.
     """
+    decoders = [part for part in model.modules() if isinstance(part, EagleModelMixin)]
+    if not decoders:
+        raise RuntimeError(f"{type(model).__name__} does not give its hidden layers in vLLM")
+    stages = get_pp_group().world_size
+    if stages > 2 or (stages == 2 and not decoders[0].supports_aux_hidden_states_over_pp):
+        raise RuntimeError(
+            f"hidden layers of {type(model).__name__} do not come through {stages} pipeline stages:"
+            " use fewer stages, or tensor_parallel_size"
+        )
     if hasattr(model, "set_aux_hidden_state_layers"):
         model.set_aux_hidden_state_layers(layers)
-        return
-    decoders = [part for part in model.modules() if isinstance(part, EagleModelMixin)]
-    if len(decoders) != 1:
-        raise RuntimeError(f"{type(model).__name__} does not give its hidden layers in vLLM")
-    decoders[0]._set_aux_hidden_state_layers(layers)
+    else:
+        decoders[0]._set_aux_hidden_state_layers(layers)
+    reserve_aux_intermediate_tensor_slots(model)
 
 
 def _setup(self) -> None:
@@ -214,7 +226,7 @@ def _setup(self) -> None:
         _their_setup(self)
         return
     ask_for_blocks(self.get_model(), settings.layers)
-    self.use_aux_hidden_state_outputs = True
+    self.use_aux_hidden_state_outputs = get_pp_group().is_last_rank
 
 
 def _sample_tokens(self, grammar_output):
@@ -227,6 +239,15 @@ def _sample_tokens(self, grammar_output):
         self.stillroom_states = None
 
 
+def _stage_input(self, num_tokens, intermediate_tensors, sync_self):
+    """V1 runner, later pipeline stages: buffers of the dummy run, which vLLM skips on a CPU."""
+    if self.intermediate_tensors is None:
+        self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+            batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+        )
+    return _their_stage_input(self, num_tokens, intermediate_tensors, sync_self)
+
+
 if envs.VLLM_USE_V2_MODEL_RUNNER:
     from pipeline.teacher import vllm_worker_v2
 
@@ -235,3 +256,4 @@ runner: Any = GPUModelRunner
 runner._get_prompt_logprobs_dict = _prompt_logprobs
 runner._setup_eagle3_aux_hidden_state_outputs = _setup
 runner.sample_tokens = _sample_tokens
+runner.sync_and_gather_intermediate_tensors = _stage_input

@@ -9,6 +9,7 @@ as on the first runner. Tested on a CPU with a stand-in for the batch and not ye
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_pp_group
 
 from pipeline.teacher.vllm_worker import Progress, Settings, ask_for_blocks, mark_of
 
@@ -45,7 +46,7 @@ def _loading(theirs):
         settings = Settings.checked(self.vllm_config, self.device)
         if settings is not None and settings.layers:
             ask_for_blocks(self.model, settings.layers)
-            self.use_aux_hidden_state_outputs = True
+            self.use_aux_hidden_state_outputs = get_pp_group().is_last_rank
 
     return load_model
 

@@ -17,6 +17,7 @@ from pipeline.config import Capture, Teacher
 from pipeline.record import Example, content_id
 from pipeline.teacher import engine, self_test
 from pipeline.teacher.engine import RejectedExample, open_engine
+from pipeline.teacher.vllm import requests_for
 
 TABLE = Capture(
     k=16,
@@ -111,8 +112,11 @@ def test_row_t_is_about_token_t_plus_one(engines, name, model):
 @MODELS
 def test_vllm_says_what_transformers_says(engines, model):
     truth = list(engines["reference", model].score(EXAMPLES))
-    found = list(engines["vllm", model].score(EXAMPLES))
-    for ours, theirs in zip(found, truth):
+    _assert_same(list(engines["vllm", model].score(EXAMPLES)), truth)
+
+
+def _assert_same(found: list, truth: list) -> None:
+    for ours, theirs in zip(found, truth, strict=True):
         for name, expected in theirs.signals.items():
             actual = ours.signals[name]
             assert actual.dtype == expected.dtype
@@ -120,7 +124,7 @@ def test_vllm_says_what_transformers_says(engines, model):
                 assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
             elif name.startswith("draw_"):
                 assert (actual != expected).any(axis=1).mean() <= 0.1  # a point at a boundary
-            elif expected.dtype.kind == "f":
+            elif expected.dtype.kind == "f" and expected.size:
                 assert np.abs(actual - expected).max() <= 1e-4, name
         _same_ids_but_for_ties(ours.signals, theirs.signals)
 
@@ -129,7 +133,7 @@ def _same_ids_but_for_ties(ours: dict, theirs: dict) -> None:
     differ = ours["topk_ids"] != theirs["topk_ids"]
     gap = np.abs(ours["topk_logprobs"] - theirs["topk_logprobs"])[differ]
     assert (gap <= 1e-4).all()
-    assert differ.mean() <= 0.01
+    assert differ.sum() <= 0.01 * differ.size
     assert (np.abs(ours["token_rank"] - theirs["token_rank"]) <= 1).all()
 
 
@@ -198,6 +202,12 @@ def test_the_self_test_names_both_values(engines):
         self_test.self_test(vllm._ask_alone, off, vllm.shape, "float32")
 
 
+def test_a_bound_on_memory_reaches_the_worker(tiny_llama):
+    teacher = settings_of(tiny_llama).model_copy(update={"scratch_mib": 3})
+    asked = requests_for(TABLE, teacher).engine_arguments()["additional_config"]
+    assert asked["stillroom"]["scratch_bytes"] == 3 << 20
+
+
 def test_another_vllm_gets_the_public_api_and_a_warning(tiny_llama, engines, monkeypatch):
     import vllm
 
@@ -218,24 +228,33 @@ def test_another_vllm_gets_the_public_api_and_a_warning(tiny_llama, engines, mon
             open_engine("vllm", settings_of(tiny_llama), TABLE, max_tokens=CONTEXT)
 
 
-def test_draws_from_the_whole_where_no_id_is_exact(engines, tiny_llama):
+def test_draws_from_the_whole_where_no_id_is_exact(tiny_llama):
     table = Capture(k=0, tail_draws=8)
     said = {}
     for name in ("reference", "vllm"):
         teacher = open_engine(name, settings_of(tiny_llama), table, max_tokens=CONTEXT)
         said[name] = list(teacher.score(EXAMPLES))
         teacher.close()
-    for ours, theirs in zip(said["vllm"], said["reference"]):
-        for record in (ours, theirs):
-            rows = record.num_rows
-            assert record.signals["topk_ids"].shape == (rows, 0)
-            assert (record.signals["tail_logprob"] == 0).all()
-            assert (record.signals["draw_counts"].sum(axis=1) == 8).all()
-        for draws in ("draw_ids", "draw_counts"):
-            differ = ours.signals[draws] != theirs.signals[draws]
-            assert differ.any(axis=1).mean() <= 0.1  # a point at a boundary
-        gap = ours.signals["token_logprob"] - theirs.signals["token_logprob"]
-        assert np.abs(gap).max() <= 1e-4
+    _assert_same(said["vllm"], said["reference"])
+    for record in said["vllm"] + said["reference"]:
+        assert record.signals["topk_ids"].shape == (record.num_rows, 0)
+        assert (record.signals["tail_logprob"] == 0).all()
+        assert (record.signals["draw_counts"].sum(axis=1) == 8).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_ranks_say_what_one_says(tiny_llama, parallel):
+    """Rank 0 gathers the logits; a pipeline's last stage gets the first one's hidden layers."""
+    teacher = settings_of(tiny_llama)
+    arguments = teacher.engine_args | {parallel: 2}
+    both = teacher.model_copy(update={"engine_args": arguments})
+    said = []
+    for name, settings in (("vllm", both), ("reference", teacher)):
+        running = open_engine(name, settings, TABLE, max_tokens=CONTEXT)
+        said.append(list(running.score(EXAMPLES)))
+        running.close()
+    _assert_same(*said)
 
 
 def _with_weights(source, directory, change):
@@ -302,6 +321,7 @@ def test_requests_beyond_the_model(name, tiny_llama):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
+        (shutil.rmtree, "no such directory"),
         (lambda d: (d / "model.safetensors").unlink(), "no weights|cannot"),
         (lambda d: (d / "config.json").unlink(), r"config\.json is missing"),
         (lambda d: (d / "config.json").write_text("{"), r"config\.json"),
@@ -317,12 +337,6 @@ def test_directories_that_are_no_teacher(name, tiny_llama, tmp_path, break_it, m
     break_it(directory)
     with pytest.raises(TeacherError, match=message):
         open_engine(name, Teacher(model=str(directory), dtype="float32"), Capture(k=4))
-
-
-@NAMES
-def test_a_missing_directory(name, tmp_path):
-    with pytest.raises(TeacherError, match="no such directory"):
-        open_engine(name, Teacher(model=str(tmp_path / "nowhere")), Capture(k=4))
 
 
 def test_an_architecture_that_vllm_cannot_serve(tiny_llama, tmp_path):
