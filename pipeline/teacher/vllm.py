@@ -276,7 +276,9 @@ def _processors_shared(num_ranks: int) -> Iterator[None]:
     share = len(cpus) // num_ranks
     lists = [cpus[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
     os.environ[name] = "|".join(",".join(map(str, own)) for own in lists) if share else "nobind"
-    forget = getattr(_import_vllm().envs, "disable_envs_cache", lambda: None)
+    from vllm import envs
+
+    forget = getattr(envs, "disable_envs_cache", lambda: None)
     forget()  # an engine started before in this process
     try:
         yield
