@@ -18,6 +18,7 @@ import typer
 
 from cache_schemas.errors import StillroomError
 from stages.console import out, say, table
+from stages.vision_findings import findings, spread
 from stages.vision_page import page
 
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
@@ -56,6 +57,7 @@ def demo_vision(
         measured.setdefault(arm, {})[seed] = student(run, arm, seed, *settings)
         results = facts | {"arms": summarise(measured)}
         run.path("results.json").write_text(json.dumps(results, indent=2) + "\n")
+        run.path("findings.md").write_text(findings(results))
         shown = {"teacher": teacher} | {name: found[0]["said"] for name, found in measured.items()}
         made = page(results, test_pictures(pictures)[:PAGE_PICTURES], shown)
         run.path("page.html").write_text(made)
@@ -166,8 +168,8 @@ def summarise(measured: dict[str, dict[int, dict]]) -> dict:
             for seed, found in by_seed.items()
         }
         arms[arm] = {
-            "accuracy": _spread([found["accuracy"] for found in by_seed.values()]),
-            "probe": _spread([_mean_probe(found) for found in by_seed.values()]),
+            "accuracy": spread([found["accuracy"] for found in by_seed.values()]),
+            "probe": spread([_mean_probe(found) for found in by_seed.values()]),
             "seeds": seeds,
         }
     return arms
@@ -191,9 +193,3 @@ def show(results: dict[str, Any]) -> None:
 def _mean_probe(found: dict[str, Any]) -> float:
     values = [value for layers in found["probes"].values() for value in layers.values()]
     return statistics.fmean(values)
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    """Mean and standard error; the error of a single value is 0."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "error": error}

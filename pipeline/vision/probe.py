@@ -51,7 +51,7 @@ def _probe_layer(
 ) -> float:
     mean = train.targets.mean(dim=0)
     wanted = train.targets - mean
-    wanted = wanted / wanted.std()
+    wanted = wanted / wanted.std().clamp_min(1e-6)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         positions, width = train.targets.shape[1:]
