@@ -18,7 +18,7 @@ import typer
 
 from cache_schemas.errors import StillroomError
 from stages.console import out, say, table
-from stages.vision_findings import findings, spread
+from stages.vision_findings import findings, in_words, spread
 from stages.vision_page import page
 
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
@@ -178,8 +178,7 @@ def summarise(measured: dict[str, dict[int, dict]]) -> dict:
 def show(results: dict[str, Any]) -> None:
     """The table of arms."""
     rows = [
-        [arm, *(f"{found[key]['mean']:.3f} ± {found[key]['error']:.3f}" for key in MEASURES)]
-        for arm, found in results["arms"].items()
+        [arm, *(in_words(found[key]) for key in MEASURES)] for arm, found in results["arms"].items()
     ]
     blind = results["blind_accuracy"]
     title = (

@@ -24,10 +24,16 @@ def findings(results: dict[str, Any]) -> str:
     return "\n\n".join([head, _accuracies(arms), *probes]) + "\n"
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Mean and standard error; the error of a single value is 0."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+def spread(values: list[float]) -> dict[str, float | None]:
+    """Mean and standard error; a single value has none."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "error": error}
+
+
+def in_words(found: dict[str, float | None], sign: str = "") -> str:
+    """`0.512 ± 0.003`, or the mean alone."""
+    mean = f"{found['mean']:{sign}.3f}"
+    return mean if found["error"] is None else f"{mean} ± {found['error']:.3f}"
 
 
 def _accuracies(arms: dict[str, Any]) -> str:
@@ -57,11 +63,11 @@ def _gain(own: dict[str, float], arms: dict[str, Any], value: Any) -> str:
     """Differences to the baseline's students of the same seeds."""
     others = arms.get(BASELINE, {"seeds": {}})["seeds"]
     pairs = [mine - value(others[seed]) for seed, mine in own.items() if seed in others]
-    return "" if not pairs else "{mean:+.3f} ± {error:.3f}".format(**spread(pairs))
+    return in_words(spread(pairs), "+") if pairs else ""
 
 
 def _plain(values: list[float]) -> str:
-    return "{mean:.3f} ± {error:.3f}".format(**spread(values))
+    return in_words(spread(values))
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

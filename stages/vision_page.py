@@ -7,6 +7,8 @@ import base64
 from html import escape
 from typing import Any
 
+from stages.vision_findings import in_words
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 }
@@ -33,7 +35,7 @@ def page(results: dict[str, Any], pictures: list[Any], shown: dict[str, list]) -
 
 def _arms(results: dict[str, Any]) -> str:
     rows = [
-        [arm, _number(found["accuracy"]), _number(found["probe"])]
+        [arm, in_words(found["accuracy"]), in_words(found["probe"])]
         for arm, found in results["arms"].items()
     ]
     head = ["arm", "test accuracy", "mean probe cosine"]
@@ -90,7 +92,3 @@ def _table(head: list[str], rows: list[list[str]], safe: bool = False) -> str:
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in cells)
     return f"<table><tr>{top}</tr>{body}</table>"
-
-
-def _number(found: dict[str, float]) -> str:
-    return f"{found['mean']:.3f} ± {found['error']:.3f}"

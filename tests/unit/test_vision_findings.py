@@ -30,4 +30,4 @@ def test_means_errors_and_paired_gains():
 
 def test_without_a_baseline_there_is_no_gain():
     only = RESULTS | {"arms": {"joint": arm(0.5)}}
-    assert "| `joint` | 1 | 0.500 ± 0.000 |  |" in findings(only).splitlines()
+    assert "| `joint` | 1 | 0.500 |  |" in findings(only).splitlines()
