@@ -38,9 +38,14 @@ def directory(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = CLIPVisionConfig(
-        **sizes, num_attention_heads=1, image_size=PIXELS, patch_size=8, initializer_range=0.5
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        image_size=PIXELS,
+        patch_size=8,
+        initializer_range=0.5,
     )
     CLIPVisionModel(config).save_pretrained(root / "tower")
     stated = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
