@@ -63,6 +63,9 @@ def make_plan(
 ) -> Plan:
     """The plan of one engine over one split of one corpus; `num_examples` only for a sample."""
     capture = table.model_dump(mode="json") | {"temperatures": list(kept_temperatures(table))}
+    if not table.nucleus:
+        # Caches made before there was such a key have the same plan.
+        del capture["nucleus"]
     facts = teacher_facts(teacher) | {"engine_args": _meaningful(teacher.engine_args)}
     return Plan.make(
         teacher=facts,

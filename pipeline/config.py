@@ -111,6 +111,8 @@ class Capture(Table):
     sampling KD, arXiv 2503.16870)."""
     tail_draws: int = Field(default=0, ge=0, le=512, validate_default=True)
     """Draws from the tail per row, in proportion to p; 0 keeps only the tail's mass."""
+    nucleus: float = Field(default=0.0, ge=0, lt=1)
+    """Of the k ids keep only the fewest whose mass reaches this, row by row; 0 keeps all k."""
     temperatures: tuple[float, ...] = (1.0,)
     """Log-sum-exps are kept at each; 1.0 is always among them."""
     entropy: bool = True
@@ -138,6 +140,13 @@ class Capture(Table):
         if draws == 0 and info.data.get("k") == 0:
             raise ValueError("k = 0 keeps no exact ids, so draws are needed")
         return draws
+
+    @field_validator("nucleus")
+    @classmethod
+    def _what_is_cut_off_is_not_drawn_from(cls, mass: float, info: ValidationInfo) -> float:
+        if mass and (info.data.get("tail_draws") or not info.data.get("k")):
+            raise ValueError("draws are from beyond all k ids, so nucleus goes without tail_draws")
+        return mass
 
 
 class Run(Table):

@@ -87,6 +87,8 @@ def verify(
         f"{result.num_shards} shards, {result.num_examples:,} examples, {result.num_tokens:,} "
         f"tokens, {result.num_bytes:,} bytes are right"
     )
+    if result.rounding is not None:
+        out.print(f"rounding costs {result.rounding:.2g} nats per row, measured on a sample")
     if result.problems:
         raise CacheError(
             f"{len(result.problems)} problems",

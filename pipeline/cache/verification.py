@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cache_schemas import layout
+from cache_schemas.codebook import STRICT_STEP
 from cache_schemas.errors import CacheError, ShardCorrupt
 from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from cache_schemas.record_codec import MAX_KL
 from pipeline.cache import shard as shards
+from pipeline.cache.comparing import evenly
 from pipeline.cache.formats import Format, open_codec, read_codec
 from pipeline.cache.partial import present_signals
+from pipeline.cache.reader import TeacherCache
 from pipeline.cache.sealing import file_entry, fixed_files, index_names, read_receipt
 from pipeline.cache.storage import Storage
 from pipeline.record import TeacherRecord
@@ -26,6 +30,9 @@ Progress = Callable[[int, int], None]
 MASS_TOLERANCE = {"exact": 2e-3, "portable": 2e-3}
 """How far top-k and tail may be from summing to 1; the other profiles round the tail."""
 ROUNDED_MASS_TOLERANCE = 0.3
+
+ROUNDED_LISTS, SAMPLE = ("small", "strict"), 32
+"""Profiles that round lists; records whose rounding is measured again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,8 @@ class Report:
         problems: what is wrong.
         notes: leftovers that harm nothing, such as files of an unfinished shard.
         num_shards, num_examples, num_tokens, num_bytes: what was checked and is right.
+        rounding: KL divergence that rounding cost a sample, nats per row, measured again from the
+            widths of the levels; None where the profile does not round lists.
     """
 
     sealed: bool
@@ -55,6 +64,7 @@ class Report:
     num_examples: int = 0
     num_tokens: int = 0
     num_bytes: int = 0
+    rounding: float | None = None
 
     @property
     def bad_shards(self) -> list[int]:
@@ -77,7 +87,23 @@ def verify(storage: Storage, progress: Progress = lambda done, total: None) -> R
             _check_shard(storage, form, manifest, number, report)
         progress(count, form.plan.num_shards)
     report.notes += list(_leftovers(storage, form, done))
+    if manifest is not None and not report.problems:
+        _measure_again(TeacherCache(storage, manifest, form), report)
     return report
+
+
+def _measure_again(cache: TeacherCache, report: Report) -> None:
+    """Hold the lists of a sample against the budget that the plan states."""
+    codec = cache.form.codec
+    if codec.profile not in ROUNDED_LISTS or "topk_ids" not in cache.signals:
+        return
+    sample = evenly(list(range(len(cache))), SAMPLE)
+    rows = np.concatenate([cache.lists(number)[0].rounding() for number in sample])
+    report.rounding = float(rows.mean()) if len(rows) else 0.0
+    bound = MAX_KL * codec.mean_kl if codec.profile == "small" else STRICT_STEP**2 / 24
+    if report.rounding > bound:
+        found = f"rounding cost {report.rounding:.2g} nats per row of a sample"
+        report.problems.append(Problem("rows", f"{found}; expected at most {bound:.2g}"))
 
 
 def identity(storage: Storage) -> tuple[Manifest | None, Format]:

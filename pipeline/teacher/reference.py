@@ -18,7 +18,7 @@ from pipeline.teacher import engine
 from pipeline.teacher.facts import model_directory, model_shape
 from pipeline.teacher.images import Pictures
 from pipeline.teacher.reference_images import ImageInputs, is_image_text
-from pipeline.teacher.rows import RowSpec, draw_key
+from pipeline.teacher.rows import RowSpec, draw_key, within_nucleus
 from pipeline.teacher.sweep import sweep
 
 ROW_BLOCK_BYTES = 64 << 20
@@ -60,6 +60,7 @@ class ReferenceEngine:
         logits, states = self._forward(example, first)
         signals = self._row_signals(example, first, logits)
         engine.check_finite(example, first, signals)
+        within_nucleus(signals, self._capture.nucleus)
         positions = engine.hidden_positions(example, self._capture)
         for layer in self._capture.hidden_layers:
             kept = states[layer][torch.as_tensor(positions, device=self._device, dtype=torch.long)]

@@ -99,6 +99,24 @@ class RowSpec:
         return {name: np.ascontiguousarray(array) for name, array in signals.items()}
 
 
+def within_nucleus(signals: dict[str, np.ndarray], mass: float) -> None:
+    """Cut each row's list, in place, to the fewest ids whose probabilities reach `mass`.
+
+    What is cut off joins the tail; its places hold id -1 and -inf. A list that does not reach
+    `mass` stays as it is. With `mass` 0 nothing happens.
+    """
+    if not mass:
+        return
+    logprobs = signals["topk_logprobs"]
+    p = np.exp(logprobs, dtype=np.float64)
+    cut = np.cumsum(p, axis=1) - p >= mass
+    outside = np.where(cut, p, 0.0).sum(axis=1) + np.exp(signals["tail_logprob"], dtype=np.float64)
+    changed = cut.any(axis=1)
+    signals["tail_logprob"][changed] = np.log(outside[changed])
+    signals["topk_ids"][cut] = -1
+    logprobs[cut] = -np.inf
+
+
 def kept_temperatures(capture: Capture) -> tuple[float, ...]:
     """The temperatures of a run, rising, each once, always with 1.0."""
     return tuple(sorted({1.0, *(float(t) for t in capture.temperatures)}))

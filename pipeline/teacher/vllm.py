@@ -25,6 +25,7 @@ from pipeline.record import Example, TeacherRecord
 from pipeline.teacher import engine, plugin
 from pipeline.teacher.facts import model_directory, model_shape
 from pipeline.teacher.images import Pictures
+from pipeline.teacher.rows import within_nucleus
 from pipeline.teacher.self_test import self_test
 from pipeline.teacher.vllm_images import check_served, with_pictures
 from pipeline.teacher.vllm_requests import MarkedRequests, PublicRequests
@@ -132,6 +133,7 @@ class VllmEngine:
             signals = self._requests.signals(example, output)
             first = engine.first_row(example, self._capture)
             engine.check_finite(example, first, signals)
+            within_nucleus(signals, self._capture.nucleus)
         except engine.RejectedExample as error:
             reject(error)
             return engine.empty_record(example, self._capture, self.shape)

@@ -147,3 +147,14 @@ def test_records_of_draws_alone(profile):
     assert_draws(found, samples[0])
     assert_same(found, samples[0], ("token_ids", "token_rank"))
     assert found["draw_counts"].sum(axis=1).min() == 16
+
+
+@pytest.mark.parametrize("profile", ["small", "strict"])
+def test_the_widths_of_the_levels_tell_what_rounding_cost(profile):
+    size = {"k": 64, "vocab": 9000, "draws": 0, "seed": 3, "rows": 600, "shape": "peaked"}
+    given_rows = record(**size)
+    codec = fitted(profile, size, [given_rows])
+    blob, measured = codec.encode_measured(given_rows)
+    told = codec.lists(blob)[0].rounding()
+    assert told.shape == (600,)
+    assert 0.5 * measured.kl_mean < told.mean() < 2 * measured.kl_mean

@@ -7,6 +7,7 @@ import pytest
 
 from cache_schemas import layout
 from cache_schemas.errors import CacheError, ShardCorrupt
+from cache_schemas.lists import Lists
 from pipeline.cache.reader import TeacherCache
 from pipeline.cache.repair import repair
 from pipeline.cache.storage import DirectoryStorage
@@ -51,6 +52,7 @@ def flip(path, bit=None):
 
 def test_a_sound_cache_has_no_problem(sealed, plan):
     report = verify(DirectoryStorage(sealed))
+    assert report.rounding is None
     assert (report.problems, report.notes) == ([], [])
     assert (report.num_shards, report.num_examples) == (4, 10)
     assert report.num_tokens == TeacherCache.open(sealed).manifest.num_tokens
@@ -165,3 +167,15 @@ def test_a_draw_of_a_listed_id_is_refused(drawing_plan):
     record.signals["draw_ids"][:, 0] = record.signals["topk_ids"][:, -1]
     with pytest.raises(ShardCorrupt, match="a draw is one of the top-k ids"):
         check_record(record, drawing_plan)
+
+
+@pytest.mark.parametrize("profile", ["small", "strict"])
+def test_what_rounding_costs_is_measured_again(tmp_path, monkeypatch, profile):
+    rounded = DirectoryStorage(write_cache(tmp_path / "cache", make_plan(profile=profile)))
+    report = verify(rounded)
+    assert report.problems == []
+    assert report.rounding is not None
+    assert 0 < report.rounding <= 1.1e-4
+    monkeypatch.setattr(Lists, "rounding", lambda lists: np.full(len(lists.ids), 4e-4))
+    (problem,) = verify(rounded).problems
+    assert "rounding cost 0.0004 nats per row" in problem.found

@@ -10,6 +10,8 @@ import pytest
 
 from cache_schemas.errors import PlanMismatch, TeacherError
 from pipeline.cache.reader import TeacherCache
+from pipeline.cache.storage import DirectoryStorage
+from pipeline.cache.verification import verify
 from pipeline.capture import capture
 from pipeline.capture_cost import estimate
 from pipeline.capture_plan import SPEED_AND_PLACEMENT, engine_facts, make_plan
@@ -68,6 +70,41 @@ def elsewhere(run: Run, name: str) -> Run:
     directory.mkdir()
     (directory / "corpus").symlink_to(run.path("corpus"))
     return run.model_copy(update={"directory": str(directory)})
+
+
+@pytest.mark.parametrize("profile", ["small", "strict", "exact", "portable"])
+def test_a_nucleus_keeps_the_fewest_ids_that_reach_its_mass(run, profile):
+    whole, cut = elsewhere(run, "whole"), elsewhere(run, "cut")
+    settings = Capture(k=64, profile=profile, examples_per_shard=4)
+    caches = []
+    for own, nucleus in ((whole, 0.0), (cut, 0.3)):
+        table = settings.model_copy(update={"nucleus": nucleus})
+        capture(own.model_copy(update={"capture": table}), engine="reference")
+        assert verify(DirectoryStorage(own.path("cache"))).problems == []
+        caches.append(TeacherCache.open(str(own.path("cache"))))
+    assert "nucleus" not in caches[0].plan.facts["capture"]
+    slack = 0 if profile in ("exact", "portable") else 0.05
+    for full, kept in zip(*caches, strict=True):
+        ids, p = kept.signals["topk_ids"], np.exp(kept.signals["topk_logprobs"])
+        counts = (ids >= 0).sum(axis=1)
+        assert (p[ids < 0] == 0).all()
+        reached = p.sum(axis=1) >= 0.3 - slack
+        assert (reached | (counts == 64)).all()
+        before = p.sum(axis=1) - p[np.arange(len(p)), counts - 1]
+        assert (before < 0.3 + slack).all()
+        inside = np.arange(64) < counts[:, None]
+        full_sets = [set(row[:n]) for row, n in zip(full.signals["topk_ids"], counts)]
+        if not slack:
+            assert [set(row[row >= 0]) for row in ids] == full_sets
+            assert (np.diff(inside.astype(int), axis=1) <= 0).all()
+        total = p.sum(axis=1) + np.exp(kept.signals["tail_logprob"])
+        np.testing.assert_allclose(total, 1, atol=1e-5 if not slack else 0.1)
+
+
+def test_a_nucleus_goes_without_draws():
+    for settings in ({"tail_draws": 4}, {"k": 0, "tail_draws": 4}):
+        with pytest.raises(ValueError, match="goes without tail_draws"):
+            Capture(nucleus=0.9, **settings)
 
 
 def test_an_interrupted_capture_goes_on_and_seals_the_same(run):
