@@ -76,7 +76,7 @@ def measure(model: str, directory: Path, windows: int) -> Iterator[dict[str, Any
         capture(_run(model, own, codec, step), engine="reference", open_engine=lambda _: replay)
         states = _cached(own / "cache", len(examples))
         name = f"{codec} {step:g}".removesuffix(" 0")
-        bits = 8 * _bytes(own / "cache") / sum(state.numel() for state in states)
+        bits = _bits_per_element(own / "cache")
         yield {"codec": name, "bits_per_element": bits, **_errors(live, states, head)}
 
 
@@ -135,9 +135,15 @@ def _cached(cache: Path, count: int) -> list[torch.Tensor]:
     ]
 
 
-def _bytes(cache: Path) -> int:
-    """What the dense files hold; the top-k lists beside them are not counted."""
-    return sum(p.stat().st_size for p in cache.rglob("*") if p.is_file() and ".zarr" in str(p))
+def _bits_per_element(cache: Path) -> float:
+    """Of all that the dense files hold, metadata included; the top-k lists are not counted."""
+    from pipeline.cache.reader import TeacherCache
+
+    manifest = TeacherCache.open(str(cache)).manifest
+    facts = manifest.plan
+    rows = manifest.num_tokens - facts["shards"]["num_examples"]
+    size = sum(path.stat().st_size for path in (cache / "dense").rglob("*") if path.is_file())
+    return 8 * size / (rows * facts["teacher"]["hidden_size"])
 
 
 def _errors(
