@@ -81,7 +81,16 @@ def teacher_logprobs(
         lse[:, temperatures.index(1.0), None],
         lse[:, temperatures.index(temperature), None],
     )
-    return ((logprobs + at_one) / temperature - at_t).clamp_max(0.0)
+    return at_most_certain((logprobs + at_one) / temperature - at_t)
+
+
+def at_most_certain(logprobs: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [N, k] of rows whose mass is more than 1, scaled to 1.
+
+    What a cache stores is rounded, and a low temperature multiplies the rounding: at 0.25 a row may
+    come to 1.05 where nothing lies outside its list.
+    """
+    return logprobs - logprobs.logsumexp(dim=1, keepdim=True).clamp_min(0.0)
 
 
 def zscore_logprobs(
@@ -91,7 +100,7 @@ def zscore_logprobs(
     raw = signals["topk_logprobs"] + signals["lse"][:, temperatures.index(1.0), None]
     spread = MAX_SPREAD + signals["logit_std"][:, None]
     scored = (raw - signals["logit_mean"][:, None]) / spread
-    return (scored - signals["zscore_lse"][:, None]).clamp_max(0.0)
+    return at_most_certain(scored - signals["zscore_lse"][:, None])
 
 
 def logit_spread(hidden: torch.Tensor, unembedding: torch.Tensor) -> torch.Tensor:

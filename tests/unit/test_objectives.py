@@ -211,6 +211,17 @@ def test_a_sampled_tail_that_is_the_tail_gives_the_live_loss():
     assert ids.shape == weights.shape
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"normalise_logits": True}])
+def test_what_rounding_lifts_above_certainty_is_scaled_back(options):
+    world = World()
+    exact = world.rows("forward_kl", **options)
+    world.signals["lse"][:, 0] -= 1 / 128
+    world.signals["lse"][:, 1] += 1 / 128
+    world.signals["zscore_lse"] -= 1 / 128
+    rounded = world.rows("forward_kl", **options)
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=1e-6)
+
+
 def test_draws_of_the_whole_distribution_need_no_exact_ids():
     world = World(k=0, draws=VOCABULARY)
     p = world.teacher_logits.softmax(-1)
