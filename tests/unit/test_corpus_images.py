@@ -71,7 +71,7 @@ def test_spans_are_the_processors_own_placeholders_and_no_target_lies_in_them(fa
     targets = processor.tokenizer.decode(example.token_ids[example.loss_mask])
     assert targets == "A red house.<|im_end|>"
     outside = processor.tokenizer.decode(example.token_ids[~inside])
-    frame = "<|vision_start|><|vision_end|>" if name == "qwen2_5_vl" else ""
+    frame = "<|vision_start|><|vision_end|>" if name in ("qwen2_5_vl", "qwen3_vl") else ""
     question = f"{frame}What is this, beside {frame}?"
     assert f"user\n{question}<|im_end|>" in outside
 
