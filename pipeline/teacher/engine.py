@@ -17,7 +17,7 @@ from cache_schemas.signals import hidden_name
 from pipeline.config import Capture, Teacher
 from pipeline.record import Example, TeacherRecord
 from pipeline.teacher.facts import ModelShape, model_shape
-from pipeline.teacher.rows import RowSpec
+from pipeline.teacher.rows import RowSpec, within_nucleus
 
 if TYPE_CHECKING:
     from pipeline.teacher.images import Pictures
@@ -162,6 +162,23 @@ def check_finite(example: Example, first_row: int, signals: dict[str, np.ndarray
             f"NaN or infinite logits at position {position}",
             remedy="Check the weights; try dtype = 'float32' or 'bfloat16' under [teacher].",
         )
+
+
+def record_of(
+    example: Example, capture: Capture, first_row: int, signals: dict[str, np.ndarray]
+) -> TeacherRecord:
+    """The record of an answer, whichever engine it came from.
+
+    Args:
+        signals: rows and hidden states as the teacher gave them; changed in place.
+
+    Raises:
+        RejectedExample: NaN or infinite logits.
+    """
+    check_finite(example, first_row, signals)
+    within_nucleus(signals, capture.nucleus)
+    signals |= given_signals(example, first_row)
+    return TeacherRecord(example, first_row, signals, hidden_positions(example, capture))
 
 
 def empty_record(example: Example, capture: Capture, shape: ModelShape) -> TeacherRecord:

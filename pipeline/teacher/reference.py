@@ -18,7 +18,7 @@ from pipeline.teacher import engine
 from pipeline.teacher.facts import model_directory, model_shape
 from pipeline.teacher.images import Pictures
 from pipeline.teacher.reference_images import ImageInputs, is_image_text
-from pipeline.teacher.rows import RowSpec, draw_key, within_nucleus
+from pipeline.teacher.rows import RowSpec, draw_key
 from pipeline.teacher.sweep import sweep
 
 ROW_BLOCK_BYTES = 64 << 20
@@ -59,14 +59,11 @@ class ReferenceEngine:
         first = engine.first_row(example, self._capture)
         logits, states = self._forward(example, first)
         signals = self._row_signals(example, first, logits)
-        engine.check_finite(example, first, signals)
-        within_nucleus(signals, self._capture.nucleus)
         positions = engine.hidden_positions(example, self._capture)
         for layer in self._capture.hidden_layers:
             kept = states[layer][torch.as_tensor(positions, device=self._device, dtype=torch.long)]
             signals[hidden_name(layer)] = kept.float().cpu().numpy()
-        signals |= engine.given_signals(example, first)
-        return TeacherRecord(example, first, signals, positions)
+        return engine.record_of(example, self._capture, first, signals)
 
     def _forward(self, example: Example, first: int) -> tuple[torch.Tensor, dict]:
         """Logits of the scored rows [R, V], and states [L, H] of the layers asked for."""

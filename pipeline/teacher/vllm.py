@@ -25,7 +25,6 @@ from pipeline.record import Example, TeacherRecord
 from pipeline.teacher import engine, plugin
 from pipeline.teacher.facts import model_directory, model_shape
 from pipeline.teacher.images import Pictures
-from pipeline.teacher.rows import within_nucleus
 from pipeline.teacher.self_test import self_test
 from pipeline.teacher.vllm_images import check_served, with_pictures
 from pipeline.teacher.vllm_requests import MarkedRequests, PublicRequests
@@ -132,14 +131,10 @@ class VllmEngine:
                 raise item.error
             signals = self._requests.signals(example, output)
             first = engine.first_row(example, self._capture)
-            engine.check_finite(example, first, signals)
-            within_nucleus(signals, self._capture.nucleus)
+            return engine.record_of(example, self._capture, first, signals)
         except engine.RejectedExample as error:
             reject(error)
             return engine.empty_record(example, self._capture, self.shape)
-        positions = engine.hidden_positions(example, self._capture)
-        signals |= engine.given_signals(example, first)
-        return TeacherRecord(example, first, signals, positions)
 
     def _forget(self, asked: Iterable[_Asked]) -> None:
         """Drop requests whose answers nobody will read."""
