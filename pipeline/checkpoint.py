@@ -44,23 +44,28 @@ class TrainingState:
         step: optimiser steps done.
         position: where the loader goes on.
         identity: everything that makes the run what it is (see `check_identity`).
+        tokens: trained on until here.
+        loss: of the last step; None before the first one.
     """
 
     step: int
     position: Position
     identity: dict
+    tokens: int = 0
+    loss: float | None = None
 
     def to_json(self) -> str:
         """The text of `state.json`."""
         where = {"epoch": self.position.epoch, "row": self.position.row}
-        facts = {"step": self.step, "position": where, "identity": self.identity}
+        done = {"step": self.step, "tokens": self.tokens, "loss": self.loss}
+        facts = done | {"position": where, "identity": self.identity}
         return json.dumps(facts, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "TrainingState":
         """Read `state.json`."""
         facts = json.loads(text)
-        return cls(facts["step"], Position(**facts["position"]), facts["identity"])
+        return cls(**facts | {"position": Position(**facts["position"])})
 
 
 class Checkpoints:
@@ -125,7 +130,7 @@ class Checkpoints:
             state = TrainingState.from_json((checkpoint / STATE).read_text())
             reader = HuggingFaceStorageReader(str(checkpoint))
             load(tensors, storage_reader=reader, no_dist=not _distributed())
-        except (CheckpointException, OSError, ValueError, KeyError) as error:
+        except (CheckpointException, OSError, ValueError, KeyError, TypeError) as error:
             raise StudentError(
                 f"cannot be read ({type(error).__name__})",
                 where=str(checkpoint),

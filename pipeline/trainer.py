@@ -69,7 +69,7 @@ class TrainResult:
         initial: HF directory of the untrained one.
         steps: steps taken in all.
         final_loss: loss of the last step.
-        tokens: tokens trained on, without padding.
+        tokens: trained on in all, on all ranks, without padding.
         seconds: of this process, this time; 0 when the run was finished before.
     """
 
@@ -117,7 +117,6 @@ class Training:
     settings: Train
     parallel: Parallel
     caches: Mapping[str, Any]
-    tokens: int = 0
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
     heldout: DistillLoader | None = None
 
@@ -148,12 +147,12 @@ class Training:
             name, tracker = self.settings_run.name, self.settings.tracker
             log = MetricsLog(self.settings_run.path(), state.step, tracker, name)
         try:
-            loss = self._loop(state, log, on_progress, stop)
+            state = self._loop(state, log, on_progress, stop)
         finally:
             self.checkpoints.finish()
             if log is not None:
                 log.close()
-        return self._finish(loss, time.perf_counter() - start)
+        return self._finish(state, time.perf_counter() - start)
 
     def build(self) -> None:
         """Load the student and everything that trains it; the weights are the initial ones."""
@@ -232,23 +231,23 @@ class Training:
         set_optimizer_step(self.optimizer, state.step)
         return state
 
-    def _loop(self, state: TrainingState, log, on_progress, stop) -> float:
-        settings, position, loss = self.settings, state.position, math.nan
-        steps = self.loader.steps(position, settings.steps - state.step)
+    def _loop(self, state: TrainingState, log, on_progress, stop) -> TrainingState:
+        settings = self.settings
+        steps = self.loader.steps(state.position, settings.steps - state.step)
         for number in range(state.step, settings.steps):
             began = time.perf_counter()
             batches, after = next(steps)
             waited = time.perf_counter() - began
             done = self.stepper.step(number, batches, stop())
             if done is None:
-                self._save(number, position)
+                self._save(state)
                 self.checkpoints.finish()
                 raise Interrupted(
                     f"stopped after step {number} of {settings.steps}",
                     remedy="Run the same command again to go on.",
                 )
-            position, loss = after, done.loss
-            self.tokens += done.tokens
+            tokens = state.tokens + done.tokens
+            state = TrainingState(number + 1, after, self.identity, tokens, done.loss)
             heldout = self._heldout(number + 1)
             if log is not None and (heldout or (number + 1) % settings.log_every == 0):
                 seconds = time.perf_counter() - began
@@ -257,11 +256,10 @@ class Training:
                 if on_progress is not None:
                     on_progress(report)
             if (number + 1) % settings.checkpoint_every == 0 or number + 1 == settings.steps:
-                self._save(number + 1, position)
-        return loss
+                self._save(state)
+        return state
 
-    def _save(self, step: int, position: Position) -> None:
-        state = TrainingState(step, position, self.identity)
+    def _save(self, state: TrainingState) -> None:
         self.checkpoints.save(state, tensors_of(self.distiller, self.optimizer, self.ema))
 
     def _finished(self) -> TrainResult | None:
@@ -272,13 +270,14 @@ class Training:
         check_identity(facts.pop("identity"), self.identity, str(path))
         return TrainResult(**facts | {"seconds": 0.0})
 
-    def _finish(self, loss: float, seconds: float) -> TrainResult:
+    def _finish(self, state: TrainingState, seconds: float) -> TrainResult:
         """Export the student and say so; files are written by the main process."""
         student = self.settings_run.path("student")
         weights = self.ema or {name: p.detach() for name, p in trainable(self.distiller)}
         full = {name: whole(tensor) for name, tensor in weights.items()}
+        loss = math.nan if state.loss is None else state.loss
         result = TrainResult(
-            str(student), str(self.initial), self.settings.steps, loss, self.tokens, seconds
+            str(student), str(self.initial), state.step, loss, state.tokens, seconds
         )
         if self.parallel.is_main:
             model = self._assembled(full)

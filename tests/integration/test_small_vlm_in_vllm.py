@@ -22,7 +22,7 @@ from pipeline.corpus import Corpus
 from pipeline.vision.engine_agreement import compare
 
 corpus = Corpus.open(sys.argv[2])
-print(json.dumps(compare(Teacher(model=sys.argv[1], dtype="float32"), corpus, 64)))
+print(json.dumps(compare(Teacher(model=sys.argv[1]), corpus, 64)))
 """
 
 
@@ -63,7 +63,8 @@ def agreement(model, world):
 def check(found):
     assert found["examples"] == 8
     assert found["rejected"] == []
-    assert found["logprob"] <= 1e-4
+    assert found["answers"] <= found["logprob"] <= 1e-4
+    assert 0 < found["answers_rounding"] <= found["rounding"] <= 1e-4
     assert found["hidden"] <= 1e-4
     assert found["same_rows"] == found["same_answers"] == 1.0
 

@@ -92,8 +92,21 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     with pytest.raises(Interrupted, match=f"stopped after step {stop_after} of {STEPS}") as caught:
         train(run, caches={"": cache}, stop=lambda: next(asked) >= stop_after)
     assert caught.value.exit_code == 3
-    train(run, caches={"": cache})
+    result = train(run, caches={"": cache})
     assert losses(run) == losses(uninterrupted)
+    assert weights_digest(run) == weights_digest(uninterrupted)
+    whole = train(uninterrupted, caches={"": cache})
+    assert (result.tokens, result.final_loss) == (whole.tokens, whole.final_loss)
+
+
+def test_a_run_killed_before_its_export_is_told_whole(tmp_path, teacher, cache, uninterrupted):
+    shutil.copytree(uninterrupted.path(), tmp_path / "run")
+    run = make_run(tmp_path / "run", teacher)
+    shutil.rmtree(run.path("student"))
+    run.path("train.json").unlink()
+    result = train(run, caches={"": cache})
+    whole = train(uninterrupted, caches={"": cache})
+    assert (result.tokens, result.final_loss) == (whole.tokens, whole.final_loss)
     assert weights_digest(run) == weights_digest(uninterrupted)
 
 
