@@ -1,6 +1,8 @@
 """Tables and plots of `benchmarks.students`: means and standard errors over the seeds run.
 
-One idea: reads the cells' files and nothing else, so a report is of what is there. It runs nothing.
+One idea: reads the cells' files and nothing else, so a report is of what is there. Arms are
+compared seed by seed (a seed is an order of the text, the same for every arm), so the difference of
+two arms has a smaller error than either. It runs nothing.
 """
 
 import json
@@ -8,34 +10,78 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+CEILING = "full"
+"""The arm that others are compared with: the teacher's whole distribution."""
+
 
 def report(cells: Path, grid: str) -> dict[str, Any]:
-    """Means and standard errors over the seeds that were run, and a plot beside them."""
+    """Means and standard errors over the seeds that were run; a table and a plot beside the cells.
+
+    Args:
+        cells: directory that holds `<grid>/<arm>-<steps>-<seed>.json`.
+        grid: its name.
+
+    Returns:
+        `rows`, one per arm and number of steps; `cells`, how many were found. In a row
+        `relative_to_full` is the mean over the seeds that both arms have of KL / KL(full) - 1.
+    """
     found = [json.loads(path.read_text()) for path in sorted((cells / grid).glob("*.json"))]
     groups: dict[tuple, list[dict]] = {}
     for cell in found:
         groups.setdefault((cell["steps"], cell["arm"]), []).append(cell)
-    rows = [_row(own) for _, own in sorted(groups.items())]
+    rows = [_row(own, groups.get((steps, CEILING), [])) for (steps, _), own in groups.items()]
+    rows.sort(key=lambda row: (row["steps"], row["kl"]))
+    (cells / f"{grid}.md").write_text(table(rows))
     if grid == "tail" and rows:
         _plot(rows, cells / f"{grid}.png")
     return {"rows": rows, "cells": len(found)}
 
 
-def _row(cells: list[dict]) -> dict[str, Any]:
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    head = ["arm", "tokens", "seeds", "bytes/token", "KL", "KL to full", "top-1", "perplexity"]
+    lines = [head, ["---"] * len(head), *map(_cells, rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        f"`{row['arm']}`",
+        f"{row['tokens']:,}",
+        str(row["seeds"]),
+        f"{row['bytes_per_token']:.1f}",
+        _with_error(row, "kl", ".3f"),
+        _with_error(row, "relative_to_full", "+.1%"),
+        _with_error(row, "top1", ".3f"),
+        _with_error(row, "perplexity", ".0f"),
+    ]
+
+
+def _with_error(row: dict[str, Any], key: str, form: str) -> str:
+    if row[key] is None:
+        return "-"
+    error = row[f"{key}_standard_error"]
+    tail = "" if error is None else f" ± {error:{form.lstrip('+')}}"
+    return f"{row[key]:{form}}{tail}"
+
+
+def _row(cells: list[dict], ceiling: list[dict]) -> dict[str, Any]:
     kept = ("arm", "steps", "tokens", "k", "draws", "bytes_per_token")
+    full = {cell["seed"]: cell["kl"] for cell in ceiling}
+    shares = [cell["kl"] / full[cell["seed"]] - 1 for cell in cells if cell["seed"] in full]
     return {
         **{key: cells[0][key] for key in kept},
         "seeds": len(cells),
-        **_mean_and_error(cells, "kl"),
-        **_mean_and_error(cells, "top1"),
-        **_mean_and_error(cells, "perplexity"),
+        **_mean_and_error([cell["kl"] for cell in cells], "kl"),
+        **_mean_and_error(shares, "relative_to_full"),
+        **_mean_and_error([cell["top1"] for cell in cells], "top1"),
+        **_mean_and_error([cell["perplexity"] for cell in cells], "perplexity"),
     }
 
 
-def _mean_and_error(cells: list[dict], key: str) -> dict[str, float | None]:
-    values = [cell[key] for cell in cells]
+def _mean_and_error(values: list[float], key: str) -> dict[str, float | None]:
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return {key: statistics.mean(values), f"{key}_standard_error": error}
+    return {key: statistics.mean(values) if values else None, f"{key}_standard_error": error}
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -57,7 +103,7 @@ def _draw(axis: Any, rows: list[dict[str, Any]]) -> None:
     for treatment in sorted({row["arm"].split("-")[0] for row in rows}):
         own = [row for row in rows if row["arm"].split("-")[0] == treatment]
         own.sort(key=lambda row: row["bytes_per_token"])
-        if treatment == "full":
+        if treatment == CEILING:
             axis.axhline(own[0]["kl"], linestyle="--", color="grey", label="full vocabulary")
             continue
         axis.errorbar(
