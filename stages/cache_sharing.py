@@ -5,13 +5,16 @@ interruption, and ends with the location of what it made on stdout.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cache_schemas.errors import ConfigError
 from stages.cache_arguments import Cache, location
 from stages.console import out, progress, say
+
+if TYPE_CHECKING:
+    from pipeline.cache.sharing import Copied
 
 Target = Annotated[str, typer.Argument(help="Directory or URL.", metavar="TARGET")]
 Signals = Annotated[
@@ -22,8 +25,13 @@ Threads = Annotated[int, typer.Option(min=1, help="Shards in flight.")]
 
 
 def push(cache: Cache, target: Target, signal: Signals = None, threads: Threads = 8) -> None:
-    """Copy a sealed cache to a bucket or directory; the manifest travels last."""
-    _copy(location(cache), target, signal, threads, "push")
+    """Copy a sealed cache to a bucket, directory or hub; the manifest travels last."""
+    from pipeline.cache import hub
+
+    if target.startswith(hub.PROTOCOL):
+        _publish(location(cache), target, signal)
+    else:
+        _copy(location(cache), target, signal, threads, "push")
 
 
 def pull(
@@ -125,5 +133,23 @@ def _copy(source: str, target: str, signals: list[str] | None, threads: int, tit
     end = open_storage(target)
     with progress(title, "shards") as report:
         done = copy(open_storage(source), end, signals, threads, report)
+    _say_copied(done, end.location)
+
+
+def _publish(source: str, target: str, signals: list[str] | None) -> None:
+    from pipeline.cache import hub
+
+    if not Path(source).is_dir():
+        raise ConfigError(
+            "not a directory",
+            where=source,
+            remedy="Pull it into a directory first, and push that.",
+        )
+    with progress("verify", "shards") as report:
+        done = hub.push(Path(source), target, signals, report)
+    _say_copied(done, target)
+
+
+def _say_copied(done: "Copied", where: str) -> None:
     say(f"{done.files:,} files, {done.num_bytes:,} bytes; dense: {', '.join(done.dense) or 'none'}")
-    out.print(end.location)
+    out.print(where)

@@ -3,10 +3,11 @@
 One idea: the loading code is the one that runs against the real hub; only the address differs.
 """
 
+import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -28,9 +29,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def do_POST(self) -> None:
-        """`paths-info`: which of the paths asked for there are."""
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
-        self._answer(body=True, asked=asked)
+        """`paths-info`: which of the paths asked for there are; everything else writes."""
+        text = self._body()
+        if "/paths-info/" in self.path:
+            self._answer(body=True, asked=json.loads(text)["paths"])
+        else:
+            self._say(*self.server.inbox.answer(self.path, text))  # type: ignore[attr-defined]
+
+    def do_PUT(self) -> None:
+        """A large file's bytes."""
+        self.server.inbox.large[self.path.rsplit("/", 1)[1]] = self._body()  # type: ignore[attr-defined]
+        self._say(200, b"", {})
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
 
     def log_message(self, *_) -> None:
         pass
@@ -42,6 +54,9 @@ class _Handler(BaseHTTPRequestHandler):
             start, end = wanted.removeprefix("bytes=").split("-")
             headers |= {"Content-Range": f"bytes {wanted[6:]}/{len(data)}"}
             status, data = 206, data[int(start) : int(end or len(data)) + 1]
+        self._say(status, data, headers, body)
+
+    def _say(self, status: int, data: bytes, headers: dict[str, str], body: bool = True) -> None:
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(data))} | headers).items():
             self.send_header(name, value)
@@ -73,7 +88,9 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
         if kind == "tree":
             found = _entries(files, lambda name: not folder or name.startswith(f"{folder}/"))
-            return _json(found) if found or not folder else (404, b"[]", {})
+            if folder and not found:
+                return 404, b"{}", {"X-Error-Code": "EntryNotFound"}
+            return _json(found)
         facts = {
             "id": "x/y",
             "sha": commit_of(revision),
@@ -102,11 +119,77 @@ def _json(value) -> tuple[int, bytes, dict[str, str]]:
     return 200, json.dumps(value).encode(), {"Content-Type": "application/json"}
 
 
+class Inbox:
+    """What is written to a hub's data sets.
+
+    Attributes:
+        large: content by SHA-256, as sent.
+        commits: titles, in order.
+        refuse: called with a commit's title; a status other than 200 turns it down.
+    """
+
+    def __init__(self, repos: dict[str, dict[str, dict[str, bytes]]]):
+        self.repos, self.address = repos, ""
+        self.large: dict[str, bytes] = {}
+        self.commits: list[str] = []
+        self.refuse: Callable[[str], int] = lambda title: 200
+
+    def answer(self, path: str, text: bytes) -> tuple[int, bytes, dict[str, str]]:
+        """What the hub says to a POST."""
+        path = path.partition("?")[0]
+        if path == "/api/validate-yaml":
+            return _json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            asked = json.loads(text)
+            name = f"{asked['organization']}/{asked['name']}"
+            self.repos[name] = {"main": {}}
+            return _json({"url": f"{self.address}/datasets/{name}"})
+        if path.endswith("/info/lfs/objects/batch"):
+            return _json({"objects": [self._large(one) for one in json.loads(text)["objects"]]})
+        repo, _, verb = path.removeprefix("/api/datasets/").rpartition("/")[0].rpartition("/")
+        files = self.repos[repo]["main"]
+        return self._modes(files, text) if verb == "preupload" else self._commit(repo, text)
+
+    def _large(self, asked: dict) -> dict:
+        href = f"{self.address}/large/{asked['oid']}"
+        known = asked["oid"] in self.large
+        return asked | ({} if known else {"actions": {"upload": {"href": href}}})
+
+    def _modes(self, files: dict[str, bytes], text: bytes):
+        def mode(path: str) -> dict:
+            oid = _sha1(files[path]) if path in files else None
+            kind = "lfs" if path.endswith(".arrow") else "regular"
+            return {"path": path, "uploadMode": kind, "shouldIgnore": False, "oid": oid}
+
+        return _json({"files": [mode(one["path"]) for one in json.loads(text)["files"]]})
+
+    def _commit(self, repo: str, text: bytes) -> tuple[int, bytes, dict[str, str]]:
+        files = self.repos[repo]["main"]
+        head, *rest = [json.loads(line) for line in text.splitlines()]
+        title = head["value"]["summary"]
+        if (status := self.refuse(title)) != 200:
+            return status, b"{}", {}
+        self.commits.append(title)
+        for line in rest:
+            value = line["value"]
+            large = line["key"] == "lfsFile"
+            content = self.large[value["oid"]] if large else base64.b64decode(value["content"])
+            files[value["path"]] = content
+        commit = commit_of(title)
+        url = f"{self.address}/datasets/{repo}/commit/{commit}"
+        return _json({"commitUrl": url, "commitOid": commit})
+
+
 @contextmanager
-def serve(repos: dict[str, dict[str, dict[str, bytes]]]) -> Iterator[str]:
-    """Serve data sets (id -> revision -> path -> bytes); yields the address."""
+def serve(
+    repos: dict[str, dict[str, dict[str, bytes]]], inbox: Inbox | None = None
+) -> Iterator[str]:
+    """Serve data sets (id -> revision -> path -> bytes), and take what is written to them into
+    `inbox`; yields the address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.repos = repos  # type: ignore[attr-defined]
+    server.inbox = inbox = inbox or Inbox(repos)  # type: ignore[attr-defined]
+    inbox.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -27,4 +27,9 @@ def mark(storage: Storage, dense: list[str] | None) -> None:
     if dense is None:
         storage.delete(PARTIAL)
     else:
-        storage.replace(PARTIAL, canonical.sign({"dense": sorted(dense)}))
+        storage.replace(PARTIAL, listing(dense))
+
+
+def listing(dense: list[str]) -> bytes:
+    """The file that says that these dense signals are there."""
+    return canonical.sign({"dense": sorted(dense)})

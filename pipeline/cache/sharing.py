@@ -60,8 +60,8 @@ def copy(
         CacheIncomplete: the connection failed too often; the same copy again goes on.
     """
     cache = TeacherCache.open(source)
-    dense = _wanted(cache, signals)
-    _check_target(cache, target)
+    dense = wanted(cache, signals)
+    check_target(cache, target)
     work = _Copy(cache, target, dense)
     for name in [layout.PLAN, layout.CODEC, *sorted(cache.manifest.files)]:
         if _is_wanted(name, dense):
@@ -156,7 +156,7 @@ def _hash(storage: Storage, name: str, size: int) -> str:
     return digest.hexdigest()
 
 
-def _wanted(cache: TeacherCache, signals: list[str] | None) -> list[str]:
+def wanted(cache: TeacherCache, signals: list[str] | None) -> list[str]:
     """Dense signals to copy, in the plan's order."""
     if signals is None:
         return list(cache.form.dense)
@@ -182,7 +182,7 @@ def _is_wanted(name: str, dense: list[str]) -> bool:
     return not name.startswith("dense/") or name.split("/")[1] in dense
 
 
-def _check_target(cache: TeacherCache, target: Storage) -> None:
+def check_target(cache: TeacherCache, target: Storage) -> None:
     """Refuse a place that holds another cache."""
     manifest = cache.storage.read(layout.MANIFEST)
     size = target.size(layout.MANIFEST)

@@ -2,6 +2,7 @@
 the real client library talks to."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -111,6 +112,75 @@ def test_a_cache_on_the_hub_is_pulled_and_read_in_place(cache, plan, tmp_path):
     assert (pulled.returncode, verify(DirectoryStorage(tmp_path / "copy")).problems) == (0, [])
     assert_same_record(TeacherCache.open(tmp_path / "copy")[4], make_record(plan, 4))
     assert (lost.returncode, "there is no cache here" in lost.stderr) == (2, True)
+
+
+def test_a_cache_is_published_on_the_hub(cache, plan, tmp_path):
+    """In a data set that was not there; what a push that was cut off has sent is not sent again."""
+    repos, place = {}, "hf://datasets/owner/new/run"
+    inbox = fake_hub.Inbox(repos)
+    inbox.refuse = lambda title: 200 if "shards" in title else 500
+    with fake_hub.serve(repos, inbox) as address:
+        cut = stillroom(address, "push", str(cache.root), place)
+        sent, inbox.large = dict(inbox.large), Refusing(inbox.large)
+        unsealed = "run/manifest.json" not in repos["owner/new"]["main"]
+        inbox.refuse = lambda title: 200
+        pushed = stillroom(address, "push", str(cache.root), place)
+        again = stillroom(address, "push", str(cache.root), place)
+        pulled = stillroom(address, "pull", place, str(tmp_path / "copy"))
+    assert (cut.returncode, unsealed, len(sent)) == (3, True, 4), cut.stderr
+    assert (pushed.returncode, again.returncode) == (0, 0), pushed.stderr + again.stderr
+    assert inbox.commits[-1] == "Teacher cache: manifest"
+    assert pulled.returncode == 0, pulled.stderr
+    files = [p for p in cache.root.rglob("*") if p.is_file()]
+    for path in files:
+        name = path.relative_to(cache.root)
+        assert repos["owner/new"]["main"][f"run/{name}"] == path.read_bytes()
+    assert len(repos["owner/new"]["main"]) == len(files)
+    assert_same_record(TeacherCache.open(tmp_path / "copy")[4], make_record(plan, 4))
+
+
+class Refusing(dict):
+    """Content that is there; more is an error."""
+
+    def __setitem__(self, key, value):
+        raise AssertionError(f"{key} was sent again")
+
+
+def test_a_part_of_a_cache_is_published(cache, tmp_path):
+    repos = {"owner/part": {"main": {}}}
+    with fake_hub.serve(repos) as address:
+        url = "hf://datasets/owner/part"
+        pushed = stillroom(address, "push", str(cache.root), url, "--signal", "logits")
+        pulled = stillroom(address, "pull", url, str(tmp_path / "copy"))
+    assert pushed.returncode == pulled.returncode == 0, pushed.stderr + pulled.stderr
+    assert "dense: none" in pushed.stderr
+    assert not any(name.endswith("/c/0/0/0") for name in repos["owner/part"]["main"])
+    assert verify(DirectoryStorage(tmp_path / "copy")).problems == []
+
+
+def test_the_hub_says_no(cache, plan, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(cache.root, damaged)
+    next(damaged.rglob("*.arrow")).write_bytes(b"nothing")
+    repos = {"owner/other": {"main": {"manifest.json": b"{}"}}, "owner/empty": {"main": {}}}
+    inbox = fake_hub.Inbox(repos)
+    inbox.refuse = lambda title: 403
+    with fake_hub.serve(repos, inbox) as address:
+        said = {
+            where: stillroom(address, "push", str(folder), where)
+            for where, folder in {
+                "hf://datasets/owner/other": cache.root,
+                "hf://datasets/owner/empty": cache.root,
+                "hf://datasets/owner/empty/damaged": damaged,
+                "hf://datasets/owner": cache.root,
+            }.items()
+        }
+    assert {answer.returncode for answer in said.values()} == {2}
+    words = ["another cache lies there", "hf auth login", "does not verify", "OWNER/NAME"]
+    for answer, word in zip(said.values(), words, strict=True):
+        assert word in answer.stderr, answer.stderr
+    assert inbox.commits == []
+    assert repos["owner/empty"]["main"] == {}
 
 
 def stillroom(address, *arguments):

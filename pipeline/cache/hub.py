@@ -1,0 +1,145 @@
+"""A sealed cache published on the Hugging Face hub.
+
+One idea: the hub takes commits, not files, so a push hands the directory to the hub's own uploader
+(commits of many files, resumable, compared with hashes on arrival) and commits the manifest last:
+a push that was cut off is an unsealed cache there, and the same push goes on. It does not read
+from the hub: BucketStorage does.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache_schemas import layout
+from cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
+from pipeline.cache import partial
+from pipeline.cache.bucket import BucketStorage
+from pipeline.cache.reader import TeacherCache
+from pipeline.cache.sharing import Copied, check_target, wanted
+from pipeline.cache.storage import DirectoryStorage
+from pipeline.cache.verification import Progress, verify
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfUri
+
+PROTOCOL = "hf://"
+REFUSED = (401, 403, 404)
+"""The hub's ways to say no rather than not now."""
+
+
+def push(
+    directory: Path,
+    url: str,
+    signals: list[str] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Copied:
+    """Publish a sealed cache; a data set that does not exist yet is made, private.
+
+    Args:
+        directory: holds the cache.
+        url: `hf://datasets/OWNER/NAME`, with `@REVISION` and `/FOLDER` behind it where wanted.
+        signals: dense signals to publish (`logits` alone means none); None takes all.
+        progress: of the check that comes first, in shards.
+
+    Raises:
+        CacheError: no such signal; no sealed cache; the hub refuses.
+        ShardCorrupt: a file is not what the manifest says; nothing has been sent.
+        PlanMismatch: another cache lies there.
+        CacheIncomplete: the connection failed; the same push again goes on.
+    """
+    source, place = DirectoryStorage(directory), _parsed(url)
+    cache = TeacherCache.open(source)
+    dense = wanted(cache, signals)
+    found = verify(source, progress)
+    if found.problems:
+        raise ShardCorrupt(
+            f"does not verify ({found.problems[0]})",
+            where=str(directory),
+            remedy="Run `stillroom cache repair` on it before anybody gets a copy.",
+        )
+    with _told(url):
+        _make(place)
+        check_target(cache, BucketStorage(url))
+        return _upload(cache, directory, place, dense)
+
+
+def _upload(cache: TeacherCache, directory: Path, place: "HfUri", dense: list[str]) -> Copied:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    left = sorted(set(cache.form.dense) - set(dense))
+    kept_back = [layout.MANIFEST, partial.PARTIAL, f"{layout.STAGING}/*"]
+    HfApi().upload_folder(
+        folder_path=directory,
+        ignore_patterns=[*kept_back, *(f"dense/{name}/*" for name in left)],
+        path_in_repo=place.path_in_repo,
+        commit_message="Teacher cache: shards",
+        **_repository(place),
+    )
+    last = {layout.MANIFEST: cache.storage.read(layout.MANIFEST)}
+    if set(dense) != set(cache.plan.dense_signals):
+        last[partial.PARTIAL] = partial.listing(dense)
+    HfApi().create_commit(
+        operations=[
+            CommitOperationAdd(f"{place.path_in_repo}/{name}".lstrip("/"), data)
+            for name, data in last.items()
+        ],
+        commit_message="Teacher cache: manifest",
+        **_repository(place),
+    )
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    sent = [p for p in files if _is_sent(p.relative_to(directory).parts, left)]
+    return Copied(len(sent), sum(path.stat().st_size for path in sent), sorted(dense))
+
+
+def _is_sent(parts: tuple[str, ...], left: list[str]) -> bool:
+    return parts[0] != layout.STAGING and not (parts[0] == "dense" and parts[1] in left)
+
+
+def _parsed(url: str) -> "HfUri":
+    from huggingface_hub import parse_hf_uri
+
+    try:
+        return parse_hf_uri(url.rstrip("/"))
+    except ValueError as error:
+        raise CacheError(
+            str(error), where=url, remedy="Write hf://datasets/OWNER/NAME[@REVISION][/FOLDER]."
+        ) from None
+
+
+def _repository(place: "HfUri") -> dict[str, Any]:
+    return {"repo_id": place.id, "repo_type": place.type, "revision": place.revision}
+
+
+def _make(place: "HfUri") -> None:
+    """The repository, if it is not there; what is there keeps its visibility."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    if not api.repo_exists(place.id, repo_type=place.type):
+        api.create_repo(place.id, repo_type=place.type, private=True, exist_ok=True)
+
+
+@contextmanager
+def _told(url: str) -> Iterator[None]:
+    """The hub's failures in our words: refused (2), or not now (3)."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise CacheError(
+            "the hub is switched off here", where=url, remedy="Unset HF_HUB_OFFLINE."
+        ) from None
+    except HfHubHTTPError as error:
+        said = str(error).strip().splitlines()[0][:200]
+        if error.response is not None and error.response.status_code in REFUSED:
+            raise CacheError(
+                f"may not be written ({said})",
+                where=url,
+                remedy="Log in with `hf auth login`, or set HF_TOKEN to one that may write there.",
+            ) from None
+        raise CacheIncomplete(f"cannot be written ({said})", where=url) from None
+    except (OSError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CacheIncomplete(f"cannot be written ({said})", where=url) from None
