@@ -49,7 +49,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"`{row['arm']}`",
         f"{row['tokens']:,}",
         str(row["seeds"]),
-        f"{row['bytes_per_token']:.1f}",
+        # The ceiling lives on hidden states, which these bytes leave out.
+        "-" if row["arm"] == CEILING else f"{row['bytes_per_token']:.1f}",
         _with_error(row, "kl", ".3f"),
         _with_error(row, "relative_to_full", "+.1%"),
         _with_error(row, "top1", ".3f"),
