@@ -95,25 +95,32 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     ):
         own = [row for row in rows if row["steps"] == steps]
         _draw(axis, own)
-        axis.set(title=f"{own[0]['tokens']:,} tokens per run")
+        seeds = max(row["seeds"] for row in own)
+        axis.set(title=f"{own[0]['tokens']:,} tokens per run, up to {seeds} seeds")
     figure.savefig(path, dpi=110)
 
 
 def _draw(axis: Any, rows: list[dict[str, Any]]) -> None:
-    """One curve per treatment, and the full vocabulary as a line."""
-    for treatment in sorted({row["arm"].split("-")[0] for row in rows}):
-        own = [row for row in rows if row["arm"].split("-")[0] == treatment]
+    """One curve per treatment; 0 is what the full vocabulary gives."""
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    compared = [r for r in rows if r["arm"] != CEILING and r["relative_to_full"] is not None]
+    for treatment in sorted({row["arm"].split("-")[0] for row in compared}):
+        own = [row for row in compared if row["arm"].split("-")[0] == treatment]
         own.sort(key=lambda row: row["bytes_per_token"])
-        if treatment == CEILING:
-            axis.axhline(own[0]["kl"], linestyle="--", color="grey", label="full vocabulary")
-            continue
         axis.errorbar(
             [row["bytes_per_token"] for row in own],
-            [row["kl"] for row in own],
-            yerr=[row["kl_standard_error"] or 0.0 for row in own],
+            [100 * row["relative_to_full"] for row in own],
+            yerr=[100 * (row["relative_to_full_standard_error"] or 0.0) for row in own],
             marker="o",
             capsize=3,
             label=treatment,
         )
-    axis.set(xscale="log", xlabel="bytes per token, as stored", ylabel="held-out KL (nats)")
-    axis.legend()
+    axis.axhline(0.0, linestyle="--", color="grey")
+    axis.set(xscale="log", xlabel="bytes per token, as stored")
+    axis.set_ylabel("held-out KL above full vocabulary, %")
+    axis.set_xticks([20, 40, 100, 180])
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    if compared:
+        axis.legend()
