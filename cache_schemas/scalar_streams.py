@@ -67,7 +67,7 @@ def predict(name: str, lists: Lists | None, places: np.ndarray | None, rows: int
     if lists is not None and name == "entropy":
         return _list_entropy(lists)
     if lists is not None and name == "token_logprob" and places is not None and places.size:
-        from cache_schemas.kernels.topk import entries_at
+        from cache_schemas.kernels.places import entries_at
 
         found = np.empty(rows)
         entries_at(lists.logprobs, lists.counts, places, found)
@@ -76,7 +76,7 @@ def predict(name: str, lists: Lists | None, places: np.ndarray | None, rows: int
 
 
 def _list_entropy(lists: Lists) -> np.ndarray:
-    from cache_schemas.kernels.topk import list_entropy
+    from cache_schemas.kernels.topk_decoding import list_entropy
 
     entropy, table = np.empty(len(lists.counts)), lists.table
     rows = lists.levels, lists.counts, lists.logprobs, lists.shifts

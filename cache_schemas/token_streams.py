@@ -40,7 +40,7 @@ def decode_tokens(
     prompt = rankings.common[prompt]
     if not num_following:
         return prompt, np.empty(0, dtype=np.int64)
-    from cache_schemas.kernels.topk import tokens_after
+    from cache_schemas.kernels.places import tokens_after
 
     places = record.stream(PLACES, num_following, "u2").astype(np.int64)
     k = lists.ids.shape[1]
@@ -55,10 +55,10 @@ def decode_tokens(
 
 def places_of(following: np.ndarray, lists: Lists) -> np.ndarray:
     """int64 [R]: where each token stands in its row's list; k where it does not."""
-    from cache_schemas.kernels import topk
+    from cache_schemas.kernels import places as kernel
 
     places = np.empty(len(following), dtype=np.int64)
-    topk.places_of(lists.ids, following, places)
+    kernel.places_of(lists.ids, following, places)
     return places
 
 
@@ -146,7 +146,7 @@ def _looked_up(ranks: np.ndarray, classes: np.ndarray, rankings: Rankings) -> np
 def _groups(places: np.ndarray, lists: Lists) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(1 + first place of the token's group, whether the token is alone in it, whether it is in
     the list at all), each [R]; tokens outside the list start at k + 1."""
-    from cache_schemas.kernels.topk import groups
+    from cache_schemas.kernels.places import groups
 
     start, sizes = np.empty(len(places), dtype=np.int64), np.empty(len(places), dtype=np.int64)
     groups(lists.levels, lists.counts, places, start, sizes)

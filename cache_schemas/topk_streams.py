@@ -90,7 +90,7 @@ class TopkCoder:
         Raises:
             ShardCorrupt: the streams contradict each other or the tables.
         """
-        from cache_schemas.kernels.topk import merge_ids
+        from cache_schemas.kernels.topk_decoding import merge_ids
 
         finer, scale = (int(value) for value in record.stream(PARAMETERS, 2, "u1"))
         if finer > MAX_FINER or scale > 1:
@@ -169,7 +169,7 @@ class TopkCoder:
         return streams | {STEPS: steps, -1: order}
 
     def _lists(self, ids, levels, tail_levels, counts, classes, finer, scale) -> Lists:
-        from cache_schemas.kernels.topk import merge_logprobs
+        from cache_schemas.kernels.topk_decoding import merge_logprobs
 
         table = self._table(finer)
         logprobs = np.empty(ids.shape, dtype=np.float32)
@@ -188,7 +188,7 @@ class TopkCoder:
         return counts
 
     def _merged_levels(self, record: Record, counts: np.ndarray, k: int, finer: int) -> np.ndarray:
-        from cache_schemas.kernels.topk import merge_levels
+        from cache_schemas.kernels.topk_decoding import merge_levels
 
         sizes = _stream_sizes(counts, k, full=COUNTS not in record.entries)
         first = record.stream(FIRST_GAP, sizes[0], "u2")
@@ -239,7 +239,7 @@ def _largest(quads: np.ndarray, ends: np.ndarray) -> int:
 
 @functools.cache
 def _running_sums() -> np.ndarray:
-    from cache_schemas.kernels.topk import running_sums
+    from cache_schemas.kernels.topk_decoding import running_sums
 
     return running_sums()
 
