@@ -15,6 +15,7 @@ from cache_schemas import layout
 from cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
 from pipeline.cache import partial
 from pipeline.cache.bucket import BucketStorage
+from pipeline.cache.location import scrub
 from pipeline.cache.reader import TeacherCache
 from pipeline.cache.sharing import Copied, check_target, wanted
 from pipeline.cache.storage import DirectoryStorage
@@ -42,6 +43,9 @@ def push(
         signals: dense signals to publish (`logits` alone means none); None takes all.
         progress: of the check that comes first, in shards.
 
+    Returns:
+        All files of the published cache: the hub does not say which of them it had.
+
     Raises:
         CacheError: no such signal; no sealed cache; the hub refuses.
         ShardCorrupt: a file is not what the manifest says; nothing has been sent.
@@ -66,12 +70,13 @@ def push(
 
 def _upload(cache: TeacherCache, directory: Path, place: "HfUri", dense: list[str]) -> Copied:
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import filter_repo_objects
 
-    left = sorted(set(cache.form.dense) - set(dense))
-    kept_back = [layout.MANIFEST, partial.PARTIAL, f"{layout.STAGING}/*"]
+    left_out = [f"dense/{name}/*" for name in sorted(set(cache.form.dense) - set(dense))]
+    ignored = [layout.MANIFEST, partial.PARTIAL, f"{layout.STAGING}/*", *left_out]
     HfApi().upload_folder(
         folder_path=directory,
-        ignore_patterns=[*kept_back, *(f"dense/{name}/*" for name in left)],
+        ignore_patterns=list(ignored),
         path_in_repo=place.path_in_repo,
         commit_message="Teacher cache: shards",
         **_repository(place),
@@ -87,13 +92,10 @@ def _upload(cache: TeacherCache, directory: Path, place: "HfUri", dense: list[st
         commit_message="Teacher cache: manifest",
         **_repository(place),
     )
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    sent = [p for p in files if _is_sent(p.relative_to(directory).parts, left)]
-    return Copied(len(sent), sum(path.stat().st_size for path in sent), sorted(dense))
-
-
-def _is_sent(parts: tuple[str, ...], left: list[str]) -> bool:
-    return parts[0] != layout.STAGING and not (parts[0] == "dense" and parts[1] in left)
+    names = [str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()]
+    files = list(filter_repo_objects(names, ignore_patterns=ignored))
+    size = sum((directory / name).stat().st_size for name in files) + sum(map(len, last.values()))
+    return Copied(len(files) + len(last), size, sorted(dense))
 
 
 def _parsed(url: str) -> "HfUri":
@@ -132,7 +134,7 @@ def _told(url: str) -> Iterator[None]:
             "the hub is switched off here", where=url, remedy="Unset HF_HUB_OFFLINE."
         ) from None
     except HfHubHTTPError as error:
-        said = str(error).strip().splitlines()[0][:200]
+        said = scrub(str(error).strip().splitlines()[0])[:200]
         if error.response is not None and error.response.status_code in REFUSED:
             raise CacheError(
                 f"may not be written ({said})",
@@ -141,5 +143,5 @@ def _told(url: str) -> Iterator[None]:
             ) from None
         raise CacheIncomplete(f"cannot be written ({said})", where=url) from None
     except (OSError, RuntimeError) as error:
-        said = f"{type(error).__name__}: {str(error)[:200]}"
+        said = f"{type(error).__name__}: {scrub(str(error))[:200]}"
         raise CacheIncomplete(f"cannot be written ({said})", where=url) from None
