@@ -6,9 +6,10 @@ two arms has a smaller error than either. It runs nothing.
 """
 
 import json
-import statistics
 from pathlib import Path
 from typing import Any
+
+from stages.vision_findings import spread
 
 CEILING = "full"
 """The arm that others are compared with: the teacher's whole distribution."""
@@ -81,8 +82,8 @@ def _row(cells: list[dict], ceiling: list[dict]) -> dict[str, Any]:
 
 
 def _mean_and_error(values: list[float], key: str) -> dict[str, float | None]:
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return {key: statistics.mean(values) if values else None, f"{key}_standard_error": error}
+    found = spread(values) if values else {"mean": None, "error": None}
+    return {key: found["mean"], f"{key}_standard_error": found["error"]}
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:

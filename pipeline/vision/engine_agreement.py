@@ -47,9 +47,9 @@ def compare(teacher: Teacher, corpus: Corpus, count: int, k: int = 16) -> dict[s
         "examples": len(examples),
         "rejected": [error.example.example_id for error in rejected],
         "logprob": _largest(pairs, "topk_logprobs"),
-        "answers": _largest_of_answers(pairs),
+        "answers": _largest(pairs, "topk_logprobs", _answers),
         "rounding": _largest(exact, "topk_logprobs"),
-        "answers_rounding": _largest_of_answers(exact),
+        "answers_rounding": _largest(exact, "topk_logprobs", _answers),
         "lse": _largest(pairs, "lse"),
         "hidden": max(_relative(pair, name) for pair in pairs for name in HIDDEN),
         "same_rows": float(np.mean([_same_rows(pair) for pair in pairs])),
@@ -74,12 +74,9 @@ def _records(
         engine.close()
 
 
-def _largest(pairs: list[tuple], name: str) -> float:
-    return max(float(_apart(pair, name).max()) for pair in pairs)
-
-
-def _largest_of_answers(pairs: list[tuple]) -> float:
-    return max(float(_apart(pair, "topk_logprobs")[_answers(pair)].max()) for pair in pairs)
+def _largest(pairs: list[tuple], name: str, of: Callable = lambda pair: ...) -> float:
+    """Over the pairs, in the rows that `of` picks."""
+    return max(float(_apart(pair, name)[of(pair)].max()) for pair in pairs)
 
 
 def _apart(pair: tuple, name: str) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Heads on several ranks: two gloo processes against one, value and gradient."""
 
 import json
-import os
 import traceback
 from datetime import timedelta
 from itertools import product
@@ -23,6 +22,7 @@ from pipeline.kernels.distributed_head import (
 )
 from pipeline.kernels.topk_divergence import topk_divergence
 from tests.contract.divergence_cases import error, make_case
+from tests.ranks import leave
 
 RANKS = 2
 PATIENCE = timedelta(seconds=60)
@@ -54,10 +54,7 @@ def _join(rank, directory):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=PATIENCE)
     found = {check.__name__: _outcome(check) for check in CHECKS}
     Path(directory, f"rank{rank}").write_text(json.dumps(found))
-    dist.barrier()
-    # Gloo's threads outlive destroy_process_group, and one that lets go of a tensor while Python
-    # shuts down aborts the process (pytorch#190489). There is nothing left to shut down for.
-    os._exit(0)
+    leave()
 
 
 def _outcome(check):
