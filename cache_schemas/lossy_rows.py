@@ -13,7 +13,7 @@ from cache_schemas.codebook import Codebook
 from cache_schemas.lists import Lists, RowError
 from cache_schemas.rankings import Rankings
 from cache_schemas.streams import Record, Streams
-from cache_schemas.topk_streams import PARAMETERS, TopkCoder
+from cache_schemas.topk_streams import PARAMETERS, TAIL, TopkCoder
 
 LISTS = ("topk_ids", "topk_logprobs", "tail_logprob")
 DRAWS = ("draw_ids", "draw_counts")
@@ -52,8 +52,7 @@ class LossyRows:
         lists, error, places = None, RowError(), None
         classes = self._choose(arrays)
         if "topk_ids" in arrays and "topk_logprobs" in arrays:
-            none = np.empty(0, dtype=np.float32)
-            tail = arrays.pop("tail_logprob", none) if self.k else none
+            tail = arrays.pop("tail_logprob", None) if self.k else None
             given = arrays.pop("topk_ids"), arrays.pop("topk_logprobs")
             streams, lists, error = self._lists.encode(*given, tail, classes)
         if "draw_ids" in arrays and "draw_counts" in arrays and lists is not None:
@@ -75,7 +74,7 @@ class LossyRows:
         places = None
         if lists is not None:
             found = {"topk_ids": lists.ids, "topk_logprobs": lists.logprobs}
-            if lists.tail.size or (self.k and not record.rows):
+            if TAIL in record.entries:
                 found["tail_logprob"] = lists.tail
             if token_streams.PROMPT in record.entries and not _FROM_PLACES.isdisjoint(names):
                 tokens, places = token_streams.decode_tokens(record, lists, self.rankings)

@@ -50,20 +50,26 @@ class TopkCoder:
         self._levels_of: dict[int, LevelTable] = {}
 
     def encode(
-        self, ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray, classes: np.ndarray
+        self, ids: np.ndarray, logprobs: np.ndarray, given: np.ndarray | None, classes: np.ndarray
     ) -> tuple[Streams, Lists, RowError]:
-        """Streams of the rows, the lists they decode to, and the error; `tail` may be empty.
+        """Streams of the rows, the lists they decode to, and the error.
+
+        Args:
+            ids, logprobs: [R, k].
+            given: [R] tail_logprob, if there is one: a record of no rows holds it all the same.
+            classes: [R] of the rankings.
 
         Raises:
             CacheError: a value that is no id or no log-probability; names signal and row.
         """
         ids, logprobs = _sorted(ids, logprobs)
+        tail = np.empty(0, dtype=np.float32) if given is None else given
         masses = np.exp(logprobs, dtype=np.float64)
         scale = self.normalise and _sums_to_one(masses, tail)
         for finer in range(MAX_FINER + 1):
             levels, tail_levels, counts = self._levels(ids, logprobs, tail, finer)
-            given = logprobs, tail, masses
-            error = self._error(*given, levels, tail_levels, counts, finer, scale)
+            values = logprobs, tail, masses
+            error = self._error(*values, levels, tail_levels, counts, finer, scale)
             if error.kl_max <= self.max_kl:
                 break
         else:
@@ -75,7 +81,7 @@ class TopkCoder:
             )
         streams = self._streams(ids, levels, counts, classes)
         streams[PARAMETERS] = np.array([finer, scale], dtype=np.uint8)
-        if tail.size:
+        if given is not None:
             streams[TAIL] = tail_levels
         order = streams.pop(-1)
         return (

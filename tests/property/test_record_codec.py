@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cache_schemas.lossy_rows import LISTS
 from cache_schemas.record_codec import MAX_KL, MEAN_KL, NAMES, RowCodec
 from tests.codec_samples import (
     SHAPES,
@@ -29,6 +30,9 @@ sizes = st.fixed_dictionaries(
         "nucleus": st.booleans(),
     }
 )
+
+NO_ROWS = {"seed": 0, "rows": 0, "k": 1, "vocab": 131, "shape": "peaked"}
+NO_ROWS |= {"draws": 0, "prompt": 1, "nucleus": False}
 
 
 def fitted(profile: str, size: dict, samples: list) -> RowCodec:
@@ -66,6 +70,8 @@ def test_round_trip_stays_within_the_stated_bounds(size, profile, foreign):
     kept=st.sets(st.sampled_from(NAMES)),
     wanted=st.sets(st.sampled_from(NAMES)),
 )
+@example(size=NO_ROWS, profile="small", kept={"topk_ids", "topk_logprobs"}, wanted={"tail_logprob"})
+@example(size=NO_ROWS, profile="small", kept={*LISTS}, wanted={"tail_logprob"})
 def test_any_subset_of_signals_is_stored_and_any_subset_is_read(size, profile, kept, wanted):
     expected = record(**size)
     codec = fitted(profile, size, [expected])
