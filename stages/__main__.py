@@ -81,7 +81,19 @@ def main() -> NoReturn:
         hush_libraries()
     code = run(arguments, debug)
     sys.stdout.flush()
+    if arguments[:1] == ["train"] and os.environ.get("WORLD_SIZE", "1") != "1":
+        leave_group(code)
     sys.exit(code)
+
+
+def leave_group(code: int) -> NoReturn:
+    """End a rank of several with `code`, without Python's shutdown.
+
+    Gloo's threads outlive destroy_process_group, and one that lets go of a tensor during the
+    shutdown aborts a run that was done (pytorch#190489).
+    """
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def hush_libraries() -> None:

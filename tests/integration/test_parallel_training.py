@@ -20,6 +20,7 @@ from tests.integration.test_training import make_run
 CHILD = """
 import json, sys
 from pipeline.trainer import Interrupted, train
+from stages.__main__ import leave_group
 from tests.integration.test_training import make_run
 
 directory, teacher, changes, stop_after = json.loads(sys.argv[1])
@@ -27,7 +28,8 @@ asked = iter(range(1000))
 try:
     train(make_run(directory, teacher, **changes), stop=lambda: next(asked) >= stop_after)
 except Interrupted as error:
-    sys.exit(error.exit_code)
+    leave_group(error.exit_code)
+leave_group(0)
 """
 
 
