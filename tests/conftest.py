@@ -10,9 +10,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("NO_COLOR", "1")
 
 import pytest
+from hypothesis import settings
 
 import pipeline  # noqa: F401  (see pipeline.cpu_wheels)
 from tests import tiny_models
+
+# The same examples every time, however slow the machine; new ones: --hypothesis-profile=default.
+settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")
