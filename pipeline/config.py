@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cache_schemas.errors import ConfigError
 from pipeline.strict import Table, validate
@@ -106,11 +106,12 @@ class Teacher(Table):
 class Capture(Table):
     """What is kept of the teacher's answers. All of it changes meaning, so it is in the plan."""
 
-    k: int = Field(default=64, ge=0, le=512)
+    k: int = Field(default=12, ge=0, le=512)
     """Ids kept exactly. With 0 the tail is everything, and draws are all that is kept of it (random
     sampling KD, arXiv 2503.16870)."""
-    tail_draws: int = Field(default=0, ge=0, le=512, validate_default=True)
-    """Draws from the tail per row, in proportion to p; 0 keeps only the tail's mass."""
+    tail_draws: int = Field(default=12, ge=0, le=512, validate_default=True)
+    """Draws from the tail per row, in proportion to p; 0 keeps only the tail's mass. The default is
+    0 where k or nucleus is given, else 12 (runbooks/decisions/0031)."""
     nucleus: float = Field(default=0.0, ge=0, lt=1)
     """Of the k ids keep only the fewest whose mass reaches this, row by row; 0 keeps all k."""
     temperatures: tuple[float, ...] = (1.0,)
@@ -133,6 +134,13 @@ class Capture(Table):
     """Also keep rows at image placeholder positions."""
     examples_per_shard: int = Field(default=16, ge=1)
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_that_are_asked_for_come_without_draws(cls, given: Any) -> Any:
+        if isinstance(given, dict) and not {"k", "nucleus"}.isdisjoint(given):
+            return {"tail_draws": 0} | given
+        return given
 
     @field_validator("tail_draws")
     @classmethod

@@ -47,7 +47,9 @@ def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts]) -> Te
             where=where,
             remedy="Name it under [train.caches].",
         )
-    needs, facts = spec.needs(options), caches[table.cache]
+    facts = caches[table.cache]
+    options = spec.settle(options, facts)
+    needs = spec.needs(options)
     ranked = CURRICULUM_SIGNALS[table.curriculum]
     needs = replace(needs, signals=(*needs.signals, *ranked))
     _check_needs(needs, facts, f"{where} '{table.name}'")

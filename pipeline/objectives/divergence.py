@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from cache_schemas.errors import ConfigError
 from pipeline.kernels.divergences import DivergenceName
 from pipeline.kernels.topk_divergence import topk_divergence
-from pipeline.objectives.registry import Context, Needs, Spec, register
+from pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
 from pipeline.strict import Table
 
 DIVERGENCES = get_args(DivergenceName)
@@ -31,7 +31,9 @@ class DivergenceOptions(Table):
 
     temperature: float = Field(default=1.0, gt=0)
     """Must be one that the cache holds; the loss carries its square (Hinton et al. 2015)."""
-    tail: Literal["bucket", "sampled", "truncate", "renormalise"] = "bucket"
+    tail: Literal["auto", "bucket", "sampled", "truncate", "renormalise"] = "auto"
+    """`auto`: `sampled` where the cache holds draws and the rest of the line can use them, else
+    `bucket`."""
     k: int = Field(default=0, ge=0)
     """Use only the first k cached ids; 0 uses all."""
     beta: float = Field(default=0.5, gt=0, lt=1)
@@ -49,10 +51,14 @@ class DivergenceOptions(Table):
 
     @model_validator(mode="after")
     def _draws_are_of_temperature_one(self) -> "DivergenceOptions":
-        if self.tail == "sampled" and (self.temperature != 1.0 or self.normalise_logits):
+        if self.tail != "sampled":
+            return self
+        if self.temperature != 1.0 or self.normalise_logits:
             raise ValueError(
                 "draws are of p at temperature 1: tail = 'sampled' takes no other, nor z-scores"
             )
+        if self.k:
+            raise ValueError("draws are from beyond all cached ids: tail = 'sampled' takes no k")
         return self
 
 
@@ -223,6 +229,15 @@ def _teacher_argmax(context: Context) -> torch.Tensor:
     return hard_label(context, context.teacher["topk_ids"][:, 0])
 
 
+def _settled(divergence: str, options: DivergenceOptions, cache: CacheFacts) -> DivergenceOptions:
+    """Options with `tail = "auto"` decided for a cache."""
+    if options.tail != "auto":
+        return options
+    other = options.temperature != 1.0 or options.normalise_logits or options.k
+    usable = divergence == "forward_kl" and "draw_ids" in cache.signals and not other
+    return options.model_copy(update={"tail": "sampled" if usable else "bucket"})
+
+
 def _divergence_needs(divergence: str, options: DivergenceOptions) -> Needs:
     if options.tail == "sampled" and divergence != "forward_kl":
         raise ConfigError(
@@ -247,7 +262,8 @@ def _argmax_needs(_options: LabelOptions) -> Needs:
 
 def _register_divergence(name: str) -> None:
     compute, needs = partial(_divergence, divergence=name), partial(_divergence_needs, name)
-    register(Spec(name, "row", DivergenceOptions, compute, needs))
+    settle = partial(_settled, name)
+    register(Spec(name, "row", DivergenceOptions, compute, needs, settle=settle))
 
 
 for _name in DIVERGENCES:

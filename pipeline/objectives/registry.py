@@ -112,6 +112,7 @@ class Spec:
         applies: (options, batch, Teacher) -> bool [units]: which ones have what it takes.
         report: `Context.sums`, added up -> numbers to log.
         warn: those numbers -> a warning, or nothing.
+        settle: (options, CacheFacts) -> options, with what depends on the cache decided.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Spec:
     applies: Callable[[Any, DistillBatch, Teacher], torch.Tensor] | None = None
     report: Callable[[dict[str, float]], dict[str, float]] | None = None
     warn: Callable[[dict[str, float]], str] | None = None
+    settle: Callable[[Any, CacheFacts], Any] = lambda options, _: options
 
 
 OBJECTIVES: dict[str, Spec] = {}

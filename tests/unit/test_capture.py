@@ -107,6 +107,21 @@ def test_a_nucleus_goes_without_draws():
             Capture(nucleus=0.9, **settings)
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, (12, 12)),
+        ({"k": 64}, (64, 0)),
+        ({"nucleus": 0.9}, (12, 0)),
+        ({"tail_draws": 4}, (12, 4)),
+    ],
+)
+def test_lists_that_are_asked_for_come_without_draws(given, kept):
+    table = Capture(**given)
+    assert (table.k, table.tail_draws) == kept
+    assert Capture(**table.model_dump()) == table
+
+
 def test_an_interrupted_capture_goes_on_and_seals_the_same(run):
     whole = elsewhere(run, "whole")
     capture(whole, engine="reference")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+from cache_schemas.errors import ConfigError
 from pipeline.data.batch import DistillBatch, Teacher, Units
 from pipeline.objectives import registry
 from pipeline.objectives.alignment import distance
@@ -83,6 +84,7 @@ class World:
         )
         spec, checked = registry.find(name, options, "test")
         facts = CacheFacts(tuple(self.signals), TEMPERATURES, VOCABULARY)
+        checked = spec.settle(checked, facts)
         made = torch.ones(ROWS, dtype=torch.float64) if weights is None else weights
         states = StudentStates(self.hidden, Head(self.head, None, None))
         return spec, Context(
@@ -240,6 +242,30 @@ def test_ids_that_a_smaller_student_lacks_join_the_tail():
     rows = world.rows("forward_kl")
     assert torch.isfinite(rows).all()
     assert all(torch.isfinite(g).all() for g in world.gradients(rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tail"),
+    [
+        ("forward_kl", {}, "sampled"),
+        ("forward_kl", {"temperature": 2.0}, "bucket"),
+        ("forward_kl", {"k": 2}, "bucket"),
+        ("forward_kl", {"normalise_logits": True}, "bucket"),
+        ("jsd", {}, "bucket"),
+    ],
+)
+def test_draws_are_used_where_they_can_be(name, options, tail):
+    world = World(k=4, draws=3)
+    settled = world.context(name, **options)[1].options
+    assert settled.tail == tail
+    expected = world.rows(name, tail=tail, **options)
+    torch.testing.assert_close(world.rows(name, **options), expected, rtol=0, atol=0)
+    assert World(k=4, draws=0).context(name, **options)[1].options.tail == "bucket"
+
+
+def test_draws_beyond_all_ids_do_not_go_with_fewer_ids():
+    with pytest.raises(ConfigError, match="from beyond all cached ids"):
+        World().rows("forward_kl", tail="sampled", k=2)
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine", "smooth_l1"])
