@@ -17,7 +17,7 @@ PARTS = ["bias", "noise"]
 """Of the error, shown with `--all`: where every column is, 80 characters are too few."""
 
 BUDGET = 40.0
-"""Within it students came to within 2 % of full-vocabulary distillation (runbooks/72)."""
+"""The size at which students did as well as on 64 ids and a bucket (runbooks/decisions/0031)."""
 
 
 def plan(

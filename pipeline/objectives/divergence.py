@@ -50,16 +50,18 @@ class DivergenceOptions(Table):
     code adds, is in no cache."""
 
     @model_validator(mode="after")
-    def _draws_are_of_temperature_one(self) -> "DivergenceOptions":
-        if self.tail != "sampled":
-            return self
-        if self.temperature != 1.0 or self.normalise_logits:
-            raise ValueError(
-                "draws are of p at temperature 1: tail = 'sampled' takes no other, nor z-scores"
-            )
-        if self.k:
-            raise ValueError("draws are from beyond all cached ids: tail = 'sampled' takes no k")
+    def _draws_can_serve(self) -> "DivergenceOptions":
+        if self.tail == "sampled" and (reason := self.why_no_draws()):
+            raise ValueError(reason)
         return self
+
+    def why_no_draws(self) -> str:
+        """What of these options draws cannot serve; empty where they can."""
+        if self.temperature != 1.0 or self.normalise_logits:
+            return "draws are of p at temperature 1: tail = 'sampled' takes no other, nor z-scores"
+        if self.k:
+            return "draws are from beyond all cached ids: tail = 'sampled' takes no k"
+        return ""
 
 
 class LabelOptions(Table):
@@ -233,8 +235,8 @@ def _settled(divergence: str, options: DivergenceOptions, cache: CacheFacts) -> 
     """Options with `tail = "auto"` decided for a cache."""
     if options.tail != "auto":
         return options
-    other = options.temperature != 1.0 or options.normalise_logits or options.k
-    usable = divergence == "forward_kl" and "draw_ids" in cache.signals and not other
+    drawn = divergence == "forward_kl" and "draw_ids" in cache.signals
+    usable = drawn and not options.why_no_draws()
     return options.model_copy(update={"tail": "sampled" if usable else "bucket"})
 
 
