@@ -183,7 +183,9 @@ def test_row_divergence_agrees_with_the_whole_sum():
     assert furthest == pytest.approx(0.2, rel=1e-4)
 
 
-def test_audit_passes_the_teacher_itself_and_fails_another(cache):
+@pytest.mark.parametrize("kept", [{"hidden_layers": [2]}, {"k": 0, "tail_draws": 4}])
+def test_audit_passes_the_teacher_itself_and_fails_another(kept, tmp_path):
+    cache = write_cache(tmp_path / "first", make_plan(**kept))
     mine = audit(cache, lambda examples: [answer(cache, e, seed=0) for e in examples])
     assert mine.passed
     other = audit(cache, lambda examples: [answer(cache, e, seed=1) for e in examples])
