@@ -3,6 +3,7 @@
 import numpy as np
 
 from cache_schemas.manifest import Plan
+from pipeline.cache.writer import CacheWriter
 from pipeline.record import Example, ImageSpan, TeacherRecord, content_id
 
 VOCAB = 997
@@ -54,6 +55,20 @@ def make_record(plan: Plan, number: int, seed: int = 0) -> TeacherRecord:
 def records_of(plan: Plan, shard: int, seed: int = 0) -> list[TeacherRecord]:
     """All records of a shard."""
     return [make_record(plan, number, seed) for number in plan.shard_range(shard)]
+
+
+def write_cache(root, plan: Plan, seed: int = 0, shards: list[int] | None = None, preview=None):
+    """A sealed cache of every record; with `shards`, an unsealed one of these alone.
+
+    Returns:
+        `root`.
+    """
+    writer = CacheWriter.open(root, plan, preview=preview)
+    for shard in writer.missing() if shards is None else shards:
+        writer.write(shard, records_of(plan, shard, seed))
+    if shards is None:
+        writer.seal()
+    return root
 
 
 def assert_same_record(found: TeacherRecord, expected: TeacherRecord) -> None:

@@ -12,11 +12,10 @@ from cache_schemas import canonical, layout
 from pipeline.cache.reader import TeacherCache
 from pipeline.cache.storage import Disk
 from pipeline.cache.verification import verify
-from pipeline.cache.writer import CacheWriter
 from stages.__main__ import run
 from tests.cache_trials import contents
 from tests.services import ACCESS_KEY, SECRET_KEY, rclone, s3_options
-from tests.synthetic_records import make_plan, records_of
+from tests.synthetic_records import make_plan, write_cache
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +27,6 @@ def original(tmp_path_factory):
 @pytest.fixture
 def cache(original, tmp_path):
     return shutil.copytree(original, tmp_path / "cache")
-
-
-def write_cache(root, plan, seed=0):
-    writer = CacheWriter.open(root, plan)
-    writer.fit(records_of(plan, 0, seed))
-    for shard in writer.missing():
-        writer.write(shard, records_of(plan, shard, seed))
-    writer.seal()
-    return root
 
 
 def stillroom(capfd, *arguments):

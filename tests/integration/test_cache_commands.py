@@ -7,10 +7,9 @@ import shutil
 import pytest
 
 from cache_schemas import layout
-from pipeline.cache.writer import CacheWriter
 from stages.__main__ import run
 from tests import memory_cache
-from tests.synthetic_records import make_plan, records_of
+from tests.synthetic_records import make_plan, write_cache
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +25,6 @@ def original(tmp_path_factory, plan):
 @pytest.fixture
 def cache(original, tmp_path):
     return shutil.copytree(original, tmp_path / "run" / "cache")
-
-
-def write_cache(root, plan, shards=None):
-    writer = CacheWriter.open(root, plan, preview=lambda example: f"preview {example.source}")
-    for shard in writer.missing() if shards is None else shards:
-        writer.write(shard, records_of(plan, shard))
-    if shards is None:
-        writer.seal()
-    return root
 
 
 def stillroom(capsys, *arguments):

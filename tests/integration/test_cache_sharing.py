@@ -16,7 +16,13 @@ from pipeline.cache.storage import DirectoryStorage
 from pipeline.cache.verification import verify
 from pipeline.cache.writer import CacheWriter
 from tests.services import ACCESS_KEY, FAULTS, SECRET_KEY, Proxy, rclone, s3_options
-from tests.synthetic_records import assert_same_record, make_plan, make_record, records_of
+from tests.synthetic_records import (
+    assert_same_record,
+    make_plan,
+    make_record,
+    records_of,
+    write_cache,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +33,6 @@ def plan():
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory, plan):
     return DirectoryStorage(write_cache(tmp_path_factory.mktemp("original") / "cache", plan))
-
-
-def write_cache(root, plan, seed=0):
-    writer = CacheWriter.open(root, plan)
-    for shard in writer.missing():
-        writer.write(shard, records_of(plan, shard, seed))
-    writer.seal()
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -13,21 +13,17 @@ from pipeline.cache.rewriting import Selection, merge, reshard, subset
 from pipeline.cache.sharing import copy
 from pipeline.cache.storage import DirectoryStorage
 from pipeline.cache.verification import verify
-from pipeline.cache.writer import CacheWriter
-from tests.synthetic_records import assert_same_record, make_plan, make_record, records_of
+from tests.synthetic_records import assert_same_record, make_plan, make_record, write_cache
 
 
-def write_cache(root, plan, seed=0):
-    writer = CacheWriter.open(root, plan, preview=lambda example: f"text of {example.source}")
-    for shard in writer.missing():
-        writer.write(shard, records_of(plan, shard, seed))
-    writer.seal()
+def cache_at(root, plan, seed=0):
+    root = write_cache(root, plan, seed, preview=lambda example: f"text of {example.source}")
     return TeacherCache.open(root)
 
 
 @pytest.fixture
 def cache(tmp_path):
-    return write_cache(tmp_path / "first", make_plan(hidden_layers=[2], images=True))
+    return cache_at(tmp_path / "first", make_plan(hidden_layers=[2], images=True))
 
 
 def sound(root):
@@ -60,7 +56,7 @@ def test_reshard_of_a_partial_copy_holds_what_the_copy_holds(cache, tmp_path):
 
 
 def test_reshard_of_a_fitted_profile_copies_bytes(tmp_path):
-    first = write_cache(tmp_path / "first", make_plan(profile="small"))
+    first = cache_at(tmp_path / "first", make_plan(profile="small"))
     reshard(first, tmp_path / "new", 5)
     for mine, theirs in zip(sound(tmp_path / "new"), first, strict=True):
         assert_same_record(mine, theirs)
@@ -100,7 +96,7 @@ def test_an_empty_subset_is_refused(cache, tmp_path):
 
 
 def test_merge_joins_caches_and_keeps_the_first_of_a_repeated_example(cache, tmp_path):
-    other = write_cache(tmp_path / "second", longer(cache.plan), seed=5)
+    other = cache_at(tmp_path / "second", longer(cache.plan), seed=5)
     merge([cache, other], tmp_path / "new")
     new = sound(tmp_path / "new")
     assert len(new) == 14
@@ -115,15 +111,15 @@ def longer(plan):
 
 
 def test_merge_of_unlike_caches_names_the_difference(cache, tmp_path):
-    other = write_cache(tmp_path / "second", make_plan(k=4, hidden_layers=[2]))
+    other = cache_at(tmp_path / "second", make_plan(k=4, hidden_layers=[2]))
     with pytest.raises(PlanMismatch, match=r"capture\.k: found 4, expected 8"):
         merge([cache, other], tmp_path / "new")
 
 
 def test_merge_of_other_tables_needs_recoding(tmp_path):
     plan = make_plan(profile="small")
-    first = write_cache(tmp_path / "first", plan)
-    second = write_cache(tmp_path / "second", longer(plan), seed=3)
+    first = cache_at(tmp_path / "first", plan)
+    second = cache_at(tmp_path / "second", longer(plan), seed=3)
     with pytest.raises(PlanMismatch, match="--recode"):
         merge([first, second], tmp_path / "new")
     merge([first, second], tmp_path / "new", recode=True)
@@ -141,7 +137,7 @@ def test_diff_of_a_cache_with_itself_is_nothing(cache):
 
 
 def test_diff_of_other_answers_measures_them(cache, tmp_path):
-    found = diff(cache, write_cache(tmp_path / "second", longer(cache.plan), seed=5))
+    found = diff(cache, cache_at(tmp_path / "second", longer(cache.plan), seed=5))
     assert (found.only_first, found.only_second, found.shared) == (0, 4, 10)
     assert found.plan == [
         "shards.count: found 5, expected 4",
@@ -155,11 +151,11 @@ def test_diff_of_other_answers_measures_them(cache, tmp_path):
 def test_diff_of_draws_alone_compares_the_tokens_that_followed(tmp_path):
     """k = 0 keeps no list; KL of the token against all others is a lower bound."""
     plan = make_plan(k=0, tail_draws=4)
-    first = write_cache(tmp_path / "first", plan)
+    first = cache_at(tmp_path / "first", plan)
     same = diff(first, first).values
     assert same is not None
     assert (same.kl_max, np.isnan(same.top1)) == (0, True)
-    other = diff(first, write_cache(tmp_path / "second", plan, seed=5)).values
+    other = diff(first, cache_at(tmp_path / "second", plan, seed=5)).values
     assert other is not None
     assert other.kl_mean > 0.01
     record, again = first[0], make_record(plan, 0, seed=5)
@@ -185,7 +181,7 @@ def test_row_divergence_agrees_with_the_whole_sum():
 
 @pytest.mark.parametrize("kept", [{"hidden_layers": [2]}, {"k": 0, "tail_draws": 4}])
 def test_audit_passes_the_teacher_itself_and_fails_another(kept, tmp_path):
-    cache = write_cache(tmp_path / "first", make_plan(**kept))
+    cache = cache_at(tmp_path / "first", make_plan(**kept))
     mine = audit(cache, lambda examples: [answer(cache, e, seed=0) for e in examples])
     assert mine.passed
     other = audit(cache, lambda examples: [answer(cache, e, seed=1) for e in examples])

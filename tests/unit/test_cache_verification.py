@@ -13,7 +13,7 @@ from pipeline.cache.repair import repair
 from pipeline.cache.storage import DirectoryStorage
 from pipeline.cache.verification import check_record, verify
 from pipeline.cache.writer import CacheWriter
-from tests.synthetic_records import make_plan, make_record, records_of
+from tests.synthetic_records import make_plan, make_record, records_of, write_cache
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,6 @@ def original(tmp_path_factory, plan):
 @pytest.fixture
 def sealed(original, tmp_path):
     return shutil.copytree(original, tmp_path / "cache")
-
-
-def write_cache(root, plan, seed=0):
-    writer = CacheWriter.open(root, plan)
-    for shard in writer.missing():
-        writer.write(shard, records_of(plan, shard, seed))
-    writer.seal()
-    return root
 
 
 def contents(root):
