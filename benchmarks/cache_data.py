@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache.distortion import draw_places
+
 LENGTH = 1024
 TOP = 256
 HIDDEN_LAYERS = (8, 15, 22, "final")
@@ -71,8 +73,9 @@ def _drawn(window: dict[str, np.ndarray], k: int, draws: int, outside: np.ndarra
     for t in range(rows):
         tail = window["ids"][t, k:]
         mass = np.append(np.exp(window["logprobs"][t, k:], dtype=np.float64), window["beyond"][t])
-        picked = rng.choice(mass.size, draws, p=mass / mass.sum())
-        beyond = rng.choice(window["far"], draws)
+        picked = draw_places(np.cumsum(mass / mass.sum()), outside[t], draws, rng)
+        picked = np.minimum(picked, tail.size)
+        beyond = rng.choice(window["far"], len(picked))
         chosen = np.where(picked < tail.size, np.append(tail, -1)[picked], beyond)
         found, times = np.unique(chosen, return_counts=True)
         ids[t, : found.size], counts[t, : found.size] = found, times

@@ -5,9 +5,9 @@ One idea: everything follows from long lists of the teacher, cut to what the set
 **Gradient error.** The gradient of cross-entropy in the student's logits is q - p, so a stored
 target t in place of p changes it by t - p. Its *bias* is the root mean square, over rows, of
 || E[t] - p ||; its *noise* that of the standard deviation of t. With a tail bucket, t spreads the
-tail's mass like the corpus's mean distribution: a student that knows how common ids are. With n
-draws of the tail (mass P, shares s), E[t] = p and the variance is P^2 (1 - sum s^2) / n (Sparse
-Logit Sampling, arXiv 2503.16870, applied to the tail).
+tail's mass like the corpus's mean distribution: a student that knows how common ids are. With N
+systematic draws of the tail (mass P, shares s), E[t] = p and an id's variance is (P / N)^2 f (1 - f)
+with f what N s has after the point: it is drawn floor(N s) times or once more.
 """
 
 import numpy as np
@@ -23,27 +23,37 @@ def gradient(
     for signals, decoded in zip(rows, found):
         p = np.exp(signals["topk_logprobs"], dtype=np.float64)
         tail = np.maximum(1 - p[:, :k].sum(axis=1), 1e-12)
-        squares = (p[:, k:] ** 2).sum(axis=1)
         if draws:
-            noise.append(tail**2 * (1 - np.minimum(squares / tail**2, 1)) / draws)
+            noise.append(_draw_noise(p[:, k:], tail, draws))
             missed = np.zeros(len(p))
         else:
             noise.append(np.zeros(len(p)))
-            missed = _bucket_error(signals["topk_ids"], p, k, tail, squares, usual)
+            missed = _bucket_error(signals["topk_ids"], p, k, tail, usual)
         bias.append(missed + _coding_error(signals, decoded))
     squares = np.concatenate(bias).mean(), np.concatenate(noise).mean()
     return float(np.sqrt(squares[0])), float(np.sqrt(squares[1]))
 
 
+def num_draws(tail: np.ndarray, draws: int) -> np.ndarray:
+    """int64 [R]: draws of rows whose tails weigh `tail` [R]; see `pipeline.teacher.sweep`."""
+    return np.clip(np.ceil(draws * tail - 1e-4), 1, draws).astype(np.int64)
+
+
+def _draw_noise(p: np.ndarray, tail: np.ndarray, draws: int) -> np.ndarray:
+    """Variance [R] of the draws' estimate of the tail; an id beyond the long list is far too rare
+    to be drawn twice."""
+    step = tail / num_draws(tail, draws)
+    times = p / step[:, None]
+    rounded = times - np.floor(times)
+    unlisted = np.maximum(tail - p.sum(axis=1), 0)
+    return step**2 * (rounded * (1 - rounded)).sum(axis=1) + step * unlisted
+
+
 def _bucket_error(
-    ids: np.ndarray,
-    p: np.ndarray,
-    k: int,
-    tail: np.ndarray,
-    squares: np.ndarray,
-    usual: np.ndarray,
+    ids: np.ndarray, p: np.ndarray, k: int, tail: np.ndarray, usual: np.ndarray
 ) -> np.ndarray:
     """Squared error [R] of spreading the tail's mass like `usual` over the ids outside the list."""
+    squares = (p[:, k:] ** 2).sum(axis=1)
     listed = usual[ids[:, :k]]
     outside = np.maximum(1 - listed.sum(axis=1), 1e-12)
     spread = tail / outside
@@ -92,12 +102,20 @@ def _drawn(
     counts = np.zeros_like(ids)
     shares = np.cumsum(p[:, k:], axis=1) / tail[:, None]
     for t, row in enumerate(shares):
-        places = np.searchsorted(row, rng.random(draws))
+        places = draw_places(row, tail[t], draws, rng)
         listed = np.append(signals["topk_ids"][t, k:], -1)[places]
-        drawn = np.where(listed >= 0, listed, rng.integers(0, vocab_size, draws))
+        drawn = np.where(listed >= 0, listed, rng.integers(0, vocab_size, len(places)))
         found, times = np.unique(drawn, return_counts=True)
         ids[t, : found.size], counts[t, : found.size] = found, times
     return {"draw_ids": ids, "draw_counts": counts}
+
+
+def draw_places(
+    shares: np.ndarray, tail: float, draws: int, rng: np.random.Generator
+) -> np.ndarray:
+    """int64 [N]: where systematic draws fall in a row's rising sum of shares."""
+    count = int(num_draws(np.array(tail), draws))
+    return np.searchsorted(shares, (rng.random() + np.arange(count)) / count)
 
 
 def mean_distribution(rows: list[Signals], vocab_size: int) -> np.ndarray:

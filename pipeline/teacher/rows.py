@@ -19,13 +19,18 @@ import numpy as np
 from pipeline.config import Capture
 
 
+ROUNDING = 1e-4
+"""Of a draw: what may go over a whole number before there is one more, so that sweeps agree."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowSpec:
     """What is asked of every scored row.
 
     Attributes:
         k: ids kept exactly.
-        draws: draws from the tail, with replacement, in proportion to p.
+        draws: draws from the tail, one for every 1 / draws of the probability: see
+            `sweep.draw_tail`.
         temperatures: rising; a log-sum-exp is kept at each, 1.0 among them.
         entropy, moments: whether these scalars are kept.
         seed: of the draws.

@@ -7,7 +7,7 @@ same two matrices in one pass over the vocabulary and is tested against this fil
 
 import torch
 
-from pipeline.teacher.rows import RowSpec
+from pipeline.teacher.rows import ROUNDING, RowSpec
 
 _MASK32 = 0xFFFFFFFF
 _GAMMA = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as int64
@@ -38,9 +38,10 @@ def sweep(
     tail = z.scatter(1, top_ids, -torch.inf)
     token = z.gather(1, targets[:, None])
     rank = 1 + (z > token).sum(1, keepdim=True)
-    draws = draw_tail(tail, positions, key, spec.draws)
-    floats = [z.gather(1, top_ids) - lse_1, torch.logsumexp(tail, 1, keepdim=True) - lse_1]
-    floats += [token - lse_1, lse, *_scalars(z, lse_1, spec)]
+    tail_logprob = torch.logsumexp(tail, 1, keepdim=True) - lse_1
+    draws = draw_tail(tail, tail_logprob.exp(), positions, key, spec.draws)
+    floats = [z.gather(1, top_ids) - lse_1, tail_logprob, token - lse_1, lse]
+    floats += _scalars(z, lse_1, spec)
     ints = torch.cat([top_ids, *draws, rank], 1)
     return ints.to(torch.int32), torch.cat(floats, 1)
 
@@ -68,14 +69,20 @@ def top_k(z: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def draw_tail(
-    tail: torch.Tensor, positions: torch.Tensor, key: int, draws: int
+    tail: torch.Tensor, mass: torch.Tensor, positions: torch.Tensor, key: int, draws: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws with replacement from the tail in proportion to p, by inverse CDF in id order.
+    """Systematic draws from the tail, one for every 1 / draws of the teacher's probability.
+
+    A tail of mass M gets N = ceil(draws M) points (u + j) / N of its running sum in id order, with
+    one uniform u a row and j = 0 .. N - 1 (systematic sampling: Madow and Madow, "On the theory of
+    systematic sampling", 1944). An id of share s of the tail is drawn N s times in expectation and
+    never further than one away from that, and unsure rows get more draws than sure ones.
 
     Args:
         tail: float32 [R, V] logits with -inf at the ids outside the tail.
+        mass: float32 [R, 1], the tail's share of the probability.
         positions, key: the counter and key of the uniform numbers.
-        draws: how many per row.
+        draws: of a row whose tail is everything.
 
     Returns:
         (ids, counts), both int64 [R, draws]: distinct ids rising, padded with -1 and 0.
@@ -85,13 +92,16 @@ def draw_tail(
         return empty, empty
     weights = (tail - tail.amax(1, keepdim=True)).double().exp()
     cdf = weights.cumsum(1)
-    points = uniforms(positions, key, draws) * cdf[:, -1:]
-    drawn = torch.searchsorted(cdf, points, right=True).sort(1).values
-    return _runs(drawn)
+    count = (draws * mass.double() - ROUNDING).ceil().clamp(1, draws)
+    place = torch.arange(draws, device=tail.device)
+    points = (uniforms(positions, key)[:, None] + place) / count  # of no row reaches 1 before N
+    ids, counts = _runs(torch.searchsorted(cdf, points * cdf[:, -1:], right=True))
+    beyond = ids == tail.shape[1]
+    return ids.masked_fill(beyond, -1), counts.masked_fill(beyond, 0)
 
 
 def _runs(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct values and counts of each sorted row."""
+    """Distinct values and counts of each rising row."""
     starts = torch.ones_like(drawn, dtype=torch.bool)
     starts[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     slot = starts.cumsum(1) - 1
@@ -100,14 +110,12 @@ def _runs(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, counts
 
 
-def uniforms(positions: torch.Tensor, key: int, draws: int) -> torch.Tensor:
-    """float64 [R, draws] in (0, 1): splitmix64 of key + counter, top 32 bits, midpoint.
+def uniforms(positions: torch.Tensor, key: int) -> torch.Tensor:
+    """float64 [R] in (0, 1): splitmix64 of key + counter, top 32 bits, midpoint.
 
-    Counter-based, so the numbers depend on nothing but the example, the row and the draw
-    (Steele, Lea, Flood 2014: "Fast splittable pseudorandom number generators").
+    Counter-based, so the numbers depend on nothing but the example and the row (Steele, Lea, Flood 2014: "Fast splittable pseudorandom number generators").
     """
-    draw = torch.arange(draws, device=positions.device)
-    x = key + ((positions[:, None] << 10) + draw + 1) * _GAMMA
+    x = key + ((positions << 10) + 1) * _GAMMA
     x = (x ^ _shift(x, 30)) * _MIX1
     x = (x ^ _shift(x, 27)) * _MIX2
     top = _shift(x ^ _shift(x, 31), 32)

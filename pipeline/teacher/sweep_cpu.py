@@ -159,7 +159,8 @@ def _sweep_row(
                 tail, _ = second_sweep(z, tail_peak, 1.0, sums, True)
             tail_1 = np.log(tail) + (tail_peak - peak)
             if draws:
-                draw(z, tail_peak, sums, tail, counter, key, draws, ints[k : k + 2 * draws])
+                mass, drawn = np.exp(tail_1 - lse_1), ints[k : k + 2 * draws]
+                draw(z, tail_peak, sums, tail, mass, counter, key, draws, drawn)
     for j in range(k):
         floats[j] = exact[j] - peak - lse_1
     floats[k] = tail_1 - lse_1

@@ -12,6 +12,7 @@ from numba import njit, types
 from numba.extending import intrinsic as typed_intrinsic
 
 from cache_schemas.kernels import compiled
+from pipeline.teacher.rows import ROUNDING
 
 BLOCK = 64
 """Logits in one block: a candidate search skips it whole, a draw searches inside it."""
@@ -185,18 +186,17 @@ def second_sweep(z, peak, inverse, sums, at_one):
 
 
 @compiled
-def draw(z, peak, sums, tail, counter, key, draws, out):
+def draw(z, peak, sums, tail, mass, counter, key, draws, out):
     """Draws from what is left in z, in proportion to exp(z): see `sweep.draw_tail`."""
-    points = np.empty(draws, dtype=np.float64)
-    for j in range(draws):
-        points[j] = _uniform(key + (counter + np.uint64(j)) * np.uint64(0x9E3779B97F4A7C15)) * tail
-    points.sort()
+    count = min(max(int(np.ceil(draws * mass - ROUNDING)), 1), draws)
+    start = _uniform(key + counter * np.uint64(0x9E3779B97F4A7C15))
     out[:draws] = -1
     out[draws:] = 0
     scale = np.float32(_LOG2E)
     block, before, slot = 0, 0.0, -1
-    for j in range(draws):
-        while block < len(sums) - 1 and before + sums[block] <= points[j]:
+    for j in range(count):
+        point = (start + j) / count * tail
+        while block < len(sums) - 1 and before + sums[block] <= point:
             before += sums[block]
             block += 1
         i, reached, last = block * BLOCK, before, -1
@@ -205,7 +205,7 @@ def draw(z, peak, sums, tail, counter, key, draws, out):
                 continue
             last = i
             reached += _exp2((z[i] - peak) * scale)
-            if reached > points[j]:
+            if reached > point:
                 break
         if slot >= 0 and out[slot] == last:
             out[draws + slot] += 1

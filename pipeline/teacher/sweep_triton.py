@@ -25,6 +25,7 @@ from pipeline.teacher.rows import RowSpec
 from pipeline.teacher.sweep_triton_loops import (
     HIGHEST,
     LOWEST,
+    ROUNDING,
     SELECT,
     accumulate,
     cut_of,
@@ -295,10 +296,11 @@ def _sweep_row(
         tl.debug_barrier()
         accumulate(masses, cdf, parts)
         draw = tl.arange(0, BLOCK_D)
-        counter = (tl.load(positions_ptr + row).to(tl.int64) << 10) + draw + 1
-        points = tl.where(draw < DRAWS, uniform(key, counter) * tail, float("inf"))
-        points = tl.sort(points)
+        counter = (tl.load(positions_ptr + row).to(tl.int64) << 10) + 1
+        count = tl.ceil(DRAWS * (tail * faint / total) - ROUNDING)
+        count = tl.where(bad, 1.0, tl.minimum(tl.maximum(count, 1.0), DRAWS))
+        point = (uniform(key, counter) + draw) / count * tail
+        points = tl.where(draw < count, point, float("inf"))
         tl.debug_barrier()
         drawn = search(points, logits, cdf, cut, tail_peak, vocab_size, parts, half, BLOCK_D, PART)
-        drawn = tl.where(draw < DRAWS, tl.where(bad, 0, drawn), 0x7FFFFFFF)
-        store_runs(drawn, draw, near, ints + K, DRAWS)
+        store_runs(tl.where(bad, 0, drawn), draw, draw < count, near, ints + K, DRAWS)

@@ -10,10 +10,13 @@ know nothing of signals, columns or programs; barriers are the caller's, but for
 import triton
 import triton.language as tl
 
+from pipeline.teacher import rows
+
 SELECT = tl.constexpr(1024)
 """Words in registers at a time while a cut is looked for."""
 LOWEST = tl.constexpr(-(2**63))
 HIGHEST = tl.constexpr(2**63 - 1)
+ROUNDING = tl.constexpr(rows.ROUNDING)
 
 
 @triton.jit
@@ -123,8 +126,8 @@ def search(
 
 
 @triton.jit
-def store_runs(drawn, draw, scratch, out, DRAWS: tl.constexpr):
-    """Distinct ids of a rising row and how often each was drawn; -1 and 0 pad."""
+def store_runs(drawn, draw, held, scratch, out, DRAWS: tl.constexpr):
+    """Distinct ids of a row, rising where `held`, and how often each was drawn; -1 and 0 pad."""
     tl.store(scratch + draw, drawn)
     tl.store(out + draw, tl.full(drawn.shape, -1, tl.int32), mask=draw < DRAWS)
     tl.store(out + DRAWS + draw, tl.zeros(drawn.shape, tl.int32), mask=draw < DRAWS)
@@ -132,5 +135,5 @@ def store_runs(drawn, draw, scratch, out, DRAWS: tl.constexpr):
     before = tl.load(scratch + draw - 1, mask=draw > 0, other=-1)
     first = drawn != before
     slot = tl.cumsum(first.to(tl.int32), 0) - 1
-    tl.store(out + slot, drawn, mask=first & (draw < DRAWS))
-    tl.atomic_add(out + DRAWS + slot, 1, mask=draw < DRAWS)
+    tl.store(out + slot, drawn, mask=first & held)
+    tl.atomic_add(out + DRAWS + slot, 1, mask=held)

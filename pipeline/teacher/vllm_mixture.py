@@ -67,7 +67,7 @@ class VllmMixture:
     def _begin(self, prompt: Example, number: int) -> "_Draft":
         settings = self._writers.settings
         key = answer_key(settings.seed, prompt, number)
-        points = uniforms(torch.arange(settings.max_tokens), draw_key(key, "coins"), 1)[:, 0]
+        points = uniforms(torch.arange(settings.max_tokens), draw_key(key, "coins"))
         draft = _Draft(prompt, key, (points >= self._models[0].share).numpy())
         self._go_on(draft)
         return draft

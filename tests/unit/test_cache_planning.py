@@ -116,13 +116,14 @@ def test_draw_noise_is_what_draws_show():
     tail, errors = p.copy(), []
     tail[whole["topk_ids"][0, :4]] = 0
     for seed in range(3000):
-        drawn = distortion.cut(whole, 4, 8, VOCAB, seed)
+        drawn = distortion.cut(whole, 4, 64, VOCAB, seed)
         estimate = np.zeros(VOCAB)
         held = drawn["draw_ids"][0] >= 0
-        estimate[drawn["draw_ids"][0, held]] = drawn["draw_counts"][0, held] * tail.sum() / 8
+        counts = drawn["draw_counts"][0, held]
+        estimate[drawn["draw_ids"][0, held]] = counts / counts.sum() * tail.sum()
         errors.append(((estimate - tail) ** 2).sum())
     kept = {name: whole[name][:, :4] for name in ("topk_ids", "topk_logprobs")}
-    noise = distortion.gradient([whole], 4, 8, p, [kept])[1]
+    noise = distortion.gradient([whole], 4, 64, p, [kept])[1]
     assert np.sqrt(np.mean(errors)) == pytest.approx(noise, rel=0.03)
 
 
