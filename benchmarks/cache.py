@@ -65,7 +65,7 @@ CASES = (
     Case("strict", "strict", 64, note="every |delta logp| <= 0.025"),
     Case("exact", "exact", 64, note="lossless float32"),
     Case("small", "small", 16),
-    Case("small, 8 + 8 draws", "small", 8, draws=8, note="8 exact ids, 8 tail draws with counts"),
+    Case("small, 12 + 64 draws", "small", 12, draws=64, note="12 exact ids, a draw per 1/64"),
     Case("small", "small", 128),
 )
 

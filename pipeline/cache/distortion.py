@@ -6,8 +6,8 @@ One idea: everything follows from long lists of the teacher, cut to what the set
 target t in place of p changes it by t - p. Its *bias* is the root mean square, over rows, of
 || E[t] - p ||; its *noise* that of the standard deviation of t. With a tail bucket, t spreads the
 tail's mass like the corpus's mean distribution: a student that knows how common ids are. With N
-systematic draws of the tail (mass P, shares s), E[t] = p and an id's variance is (P / N)^2 f (1 - f)
-with f what N s has after the point: it is drawn floor(N s) times or once more.
+systematic draws of the tail (mass P, shares s), E[t] = p and the variance at an id is
+(P / N)^2 f (1 - f), f what N s has after the point: it is drawn floor(N s) times or once more.
 """
 
 import numpy as np

@@ -22,7 +22,7 @@ AVERAGED_ROWS = 256
 """Over how many rows noise is taken to average: a choice, smaller than any usual batch."""
 LONGEST_LIST = 256
 KS = (0, 4, 8, 12, 16, 32, 64, 128, 256)
-DRAWS = (0, 8, 12, 32)
+DRAWS = (0, 16, 64, 256)
 USUAL_KS, BUDGETS = (16, 64), (1e-5, 1e-3)
 """Lists that are also coded in profiles `strict` and `exact`, and to other budgets of `small`."""
 CODED_ROWS = 49_152
@@ -166,11 +166,13 @@ def choose(
     points: Sequence[Point], budget: float | None = None, max_kl: float | None = None
 ) -> Point:
     """The setting to take: least gradient error within `budget` bytes a token; without a budget,
-    the cheapest whose error is at most a tenth above the least. `max_kl` excludes first.
+    the cheapest whose error is at most a tenth above the least. `max_kl` excludes first. Draws
+    alone (k = 0) are not chosen: they serve one divergence, and name no teacher's first choice.
 
     Raises:
         ConfigError: no setting is within the limits.
     """
+    points = [p for p in points if p.setting.k] or points
     able = [p for p in points if max_kl is None or p.kl_added <= max_kl]
     able = [p for p in able if budget is None or p.bytes_per_token <= budget]
     if not able:

@@ -18,7 +18,6 @@ import numpy as np
 
 from pipeline.config import Capture
 
-
 ROUNDING = 1e-4
 """Of a draw: what may go over a whole number before there is one more, so that sweeps agree."""
 

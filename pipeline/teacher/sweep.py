@@ -113,7 +113,8 @@ def _runs(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def uniforms(positions: torch.Tensor, key: int) -> torch.Tensor:
     """float64 [R] in (0, 1): splitmix64 of key + counter, top 32 bits, midpoint.
 
-    Counter-based, so the numbers depend on nothing but the example and the row (Steele, Lea, Flood 2014: "Fast splittable pseudorandom number generators").
+    Counter-based, so the numbers depend on nothing but the example and the row (Steele, Lea, Flood
+    2014: "Fast splittable pseudorandom number generators").
     """
     x = key + ((positions << 10) + 1) * _GAMMA
     x = (x ^ _shift(x, 30)) * _MIX1

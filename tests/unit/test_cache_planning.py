@@ -219,3 +219,5 @@ def test_draws_alone_are_planned_too(rows):
     assert alone.retained_mass == alone.kl_added == alone.gradient_bias == 0
     assert alone.gradient_noise > listed.gradient_noise
     assert alone.bytes_per_token < listed.bytes_per_token
+    assert planning.choose([alone, listed], budget=1e9) is listed
+    assert planning.choose([alone]) is alone
