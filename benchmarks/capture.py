@@ -32,7 +32,7 @@ from pipeline.teacher.vllm_requests import SCRATCH_BYTES, one_pass
 K = 64
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 EVERYTHING = Capture(
-    k=K, tail_draws=64, temperatures=TEMPERATURES, moments=True, hidden_layers=(10, 20)
+    k=K, tail_draws=56, temperatures=TEMPERATURES, moments=True, hidden_layers=(10, 20)
 )
 SCALARS = EVERYTHING.model_copy(
     update={"tail_draws": 0, "temperatures": (1.0,), "moments": False, "hidden_layers": ()}

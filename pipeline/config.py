@@ -109,10 +109,10 @@ class Capture(Table):
     k: int = Field(default=12, ge=0, le=512)
     """Ids kept exactly. With 0 the tail is everything, and draws are all that is kept of it (random
     sampling KD, arXiv 2503.16870)."""
-    tail_draws: int = Field(default=64, ge=0, le=512, validate_default=True)
+    tail_draws: int = Field(default=56, ge=0, le=512, validate_default=True)
     """Draws from the tail, in proportion to p: one for every 1 / tail_draws of probability, so a
     row whose tail weighs a quarter gets a quarter of them; 0 keeps only the tail's mass. The
-    default is 0 where k or nucleus is given, else 64 (runbooks/decisions/0032)."""
+    default is 0 where k or nucleus is given, else 56 (runbooks/decisions/0032)."""
     nucleus: float = Field(default=0.0, ge=0, lt=1)
     """Of the k ids keep only the fewest whose mass reaches this, row by row; 0 keeps all k."""
     temperatures: tuple[float, ...] = (1.0,)

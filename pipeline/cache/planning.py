@@ -22,7 +22,7 @@ AVERAGED_ROWS = 256
 """Over how many rows noise is taken to average: a choice, smaller than any usual batch."""
 LONGEST_LIST = 256
 KS = (0, 4, 8, 12, 16, 32, 64, 128, 256)
-DRAWS = (0, 16, 64, 256)
+DRAWS = (0, 16, 56, 256)
 USUAL_KS, BUDGETS = (16, 64), (1e-5, 1e-3)
 """Lists that are also coded in profiles `strict` and `exact`, and to other budgets of `small`."""
 CODED_ROWS = 49_152

@@ -110,7 +110,7 @@ def test_a_nucleus_goes_without_draws():
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        ({}, (12, 64)),
+        ({}, (12, 56)),
         ({"k": 64}, (64, 0)),
         ({"nucleus": 0.9}, (12, 0)),
         ({"tail_draws": 4}, (12, 4)),
