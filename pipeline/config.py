@@ -107,8 +107,9 @@ class Capture(Table):
     """What is kept of the teacher's answers. All of it changes meaning, so it is in the plan."""
 
     k: int = Field(default=12, ge=0, le=512)
-    """Ids kept exactly. With 0 the tail is everything, and draws are all that is kept of it (random
-    sampling KD, arXiv 2503.16870)."""
+    """Ids kept exactly. With 0 the tail is everything, and draws are all that is kept of it: every
+    probability rounded at random to the multiple of 1 / tail_draws below or above it (random
+    sampling KD, arXiv 2503.16870, with evenly spaced draws)."""
     tail_draws: int = Field(default=56, ge=0, le=512, validate_default=True)
     """Draws from the tail, in proportion to p: one for every 1 / tail_draws of probability, so a
     row whose tail weighs a quarter gets a quarter of them; 0 keeps only the tail's mass. The

@@ -12,6 +12,8 @@ systematic draws of the tail (mass P, shares s), E[t] = p and the variance at an
 
 import numpy as np
 
+from pipeline.teacher.rows import ROUNDING
+
 Signals = dict[str, np.ndarray]
 
 
@@ -35,8 +37,8 @@ def gradient(
 
 
 def num_draws(tail: np.ndarray, draws: int) -> np.ndarray:
-    """int64 [R]: draws of rows whose tails weigh `tail` [R]; see `pipeline.teacher.sweep`."""
-    return np.clip(np.ceil(draws * tail - 1e-4), 1, draws).astype(np.int64)
+    """int64 [R]: draws of rows whose tails weigh `tail` [R]; see `sweep.draw_tail`."""
+    return np.clip(np.ceil(draws * tail - ROUNDING), 1, draws).astype(np.int64)
 
 
 def _draw_noise(p: np.ndarray, tail: np.ndarray, draws: int) -> np.ndarray:

@@ -74,9 +74,10 @@ def draw_tail(
     """Systematic draws from the tail, one for every 1 / draws of the teacher's probability.
 
     A tail of mass M gets N = ceil(draws M) points (u + j) / N of its running sum in id order, with
-    one uniform u a row and j = 0 .. N - 1 (systematic sampling: Madow and Madow, "On the theory of
-    systematic sampling", 1944). An id of share s of the tail is drawn N s times in expectation and
-    never further than one away from that, and unsure rows get more draws than sure ones.
+    one uniform u a row and j = 0 .. N - 1 (systematic sampling with unequal probabilities: Madow,
+    "On the theory of systematic sampling, II", 1949). An id of share s of the tail is drawn N s
+    times in expectation and never further than one away from that, and unsure rows get more draws
+    than sure ones.
 
     Args:
         tail: float32 [R, V] logits with -inf at the ids outside the tail.
@@ -94,7 +95,8 @@ def draw_tail(
     cdf = weights.cumsum(1)
     count = (draws * mass.double() - ROUNDING).ceil().clamp(1, draws)
     place = torch.arange(draws, device=tail.device)
-    points = (uniforms(positions, key)[:, None] + place) / count  # of no row reaches 1 before N
+    points = (uniforms(positions, key)[:, None] + place) / count
+    # Points from the N-th on lie beyond the sum, where the search says V.
     ids, counts = _runs(torch.searchsorted(cdf, points * cdf[:, -1:], right=True))
     beyond = ids == tail.shape[1]
     return ids.masked_fill(beyond, -1), counts.masked_fill(beyond, 0)
