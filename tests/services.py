@@ -99,6 +99,10 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: object) -> None:
             """Quiet."""
 
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # a client may hang up when it likes
+                super().handle()
+
         def _forward(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             count = len(proxy.requests)
