@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.distortion import draw_places
+from pipeline.cache.distortion import drawn
 
 LENGTH = 1024
 TOP = 256
@@ -42,7 +42,8 @@ def row_signals(
 ) -> dict[str, np.ndarray]:
     """The signals of a record with lists of `k`, as a capture would give them."""
     logprobs = window["logprobs"]
-    outside = np.exp(logprobs[:, k:], dtype=np.float64).sum(axis=1) + window["beyond"]
+    tail = np.exp(logprobs[:, k:], dtype=np.float64)
+    outside = tail.sum(axis=1) + window["beyond"]
     signals = {
         "topk_ids": np.ascontiguousarray(window["ids"][:, :k]),
         "topk_logprobs": np.ascontiguousarray(logprobs[:, :k]),
@@ -50,7 +51,8 @@ def row_signals(
         "token_ids": window["tokens"],
     }
     if draws:
-        signals |= _drawn(window, k, draws, outside)
+        rng = np.random.default_rng(0)
+        signals |= drawn(window["ids"][:, k:], tail, outside, draws, window["far"], rng)
     if scalars:
         signals |= {n: window[n] for n in ("token_logprob", "token_rank", "entropy", "lse")}
     return signals
@@ -62,24 +64,6 @@ def hidden_states(window: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {}
     floats = (window["hidden"].astype(np.uint32) << 16).view(np.float32)
     return {f"layer {layer}": floats[i] for i, layer in enumerate(HIDDEN_LAYERS)}
-
-
-def _drawn(window: dict[str, np.ndarray], k: int, draws: int, outside: np.ndarray) -> dict:
-    """Draws from the tail; its part beyond TOP is drawn as the ids least likely, evenly."""
-    rng = np.random.default_rng(0)
-    rows = len(outside)
-    ids = np.full((rows, draws), -1, dtype=np.int32)
-    counts = np.zeros((rows, draws), dtype=np.int32)
-    for t in range(rows):
-        tail = window["ids"][t, k:]
-        mass = np.append(np.exp(window["logprobs"][t, k:], dtype=np.float64), window["beyond"][t])
-        picked = draw_places(np.cumsum(mass / mass.sum()), outside[t], draws, rng)
-        picked = np.minimum(picked, tail.size)
-        beyond = rng.choice(window["far"], len(picked))
-        chosen = np.where(picked < tail.size, np.append(tail, -1)[picked], beyond)
-        found, times = np.unique(chosen, return_counts=True)
-        ids[t, : found.size], counts[t, : found.size] = found, times
-    return {"draw_ids": ids, "draw_counts": counts}
 
 
 def texts() -> tuple[str, str]:

@@ -76,7 +76,7 @@ def _kl(tail: str) -> tuple[dict[str, Any], ...]:
 
 
 # Sizes that come nearest to 20, 40, 100 and 180 bytes a token on this text, from the sizes that
-# benchmarks.cache prints; what is reported is what was stored.
+# `cache plan` measures; what is reported is what was stored.
 _EXACT = {20: 9, 40: 26, 100: 78, 180: 146}
 _SAMPLED = {20: (4, 16), 40: (12, 56), 100: (48, 240), 180: (110, 512)}
 _RANDOM = {20: 28, 40: 100, 100: 480}

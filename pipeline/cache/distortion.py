@@ -84,40 +84,38 @@ def cut(signals: Signals, k: int, draws: int, vocab_size: int, seed: int) -> Sig
         "tail_logprob": np.log(tail).astype(np.float32),
     }
     if draws:
-        record |= _drawn(signals, p, tail, k, draws, vocab_size, seed)
+        rng = np.random.default_rng(seed)
+        record |= drawn(signals["topk_ids"][:, k:], p[:, k:], tail, draws, vocab_size, rng)
     return record
 
 
-def _drawn(
-    signals: dict[str, np.ndarray],
+def drawn(
+    ids: np.ndarray,
     p: np.ndarray,
     tail: np.ndarray,
-    k: int,
     draws: int,
-    vocab_size: int,
-    seed: int,
-) -> dict[str, np.ndarray]:
-    """Draws from the tail; beyond the long list any id is as likely as another, which costs more
-    bytes than real draws would."""
-    rng = np.random.default_rng(seed)
-    ids = np.full((len(p), draws), -1, dtype=np.int32)
-    counts = np.zeros_like(ids)
-    shares = np.cumsum(p[:, k:], axis=1) / tail[:, None]
-    for t, row in enumerate(shares):
-        places = draw_places(row, tail[t], draws, rng)
-        listed = np.append(signals["topk_ids"][t, k:], -1)[places]
-        drawn = np.where(listed >= 0, listed, rng.integers(0, vocab_size, len(places)))
-        found, times = np.unique(drawn, return_counts=True)
-        ids[t, : found.size], counts[t, : found.size] = found, times
-    return {"draw_ids": ids, "draw_counts": counts}
+    others: int | np.ndarray,
+    rng: np.random.Generator,
+) -> Signals:
+    """Systematic draws from tails that are known by lists.
 
-
-def draw_places(
-    shares: np.ndarray, tail: float, draws: int, rng: np.random.Generator
-) -> np.ndarray:
-    """int64 [N]: where systematic draws fall in a row's rising sum of shares."""
-    count = int(num_draws(np.array(tail), draws))
-    return np.searchsorted(shares, (rng.random() + np.arange(count)) / count)
+    Args:
+        ids, p: [R, n] listed ids of the tails and their probabilities.
+        tail: [R] mass of the tails, listed or not.
+        draws: of a row whose tail is everything.
+        others: what a draw beyond the list may be, one id as likely as another, which costs more
+            bytes than real draws would; a number is all ids below it.
+    """
+    found = np.full((len(p), draws), -1, dtype=np.int32)
+    counts = np.zeros_like(found)
+    shares = np.cumsum(p, axis=1) / tail[:, None]
+    for t, count in enumerate(num_draws(tail, draws)):
+        places = np.searchsorted(shares[t], (rng.random() + np.arange(count)) / count)
+        listed = np.append(ids[t], -1)[places]
+        chosen = np.where(listed >= 0, listed, rng.choice(others, count))
+        distinct, times = np.unique(chosen, return_counts=True)
+        found[t, : distinct.size], counts[t, : distinct.size] = distinct, times
+    return {"draw_ids": found, "draw_counts": counts}
 
 
 def mean_distribution(rows: list[Signals], vocab_size: int) -> np.ndarray:

@@ -144,6 +144,6 @@ def draw(b: torch.Tensor, keys: list[int], step: int) -> torch.Tensor:
     """
     cdf = b.cumsum(1)
     position = torch.tensor([step])
-    points = torch.cat([uniforms(position, key)[:, None] for key in keys]).to(b.device)
+    points = torch.cat([uniforms(position, key) for key in keys])[:, None].to(b.device)
     drawn = torch.searchsorted(cdf, points * cdf[:, -1:], right=True)[:, 0]
     return drawn.clamp_max(b.shape[1] - 1)
