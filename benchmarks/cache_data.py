@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.distortion import drawn
+from stillroom.pipeline.planning.distortion import drawn
 
 LENGTH = 1024
 TOP = 256
@@ -81,7 +81,7 @@ def texts() -> tuple[str, str]:
 def _make(model: str, paths: list[Path], deadline: float) -> None:
     import torch
 
-    import pipeline  # noqa: F401  (torch's CPU build beside CUDA wheels)
+    import stillroom.pipeline  # noqa: F401  (torch's CPU build beside CUDA wheels)
 
     torch.manual_seed(0)
     from transformers import AutoModelForCausalLM, AutoTokenizer

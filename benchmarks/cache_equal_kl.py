@@ -8,8 +8,8 @@ all.
 import numpy as np
 
 from benchmarks.cache_divergence import row_kl
-from cache_schemas.codebook import Codebook
-from cache_schemas.record_codec import RowCodec
+from stillroom.cache_schemas.codebook import Codebook
+from stillroom.cache_schemas.record_codec import RowCodec
 
 GOALS = {"raw": 4.9, "parquet": 1.75, "distillkit": 1.8, "megatron": 1.9}
 """How much smaller than each other layout ours is meant to be."""

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from benchmarks.cache_trial import publish
-from pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.reader import TeacherCache
 from tests import cache_trials as trials
 from tests.faulty_disk import full
 

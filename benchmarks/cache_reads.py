@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_schemas.manifest import Plan
-from cache_schemas.record_codec import RowCodec
-from pipeline.cache.formats import Encoded, Format
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.storage import DirectoryStorage, Disk
-from pipeline.cache.writer import CacheWriter
-from pipeline.record import Example, TeacherRecord, content_id
+from stillroom.cache_schemas.manifest import Plan
+from stillroom.cache_schemas.record_codec import RowCodec
+from stillroom.pipeline.cache.formats import Encoded, Format
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage, Disk
+from stillroom.pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.record import Example, TeacherRecord, content_id
 
 READS = 400
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.cache_trial import publish
-from cache_schemas import layout
-from cache_schemas.manifest import Manifest, Plan, Records, ShardReceipt, ShardTable
-from pipeline.cache.formats import UNFITTED, Format, RowCodec, codec_sizes
-from pipeline.cache.sealing import file_entry
+from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.manifest import Manifest, Plan, Records, ShardReceipt, ShardTable
+from stillroom.pipeline.cache.formats import UNFITTED, Format, RowCodec, codec_sizes
+from stillroom.pipeline.cache.sealing import file_entry
 from tests.synthetic_records import make_plan
 
 EXAMPLES, TOKENS, BYTES_PER_TOKEN = 2442, 1024, 100
@@ -100,7 +100,7 @@ def receipt(form: Format, shard: int) -> ShardReceipt:
 
 def opening(storage: Simulated) -> dict:
     """Open for training."""
-    from pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.cache.reader import TeacherCache
 
     cache = TeacherCache.open(storage)
     return {"examples": len(cache), "tokens": cache.manifest.num_tokens}
@@ -108,7 +108,7 @@ def opening(storage: Simulated) -> dict:
 
 def resuming(storage: Simulated) -> dict:
     """What one of 64 workers has left to do."""
-    from pipeline.cache.writer import CacheWriter
+    from stillroom.pipeline.cache.writer import CacheWriter
 
     return {"missing": len(CacheWriter(storage, storage.plan, None).missing(7, 64))}
 

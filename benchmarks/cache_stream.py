@@ -6,7 +6,7 @@
 Makes a cache of the size asked for (64 distinct records, repeated), then goes through it once,
 shards in random order, every checksum verified, in a child whose address space is limited
 (RLIMIT_AS, which is stricter than a limit of resident memory). Reading is of profile `small`,
-k = 64. Training is `pipeline.trainer` with a tiny student, from profile `portable` with k = 512:
+k = 64. Training is the trainer with a tiny student, from profile `portable` with k = 512:
 four kilobytes a token, so that a CPU gets through in minutes. With `--cache` the cache stays, and a
 run that was stopped goes on.
 """
@@ -26,10 +26,10 @@ from queue import Empty
 import numpy as np
 
 from benchmarks.cache_trial import publish
-from cache_schemas.manifest import Plan
-from pipeline.cache.formats import Encoded
-from pipeline.cache.writer import CacheWriter
-from pipeline.record import Example, TeacherRecord
+from stillroom.cache_schemas.manifest import Plan
+from stillroom.pipeline.cache.formats import Encoded
+from stillroom.pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.record import Example, TeacherRecord
 
 TOKENS, DISTINCT = 1024, 64
 
@@ -125,7 +125,7 @@ def _plan(shape: Shape, num_examples: int) -> Plan:
 def read_all(root: str, gigabytes: float, queue) -> None:
     """Read every record in a limited address space, shards shuffled, as training does."""
     _limit(gigabytes)
-    from pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.cache.reader import TeacherCache
 
     cache = TeacherCache.open(root)
     started, tokens = time.perf_counter(), 0
@@ -141,9 +141,9 @@ def read_all(root: str, gigabytes: float, queue) -> None:
 def train_through(root: str, gigabytes: float, queue) -> None:
     """Train a tiny student on every example once, in a limited address space."""
     _limit(gigabytes)
-    from pipeline.cache.reader import TeacherCache
-    from pipeline.config import parse
-    from pipeline.trainer import train
+    from stillroom.pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.config import parse
+    from stillroom.pipeline.training.trainer import train
 
     cache = TeacherCache.open(root)
     with tempfile.TemporaryDirectory() as folder:

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from benchmarks.cache_trial import publish
-from pipeline.config import Capture, Teacher
-from pipeline.record import Example, content_id
-from pipeline.teacher.blocks import rows_within, score_block
-from pipeline.teacher.rows import RowSpec
-from pipeline.teacher.vllm import VllmEngine
-from pipeline.teacher.vllm_requests import SCRATCH_BYTES, one_pass
+from stillroom.pipeline.config import Capture, Teacher
+from stillroom.pipeline.record import Example, content_id
+from stillroom.pipeline.teacher.rows import RowSpec
+from stillroom.pipeline.teacher.sweep.blocks import rows_within, score_block
+from stillroom.pipeline.teacher.vllm.engine import VllmEngine
+from stillroom.pipeline.teacher.vllm.requests import SCRATCH_BYTES, one_pass
 
 K = 64
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)

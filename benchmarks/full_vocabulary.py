@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
 from benchmarks.cache_trial import publish
-from cache_schemas.signals import hidden_name
-from pipeline import config
-from pipeline.record import Example, TeacherRecord
-from pipeline.student import load
+from stillroom.cache_schemas.signals import hidden_name
+from stillroom.pipeline import config
+from stillroom.pipeline.record import Example, TeacherRecord
+from stillroom.pipeline.student.model import load
 
 MODEL = ".cache/models/SmolLM2-135M-Instruct"
 WINDOW, DOCUMENTS, TEMPERATURES = 512, 6, (1.0, 2.0)
@@ -55,8 +55,8 @@ def main() -> None:
 @torch.inference_mode()
 def measure(model: str, directory: Path, windows: int) -> Iterator[dict[str, Any]]:
     """One row per codec, and one for live bfloat16."""
-    from pipeline.capture import capture
-    from pipeline.corpus import Corpus, prepare
+    from stillroom.pipeline.capture.job import capture
+    from stillroom.pipeline.corpus.preparing import Corpus, prepare
 
     run = _run(model, directory, "bf16", 0.0)
     assert run.prepare
@@ -101,7 +101,7 @@ class Replay:
     """An engine that asks the teacher once about an example, and then says the same again."""
 
     def __init__(self, run: config.Run):
-        from pipeline.teacher.engine import open_engine
+        from stillroom.pipeline.teacher.opening import open_engine
 
         assert run.teacher
         assert run.capture
@@ -126,7 +126,7 @@ def _live(teacher: Any, example: Example) -> torch.Tensor:
 
 
 def _cached(cache: Path, count: int) -> list[torch.Tensor]:
-    from pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.cache.reader import TeacherCache
 
     opened, name = TeacherCache.open(str(cache)), hidden_name("final")
     return [
@@ -137,7 +137,7 @@ def _cached(cache: Path, count: int) -> list[torch.Tensor]:
 
 def _bits_per_element(cache: Path) -> float:
     """Of all that the dense files hold, metadata included; the top-k lists are not counted."""
-    from pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.cache.reader import TeacherCache
 
     manifest = TeacherCache.open(str(cache)).manifest
     facts = manifest.plan

@@ -21,9 +21,9 @@ import torch
 
 from benchmarks.cache_trial import publish
 from benchmarks.capture import EVERYTHING, _Bench, real_prompts
-from pipeline.config import Teacher
-from pipeline.teacher.vllm import VllmEngine, start_vllm, vllm_arguments
-from pipeline.teacher.vllm_requests import one_pass
+from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.teacher.vllm.engine import VllmEngine, start_vllm, vllm_arguments
+from stillroom.pipeline.teacher.vllm.requests import one_pass
 
 LAYERS = (10, 20)
 MOST_STEPS = 1000

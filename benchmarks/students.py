@@ -31,11 +31,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
 from benchmarks._students_report import report
 from benchmarks.cache_trial import publish
-from pipeline import config
-from pipeline.checkpoint import write_durably
+from stillroom.pipeline import config
+from stillroom.pipeline.training.checkpoint import write_durably
 
 MODEL = ".cache/models/SmolLM2-135M-Instruct"
 WINDOW, BATCH_TOKENS, HELDOUT = 512, 2048, 24
@@ -152,9 +152,9 @@ class Experiment:
 
     def run(self, arm: Arm, steps: int, seed: int) -> None:
         """Train and measure one cell, unless its result is there."""
-        from pipeline.corpus import Corpus
-        from pipeline.evaluate import measure
-        from pipeline.trainer import train
+        from stillroom.pipeline.corpus.preparing import Corpus
+        from stillroom.pipeline.evaluation.held_out import measure
+        from stillroom.pipeline.training.trainer import train
 
         path = self.cells / f"{arm.name}-{steps}-{seed}.json"
         if path.exists():
@@ -182,8 +182,8 @@ class Experiment:
 
     def _cache(self, storage: Storage) -> Path:
         """The cache of a storage, captured by whichever worker comes first."""
-        from pipeline.capture import capture
-        from pipeline.corpus import prepare
+        from stillroom.pipeline.capture.job import capture
+        from stillroom.pipeline.corpus.preparing import prepare
 
         directory = self.work / "caches" / storage.name
         directory.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ def _bytes_per_token(cache: Path) -> dict[str, float]:
     The first is what a corpus of any size pays; tables, index and manifest are shared by all of it
     and weigh more on a small one.
     """
-    from pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.cache.reader import TeacherCache
 
     tokens = TeacherCache.open(str(cache)).manifest.num_tokens
     files = [path for path in cache.rglob("*") if path.is_file()]

@@ -147,10 +147,10 @@ def _free() -> None:
 
 def time_launches(rounds: int) -> list[dict[str, float]]:
     """Seconds of the sweep alone on a chunk of bf16 logits, for blocks and warps to choose by."""
-    from pipeline.kernels import triton_sweep
-    from pipeline.kernels.divergences import Objective
-    from pipeline.kernels.targets import Targets
-    from pipeline.kernels.vocabulary_shards import Shard
+    from stillroom.pipeline.kernels.divergences import Objective
+    from stillroom.pipeline.kernels.targets import Targets
+    from stillroom.pipeline.kernels.triton import sweep as triton_sweep
+    from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
     words, rows = CUDA_PROBLEMS[0]["v"], LAUNCH_ROWS
     logits = torch.randn(rows, words + 16, device="cuda", dtype=torch.bfloat16)

@@ -28,11 +28,11 @@ from typing import Any
 
 import torch
 
-import pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
 from benchmarks.cache_trial import publish
-from pipeline import config
-from pipeline.data.packing import Position
-from pipeline.student import load
+from stillroom.pipeline import config
+from stillroom.pipeline.data.packing import Position
+from stillroom.pipeline.student.model import load
 
 ARMS = ("cache", "ce", "ce_fused", "online")
 MODEL = ".cache/models/SmolLM2-135M-Instruct"
@@ -61,9 +61,9 @@ def main() -> None:
 
 def make_run(model: str, directory: Path, rows: int) -> Path:
     """Prepare, capture and write the run's JSON; returns its path."""
-    from pipeline.capture import capture
-    from pipeline.corpus import prepare
-    from pipeline.student import initial_student
+    from stillroom.pipeline.capture.job import capture
+    from stillroom.pipeline.corpus.preparing import prepare
+    from stillroom.pipeline.student.model import initial_student
 
     document = {
         "name": "benchmark",
@@ -189,9 +189,9 @@ def _arm(arm: str, run: config.Run) -> Callable[[], tuple[int, float]]:
 
 
 def _training(run: config.Run) -> Any:
-    from pipeline.parallel import Parallel
-    from pipeline.trainer import Training
-    from pipeline.training_run import open_caches
+    from stillroom.pipeline.training.parallel import Parallel
+    from stillroom.pipeline.training.run import open_caches
+    from stillroom.pipeline.training.trainer import Training
 
     assert run.train
     return Training(run, run.train, Parallel.start(), open_caches(run, run.train))

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from benchmarks.cache_trial import publish
-from pipeline.images import decode_image
-from pipeline.vision.capture import Images, MeasuringWriter, make_plan
-from pipeline.vision.encoders import ImageEncoder, open_encoder
-from pipeline.vision.engine import VisionEngine
-from pipeline.vision.tables import Encoder, Vision
+from stillroom.pipeline.capture.images import Images, MeasuringWriter, make_plan
+from stillroom.pipeline.config.vision import Encoder, Vision
+from stillroom.pipeline.encoders.engine import VisionEngine
+from stillroom.pipeline.encoders.frozen import ImageEncoder, open_encoder
+from stillroom.pipeline.images import decode_image
 
 SIZE, BATCH, PER_SHARD = 224, 8, 16
 
@@ -70,7 +70,7 @@ def _bare(encoder: ImageEncoder, pixels: list[np.ndarray]) -> float:
 
 def _capture(encoder: ImageEncoder, files: dict[str, bytes], root: Path) -> tuple[float, int]:
     """Seconds of a capture without loading the encoder, and bytes of its shards."""
-    from pipeline.capture import Notes, fill
+    from stillroom.pipeline.capture.job import Notes, fill
 
     names = tuple(files)
     vision = Vision(encoder=(encoder.table,), images_per_shard=PER_SHARD, batch=BATCH)

@@ -11,7 +11,7 @@ import json
 import re
 from typing import Any, NoReturn
 
-from cache_schemas.errors import ShardCorrupt
+from stillroom.cache_schemas.errors import ShardCorrupt
 
 MAX_BYTES = 1 << 28
 MAX_DEPTH = 24

@@ -74,7 +74,7 @@ class Codebook:
     @classmethod
     def fit(cls, samples: Sequence[Mapping[str, np.ndarray]], mean_kl: float) -> "Codebook":
         """The widest levels that add at most `mean_kl` nats per row to the samples, on average."""
-        from cache_schemas.kernels.topk import mean_divergence
+        from stillroom.cache_schemas.kernels.topk import mean_divergence
 
         widest = min(2.0, MAX_STEP * math.sqrt(mean_kl / 1e-4))
         lists = _sampled(samples)

@@ -17,8 +17,8 @@ import zarr
 import zarr.storage
 from zarr.core.buffer import default_buffer_prototype
 
-from cache_schemas import dense_codec
-from cache_schemas.errors import ShardCorrupt
+from stillroom.cache_schemas import dense_codec
+from stillroom.cache_schemas.errors import ShardCorrupt
 
 MISSING = (1 << 64) - 1
 _CHECKSUM = 4

@@ -15,8 +15,8 @@ from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.common import parse_named_configuration
 from zarr.registry import register_codec
 
-from cache_schemas import row_scaling
-from cache_schemas.errors import CacheError
+from stillroom.cache_schemas import row_scaling
+from stillroom.cache_schemas.errors import CacheError
 
 NAMES = ("bf16", "fp16", "int8", "fp8", "step")
 CODEC_NAME = "stillroom.row_scaled"

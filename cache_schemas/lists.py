@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache_schemas.codebook import Codebook
-from cache_schemas.errors import CacheError
-from cache_schemas.streams import corrupt
+from stillroom.cache_schemas.codebook import Codebook
+from stillroom.cache_schemas.errors import CacheError
+from stillroom.cache_schemas.streams import corrupt
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class LevelTable:
     @classmethod
     def of(cls, codebook: Codebook) -> "LevelTable":
         """The table of a codebook."""
-        from cache_schemas.kernels.topk import MASS_BITS, coarse_levels
+        from stillroom.cache_schemas.kernels.topk import MASS_BITS, coarse_levels
 
         edges, logprobs = codebook.edges, codebook.logprobs
         probabilities = np.exp(logprobs.astype(np.float64))
@@ -100,7 +100,7 @@ def refuse(status: tuple[int, int]) -> None:
 
 def explain(signal: str, ids: np.ndarray, values: np.ndarray, code: int, row: int) -> None:
     """Turn a kernel's status into an error that names signal, row, value and bound."""
-    from cache_schemas.kernels import topk
+    from stillroom.cache_schemas.kernels import topk
 
     if not code:
         return

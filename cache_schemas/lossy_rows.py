@@ -8,12 +8,12 @@ from collections.abc import Collection
 
 import numpy as np
 
-from cache_schemas import scalar_streams, token_streams
-from cache_schemas.codebook import Codebook
-from cache_schemas.lists import Lists, RowError
-from cache_schemas.rankings import Rankings
-from cache_schemas.streams import Record, Streams
-from cache_schemas.topk_streams import PARAMETERS, TAIL, TopkCoder
+from stillroom.cache_schemas import scalar_streams, token_streams
+from stillroom.cache_schemas.codebook import Codebook
+from stillroom.cache_schemas.lists import Lists, RowError
+from stillroom.cache_schemas.rankings import Rankings
+from stillroom.cache_schemas.streams import Record, Streams
+from stillroom.cache_schemas.topk_streams import PARAMETERS, TAIL, TopkCoder
 
 LISTS = ("topk_ids", "topk_logprobs", "tail_logprob")
 DRAWS = ("draw_ids", "draw_counts")

@@ -16,9 +16,9 @@ from pydantic import (
     model_serializer,
 )
 
-from cache_schemas import canonical
-from cache_schemas.errors import ShardCorrupt
-from cache_schemas.plan import FORMAT_VERSION, Plan, check_version, signals_of
+from stillroom.cache_schemas import canonical
+from stillroom.cache_schemas.errors import ShardCorrupt
+from stillroom.cache_schemas.plan import FORMAT_VERSION, Plan, check_version, signals_of
 
 __all__ = [
     "FORMAT_VERSION",

@@ -20,9 +20,9 @@ from pydantic import (
     model_validator,
 )
 
-from cache_schemas import canonical
-from cache_schemas.errors import CacheError, FormatTooNew, ShardCorrupt
-from cache_schemas.signals import ROW_SIGNALS, hidden_name
+from stillroom.cache_schemas import canonical
+from stillroom.cache_schemas.errors import CacheError, FormatTooNew, ShardCorrupt
+from stillroom.cache_schemas.signals import ROW_SIGNALS, hidden_name
 
 FORMAT_VERSION = 1
 

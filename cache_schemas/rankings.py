@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from cache_schemas.errors import ShardCorrupt
+from stillroom.cache_schemas.errors import ShardCorrupt
 
 LIMIT = 256
 """Classes that a row's class number, a byte, can name."""
@@ -100,7 +100,7 @@ class Rankings:
 
     def choose(self, ids: np.ndarray) -> np.ndarray:
         """uint8 [R]: the class that codes the ids [R, n] (-1 pads) of each row most cheaply."""
-        from cache_schemas.kernels.classes import cheapest
+        from stillroom.cache_schemas.kernels.classes import cheapest
 
         classes = np.zeros(len(ids), dtype=np.uint8)
         if len(self.lists) > 1:
@@ -137,7 +137,7 @@ def _thinned(ids: np.ndarray) -> np.ndarray:
 
 def _cluster(ids: np.ndarray, frequency: np.ndarray, num_classes: int) -> np.ndarray:
     """float64 [vocab, classes]: how often each id occurred in the rows of each class."""
-    from cache_schemas.kernels.classes import cheapest, tally
+    from stillroom.cache_schemas.kernels.classes import cheapest, tally
 
     rng = np.random.default_rng(0)
     seeds = rng.choice(len(ids), num_classes, replace=False)

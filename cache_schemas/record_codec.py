@@ -14,13 +14,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cache_schemas import streams
-from cache_schemas.codebook import Codebook
-from cache_schemas.errors import CacheError
-from cache_schemas.lists import Lists, RowError
-from cache_schemas.lossy_rows import LossyRows
-from cache_schemas.rankings import Rankings
-from cache_schemas.signals import ROW_SIGNALS
+from stillroom.cache_schemas import streams
+from stillroom.cache_schemas.codebook import Codebook
+from stillroom.cache_schemas.errors import CacheError
+from stillroom.cache_schemas.lists import Lists, RowError
+from stillroom.cache_schemas.lossy_rows import LossyRows
+from stillroom.cache_schemas.rankings import Rankings
+from stillroom.cache_schemas.signals import ROW_SIGNALS
 
 Profile = Literal["small", "strict", "exact", "portable"]
 Signals = dict[str, np.ndarray]

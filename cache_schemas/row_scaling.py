@@ -16,8 +16,8 @@ import functools
 
 import numpy as np
 
-from cache_schemas import streams
-from cache_schemas.errors import CacheError
+from stillroom.cache_schemas import streams
+from stillroom.cache_schemas.errors import CacheError
 
 FORMS = {"step": 16, "int8": 17, "fp8": 18}
 """Profile byte of the container."""

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cache_schemas.errors import ShardCorrupt
-from cache_schemas.manifest import Plan
-from cache_schemas.signals import ROW_SIGNALS
+from stillroom.cache_schemas.errors import ShardCorrupt
+from stillroom.cache_schemas.manifest import Plan
+from stillroom.cache_schemas.signals import ROW_SIGNALS
 
 PAYLOAD = "record"
 FIRST_MESSAGE = 8

@@ -7,9 +7,9 @@ small. A signal that cannot be coded so (not finite, or enormous) is kept exactl
 
 import numpy as np
 
-from cache_schemas.errors import CacheError
-from cache_schemas.lists import Lists
-from cache_schemas.streams import Record, Streams
+from stillroom.cache_schemas.errors import CacheError
+from stillroom.cache_schemas.lists import Lists
+from stillroom.cache_schemas.streams import Record, Streams
 
 FIRST_STREAM = 48
 STEPS = {
@@ -67,7 +67,7 @@ def predict(name: str, lists: Lists | None, places: np.ndarray | None, rows: int
     if lists is not None and name == "entropy":
         return _list_entropy(lists)
     if lists is not None and name == "token_logprob" and places is not None and places.size:
-        from cache_schemas.kernels.places import entries_at
+        from stillroom.cache_schemas.kernels.places import entries_at
 
         found = np.empty(rows)
         entries_at(lists.logprobs, lists.counts, places, found)
@@ -76,7 +76,7 @@ def predict(name: str, lists: Lists | None, places: np.ndarray | None, rows: int
 
 
 def _list_entropy(lists: Lists) -> np.ndarray:
-    from cache_schemas.kernels.topk_decoding import list_entropy
+    from stillroom.cache_schemas.kernels.topk_decoding import list_entropy
 
     entropy, table = np.empty(len(lists.counts)), lists.table
     rows = lists.levels, lists.counts, lists.logprobs, lists.shifts

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 import xxhash
 
-from cache_schemas.errors import FormatTooNew, ShardCorrupt
+from stillroom.cache_schemas.errors import FormatTooNew, ShardCorrupt
 
 # A compiled module without type stubs.
 pcodec: Any = importlib.import_module("pcodec")

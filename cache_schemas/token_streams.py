@@ -7,10 +7,10 @@ of their ranks).
 
 import numpy as np
 
-from cache_schemas.errors import CacheError
-from cache_schemas.lists import Lists
-from cache_schemas.rankings import Rankings
-from cache_schemas.streams import Record, Streams, corrupt
+from stillroom.cache_schemas.errors import CacheError
+from stillroom.cache_schemas.lists import Lists
+from stillroom.cache_schemas.rankings import Rankings
+from stillroom.cache_schemas.streams import Record, Streams, corrupt
 
 DRAW_SIZES, DRAW_STEPS, DRAW_TIMES = 26, 27, 28
 PLACES, OUTSIDERS, PROMPT = 29, 30, 31
@@ -40,7 +40,7 @@ def decode_tokens(
     prompt = rankings.common[prompt]
     if not num_following:
         return prompt, np.empty(0, dtype=np.int64)
-    from cache_schemas.kernels.places import tokens_after
+    from stillroom.cache_schemas.kernels.places import tokens_after
 
     places = record.stream(PLACES, num_following, "u2").astype(np.int64)
     k = lists.ids.shape[1]
@@ -55,7 +55,7 @@ def decode_tokens(
 
 def places_of(following: np.ndarray, lists: Lists) -> np.ndarray:
     """int64 [R]: where each token stands in its row's list; k where it does not."""
-    from cache_schemas.kernels import places as kernel
+    from stillroom.cache_schemas.kernels import places as kernel
 
     places = np.empty(len(following), dtype=np.int64)
     kernel.places_of(lists.ids, following, places)
@@ -146,7 +146,7 @@ def _looked_up(ranks: np.ndarray, classes: np.ndarray, rankings: Rankings) -> np
 def _groups(places: np.ndarray, lists: Lists) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(1 + first place of the token's group, whether the token is alone in it, whether it is in
     the list at all), each [R]; tokens outside the list start at k + 1."""
-    from cache_schemas.kernels.places import groups
+    from stillroom.cache_schemas.kernels.places import groups
 
     start, sizes = np.empty(len(places), dtype=np.int64), np.empty(len(places), dtype=np.int64)
     groups(lists.levels, lists.counts, places, start, sizes)

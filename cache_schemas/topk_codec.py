@@ -16,8 +16,8 @@ from numcodecs.abc import Codec
 from numcodecs.compat import ensure_contiguous_ndarray, ndarray_copy
 from numcodecs.registry import register_codec
 
-from cache_schemas.errors import CacheError
-from cache_schemas.record_codec import MEAN_KL, Profile, RowCodec
+from stillroom.cache_schemas.errors import CacheError
+from stillroom.cache_schemas.record_codec import MEAN_KL, Profile, RowCodec
 
 PAIR = np.dtype([("id", "<i4"), ("logprob", "<f4")])
 CODEC_ID = "stillroom.topk"

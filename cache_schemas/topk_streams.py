@@ -10,11 +10,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from cache_schemas.codebook import Codebook
-from cache_schemas.errors import CacheError
-from cache_schemas.lists import LevelTable, Lists, RowError, explain, refuse
-from cache_schemas.rankings import Rankings
-from cache_schemas.streams import Record, Streams, corrupt
+from stillroom.cache_schemas.codebook import Codebook
+from stillroom.cache_schemas.errors import CacheError
+from stillroom.cache_schemas.lists import LevelTable, Lists, RowError, explain, refuse
+from stillroom.cache_schemas.rankings import Rankings
+from stillroom.cache_schemas.streams import Record, Streams, corrupt
 
 PARAMETERS, COUNTS, CLASSES, TAIL, FIRST_GAP, NEXT_GAPS, QUADS, STEPS = (
     16,
@@ -96,7 +96,7 @@ class TopkCoder:
         Raises:
             ShardCorrupt: the streams contradict each other or the tables.
         """
-        from cache_schemas.kernels.topk_decoding import merge_ids
+        from stillroom.cache_schemas.kernels.topk_decoding import merge_ids
 
         finer, scale = (int(value) for value in record.stream(PARAMETERS, 2, "u1"))
         if finer > MAX_FINER or scale > 1:
@@ -123,7 +123,7 @@ class TopkCoder:
         self, ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray, finer: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(levels [R, k], levels of the tail, entries before the padding)."""
-        from cache_schemas.kernels.topk import quantise, quantise_each
+        from stillroom.cache_schemas.kernels.topk import quantise, quantise_each
 
         search = self._table(finer).search
         counts = np.empty(len(ids), dtype=np.int32)
@@ -140,7 +140,7 @@ class TopkCoder:
         return levels, tail_levels, counts
 
     def _error(self, logprobs, tail, masses, levels, tail_levels, counts, finer, scale) -> RowError:
-        from cache_schemas.kernels.topk import divergence
+        from stillroom.cache_schemas.kernels.topk import divergence
 
         table = self._table(finer).logprobs
         kl, worst = np.empty(len(counts)), np.empty(len(counts))
@@ -152,7 +152,7 @@ class TopkCoder:
         return RowError(float(kl.sum()), kl_max, delta_max, len(kl))
 
     def _streams(self, ids, levels, counts, classes) -> Streams:
-        from cache_schemas.kernels.topk import level_gaps, rank_steps, sort_keys
+        from stillroom.cache_schemas.kernels.topk import level_gaps, rank_steps, sort_keys
 
         rows, k = ids.shape
         streams: Streams = {CLASSES: classes}
@@ -175,7 +175,7 @@ class TopkCoder:
         return streams | {STEPS: steps, -1: order}
 
     def _lists(self, ids, levels, tail_levels, counts, classes, finer, scale) -> Lists:
-        from cache_schemas.kernels.topk_decoding import merge_logprobs
+        from stillroom.cache_schemas.kernels.topk_decoding import merge_logprobs
 
         table = self._table(finer)
         logprobs = np.empty(ids.shape, dtype=np.float32)
@@ -194,7 +194,7 @@ class TopkCoder:
         return counts
 
     def _merged_levels(self, record: Record, counts: np.ndarray, k: int, finer: int) -> np.ndarray:
-        from cache_schemas.kernels.topk_decoding import merge_levels
+        from stillroom.cache_schemas.kernels.topk_decoding import merge_levels
 
         sizes = _stream_sizes(counts, k, full=COUNTS not in record.entries)
         first = record.stream(FIRST_GAP, sizes[0], "u2")
@@ -245,7 +245,7 @@ def _largest(quads: np.ndarray, ends: np.ndarray) -> int:
 
 @functools.cache
 def _running_sums() -> np.ndarray:
-    from cache_schemas.kernels.topk_decoding import running_sums
+    from stillroom.cache_schemas.kernels.topk_decoding import running_sums
 
     return running_sums()
 
@@ -258,7 +258,7 @@ def _spread(values: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 def _stream_sizes(counts: np.ndarray, k: int, full: bool) -> list[int]:
     """Lengths of the gap streams: first, next, and the quads."""
-    from cache_schemas.kernels.topk import QUAD_STARTS, SINGLE_GAPS
+    from stillroom.cache_schemas.kernels.topk import QUAD_STARTS, SINGLE_GAPS
 
     if full:
         return [len(counts) * size for size in _row_sizes(k)]

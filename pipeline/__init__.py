@@ -4,6 +4,6 @@ One idea: plain functions and small classes that a program can call. No command 
 terminal drawing here; those live in `stages`.
 """
 
-from pipeline import cpu_wheels
+from stillroom.pipeline import cpu_wheels
 
 cpu_wheels.install()

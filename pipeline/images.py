@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas.errors import CorpusError
+from stillroom.cache_schemas.errors import CorpusError
 
 ReadImage = Callable[[str], bytes]
 """sha256 -> bytes of the image file, such as `Corpus.image_bytes`."""

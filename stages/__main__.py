@@ -16,19 +16,17 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cache_schemas.errors import EXIT_INCOMPLETE, EXIT_USER_ERROR, CacheIncomplete, StillroomError
-from stages import (
-    cache,
-    capture,
-    demo,
-    demo_vision,
-    evaluate,
-    generate,
-    prepare,
-    teacher,
-    train,
+from stillroom.cache_schemas.errors import (
+    EXIT_INCOMPLETE,
+    EXIT_USER_ERROR,
+    CacheIncomplete,
+    StillroomError,
 )
-from stages.console import say
+from stillroom.stages import capture, evaluate, generate, prepare, teacher, train
+from stillroom.stages.cache import group as cache
+from stillroom.stages.console import say
+from stillroom.stages.demos import text as demo
+from stillroom.stages.demos import vision as demo_vision
 
 app = typer.Typer(
     name="stillroom",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stages.console import out, progress, say
+from stillroom.stages.console import out, progress, say
 
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 
@@ -52,8 +52,8 @@ def capture(
     dry_run: Annotated[bool, typer.Option(help="Score a sample and print the cost.")] = False,
 ) -> None:
     """Score the prepared corpus and seal the cache; run again to go on after any interruption."""
-    from cache_schemas.errors import ConfigError
-    from pipeline import config
+    from stillroom.cache_schemas.errors import ConfigError
+    from stillroom.pipeline import config
 
     run = config.load(run_file)
     if rank >= world_size:
@@ -74,10 +74,10 @@ def capture(
 
 
 def _capture(run, **options) -> None:
-    from pipeline import config, provenance
-    from pipeline.capture import CaptureProgress
-    from pipeline.capture import capture as score
-    from pipeline.ray_capture import capture_on_ray
+    from stillroom.pipeline import config, provenance
+    from stillroom.pipeline.capture.cluster import capture_on_ray
+    from stillroom.pipeline.capture.job import CaptureProgress
+    from stillroom.pipeline.capture.job import capture as score
 
     title = f"capture {options['rank']}" if options["world_size"] > 1 else "capture"
     if "address" in options:
@@ -123,17 +123,17 @@ class Steps:
 
 def _alone(rank: int, world_size: int) -> None:
     """Ray hands out the shards itself."""
-    from cache_schemas.errors import ConfigError
+    from stillroom.cache_schemas.errors import ConfigError
 
     if (rank, world_size) != (0, 1):
         raise ConfigError("--rank and --world-size mean nothing with --ray", remedy="Drop them.")
 
 
 def _capture_images(run, **worker) -> None:
-    from pipeline import provenance
-    from pipeline.capture import CaptureProgress
-    from pipeline.ray_capture import capture_on_ray
-    from pipeline.vision.capture import capture_images
+    from stillroom.pipeline import provenance
+    from stillroom.pipeline.capture.cluster import capture_on_ray
+    from stillroom.pipeline.capture.images import capture_images
+    from stillroom.pipeline.capture.job import CaptureProgress
 
     score: Any = capture_images
     options: dict[str, Any] = worker
@@ -157,8 +157,8 @@ def _capture_images(run, **worker) -> None:
 
 
 def _dry_run(run, engine: str, split: str) -> None:
-    from pipeline.capture_cost import estimate
-    from stages.console import table
+    from stillroom.pipeline.capture.cost import estimate
+    from stillroom.stages.console import table
 
     cost = estimate(run, engine=engine, split=split)  # type: ignore[arg-type]
     rows = [

@@ -5,17 +5,17 @@ from typing import Annotated
 
 import typer
 
-from stages.console import out, progress, table
+from stillroom.stages.console import out, progress, table
 
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 
 
 def evaluate(run_file: RunFile) -> None:
     """Full-vocabulary KL to the teacher, top-1 agreement and perplexity of every student."""
-    from pipeline import config, provenance
-    from pipeline.curves import draw_curves
-    from pipeline.evaluate import EvaluateProgress, students_of
-    from pipeline.evaluate import evaluate as measure
+    from stillroom.pipeline import config, provenance
+    from stillroom.pipeline.evaluation.held_out import EvaluateProgress, students_of
+    from stillroom.pipeline.evaluation.held_out import evaluate as measure
+    from stillroom.pipeline.training.curves import draw_curves
 
     run = config.load(run_file)
     with progress("evaluate", "examples") as report:

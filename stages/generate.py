@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from stages.capture import Engine
-from stages.console import out, progress, say, table
+from stillroom.stages.capture import Engine
+from stillroom.stages.console import out, progress, say, table
 
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 
@@ -18,10 +18,10 @@ def generate(
     world_size: Annotated[int, typer.Option(min=1, help="How many workers share the work.")] = 1,
 ) -> None:
     """Answer the prompts of the run's sources; the answers become its corpus."""
-    from cache_schemas.errors import ConfigError
-    from pipeline import config, provenance
-    from pipeline.generation import GenerateProgress
-    from pipeline.generation import generate as write
+    from stillroom.cache_schemas.errors import ConfigError
+    from stillroom.pipeline import config, provenance
+    from stillroom.pipeline.generation.written_corpus import GenerateProgress
+    from stillroom.pipeline.generation.written_corpus import generate as write
 
     run = config.load(run_file)
     if rank >= world_size:

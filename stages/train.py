@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stages.console import out, progress, say, table
+from stillroom.stages.console import out, progress, say, table
 
 if TYPE_CHECKING:
-    from pipeline.config import Run
+    from stillroom.pipeline.config import Run
 
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 
@@ -28,10 +28,10 @@ def train(
     if sweep:
         _sweep(run_file)
         return
-    from pipeline import config, provenance
-    from pipeline.curves import draw_curves
-    from pipeline.trainer import Progress
-    from pipeline.trainer import train as train_student
+    from stillroom.pipeline import config, provenance
+    from stillroom.pipeline.training.curves import draw_curves
+    from stillroom.pipeline.training.trainer import Progress
+    from stillroom.pipeline.training.trainer import train as train_student
 
     run = config.load(run_file)
     settings = config.require(run.train, "train", str(run_file))
@@ -59,8 +59,8 @@ def train(
 
 def _sweep(sweep_file: Path) -> None:
     """Train all arms, then compare them in one table and one picture."""
-    from pipeline import sweep as sweeps
-    from pipeline.curves import draw_curves
+    from stillroom.pipeline.training import sweep as sweeps
+    from stillroom.pipeline.training.curves import draw_curves
 
     _, base, arms = sweeps.load(sweep_file)
     with progress("sweep", "arms") as report, stop_on_signals() as stop:
@@ -83,10 +83,10 @@ def _sweep(sweep_file: Path) -> None:
 
 def _scores(base: "Run", students: dict[str, str]) -> dict[str, list[str]]:
     """Held-out figures of every arm; empty where there is no teacher or no held-out text."""
-    from pipeline.corpus import Corpus
-    from pipeline.evaluate import measure
-    from pipeline.teacher.facts import model_directory
-    from pipeline.training_tables import Evaluate
+    from stillroom.pipeline.config.training import Evaluate
+    from stillroom.pipeline.corpus.preparing import Corpus
+    from stillroom.pipeline.evaluation.held_out import measure
+    from stillroom.pipeline.teacher.facts import model_directory
 
     settings = base.evaluate or Evaluate()
     if base.teacher is None or not base.path("corpus").exists():
@@ -104,8 +104,8 @@ def _scores(base: "Run", students: dict[str, str]) -> dict[str, list[str]]:
 
 def student(run_file: RunFile) -> None:
     """Make the untrained student, so that training never needs the teacher."""
-    from pipeline import config
-    from pipeline.student import initial_student
+    from stillroom.pipeline import config
+    from stillroom.pipeline.student.model import initial_student
 
     run = config.load(run_file)
     settings = config.require(run.student, "student", str(run_file))

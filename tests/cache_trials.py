@@ -7,13 +7,13 @@ run gives, bit for bit, or a clear refusal?
 import random
 from pathlib import Path
 
-from cache_schemas.errors import StillroomError
-from cache_schemas.manifest import Plan
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.storage import DirectoryStorage, Disk
-from pipeline.cache.verification import verify
-from pipeline.cache.writer import CacheWriter
-from pipeline.record import TeacherRecord
+from stillroom.cache_schemas.errors import StillroomError
+from stillroom.cache_schemas.manifest import Plan
+from stillroom.pipeline.cache.care.verification import verify
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage, Disk
+from stillroom.pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.record import TeacherRecord
 from tests.faulty_disk import PowerLoss, VolatileDisk, full, in_child, killing
 from tests.synthetic_records import assert_same_record, make_plan, records_of
 

@@ -6,7 +6,7 @@ draws fit each other as a real teacher's do; `shape` bends the logits into the a
 
 import numpy as np
 
-from cache_schemas.record_codec import MAX_KL, MEAN_KL, NAMES
+from stillroom.cache_schemas.record_codec import MAX_KL, MEAN_KL, NAMES
 
 SHAPES = ("peaked", "flat", "equal", "saturated", "masked")
 

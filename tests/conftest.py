@@ -12,7 +12,7 @@ os.environ.setdefault("NO_COLOR", "1")
 import pytest
 from hypothesis import settings
 
-import pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
 from tests import tiny_models
 
 # The same examples every time, however slow the machine; new ones: --hypothesis-profile=default.

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cache_schemas.manifest import Plan
-from pipeline.config import Capture, Teacher
-from pipeline.corpus_tokenizer import tokenizer_facts
-from pipeline.record import Example, TeacherRecord, content_id
-from pipeline.teacher.facts import teacher_facts
-from pipeline.teacher.reference import ReferenceEngine
-from pipeline.teacher.rows import kept_temperatures
+from stillroom.cache_schemas.manifest import Plan
+from stillroom.pipeline.config import Capture, Teacher
+from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
+from stillroom.pipeline.record import Example, TeacherRecord, content_id
+from stillroom.pipeline.teacher.facts import teacher_facts
+from stillroom.pipeline.teacher.reference.engine import ReferenceEngine
+from stillroom.pipeline.teacher.rows import kept_temperatures
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MemoryCache:
 
     def write(self, directory: Path) -> Path:
         """Put the records into a sealed cache on disk."""
-        from pipeline.cache.writer import CacheWriter
+        from stillroom.pipeline.cache.writer import CacheWriter
 
         writer = CacheWriter.open(directory, self.plan)
         for shard in writer.missing():

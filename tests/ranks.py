@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from stages.__main__ import leave_group
+from stillroom.stages.__main__ import leave_group
 
 
 def leave() -> NoReturn:

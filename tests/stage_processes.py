@@ -11,13 +11,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PRELOADED = [
-    "stages.__main__",
-    "pipeline.capture",
-    "pipeline.trainer",
-    "pipeline.evaluate",
-    "pipeline.corpus",
-    "pipeline.teacher.reference",
-    "pipeline.curves",
+    "stillroom.stages.__main__",
+    "stillroom.pipeline.capture.job",
+    "stillroom.pipeline.training.trainer",
+    "stillroom.pipeline.evaluation.held_out",
+    "stillroom.pipeline.corpus.preparing",
+    "stillroom.pipeline.teacher.reference.engine",
+    "stillroom.pipeline.training.curves",
     "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.tokenization_auto",
@@ -61,6 +61,6 @@ def _stage(arguments: list[str], log: str) -> None:
     written = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(written, 1)
     os.dup2(written, 2)
-    from stages import __main__ as shell
+    from stillroom.stages import __main__ as shell
 
     os._exit(shell.run(arguments))

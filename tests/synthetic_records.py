@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from cache_schemas.manifest import Plan
-from pipeline.cache.writer import CacheWriter
-from pipeline.record import Example, ImageSpan, TeacherRecord, content_id
+from stillroom.cache_schemas.manifest import Plan
+from stillroom.pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.record import Example, ImageSpan, TeacherRecord, content_id
 
 VOCAB = 997
 TEMPERATURES = (0.5, 1.0, 2.0)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.corpus_files import ExampleFile, write_facts
-from pipeline.record import Example, ImageSpan, content_id
+from stillroom.pipeline.corpus.files import ExampleFile, write_facts
+from stillroom.pipeline.record import Example, ImageSpan, content_id
 
 VIT = {
     "hidden_size": 32,
@@ -242,7 +242,7 @@ def _as_published(path: Path) -> None:
 def _save_efficientnet(directory: Path, seed: int) -> Path:
     from safetensors.torch import save_file
 
-    from pipeline.vision.efficientnet import EfficientNetLite0
+    from stillroom.pipeline.encoders.efficientnet import EfficientNetLite0
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

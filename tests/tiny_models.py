@@ -8,7 +8,7 @@ import os
 import pydoc_data.topics
 from pathlib import Path
 
-import pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cache_schemas.kernels import compiled
+from stillroom.cache_schemas.kernels import compiled
 
 MOST_IDS = 256
 

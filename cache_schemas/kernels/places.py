@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
-from cache_schemas.kernels import compiled
-from cache_schemas.kernels.topk import BAD_RANK
+from stillroom.cache_schemas.kernels import compiled
+from stillroom.cache_schemas.kernels.topk import BAD_RANK
 
 
 @compiled

@@ -4,14 +4,14 @@ One idea: a row becomes gaps between levels, and, inside each group of equal lev
 stored as differences; order inside a group carries nothing, so it costs nothing. Gaps go to streams
 by where in the row they stand, because pcodec gives each stream its own code; from the fifth on
 four of them are interleaved bit by bit into one number, which unpacks four times as fast.
-All functions are compiled (see `cache_schemas.kernels`) and return (code, row): code 0 is success.
+All functions are compiled (see the package) and return (code, row): code 0 is success.
 """
 
 import math
 
 import numpy as np
 
-from cache_schemas.kernels import compiled
+from stillroom.cache_schemas.kernels import compiled
 
 # Parts of the format, compiled into `topk_decoding` and `places` too: numba's cache on disk does
 # not see a change made here.

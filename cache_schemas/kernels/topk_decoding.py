@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-from cache_schemas.kernels import compiled
-from cache_schemas.kernels.topk import (
+from stillroom.cache_schemas.kernels import compiled
+from stillroom.cache_schemas.kernels.topk import (
     BAD_LEVEL,
     BAD_RANK,
     LOG_2,

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas import canonical, layout, rows
-from cache_schemas.dense_array import DenseArray
-from cache_schemas.errors import CacheError, ShardCorrupt
-from cache_schemas.manifest import FORMAT_VERSION, Plan, check_version
-from cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
-from pipeline.cache.storage import Storage
-from pipeline.record import Example, ImageSpan, TeacherRecord
+from stillroom.cache_schemas import canonical, layout, rows
+from stillroom.cache_schemas.dense_array import DenseArray
+from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
+from stillroom.cache_schemas.manifest import FORMAT_VERSION, Plan, check_version
+from stillroom.cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
+from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.record import Example, ImageSpan, TeacherRecord
 
 MAX_TABLE_BYTES = 1 << 28
 NPY_HEADER = re.compile(
@@ -251,7 +251,7 @@ def dense_arrays(plan: Plan) -> dict[str, DenseArray]:
 
 
 def _unflatten(name: str, flat: np.ndarray, num_rows: int, codec: RowCodec) -> np.ndarray:
-    from cache_schemas.signals import ROW_SIGNALS
+    from stillroom.cache_schemas.signals import ROW_SIGNALS
 
     if name == TOKENS:
         return flat

@@ -16,19 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from cache_schemas import layout, rows
-from cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
-from cache_schemas.lists import Lists
-from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
-from cache_schemas.rankings import Rankings
-from pipeline.cache import shard as shards
-from pipeline.cache.formats import Encoded, Format, read_codec
-from pipeline.cache.location import open_storage
-from pipeline.cache.partial import present_signals
-from pipeline.cache.readthrough import ReadThrough
-from pipeline.cache.sealing import check_receipt
-from pipeline.cache.storage import Storage
-from pipeline.record import TeacherRecord
+from stillroom.cache_schemas import layout, rows
+from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
+from stillroom.cache_schemas.lists import Lists
+from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from stillroom.cache_schemas.rankings import Rankings
+from stillroom.pipeline.cache import shard as shards
+from stillroom.pipeline.cache.formats import Encoded, Format, read_codec
+from stillroom.pipeline.cache.sealing import check_receipt
+from stillroom.pipeline.cache.sharing.partial import present_signals
+from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.storage.location import open_storage
+from stillroom.pipeline.cache.storage.readthrough import ReadThrough
+from stillroom.pipeline.record import TeacherRecord
 
 EXAMPLES_HELD, SHARDS_HELD = 2_000_000, 4096
 """How many examples' offsets (24 bytes each) are kept in memory, and of how many shards."""

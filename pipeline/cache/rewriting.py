@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas import canonical
-from cache_schemas.errors import CacheError, PlanMismatch
-from cache_schemas.manifest import Manifest, Plan
-from pipeline.cache.formats import Encoded
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.shard import Preview
-from pipeline.cache.storage import Storage
-from pipeline.cache.verification import Progress
-from pipeline.cache.writer import CacheWriter
+from stillroom.cache_schemas import canonical
+from stillroom.cache_schemas.errors import CacheError, PlanMismatch
+from stillroom.cache_schemas.manifest import Manifest, Plan
+from stillroom.pipeline.cache.care.verification import Progress
+from stillroom.pipeline.cache.formats import Encoded
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.shard import Preview
+from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.writer import CacheWriter
 
 Pick = tuple[int, int]
 """(which cache, which of its examples)."""

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache_schemas import layout
-from cache_schemas.errors import PlanMismatch, ShardCorrupt
-from cache_schemas.manifest import (
+from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.errors import PlanMismatch, ShardCorrupt
+from stillroom.cache_schemas.manifest import (
     FileEntry,
     Manifest,
     ShardReceipt,
@@ -24,11 +24,11 @@ from cache_schemas.manifest import (
     StoredError,
     read,
 )
-from cache_schemas.signals import IMAGE_ERROR
-from pipeline.cache import shard as shards_of
-from pipeline.cache.card import README, card
-from pipeline.cache.formats import Format
-from pipeline.cache.storage import Storage
+from stillroom.cache_schemas.signals import IMAGE_ERROR
+from stillroom.pipeline.cache import shard as shards_of
+from stillroom.pipeline.cache.formats import Format
+from stillroom.pipeline.cache.sharing.card import README, card
+from stillroom.pipeline.cache.storage.directory import Storage
 
 THREADS = 16
 INDEX_SCHEMA = pa.schema(

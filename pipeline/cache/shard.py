@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from cache_schemas import layout, rows
-from cache_schemas.errors import CacheError, ShardCorrupt
-from cache_schemas.manifest import FileEntry, Records, ShardReceipt
-from pipeline.cache.formats import Encoded, Format
-from pipeline.cache.storage import Storage
-from pipeline.plain_text import plain
-from pipeline.record import Example, TeacherRecord
+from stillroom.cache_schemas import layout, rows
+from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
+from stillroom.cache_schemas.manifest import FileEntry, Records, ShardReceipt
+from stillroom.pipeline.cache.formats import Encoded, Format
+from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.plain_text import plain
+from stillroom.pipeline.record import Example, TeacherRecord
 
 PREVIEW_CHARACTERS = 160
 Preview = Callable[[Example], str]

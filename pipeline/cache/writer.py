@@ -10,12 +10,12 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cache_schemas import layout
-from cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch, ShardCorrupt
-from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
-from cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
-from pipeline.cache import sealing, shard
-from pipeline.cache.formats import (
+from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch, ShardCorrupt
+from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from stillroom.cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
+from stillroom.pipeline.cache import sealing, shard
+from stillroom.pipeline.cache.formats import (
     UNFITTED,
     Encoded,
     Format,
@@ -24,10 +24,10 @@ from pipeline.cache.formats import (
     open_codec,
     publish_codec,
 )
-from pipeline.cache.location import open_storage
-from pipeline.cache.shard import Preview
-from pipeline.cache.storage import Claim, DirectoryStorage, Storage
-from pipeline.record import TeacherRecord
+from stillroom.pipeline.cache.shard import Preview
+from stillroom.pipeline.cache.storage.directory import Claim, DirectoryStorage, Storage
+from stillroom.pipeline.cache.storage.location import open_storage
+from stillroom.pipeline.record import TeacherRecord
 
 
 class CacheWriter:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache_schemas.errors import CacheIncomplete, ConfigError
-from cache_schemas.manifest import Manifest
-from pipeline.capture import OnError, Task, manifest_of
-from pipeline.capture_progress import CaptureProgress, Totals
-from pipeline.config import Run, Teacher, require
-from pipeline.ray_worker import Problem, Worker, open_task
-from pipeline.teacher.engine import EngineName
+from stillroom.cache_schemas.errors import CacheIncomplete, ConfigError
+from stillroom.cache_schemas.manifest import Manifest
+from stillroom.pipeline.capture.job import OnError, Task, manifest_of
+from stillroom.pipeline.capture.node import Problem, Worker, open_task
+from stillroom.pipeline.capture.progress import CaptureProgress, Totals
+from stillroom.pipeline.config import Run, Teacher, require
+from stillroom.pipeline.teacher.protocol import EngineName
 
 MOST_SHARDS_AT_HAND = 16
 DEATHS_BEFORE_GIVING_UP = 3

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.cache.writer import CacheWriter
-from pipeline.capture_plan import check_tokenizer, longest, make_plan, pictures_of
-from pipeline.config import Run, require
-from pipeline.corpus import Corpus
-from pipeline.teacher.engine import EngineName, TeacherEngine, open_engine
+from stillroom.pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.capture.plan import check_tokenizer, longest, make_plan, pictures_of
+from stillroom.pipeline.config import Run, require
+from stillroom.pipeline.corpus.preparing import Corpus
+from stillroom.pipeline.teacher.opening import open_engine
+from stillroom.pipeline.teacher.protocol import EngineName, TeacherEngine
 
 SAMPLE = 16
 

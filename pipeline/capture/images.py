@@ -12,20 +12,20 @@ from typing import overload
 
 import numpy as np
 
-from cache_schemas.errors import CorpusError
-from cache_schemas.manifest import Manifest, Plan, ShardReceipt
-from cache_schemas.signals import IMAGE_ERROR
-from pipeline.cache.formats import Encoded, Format
-from pipeline.cache.writer import CacheWriter
-from pipeline.capture import Notes, OnError, Task, fill
-from pipeline.capture_plan import first_version
-from pipeline.capture_progress import CaptureProgress
-from pipeline.config import Run, require
-from pipeline.corpus import Corpus
-from pipeline.record import Example, TeacherRecord
-from pipeline.vision.encoders import ImageEncoder, open_encoder
-from pipeline.vision.engine import VisionEngine, image_example, signal_name
-from pipeline.vision.tables import Vision
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt
+from stillroom.cache_schemas.signals import IMAGE_ERROR
+from stillroom.pipeline.cache.formats import Encoded, Format
+from stillroom.pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.capture.job import Notes, OnError, Task, fill
+from stillroom.pipeline.capture.plan import first_version
+from stillroom.pipeline.capture.progress import CaptureProgress
+from stillroom.pipeline.config import Run, require
+from stillroom.pipeline.config.vision import Vision
+from stillroom.pipeline.corpus.preparing import Corpus
+from stillroom.pipeline.encoders.engine import VisionEngine, image_example, signal_name
+from stillroom.pipeline.encoders.frozen import ImageEncoder, open_encoder
+from stillroom.pipeline.record import Example, TeacherRecord
 
 
 def capture_images(

@@ -15,19 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cache_schemas import layout
-from cache_schemas.manifest import Manifest, Plan, ShardReceipt
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.writer import CacheWriter
-from pipeline.capture_plan import check_processor, check_tokenizer, longest, make_plan, pictures_of
-from pipeline.capture_progress import CaptureProgress, Totals
-from pipeline.config import Run, require
-from pipeline.corpus import Corpus
-from pipeline.preview import text_preview
-from pipeline.record import Example, TeacherRecord
-from pipeline.teacher.engine import Engine, EngineName, OutOfMemory, RejectedExample
-from pipeline.teacher.engine import open_engine as open_named_engine
-from pipeline.teacher.facts import model_directory
+from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.capture.plan import (
+    check_processor,
+    check_tokenizer,
+    longest,
+    make_plan,
+    pictures_of,
+)
+from stillroom.pipeline.capture.progress import CaptureProgress, Totals
+from stillroom.pipeline.config import Run, require
+from stillroom.pipeline.corpus.preparing import Corpus
+from stillroom.pipeline.corpus.preview import text_preview
+from stillroom.pipeline.record import Example, TeacherRecord
+from stillroom.pipeline.teacher.facts import model_directory
+from stillroom.pipeline.teacher.opening import open_engine as open_named_engine
+from stillroom.pipeline.teacher.protocol import Engine, EngineName, OutOfMemory, RejectedExample
 
 OnError = Literal["stop", "quarantine"]
 OpenEngine = Callable[[float], Engine]

@@ -6,11 +6,11 @@ right travels back as a value. It knows nothing of Ray, so it is an ordinary cla
 
 from dataclasses import asdict, dataclass
 
-from cache_schemas.errors import StillroomError
-from pipeline.capture import Notes, ShardWork, Task
-from pipeline.capture_progress import CaptureProgress, Totals
-from pipeline.config import Run
-from pipeline.teacher.engine import Engine
+from stillroom.cache_schemas.errors import StillroomError
+from stillroom.pipeline.capture.job import Notes, ShardWork, Task
+from stillroom.pipeline.capture.progress import CaptureProgress, Totals
+from stillroom.pipeline.config import Run
+from stillroom.pipeline.teacher.protocol import Engine
 
 
 class Worker:
@@ -60,7 +60,7 @@ class Worker:
 def open_task(run: Run, job: dict) -> Task:
     """What a job is about: a language model's answers, or its images' targets."""
     if job["images"]:
-        from pipeline.vision.capture import open_task
+        from stillroom.pipeline.capture.images import open_task
 
         return open_task(run, job["location"])
     return Task.open(run, job["engine"], job["split"], job["location"])

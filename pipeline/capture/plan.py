@@ -7,16 +7,16 @@ machine and finished on another.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from cache_schemas.errors import PlanMismatch, TeacherError
-from cache_schemas.manifest import Plan, signals_of
-from pipeline.config import Capture, Teacher
-from pipeline.corpus import Corpus
-from pipeline.corpus_image_chat import processor_sha256
-from pipeline.corpus_tokenizer import tokenizer_facts
-from pipeline.teacher.engine import EngineName
-from pipeline.teacher.facts import model_directory, teacher_facts
-from pipeline.teacher.images import Pictures
-from pipeline.teacher.rows import kept_temperatures
+from stillroom.cache_schemas.errors import PlanMismatch, TeacherError
+from stillroom.cache_schemas.manifest import Plan, signals_of
+from stillroom.pipeline.config import Capture, Teacher
+from stillroom.pipeline.corpus.image_chat import processor_sha256
+from stillroom.pipeline.corpus.preparing import Corpus
+from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
+from stillroom.pipeline.teacher.facts import model_directory, teacher_facts
+from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.protocol import EngineName
+from stillroom.pipeline.teacher.rows import kept_temperatures
 
 SPEED_AND_PLACEMENT = frozenset(
     (

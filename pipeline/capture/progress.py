@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from cache_schemas.manifest import Plan, ShardReceipt
-from pipeline.record import TeacherRecord
+from stillroom.cache_schemas.manifest import Plan, ShardReceipt
+from stillroom.pipeline.record import TeacherRecord
 
 
 @dataclass(frozen=True, slots=True)

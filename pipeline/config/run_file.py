@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from cache_schemas.errors import ConfigError
-from pipeline.strict import Table, validate
-from pipeline.training_tables import Evaluate, Objective, Student, Train
-from pipeline.vision.tables import Vision
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.config.strict import Table, validate
+from stillroom.pipeline.config.training import Evaluate, Objective, Student, Train
+from stillroom.pipeline.config.vision import Vision
 
 
 class Source(Table):

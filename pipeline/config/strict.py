@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cache_schemas.errors import ConfigError
+from stillroom.cache_schemas.errors import ConfigError
 
 
 class Table(BaseModel):

@@ -1,14 +1,14 @@
 """The tables of stage two: `[student]`, `[[objective]]`, `[train]`, `[evaluate]`.
 
 One idea: the same file gives the same student on any number of ranks, so a step is counted over all
-of them. Objectives bring their own options, checked by `pipeline.objectives.registry`.
+of them. Objectives bring their own options, checked by `stillroom.pipeline.objectives.registry`.
 """
 
 from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.strict import Table
+from stillroom.pipeline.config.strict import Table
 
 
 class Student(Table):

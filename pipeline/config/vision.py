@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from pipeline.strict import Table
+from stillroom.pipeline.config.strict import Table
 
 Kind = Literal[
     "dinov2",

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas.errors import CorpusError
-from pipeline.corpus_sources import Document
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.corpus.documents import Document
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
 Tokens = tuple[np.ndarray, np.ndarray]

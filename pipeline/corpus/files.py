@@ -23,8 +23,8 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from cache_schemas.errors import CorpusError
-from pipeline.record import Example, ImageSpan
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.record import Example, ImageSpan
 
 SPLITS = ("train", "heldout")
 FACTS = "corpus.json"

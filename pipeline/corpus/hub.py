@@ -8,10 +8,11 @@ used. Data sets that need code to load are read through the Parquet copies that 
 from collections.abc import Iterable
 from pathlib import Path
 
-from cache_schemas.errors import CorpusError
-from pipeline.config import Source
-from pipeline.corpus_sources import SUFFIXES, OpenSource, files_source
-from pipeline.strict import nearest
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.config import Source
+from stillroom.pipeline.config.strict import nearest
+from stillroom.pipeline.corpus.documents import OpenSource
+from stillroom.pipeline.corpus.sources import SUFFIXES, files_source
 
 CONVERTED = "refs/convert/parquet"
 """Branch on which the hub keeps its own Parquet copy of a data set."""

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cache_schemas.errors import CorpusError
-from pipeline.corpus_chat import ChatTokenizer, inside, unanswered
-from pipeline.corpus_images import place_images
-from pipeline.corpus_sources import Document
-from pipeline.images import decode_image, image_sha256
-from pipeline.record import ImageSpan
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.corpus.chat import ChatTokenizer, inside, unanswered
+from stillroom.pipeline.corpus.documents import Document
+from stillroom.pipeline.corpus.images import place_images
+from stillroom.pipeline.images import decode_image, image_sha256
+from stillroom.pipeline.record import ImageSpan
 
 
 class ImageTokens(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cache_schemas.errors import CorpusError
+from stillroom.cache_schemas.errors import CorpusError
 
 MARKER = "<image>"
 """LLaVA's way of writing an image into plain text."""

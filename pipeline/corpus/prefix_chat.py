@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas.errors import CorpusError
-from pipeline.corpus_image_chat import ImageTokens, pictures_of, refusals
-from pipeline.corpus_images import place_images
-from pipeline.corpus_sources import Document
-from pipeline.images import image_sha256
-from pipeline.record import ImageSpan
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.corpus.documents import Document
+from stillroom.pipeline.corpus.image_chat import ImageTokens, pictures_of, refusals
+from stillroom.pipeline.corpus.images import place_images
+from stillroom.pipeline.images import image_sha256
+from stillroom.pipeline.record import ImageSpan
 
 
 class PrefixChat:

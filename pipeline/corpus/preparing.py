@@ -18,22 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas.errors import ConfigError, CorpusError
-from pipeline.config import Prepare, Source
-from pipeline.corpus_chat import Tokens
-from pipeline.corpus_files import (
-    Corpus,
-    ExampleFile,
-    replace_directory,
-    write_facts,
-)
-from pipeline.corpus_image_chat import ImageChat, ImageTokens
-from pipeline.corpus_prefix_chat import PrefixChat
-from pipeline.corpus_sources import Document, OpenSource, open_source
-from pipeline.corpus_splits import canonical_json, deal, heldout_documents
-from pipeline.corpus_tokenizer import CorpusTokenizer, tokenizer_facts
-from pipeline.images import ImageStore, image_sha256
-from pipeline.record import Example, content_id
+from stillroom.cache_schemas.errors import ConfigError, CorpusError
+from stillroom.pipeline.config import Prepare, Source
+from stillroom.pipeline.corpus.chat import Tokens
+from stillroom.pipeline.corpus.documents import Document, OpenSource
+from stillroom.pipeline.corpus.files import Corpus, ExampleFile, replace_directory, write_facts
+from stillroom.pipeline.corpus.image_chat import ImageChat, ImageTokens
+from stillroom.pipeline.corpus.opening import open_source
+from stillroom.pipeline.corpus.prefix_chat import PrefixChat
+from stillroom.pipeline.corpus.splits import canonical_json, deal, heldout_documents
+from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer, tokenizer_facts
+from stillroom.pipeline.images import ImageStore, image_sha256
+from stillroom.pipeline.record import Example, content_id
 
 __all__ = [
     "Corpus",

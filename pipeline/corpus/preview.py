@@ -6,7 +6,7 @@ nothing is ever trained on a preview.
 
 from collections.abc import Callable
 
-from pipeline.record import Example
+from stillroom.pipeline.record import Example
 
 PREVIEW_TOKENS = 48
 

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas.errors import CorpusError
-from pipeline.config import Generate, Prepare, Source
-from pipeline.corpus import document_digest
-from pipeline.corpus_files import ExampleFile
-from pipeline.corpus_image_chat import ImageChat, ImageTokens
-from pipeline.corpus_images import place_images, places_of
-from pipeline.corpus_prefix_chat import PrefixChat
-from pipeline.corpus_sources import Document, OpenSource
-from pipeline.corpus_tokenizer import CorpusTokenizer
-from pipeline.images import ImageStore
-from pipeline.record import Example, content_id
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.config import Generate, Prepare, Source
+from stillroom.pipeline.corpus.documents import Document, OpenSource
+from stillroom.pipeline.corpus.files import ExampleFile
+from stillroom.pipeline.corpus.image_chat import ImageChat, ImageTokens
+from stillroom.pipeline.corpus.images import place_images, places_of
+from stillroom.pipeline.corpus.prefix_chat import PrefixChat
+from stillroom.pipeline.corpus.preparing import document_digest
+from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer
+from stillroom.pipeline.images import ImageStore
+from stillroom.pipeline.record import Example, content_id
 
 
 class PromptReader:

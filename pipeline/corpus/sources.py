@@ -1,4 +1,4 @@
-"""Sources of a corpus: files, hub data sets and Python's own help text, read as documents.
+"""Files and Python's own help text, read as documents.
 
 One idea: every source is a generator of `Document`s in a fixed order, and every complaint names the
 file and the line. Sources do not tokenise and never skip anything silently.
@@ -7,16 +7,17 @@ file and the line. Sources do not tokenise and never skip anything silently.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cache_schemas.errors import CorpusError
-from pipeline.config import Source
-from pipeline.corpus_images import inline_images, read_caption, read_images
-from pipeline.images import SUFFIXES as SUFFIXES_OF_IMAGES
-from pipeline.strict import nearest
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.config import Source
+from stillroom.pipeline.config.strict import nearest
+from stillroom.pipeline.corpus.documents import Document, OpenSource
+from stillroom.pipeline.corpus.images import inline_images, read_caption, read_images
+from stillroom.pipeline.images import SUFFIXES as SUFFIXES_OF_IMAGES
 
 SUFFIXES = {
     "text": (".txt", ".md", ".rst"),
@@ -25,45 +26,6 @@ SUFFIXES = {
     "images": SUFFIXES_OF_IMAGES,
 }
 ROWS_PER_READ = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text or one conversation.
-
-    Attributes:
-        where: file and line, row or topic, for messages.
-        text: plain text; empty for a conversation.
-        messages: chat messages as the template takes them; empty for plain text.
-        images: bytes of the image files that the messages show, in order.
-    """
-
-    where: str
-    text: str = ""
-    messages: tuple[dict[str, Any], ...] = ()
-    images: tuple[bytes, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class OpenSource:
-    """A source whose bytes are known but not yet read.
-
-    Attributes:
-        facts: what was found: name, kind, number of files, sha256 over their bytes.
-        documents: call it to read them from the start.
-    """
-
-    facts: dict[str, Any]
-    documents: Callable[[], Iterator[Document]] = field(compare=False)
-
-
-def open_source(source: Source) -> OpenSource:
-    """Find a source and hash what it holds.
-
-    Raises:
-        CorpusError: nothing is there, or it cannot be read.
-    """
-    return OPENERS[source.kind](source)
 
 
 def read_text(path: Path) -> Iterator[Document]:
@@ -146,11 +108,6 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     return sorted(found)
 
 
-def _open_files(source: Source, reader: str = "") -> OpenSource:
-    kind = reader or source.kind
-    return files_source(source, kind, find_files(source.path, SUFFIXES[kind]))
-
-
 def files_source(source: Source, kind: str, files: list[Path], **more: str) -> OpenSource:
     """A source over files that have been found; `more` is added to its facts."""
     facts = {"name": source.name, "kind": source.kind, "files": len(files)}
@@ -158,28 +115,6 @@ def files_source(source: Source, kind: str, files: list[Path], **more: str) -> O
     return OpenSource(facts, partial(_read_all, READERS[kind], source, files))
 
 
-def _open_topics(source: Source) -> OpenSource:
-    digest = hashlib.sha256()
-    for document in read_topics():
-        digest.update(document.text.encode())
-    facts = {"name": source.name, "kind": source.kind, "sha256": digest.hexdigest()}
-    return OpenSource(facts, read_topics)
-
-
-def _open_hub(source: Source) -> OpenSource:
-    from pipeline.corpus_hub import open_hub
-
-    return open_hub(source)
-
-
-OPENERS: dict[str, Callable[[Source], OpenSource]] = {
-    "text": _open_files,
-    "jsonl": _open_files,
-    "parquet": _open_files,
-    "pydoc_topics": _open_topics,
-    "hub": _open_hub,
-    "images": _open_files,
-}
 READERS: dict[str, Callable[[Source, Path], Iterator[Document]]] = {
     "text": lambda _, path: read_text(path),
     "jsonl": read_jsonl,

@@ -13,9 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from cache_schemas.errors import CorpusError
-from pipeline.corpus_files import SPLITS, ExampleFile, read_examples
-from pipeline.record import Example
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.corpus.files import SPLITS, ExampleFile, read_examples
+from stillroom.pipeline.record import Example
 
 
 def heldout_documents(documents: Iterable[str], share: float, seed: int) -> set[str]:

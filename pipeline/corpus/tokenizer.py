@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas.errors import CorpusError, PlanMismatch
-from pipeline.config import Teacher
-from pipeline.corpus_chat import ChatTokenizer, Tokens
-from pipeline.corpus_image_chat import (
+from stillroom.cache_schemas.errors import CorpusError, PlanMismatch
+from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.corpus.chat import ChatTokenizer, Tokens
+from stillroom.pipeline.corpus.documents import Document
+from stillroom.pipeline.corpus.image_chat import (
     ImageChat,
     has_image_processor,
     load_processor,
     settings_sha256,
 )
-from pipeline.corpus_prefix_chat import PrefixChat
-from pipeline.corpus_sources import Document
-from pipeline.teacher.facts import model_directory, model_shape
+from stillroom.pipeline.corpus.prefix_chat import PrefixChat
+from stillroom.pipeline.teacher.facts import model_directory, model_shape
 
 PREFIX_PROCESSORS = ("PaliGemmaProcessor", "ColPaliProcessor")
 

@@ -1,1 +1,1 @@
-"""From cached records to batches: order, packing, collation, background decoding."""
+"""Cached records become batches: order, packing, collation, decoding in the background."""

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_schemas.errors import StudentError
-from cache_schemas.signals import is_hidden
-from pipeline.data.images import ImageBatch, images_of
-from pipeline.record import Example, TeacherRecord
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.cache_schemas.signals import is_hidden
+from stillroom.pipeline.data.images import ImageBatch, images_of
+from stillroom.pipeline.record import Example, TeacherRecord
 
 NO_LABEL = -100
 

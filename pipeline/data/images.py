@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_schemas.errors import StudentError
-from pipeline.images import BadImage, ReadImage, decode_image
-from pipeline.record import TeacherRecord
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.images import BadImage, ReadImage, decode_image
+from stillroom.pipeline.record import TeacherRecord
 
 PIXELS_HELD = 4096
 """Prepared pictures kept in memory."""

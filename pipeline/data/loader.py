@@ -12,17 +12,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cache_schemas.errors import ConfigError, StudentError
-from pipeline.data.batch import DistillBatch, collate
-from pipeline.data.images import Pictures
-from pipeline.data.packing import Position, RowPlan
-from pipeline.record import TeacherRecord
+from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.pipeline.data.batch import DistillBatch, collate
+from stillroom.pipeline.data.images import Pictures
+from stillroom.pipeline.data.packing import Position, RowPlan
+from stillroom.pipeline.record import TeacherRecord
 
 STEPS_AHEAD = 2
 
 
 class RecordSource(Protocol):
-    """What the loader asks of a cache (see `pipeline.cache.reader.TeacherCache`)."""
+    """What the loader asks of a cache (see `stillroom.pipeline.cache.reader.TeacherCache`)."""
 
     def __len__(self) -> int: ...
 
@@ -45,7 +45,7 @@ class Geometry:
         accumulate: microbatches of a step over all ranks.
         rank: this process.
         world_size: processes.
-        padding_free: see `pipeline.data.batch.collate`.
+        padding_free: see `stillroom.pipeline.data.batch.collate`.
     """
 
     capacity: int

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cache_schemas.errors import StudentError
+from stillroom.cache_schemas.errors import StudentError
 
 OPEN_ROWS = 64
 """Rows that still take examples while packing; more finds better fits and costs more time."""

@@ -15,12 +15,12 @@ from functools import partial
 
 import numpy as np
 
-from cache_schemas.errors import TeacherError
-from cache_schemas.signals import IMAGE_PREFIX
-from pipeline.images import BadImage, decode_image
-from pipeline.record import Example, ImageSpan, TeacherRecord
-from pipeline.teacher.engine import Reject, RejectedExample, stop
-from pipeline.vision.encoders import ImageEncoder
+from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.signals import IMAGE_PREFIX
+from stillroom.pipeline.encoders.frozen import ImageEncoder
+from stillroom.pipeline.images import BadImage, decode_image
+from stillroom.pipeline.record import Example, ImageSpan, TeacherRecord
+from stillroom.pipeline.teacher.protocol import Reject, RejectedExample, stop
 
 NO_TOKENS = np.empty(0, dtype=np.int32)
 NO_MASK = np.empty(0, dtype=bool)
@@ -46,7 +46,7 @@ class _Prepared:
 
 
 class VisionEngine:
-    """Encoders over images; a `pipeline.teacher.engine.TeacherEngine` but for `shape`.
+    """Encoders over images; a `stillroom.pipeline.teacher.protocol.TeacherEngine` but for `shape`.
 
     Args:
         encoders: loaded encoders; each gives the signal `image.<name>`.

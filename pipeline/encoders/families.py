@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache_schemas.errors import ConfigError, TeacherError
-from pipeline.vision import efficientnet
-from pipeline.vision.tables import Encoder
+from stillroom.cache_schemas.errors import ConfigError, TeacherError
+from stillroom.pipeline.config.vision import Encoder
+from stillroom.pipeline.encoders import efficientnet
 
 Features = Callable[[torch.Tensor], torch.Tensor]
 """Normalised pixels [B, 3, S, S] -> [B, positions, width], patches in reading order."""

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cache_schemas.errors import ConfigError, TeacherError
-from pipeline.config import Teacher
-from pipeline.teacher.facts import model_directory, weights_sha256
-from pipeline.vision.families import DTYPES, FAMILIES, Features
-from pipeline.vision.preparation import preparation_of
-from pipeline.vision.tables import Encoder
+from stillroom.cache_schemas.errors import ConfigError, TeacherError
+from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.config.vision import Encoder
+from stillroom.pipeline.encoders.families import DTYPES, FAMILIES, Features
+from stillroom.pipeline.encoders.preparation import preparation_of
+from stillroom.pipeline.teacher.facts import model_directory, weights_sha256
 
 
 class ImageEncoder:

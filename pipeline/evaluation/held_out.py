@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache_schemas.errors import CorpusError, StudentError
-from pipeline.checkpoint import write_durably
-from pipeline.config import Run, Teacher, require
-from pipeline.record import Example
-from pipeline.student import load
-from pipeline.student_states import StudentStates, forward_states
-from pipeline.teacher.facts import model_directory
-from pipeline.training_tables import Evaluate
+from stillroom.cache_schemas.errors import CorpusError, StudentError
+from stillroom.pipeline.config import Run, Teacher, require
+from stillroom.pipeline.config.training import Evaluate
+from stillroom.pipeline.record import Example
+from stillroom.pipeline.student.model import load
+from stillroom.pipeline.student.states import StudentStates, forward_states
+from stillroom.pipeline.teacher.facts import model_directory
+from stillroom.pipeline.training.checkpoint import write_durably
 
 RESULT = "evaluation.json"
 ROWS_PER_CHUNK = 256
@@ -94,7 +94,7 @@ def evaluate(
         CorpusError: there is no held-out text.
         StudentError: a student cannot be loaded or has another vocabulary.
     """
-    from pipeline.corpus import Corpus
+    from stillroom.pipeline.corpus.preparing import Corpus
 
     settings = run.evaluate or Evaluate()
     examples = list(Corpus.open(run.path("corpus")).split("heldout"))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pipeline.vision.predictor import TaskPredictor
+from stillroom.pipeline.objectives.embedding_predictor import TaskPredictor
 
 PROBE_WIDTH = 64
 """Inside a probe, at most."""

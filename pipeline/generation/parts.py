@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.corpus_files import ExampleFile, Split
-from pipeline.record import Example, content_id
-from pipeline.teacher.engine import RejectedExample
-from pipeline.teacher.generate import Answer
+from stillroom.pipeline.corpus.files import ExampleFile, Split
+from stillroom.pipeline.generation.writers import Answer
+from stillroom.pipeline.record import Example, content_id
+from stillroom.pipeline.teacher.protocol import RejectedExample
 
 
 class Parts:

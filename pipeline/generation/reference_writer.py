@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_schemas.errors import TeacherError
-from pipeline.config import Teacher
-from pipeline.record import Example
-from pipeline.teacher.facts import model_directory
-from pipeline.teacher.generate import Answer, Writers, answer_key, draw, mixture
-from pipeline.teacher.images import Pictures
-from pipeline.teacher.reference import load_model
-from pipeline.teacher.reference_images import ImageInputs, is_image_text
+from stillroom.cache_schemas.errors import TeacherError
+from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.generation.writers import Answer, Writers, answer_key, draw, mixture
+from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.facts import model_directory
+from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.reference.engine import load_model
+from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
 
 
 class ReferenceGenerator:

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_schemas.errors import ConfigError
-from pipeline.config import Capture, Teacher
-from pipeline.record import Example
-from pipeline.teacher.facts import model_shape
-from pipeline.teacher.generate import Answer, Writers, answer_key
-from pipeline.teacher.rows import draw_key
-from pipeline.teacher.sweep import uniforms
-from pipeline.teacher.vllm import requests_for, start_vllm
-from pipeline.teacher.vllm_generate import writing_arguments
-from pipeline.teacher.vllm_images import with_pictures
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.config import Capture, Teacher
+from stillroom.pipeline.generation.vllm_writer import writing_arguments
+from stillroom.pipeline.generation.writers import Answer, Writers, answer_key
+from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.facts import model_shape
+from stillroom.pipeline.teacher.rows import draw_key
+from stillroom.pipeline.teacher.sweep.definition import uniforms
+from stillroom.pipeline.teacher.vllm.engine import requests_for, start_vllm
+from stillroom.pipeline.teacher.vllm.images import with_pictures
 
 IN_FLIGHT_ANSWERS = 512
 MEMORY = 0.9

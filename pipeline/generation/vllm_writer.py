@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config import Teacher
-from pipeline.record import Example
-from pipeline.teacher.facts import model_directory, model_shape
-from pipeline.teacher.generate import Answer, Writers, answer_key
-from pipeline.teacher.vllm import start_vllm, vllm_arguments
-from pipeline.teacher.vllm_images import check_served, with_pictures
+from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.generation.writers import Answer, Writers, answer_key
+from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.facts import model_directory, model_shape
+from stillroom.pipeline.teacher.vllm.engine import start_vllm, vllm_arguments
+from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
 
 IN_FLIGHT_REQUESTS = 512
 

@@ -18,13 +18,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from cache_schemas.errors import ConfigError
-from pipeline.config import Generate, Teacher
-from pipeline.record import Example
-from pipeline.teacher.engine import EngineName
-from pipeline.teacher.images import Pictures
-from pipeline.teacher.rows import draw_key
-from pipeline.teacher.sweep import uniforms
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.config import Generate, Teacher
+from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.rows import draw_key
+from stillroom.pipeline.teacher.sweep.definition import uniforms
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,27 +87,6 @@ class Writers:
         student = Teacher(model=self.settings.student, dtype=self.teacher.dtype)
         pairs = [(share, self.teacher), (1 - share, student)]
         return [(part, model) for part, model in pairs if part > 0]
-
-
-def open_generator(name: EngineName, writers: Writers) -> Generator:
-    """Load whoever writes.
-
-    Raises:
-        ConfigError: this engine cannot draw from that mixture.
-        TeacherError: a model cannot be loaded or served.
-    """
-    models = writers.models()
-    if name == "reference":
-        from pipeline.teacher.reference_generate import ReferenceGenerator
-
-        return ReferenceGenerator(writers)
-    if len(models) > 1:
-        from pipeline.teacher.vllm_mixture import VllmMixture
-
-        return VllmMixture(writers)
-    from pipeline.teacher.vllm_generate import VllmGenerator
-
-    return VllmGenerator(writers, models[0][1])
 
 
 def answer_key(seed: int, prompt: Example, number: int) -> int:

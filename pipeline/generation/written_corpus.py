@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_schemas.errors import ConfigError, PlanMismatch
-from pipeline.capture_plan import engine_facts
-from pipeline.config import Generate, Prepare, Run, Teacher, require
-from pipeline.corpus_files import (
+from stillroom.cache_schemas.errors import ConfigError, PlanMismatch
+from stillroom.pipeline.capture.plan import engine_facts
+from stillroom.pipeline.config import Generate, Prepare, Run, Teacher, require
+from stillroom.pipeline.corpus.files import (
     Corpus,
     ExampleFile,
     Split,
@@ -33,17 +33,18 @@ from pipeline.corpus_files import (
     replace_directory,
     write_facts,
 )
-from pipeline.corpus_sources import open_source
-from pipeline.corpus_splits import canonical_json, deal
-from pipeline.corpus_tokenizer import CorpusTokenizer, tokenizer_facts
-from pipeline.generation_parts import Parts, answered
-from pipeline.images import ImageStore
-from pipeline.prompts import PromptReader
-from pipeline.record import Example
-from pipeline.teacher.engine import EngineName
-from pipeline.teacher.facts import model_directory, teacher_facts
-from pipeline.teacher.generate import Generator, Writers, open_generator
-from pipeline.teacher.images import Pictures
+from stillroom.pipeline.corpus.opening import open_source
+from stillroom.pipeline.corpus.prompts import PromptReader
+from stillroom.pipeline.corpus.splits import canonical_json, deal
+from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer, tokenizer_facts
+from stillroom.pipeline.generation.opening import open_generator
+from stillroom.pipeline.generation.parts import Parts, answered
+from stillroom.pipeline.generation.writers import Generator, Writers
+from stillroom.pipeline.images import ImageStore
+from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.facts import model_directory, teacher_facts
+from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.protocol import EngineName
 
 Open = Callable[[], Generator]
 

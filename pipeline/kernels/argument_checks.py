@@ -11,10 +11,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from pipeline.kernels import autocasting
-from pipeline.kernels.divergences import DivergenceName, Objective, TailName
-from pipeline.kernels.packed_topk import PackedTopk
-from pipeline.kernels.vocabulary_shards import Shard
+from stillroom.pipeline.kernels import autocasting
+from stillroom.pipeline.kernels.divergences import DivergenceName, Objective, TailName
+from stillroom.pipeline.kernels.packed_topk import PackedTopk
+from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 IMPLEMENTATIONS = ("eager", "chunked", "triton")
 MASS_TOLERANCE = 1e-3
@@ -54,7 +54,9 @@ def check_student(hidden: Tensor, unembedding: Tensor, bias: Tensor | None) -> N
     """
     for name, tensor in (("hidden", hidden), ("unembedding", unembedding), ("bias", bias)):
         sharded = hasattr(tensor, "placements")
-        _require(not sharded, f"{name}: is a DTensor; see pipeline.kernels.distributed_head")
+        _require(
+            not sharded, f"{name}: is a DTensor; see stillroom.pipeline.kernels.distributed_head"
+        )
     _require(hidden.dim() == 2, f"hidden: found shape {tuple(hidden.shape)}; expected [N, D]")
     if not hidden.is_floating_point():
         raise TypeError(f"hidden: found {hidden.dtype}; expected a floating dtype")

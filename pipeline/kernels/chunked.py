@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.kernels import autocasting, products
-from pipeline.kernels.divergences import Objective
-from pipeline.kernels.vocabulary_shards import Shard
+from stillroom.pipeline.kernels import autocasting, products
+from stillroom.pipeline.kernels.divergences import Objective
+from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 COLUMN_MULTIPLE = 16
 """Rows of the buffer start at multiples of it, for vector loads; at least one column is spare."""

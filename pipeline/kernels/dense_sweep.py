@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.kernels import products
-from pipeline.kernels.divergences import (
+from stillroom.pipeline.kernels import products
+from stillroom.pipeline.kernels.divergences import (
     LOG_ZERO,
     Objective,
     Outcomes,
@@ -21,7 +21,7 @@ from pipeline.kernels.divergences import (
     outcome_gradient,
     terms,
 )
-from pipeline.kernels.vocabulary_shards import Shard
+from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 CPU_BLOCK = 2**19
 CUDA_BLOCK = 2**26

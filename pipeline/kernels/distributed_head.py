@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardedOver
 
-from pipeline.kernels.topk_divergence import topk_divergence
-from pipeline.kernels.vocabulary_shards import Shard
+from stillroom.pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 
 def sharded_topk_divergence(

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.kernels.dense_sweep import DenseTargets, dense_outcomes, teacher_logits
-from pipeline.kernels.divergences import LOG_ZERO, Objective, teacher_outcomes, terms
-from pipeline.kernels.packed_topk import PackedTargets
-from pipeline.kernels.targets import Targets
-from pipeline.kernels.vocabulary_shards import FAR_BELOW
+from stillroom.pipeline.kernels.dense_sweep import DenseTargets, dense_outcomes, teacher_logits
+from stillroom.pipeline.kernels.divergences import LOG_ZERO, Objective, teacher_outcomes, terms
+from stillroom.pipeline.kernels.packed_topk import PackedTargets
+from stillroom.pipeline.kernels.targets import Targets
+from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW
 
 
 def topk_divergence(

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from pipeline.kernels import autocasting, dense_sweep, torch_sweep
-from pipeline.kernels.chunked import Plan, Sweep
-from pipeline.kernels.divergences import Objective
-from pipeline.kernels.vocabulary_shards import Shard
+from stillroom.pipeline.kernels import autocasting, dense_sweep, torch_sweep
+from stillroom.pipeline.kernels.chunked import Plan, Sweep
+from stillroom.pipeline.kernels.divergences import Objective
+from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 Implementation = Literal["eager", "chunked", "triton"]
 Door = TypeVar("Door", bound=Callable[..., Tensor])
@@ -80,7 +80,7 @@ def plan(
         sum_dtype=wide if accumulate_fp32 else unembedding.dtype,
         budget=budget or _budget(unembedding, compute, teacher_itemsize > 0),
         teacher_itemsize=teacher_itemsize,
-        scale_=_triton("triton_sweep").scale_ if triton else Tensor.mul_,
+        scale_=_triton("sweep").scale_ if triton else Tensor.mul_,
     )
 
 
@@ -108,8 +108,8 @@ def sparse_sweep(impl: Implementation, hidden: Tensor, shard: Shard) -> Sweep:
         return torch_sweep.sweep
     _require_triton(hidden)
     if shard.group is None:
-        return _triton("triton_sweep").sweep
-    return _triton("triton_shard_sweep").sweep
+        return _triton("sweep").sweep
+    return _triton("shard_sweep").sweep
 
 
 def dense_teacher_sweep(impl: Implementation, hidden: Tensor) -> Sweep:
@@ -117,11 +117,11 @@ def dense_teacher_sweep(impl: Implementation, hidden: Tensor) -> Sweep:
     if impl == "chunked":
         return dense_sweep.sweep
     _require_triton(hidden)
-    return _triton("triton_dense_sweep").sweep
+    return _triton("dense_sweep").sweep
 
 
 def _require_triton(hidden: Tensor) -> None:
-    if not _triton("triton_rows").available(hidden.device):
+    if not _triton("rows").available(hidden.device):
         raise RuntimeError(f"impl: 'triton' needs a CUDA device; hidden is on {hidden.device}")
     if hidden.dtype == torch.float64:
         raise RuntimeError("impl: 'triton' computes in fp32; found fp64 inputs")
@@ -129,6 +129,6 @@ def _require_triton(hidden: Tensor) -> None:
 
 def _triton(module: str) -> Any:
     try:
-        return importlib.import_module(f"pipeline.kernels.{module}")
+        return importlib.import_module(f"stillroom.pipeline.kernels.triton.{module}")
     except ImportError as error:
         raise RuntimeError(f"impl: 'triton' needs Triton, which does not import: {error}") from None

@@ -7,10 +7,10 @@ divergences are those of `topk_divergence` with every word in the list and no ta
 
 from torch import Tensor
 
-from pipeline.kernels import argument_checks, chunked, eager, execution
-from pipeline.kernels.dense_sweep import DenseTargets
-from pipeline.kernels.divergences import DivergenceName, Objective
-from pipeline.kernels.execution import Implementation
+from stillroom.pipeline.kernels import argument_checks, chunked, eager, execution
+from stillroom.pipeline.kernels.dense_sweep import DenseTargets
+from stillroom.pipeline.kernels.divergences import DivergenceName, Objective
+from stillroom.pipeline.kernels.execution import Implementation
 
 
 @execution.opaque

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.kernels.targets import Targets
+from stillroom.pipeline.kernels.targets import Targets
 
 if TYPE_CHECKING:  # The kernels run where no cache can be read.
-    from cache_schemas.lists import Lists
-    from cache_schemas.rankings import Rankings
+    from stillroom.cache_schemas.lists import Lists
+    from stillroom.cache_schemas.rankings import Rankings
 
 
 @dataclass(frozen=True, slots=True)

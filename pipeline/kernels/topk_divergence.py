@@ -56,12 +56,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.kernels import argument_checks, chunked, eager, execution
-from pipeline.kernels.divergences import DivergenceName, Objective, TailName
-from pipeline.kernels.execution import Implementation
-from pipeline.kernels.packed_topk import PackedTargets, PackedTopk
-from pipeline.kernels.targets import Targets
-from pipeline.kernels.vocabulary_shards import Shard
+from stillroom.pipeline.kernels import argument_checks, chunked, eager, execution
+from stillroom.pipeline.kernels.divergences import DivergenceName, Objective, TailName
+from stillroom.pipeline.kernels.execution import Implementation
+from stillroom.pipeline.kernels.packed_topk import PackedTargets, PackedTopk
+from stillroom.pipeline.kernels.targets import Targets
+from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 
 @execution.opaque

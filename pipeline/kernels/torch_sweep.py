@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.kernels.divergences import Objective, outcome_gradient, teacher_outcomes, terms
-from pipeline.kernels.packed_topk import PackedTargets
-from pipeline.kernels.targets import Targets
-from pipeline.kernels.vocabulary_shards import (
-    FAR_BELOW,
-    Shard,
-    ShardStatistics,
-    combine,
+from stillroom.pipeline.kernels.divergences import (
+    Objective,
+    outcome_gradient,
+    teacher_outcomes,
+    terms,
 )
+from stillroom.pipeline.kernels.packed_topk import PackedTargets
+from stillroom.pipeline.kernels.targets import Targets
+from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW, Shard, ShardStatistics, combine
 
 
 def sweep(

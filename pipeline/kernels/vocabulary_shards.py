@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.kernels.divergences import LOG_ZERO
+from stillroom.pipeline.kernels.divergences import LOG_ZERO
 
 FAR_BELOW = -1e30
 """A logit no softmax can see; finite, so that a row made of nothing else gives no NaN."""

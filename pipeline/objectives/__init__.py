@@ -1,6 +1,6 @@
 """Losses a student can learn from a cache; importing this package registers all of them."""
 
-from pipeline.objectives import (  # noqa: F401
+from stillroom.pipeline.objectives import (  # noqa: F401
     alignment,
     divergence,
     embedding,

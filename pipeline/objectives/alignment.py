@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cache_schemas.errors import StudentError
-from cache_schemas.signals import hidden_name
-from pipeline.data.batch import DistillBatch, Teacher, Units
-from pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
-from pipeline.strict import Table
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.cache_schemas.signals import hidden_name
+from stillroom.pipeline.config.strict import Table
+from stillroom.pipeline.data.batch import DistillBatch, Teacher, Units
+from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
 
 Layer = int | Literal["final"]
 Where = Literal["image", "answer", "text", "all"]

@@ -12,15 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache_schemas.errors import ConfigError, StudentError
-from pipeline.data.batch import NO_TEACHER, DistillBatch
-from pipeline.objectives import registry
-from pipeline.objectives.presets import expand
-from pipeline.objectives.registry import CacheFacts, Context, Needs
-from pipeline.objectives.weighting import CURRICULUM_SIGNALS, Term, admit_by_gap, unit_weights
-from pipeline.student_states import blocks_of, forward_states
-from pipeline.training_tables import Objective
-from pipeline.vision.predictor import TaskTokens
+from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.pipeline.config.training import Objective
+from stillroom.pipeline.data.batch import NO_TEACHER, DistillBatch
+from stillroom.pipeline.objectives import registry
+from stillroom.pipeline.objectives.embedding_predictor import TaskTokens
+from stillroom.pipeline.objectives.presets import expand
+from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs
+from stillroom.pipeline.objectives.weighting import (
+    CURRICULUM_SIGNALS,
+    Term,
+    admit_by_gap,
+    unit_weights,
+)
+from stillroom.pipeline.student.states import blocks_of, forward_states
 
 
 def terms_of(objectives: Sequence[Objective], caches: Mapping[str, CacheFacts]) -> list[Term]:

@@ -1,8 +1,8 @@
 """Objectives on logits: divergences from the cached top-k, and cross-entropies.
 
-One idea: every one of them is the same fused sweep (`pipeline.kernels.topk_divergence`) over final
-hidden states and LM head, given other ids and log-probabilities; hard labels are a teacher with one
-id of probability 1. So no [rows, vocabulary] array exists, whatever the loss.
+One idea: every one of them is the same fused sweep (`kernels.topk_divergence`) over final hidden
+states and LM head, given other ids and log-probabilities; hard labels are a teacher with one id of
+probability 1. So no [rows, vocabulary] array exists, whatever the loss.
 
 With several `forward_kl` objectives on caches of several teachers the gradient is that of forward
 KL to their weighted arithmetic mixture (it is linear in the teacher's p).
@@ -15,11 +15,11 @@ from typing import Literal, get_args
 import torch
 from pydantic import Field, model_validator
 
-from cache_schemas.errors import ConfigError
-from pipeline.kernels.divergences import DivergenceName
-from pipeline.kernels.topk_divergence import topk_divergence
-from pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
-from pipeline.strict import Table
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.config.strict import Table
+from stillroom.pipeline.kernels.divergences import DivergenceName
+from stillroom.pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
 
 DIVERGENCES = get_args(DivergenceName)
 MAX_SPREAD = 1e-7

@@ -13,11 +13,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 
-from cache_schemas.errors import StudentError
-from cache_schemas.signals import IMAGE_PREFIX
-from pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
-from pipeline.strict import Table
-from pipeline.vision.predictor import TaskPredictor, inverse_temperature
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.cache_schemas.signals import IMAGE_PREFIX
+from stillroom.pipeline.config.strict import Table
+from stillroom.pipeline.objectives.embedding_predictor import TaskPredictor, inverse_temperature
+from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
 
 PAPER_LAYERS = {"depth": (8, 20), "seg": (10, 18), "gen": (12, 20)}
 """Layers 8 and 20, 10 and 18, 12 and 20 of 32: not ranges."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cache_schemas.errors import StudentError
+from stillroom.cache_schemas.errors import StudentError
 
 HEADS, HEAD_WIDTH = 4, 32
 FIRST_SCALE = 2.0

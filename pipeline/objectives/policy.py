@@ -26,9 +26,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from pipeline.objectives.divergence import hard_label
-from pipeline.objectives.registry import Context, Needs, Spec, register
-from pipeline.strict import Table
+from stillroom.pipeline.config.strict import Table
+from stillroom.pipeline.objectives.divergence import hard_label
+from stillroom.pipeline.objectives.registry import Context, Needs, Spec, register
 
 SMALL_SHARE = 0.1
 """Effective sample size, as a share of the tokens, below which the weights have collapsed."""

@@ -5,8 +5,8 @@ One idea: a published method is data, not code; `expand` writes out what a perso
 
 from typing import Any
 
-from cache_schemas.errors import ConfigError
-from pipeline.training_tables import Objective
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.config.training import Objective
 
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
     # LLaVADI's best: last hidden state of all tokens through a 2-layer MLP, and forward KL on the

@@ -8,12 +8,12 @@ of the state's codec alone.
 import torch
 from pydantic import Field
 
-from cache_schemas.signals import hidden_name
-from pipeline.data.batch import DistillBatch, Teacher
-from pipeline.kernels.divergences import DivergenceName
-from pipeline.kernels.linear_divergence import linear_divergence
-from pipeline.objectives.registry import Context, Needs, Spec, register
-from pipeline.strict import Table
+from stillroom.cache_schemas.signals import hidden_name
+from stillroom.pipeline.config.strict import Table
+from stillroom.pipeline.data.batch import DistillBatch, Teacher
+from stillroom.pipeline.kernels.divergences import DivergenceName
+from stillroom.pipeline.kernels.linear_divergence import linear_divergence
+from stillroom.pipeline.objectives.registry import Context, Needs, Spec, register
 
 FINAL = hidden_name("final")
 

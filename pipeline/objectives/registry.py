@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cache_schemas.errors import ConfigError
-from pipeline.data.batch import DistillBatch, Teacher, Units
-from pipeline.strict import Table, nearest, validate
-from pipeline.student_states import StudentStates
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.config.strict import Table, nearest, validate
+from stillroom.pipeline.data.batch import DistillBatch, Teacher, Units
+from stillroom.pipeline.student.states import StudentStates
 
 Unit = Literal["row", "position", "example", "image"]
 

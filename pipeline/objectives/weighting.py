@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from pipeline.data.batch import DistillBatch, Units
-from pipeline.objectives.divergence import hard_label
-from pipeline.objectives.registry import CacheFacts, Context, Needs, Spec
-from pipeline.training_tables import Objective
+from stillroom.pipeline.config.training import Objective
+from stillroom.pipeline.data.batch import DistillBatch, Units
+from stillroom.pipeline.objectives.divergence import hard_label
+from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs, Spec
 
 CURRICULUM_SIGNALS = {
     "none": (),

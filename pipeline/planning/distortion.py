@@ -12,7 +12,7 @@ systematic draws of the tail (mass P, shares s), E[t] = p and the variance at an
 
 import numpy as np
 
-from pipeline.teacher.rows import ROUNDING
+from stillroom.pipeline.teacher.rows import ROUNDING
 
 Signals = dict[str, np.ndarray]
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
-from pipeline.cache.planning import Point
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline import config
+from stillroom.pipeline.planning.frontier import Point
 
 
 def write_run(source: str | Path, target: str | Path, keys: Mapping[str, Any]) -> None:
@@ -27,7 +28,7 @@ def write_run(source: str | Path, target: str | Path, keys: Mapping[str, Any]) -
     expected = (run.capture or config.Capture()).model_copy(update=dict(keys))
     if written.capture != expected:
         Path(target).unlink()
-        raise config.ConfigError(
+        raise ConfigError(
             "its [capture] table is not written key by key",
             where=str(source),
             remedy="Set by hand: " + ", ".join(_line(*item) for item in keys.items()) + ".",

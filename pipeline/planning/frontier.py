@@ -12,11 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-from cache_schemas.errors import ConfigError
-from cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
-from pipeline.cache import distortion
-from pipeline.config import Capture, Run, require
-from pipeline.record import Example, TeacherRecord
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
+from stillroom.pipeline.config import Capture, Run, require
+from stillroom.pipeline.planning import distortion
+from stillroom.pipeline.record import Example, TeacherRecord
 
 AVERAGED_ROWS = 256
 """Over how many rows noise is taken to average: a choice, smaller than any usual batch."""
@@ -111,8 +111,8 @@ def sample(
         ConfigError: the run lacks [teacher] or [capture].
         CorpusError, TeacherError: corpus or teacher cannot be used.
     """
-    from pipeline.corpus import Corpus
-    from pipeline.teacher.engine import open_engine
+    from stillroom.pipeline.corpus.preparing import Corpus
+    from stillroom.pipeline.teacher.opening import open_engine
 
     teacher = require(run.teacher, "teacher", run.directory)
     capture = require(run.capture, "capture", run.directory)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache_schemas.errors import StudentError
-from pipeline.data.images import ImageBatch
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.data.images import ImageBatch
 
 PADDING = -1
 TASK_TOKENS = "task_tokens.safetensors"

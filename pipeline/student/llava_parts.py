@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from cache_schemas.errors import StudentError
-from pipeline.vision.preparation import stated_preparation
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.encoders.preparation import stated_preparation
 
 IMAGE_TOKEN = "<image>"
 

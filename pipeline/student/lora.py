@@ -7,7 +7,7 @@ nothing else knows about them.
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.training_tables import Lora
+from stillroom.pipeline.config.training import Lora
 
 
 def adapt(model: Any, lora: Lora | None) -> Callable[[], Any]:

@@ -13,17 +13,14 @@ from typing import Any
 
 import torch
 
-from cache_schemas.errors import PlanMismatch, StudentError
-from pipeline.config import Teacher
-from pipeline.pruning import prune_layers, prune_width
-from pipeline.student_states import blocks_of
-from pipeline.teacher.facts import model_directory, teacher_facts
-from pipeline.training_tables import Student
-from pipeline.vision.parts import assemble, name_for_vllm
-from pipeline.vision.student import (
-    TASK_TOKENS,
-    load_task_tokens,
-)
+from stillroom.cache_schemas.errors import PlanMismatch, StudentError
+from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.config.training import Student
+from stillroom.pipeline.student.llava import TASK_TOKENS, load_task_tokens
+from stillroom.pipeline.student.llava_parts import assemble, name_for_vllm
+from stillroom.pipeline.student.pruning import prune_layers, prune_width
+from stillroom.pipeline.student.states import blocks_of
+from stillroom.pipeline.teacher.facts import model_directory, teacher_facts
 
 RECEIPT = "student.json"
 TOKENIZER_FILES = (
@@ -192,7 +189,7 @@ def _model(student: Student, teacher: Teacher) -> Any:
 
 def _check_tokenizer(model: str, teacher: Teacher) -> None:
     """The vocabulary must be the teacher's; the chat template is taken from the teacher."""
-    from pipeline.corpus_tokenizer import tokenizer_facts
+    from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
 
     own, theirs = tokenizer_facts(model), tokenizer_facts(teacher.model)
     for key in ("vocab_size", "sha256"):

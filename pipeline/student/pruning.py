@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache_schemas.errors import StudentError
+from stillroom.cache_schemas.errors import StudentError
 
 
 def prune_layers(model: Any, blocks: nn.ModuleList, keep: Sequence[int]) -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache_schemas.errors import StudentError
-from pipeline.data.images import ImageBatch
-from pipeline.vision.student import WideStates, embed, insert_behind_images, with_tokens
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.data.images import ImageBatch
+from stillroom.pipeline.student.llava import WideStates, embed, insert_behind_images, with_tokens
 
 
 @dataclass(frozen=True, slots=True)

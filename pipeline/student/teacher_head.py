@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cache_schemas.errors import PlanMismatch, StudentError
-from pipeline.config import Teacher
-from pipeline.student import load
-from pipeline.teacher.facts import model_directory, teacher_facts
+from stillroom.cache_schemas.errors import PlanMismatch, StudentError
+from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.student.model import load
+from stillroom.pipeline.teacher.facts import model_directory, teacher_facts
 
 FILE = "teacher-head.safetensors"
 

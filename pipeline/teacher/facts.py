@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from cache_schemas.errors import TeacherError
-from pipeline.config import Teacher
+from stillroom.cache_schemas.errors import TeacherError
+from stillroom.pipeline.config import Teacher
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 

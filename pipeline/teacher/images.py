@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from cache_schemas.errors import CorpusError
-from pipeline.images import ReadImage, decode_image
-from pipeline.record import Example
-from pipeline.teacher.engine import RejectedExample
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.images import ReadImage, decode_image
+from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.protocol import RejectedExample
 
 
 class Pictures:

@@ -1,26 +1,22 @@
-"""The door to a teacher: one protocol, two implementations, one contract suite.
+"""What every teacher engine promises, its errors, and the checks that all of them share.
 
 One idea: an engine takes Examples and yields TeacherRecords in the order given; which library runs
 the model behind it is the caller's explicit choice and changes nothing in the record but noise.
-`vllm` is the one to run; `reference` (transformers, one example at a time) is the truth it is
-tested against. Nothing falls back from one to the other.
+This module knows no engine; `teacher.opening` chooses one.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
-from cache_schemas.errors import ConfigError, TeacherError
-from cache_schemas.signals import hidden_name
-from pipeline.config import Capture, Teacher
-from pipeline.record import Example, TeacherRecord
-from pipeline.teacher.facts import ModelShape, model_shape
-from pipeline.teacher.rows import RowSpec, within_nucleus
-
-if TYPE_CHECKING:
-    from pipeline.teacher.images import Pictures
+from stillroom.cache_schemas.errors import ConfigError, TeacherError
+from stillroom.cache_schemas.signals import hidden_name
+from stillroom.pipeline.config import Capture
+from stillroom.pipeline.record import Example, TeacherRecord
+from stillroom.pipeline.teacher.facts import ModelShape
+from stillroom.pipeline.teacher.rows import RowSpec, within_nucleus
 
 EngineName = Literal["vllm", "reference"]
 
@@ -74,39 +70,6 @@ class TeacherEngine(Engine, Protocol):
     """A running teacher."""
 
     shape: ModelShape
-
-
-def open_engine(
-    name: EngineName,
-    teacher: Teacher,
-    capture: Capture,
-    max_tokens: int = 0,
-    batch_scale: float = 1.0,
-    pictures: "Pictures | None" = None,
-) -> TeacherEngine:
-    """Load a teacher.
-
-    Args:
-        name: which implementation.
-        teacher, capture: what to load and what to ask.
-        max_tokens: tokens of the longest example; 0 stands for the model's whole context.
-        batch_scale: share of the usual tokens per step, for a machine that ran out of memory.
-        pictures: images of the examples; an image-text model needs them.
-
-    Raises:
-        ConfigError: the [capture] table asks what this teacher does not have.
-        TeacherError: the model cannot be loaded or served.
-    """
-    check_request(capture, model_shape(teacher))
-    if name == "reference":
-        from pipeline.teacher.reference import ReferenceEngine
-
-        return ReferenceEngine(teacher, capture, pictures)
-    if name == "vllm":
-        from pipeline.teacher.vllm import VllmEngine
-
-        return VllmEngine(teacher, capture, max_tokens, batch_scale, pictures)
-    raise ConfigError(f"unknown engine '{name}'", expected="'vllm' or 'reference'")
 
 
 def check_request(capture: Capture, shape: ModelShape) -> None:

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import Capture
+from stillroom.pipeline.config import Capture
 
+MARK = "stillroom"
+"""Key of our mark in a vLLM request's `extra_args`, and of our settings in `additional_config`."""
 ROUNDING = 1e-4
 """Of a draw: what may go over a whole number before there is one more, so that sweeps agree."""
 
@@ -80,7 +82,7 @@ class RowSpec:
         return 4 * (self.int_columns + self.float_columns)
 
     def unpack(self, ints: np.ndarray, floats: np.ndarray) -> dict[str, np.ndarray]:
-        """Named signals (see `cache_schemas.signals`) from the two matrices."""
+        """Named signals (see `stillroom.cache_schemas.signals`) from the two matrices."""
         k, draws, num_temperatures = self.k, self.draws, len(self.temperatures)
         id_parts = np.split(ints, [k, k + draws, k + 2 * draws], axis=1)
         parts = np.split(floats, [k, k + 1, k + 2, k + 2 + num_temperatures], axis=1)

@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from cache_schemas.errors import PlanMismatch, StudentError
-from pipeline.data.packing import Position
-from pipeline.parallel import Parallel
+from stillroom.cache_schemas.errors import PlanMismatch, StudentError
+from stillroom.pipeline.data.packing import Position
+from stillroom.pipeline.training.parallel import Parallel
 
 # Torch warns of what is meant: one process, so nothing to coordinate.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")

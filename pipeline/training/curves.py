@@ -6,7 +6,7 @@ One idea: it is drawn from `metrics.jsonl` alone, so any number of finished runs
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.metrics import read_metrics
+from stillroom.pipeline.training.metrics import read_metrics
 
 
 def draw_curves(runs: Mapping[str, Path], target: Path) -> Path:

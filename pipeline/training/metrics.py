@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cache_schemas.errors import ConfigError
-from pipeline.checkpoint import write_durably
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.training.checkpoint import write_durably
 
 FILE = "metrics.jsonl"
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from pipeline.training_tables import Train
+from stillroom.pipeline.config.training import Train
 
 
 def optimizer_of(parameters: list[nn.Parameter], settings: Train) -> torch.optim.AdamW:

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cache_schemas.errors import ConfigError
-from pipeline.student_states import blocks_of
-from pipeline.training_tables import Train
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.student.states import blocks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,8 @@ class Parallel:
             raise ConfigError(
                 "parallel = 'fsdp' in a single process",
                 where="[train]",
-                remedy="Start with torchrun --nproc-per-node N -m stages train ..., or use 'ddp'.",
+                remedy="Start with torchrun --nproc-per-node N -m stillroom.stages train ..., "
+                "or use 'ddp'.",
             )
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         policy = MixedPrecisionPolicy()

@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from cache_schemas.errors import ConfigError, StudentError
-from pipeline.config import Run
-from pipeline.data.images import Pictures, processor_of
-from pipeline.data.loader import Geometry, RecordSource, lengths_of
-from pipeline.objectives.registry import CacheFacts
-from pipeline.parallel import Parallel
-from pipeline.training_tables import Train
+from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.pipeline.config import Run
+from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.data.images import Pictures, processor_of
+from stillroom.pipeline.data.loader import Geometry, RecordSource, lengths_of
+from stillroom.pipeline.objectives.registry import CacheFacts
+from stillroom.pipeline.training.parallel import Parallel
 
 HOW_NOT_WHAT = {
     "cache",
@@ -49,7 +49,7 @@ def open_caches(run: Run, settings: Train) -> dict[str, Any]:
 
 def opened(location: str, settings: Train) -> Any:
     """A sealed cache; one behind a URL through `[train] local_copy`."""
-    from pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.cache.reader import TeacherCache
 
     far = "://" in location and not location.startswith("file://")
     local = settings.local_copy if far else ""
@@ -99,7 +99,7 @@ def pictures_of(
     signals: Mapping[str, Collection[str]],
 ) -> Pictures | None:
     """What looks up images for the student; None where neither pixels nor targets are wanted."""
-    from pipeline.corpus_files import Corpus
+    from stillroom.pipeline.corpus.files import Corpus
 
     sees = "vision_config" in json.loads((student / "config.json").read_text())
     if not sees and not caches:
@@ -150,7 +150,7 @@ def check_fit(student: Path, caches: Mapping[str, Any]) -> None:
     Raises:
         StudentError: naming the fact that differs, and what would work.
     """
-    from pipeline.corpus_tokenizer import tokenizer_facts
+    from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
 
     own = tokenizer_facts(str(student))
     rows = json.loads((student / "config.json").read_text())

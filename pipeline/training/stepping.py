@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache_schemas.errors import StudentError
-from pipeline.checkpoint import trainable
-from pipeline.data.batch import DistillBatch
-from pipeline.data.loader import DistillLoader
-from pipeline.data.packing import Position
-from pipeline.objectives.combine import Distiller
-from pipeline.objectives.weighting import Term
-from pipeline.optimization import rate
-from pipeline.parallel import Parallel, accumulating, whole
-from pipeline.training_tables import Train
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.data.batch import DistillBatch
+from stillroom.pipeline.data.loader import DistillLoader
+from stillroom.pipeline.data.packing import Position
+from stillroom.pipeline.objectives.combine import Distiller
+from stillroom.pipeline.objectives.weighting import Term
+from stillroom.pipeline.training.checkpoint import trainable
+from stillroom.pipeline.training.optimization import rate
+from stillroom.pipeline.training.parallel import Parallel, accumulating, whole
 
 
 @dataclass(frozen=True, slots=True)

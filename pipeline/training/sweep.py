@@ -15,12 +15,12 @@ from typing import Any
 
 from pydantic import Field
 
-from cache_schemas.errors import ConfigError
-from pipeline import config
-from pipeline.checkpoint import write_durably
-from pipeline.config import Run
-from pipeline.strict import Table, validate
-from pipeline.trainer import Progress, TrainResult, train
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline import config
+from stillroom.pipeline.config import Run
+from stillroom.pipeline.config.strict import Table, validate
+from stillroom.pipeline.training.checkpoint import write_durably
+from stillroom.pipeline.training.trainer import Progress, TrainResult, train
 
 RESULT = "sweep.json"
 

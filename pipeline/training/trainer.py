@@ -14,8 +14,19 @@ from typing import Any
 
 import torch
 
-from cache_schemas.errors import EXIT_INCOMPLETE, StillroomError
-from pipeline.checkpoint import (
+from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, StillroomError
+from stillroom.pipeline.config import Run, require
+from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.data.loader import DistillLoader, RecordSource
+from stillroom.pipeline.data.packing import Position
+from stillroom.pipeline.objectives.combine import Distiller, signals_needed, terms_of
+from stillroom.pipeline.student.llava import load_task_tokens
+from stillroom.pipeline.student.lora import adapt
+from stillroom.pipeline.student.model import export, initial_student, load
+from stillroom.pipeline.student.states import blocks_of, check_documents_are_isolated
+from stillroom.pipeline.student.teacher_head import FILE as HEAD_FILE
+from stillroom.pipeline.student.teacher_head import keep_teacher_head, read_teacher_head
+from stillroom.pipeline.training.checkpoint import (
     Checkpoints,
     TrainingState,
     check_identity,
@@ -24,20 +35,10 @@ from pipeline.checkpoint import (
     trainable,
     write_durably,
 )
-from pipeline.config import Run, require
-from pipeline.data.loader import DistillLoader, RecordSource
-from pipeline.data.packing import Position
-from pipeline.lora import adapt
-from pipeline.metrics import MetricsLog
-from pipeline.objectives.combine import Distiller, signals_needed, terms_of
-from pipeline.optimization import optimizer_of
-from pipeline.parallel import Parallel, whole
-from pipeline.stepping import Progress, Stepper
-from pipeline.student import export, initial_student, load
-from pipeline.student_states import blocks_of, check_documents_are_isolated
-from pipeline.teacher_head import FILE as HEAD_FILE
-from pipeline.teacher_head import keep_teacher_head, read_teacher_head
-from pipeline.training_run import (
+from stillroom.pipeline.training.metrics import MetricsLog
+from stillroom.pipeline.training.optimization import optimizer_of
+from stillroom.pipeline.training.parallel import Parallel, whole
+from stillroom.pipeline.training.run import (
     check_fit,
     facts_of,
     freeze,
@@ -48,8 +49,7 @@ from pipeline.training_run import (
     open_image_caches,
     pictures_of,
 )
-from pipeline.training_tables import Train
-from pipeline.vision.student import load_task_tokens
+from stillroom.pipeline.training.stepping import Progress, Stepper
 
 RESULT = "train.json"
 

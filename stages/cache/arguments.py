@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cache_schemas.errors import PlanMismatch, StillroomError
+from stillroom.cache_schemas.errors import PlanMismatch, StillroomError
 
 Cache = Annotated[str, typer.Argument(help="Directory, URL or RUN.toml.", metavar="CACHE")]
 
@@ -20,7 +20,7 @@ def location(cache: str) -> str:
     """A cache's location, also from the run file that makes it."""
     if not cache.endswith(".toml"):
         return cache
-    from pipeline import config
+    from stillroom.pipeline import config
 
     return str(config.load(cache).path("cache"))
 
@@ -29,7 +29,7 @@ def tokenizer_of(cache: str) -> str:
     """The tokenizer that a run file names; empty for anything else."""
     if not cache.endswith(".toml"):
         return ""
-    from pipeline import config
+    from stillroom.pipeline import config
 
     run = config.load(cache)
     named = run.prepare.tokenizer if run.prepare else ""
@@ -39,7 +39,7 @@ def tokenizer_of(cache: str) -> str:
 def tokenizer_near(cache: str, expected: str) -> str:
     """A directory with the tokenizer of that sha256: of the teacher that the run names, or of a
     student made from it; empty where there is none."""
-    from pipeline.corpus_tokenizer import tokenizer_facts
+    from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
 
     for directory in _models_near(Path(cache).parent):
         try:
@@ -63,7 +63,7 @@ def _models_near(run: Path) -> Iterator[Path]:
 
 def check_tokenizer(model: str, expected: str) -> None:
     """Refuse a tokenizer that is not the cache's."""
-    from pipeline.corpus_tokenizer import tokenizer_facts
+    from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
 
     found = tokenizer_facts(model)["sha256"]
     if found != expected:

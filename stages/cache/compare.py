@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from cache_schemas.errors import CacheError, PlanMismatch
-from pipeline.plain_text import plain
-from stages.cache_arguments import Cache, location
-from stages.console import say, table
+from stillroom.cache_schemas.errors import CacheError, PlanMismatch
+from stillroom.pipeline.plain_text import plain
+from stillroom.stages.cache.arguments import Cache, location
+from stillroom.stages.console import say, table
 
 Sample = Annotated[int, typer.Option(min=1, help="Examples to compare, evenly spaced.")]
 
@@ -23,8 +23,8 @@ def diff(
     sample: Sample = 200,
 ) -> None:
     """Compare two caches by plan, by examples and by value."""
-    from pipeline.cache.comparing import diff
-    from pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.cache.care.comparing import diff
+    from stillroom.pipeline.cache.reader import TeacherCache
 
     caches = [TeacherCache.open(location(cache)) for cache in (first, second)]
     found = diff(caches[0], caches[1], sample)
@@ -47,13 +47,13 @@ def audit(
     sample: Sample = 32,
 ) -> None:
     """Score examples of a cache again: cache against live teacher, live against live."""
-    from pipeline import config
-    from pipeline.cache.audit import audit
-    from pipeline.cache.reader import TeacherCache
-    from pipeline.capture_plan import pictures_of
-    from pipeline.corpus import Corpus
-    from pipeline.teacher.engine import open_engine
-    from pipeline.teacher.facts import teacher_facts
+    from stillroom.pipeline import config
+    from stillroom.pipeline.cache.care.audit import audit
+    from stillroom.pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.capture.plan import pictures_of
+    from stillroom.pipeline.corpus.preparing import Corpus
+    from stillroom.pipeline.teacher.facts import teacher_facts
+    from stillroom.pipeline.teacher.opening import open_engine
 
     run = config.load(run_file)
     teacher = config.require(run.teacher, "teacher", str(run_file))
@@ -105,6 +105,6 @@ def _check_teacher(expected: dict, found: dict, where: str) -> None:
 
 def _capture_table(facts: dict):
     """The [capture] table that a cache was made with."""
-    from pipeline.config import Capture
+    from stillroom.pipeline.config import Capture
 
     return Capture.model_validate({k: v for k, v in facts.items() if k in Capture.model_fields})

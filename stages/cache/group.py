@@ -9,10 +9,18 @@ from typing import Annotated
 
 import typer
 
-from cache_schemas.errors import CacheError, CacheIncomplete
-from stages import cache_compare, cache_plan, cache_sharing
-from stages.cache_arguments import Cache, location, tokenizer_near, tokenizer_of
-from stages.console import out, progress, say, table
+from stillroom.cache_schemas.errors import CacheError, CacheIncomplete
+from stillroom.stages.cache import (
+    compare as cache_compare,
+)
+from stillroom.stages.cache import (
+    plan as cache_plan,
+)
+from stillroom.stages.cache import (
+    share as cache_sharing,
+)
+from stillroom.stages.cache.arguments import Cache, location, tokenizer_near, tokenizer_of
+from stillroom.stages.console import out, progress, say, table
 
 app = typer.Typer(help="Look at caches, check, mend and share them.", no_args_is_help=True)
 
@@ -28,9 +36,9 @@ def show(
     tokenizer: Tokenizer = "",
 ) -> None:
     """What a cache holds, and a few tokens with the teacher's top guesses."""
-    from pipeline.cache.location import open_storage
-    from pipeline.cache.overview import overview
-    from stages.cache_view import facts_table, guesses_table
+    from stillroom.pipeline.cache.care.overview import overview
+    from stillroom.pipeline.cache.storage.location import open_storage
+    from stillroom.stages.cache.view import facts_table, guesses_table
 
     storage = open_storage(location(cache))
     seen = overview(storage)
@@ -49,8 +57,8 @@ def ls(
     directory: Annotated[Path, typer.Argument(help="Where to look.")] = Path("."),
 ) -> None:
     """The caches below a directory."""
-    from pipeline.cache.overview import Overview, find
-    from stages.cache_view import LS_COLUMNS, ls_row
+    from stillroom.pipeline.cache.care.overview import Overview, find
+    from stillroom.stages.cache.view import LS_COLUMNS, ls_row
 
     found = find(directory)
     rows = [ls_row(seen, directory) for seen in found if isinstance(seen, Overview)]
@@ -68,12 +76,12 @@ def verify(
     ] = "",
 ) -> None:
     """Hash every file and decode every record again."""
-    from pipeline.cache.location import open_storage
-    from pipeline.cache.verification import verify
+    from stillroom.pipeline.cache.care.verification import verify
+    from stillroom.pipeline.cache.storage.location import open_storage
 
     storage = open_storage(location(cache))
     if public_key:
-        from pipeline.cache.signing import check_signature
+        from stillroom.pipeline.cache.sharing.signing import check_signature
 
         check_signature(storage, public_key)
     with progress("verify", "shards") as report:
@@ -106,8 +114,8 @@ def verify(
 @app.command()
 def repair(cache: Cache) -> None:
     """Remove what is damaged, so that capture (or pull) redoes exactly that."""
-    from pipeline.cache.location import open_storage
-    from pipeline.cache.repair import repair
+    from stillroom.pipeline.cache.care.repair import repair
+    from stillroom.pipeline.cache.storage.location import open_storage
 
     storage = open_storage(location(cache))
     with progress("verify", "shards") as report:

@@ -1,7 +1,7 @@
 """`stillroom cache plan`: what each setting would cost and keep, before the teacher is run.
 
 One idea: a few hundred examples are scored once and coded in every way; a person sees the frontier
-and gets a run file with the setting that fits. The measuring is `pipeline.cache.planning`.
+and gets a run file with the setting that fits. The measuring is `pipeline.planning.frontier`.
 """
 
 from pathlib import Path
@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from cache_schemas.errors import ConfigError
-from stages.console import out, progress, say, table
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.stages.console import out, progress, say, table
 
 COLUMNS = ["k", "tail", "profile", "B/token", "mass", "KL", "error", "GB"]
 PARTS = ["bias", "noise"]
@@ -35,8 +35,9 @@ def plan(
     ] = False,
 ) -> None:
     """Print and plot the rate-distortion frontier; write the run file with the best setting."""
-    from pipeline import config
-    from pipeline.cache import plan_files, planning
+    from stillroom.pipeline import config
+    from stillroom.pipeline.planning import files as plan_files
+    from stillroom.pipeline.planning import frontier as planning
 
     if engine not in ("vllm", "reference"):
         raise ConfigError(f"unknown engine '{engine}'", expected="'vllm' or 'reference'")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cache_schemas.errors import ConfigError
-from stages.cache_arguments import Cache, location
-from stages.console import out, progress, say
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.stages.cache.arguments import Cache, location
+from stillroom.stages.console import out, progress, say
 
 if TYPE_CHECKING:
-    from pipeline.cache.sharing import Copied
+    from stillroom.pipeline.cache.sharing.copying import Copied
 
 Target = Annotated[str, typer.Argument(help="Directory or URL.", metavar="TARGET")]
 Signals = Annotated[
@@ -26,7 +26,7 @@ Threads = Annotated[int, typer.Option(min=1, help="Shards in flight.")]
 
 def push(cache: Cache, target: Target, signal: Signals = None, threads: Threads = 8) -> None:
     """Copy a sealed cache to a bucket, directory or hub; the manifest travels last."""
-    from pipeline.cache import hub
+    from stillroom.pipeline.cache.sharing import hub
 
     if target.startswith(hub.PROTOCOL):
         _publish(location(cache), target, signal)
@@ -44,10 +44,10 @@ def pull(
     ] = "",
 ) -> None:
     """Copy a cache from a bucket or web server, verified on arrival."""
-    from pipeline.cache.location import open_storage
+    from stillroom.pipeline.cache.storage.location import open_storage
 
     if public_key:
-        from pipeline.cache.signing import check_signature
+        from stillroom.pipeline.cache.sharing.signing import check_signature
 
         check_signature(open_storage(cache), public_key)
     _copy(cache, target, signal, threads, "pull")
@@ -58,8 +58,8 @@ def sign(
     key: Annotated[Path, typer.Option(help="PEM file with an ed25519 private key.")],
 ) -> None:
     """Sign the manifest, and with it every byte of the cache."""
-    from pipeline.cache.location import open_storage
-    from pipeline.cache.signing import sign
+    from stillroom.pipeline.cache.sharing.signing import sign
+    from stillroom.pipeline.cache.storage.location import open_storage
 
     storage = open_storage(location(cache))
     sign(storage, key)
@@ -74,8 +74,8 @@ def merge(
     ] = False,
 ) -> None:
     """One cache of all examples of several caches of one teacher."""
-    from pipeline.cache.reader import TeacherCache
-    from pipeline.cache.rewriting import merge
+    from stillroom.pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.cache.rewriting import merge
 
     if len(caches) < 2:
         raise ConfigError("one cache", expected="two or more", where="merge")
@@ -95,8 +95,8 @@ def subset(
     tokens: Annotated[int, typer.Option(min=0, help="At most so many tokens.")] = 0,
 ) -> None:
     """A cache of some of the examples, by source, entropy or size."""
-    from pipeline.cache.reader import TeacherCache
-    from pipeline.cache.rewriting import Selection, subset
+    from stillroom.pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.cache.rewriting import Selection, subset
 
     opened = TeacherCache.open(location(cache))
     chosen = Selection(tuple(source or ()), (min_entropy, max_entropy), examples, tokens)
@@ -114,8 +114,8 @@ def reshard(
     ] = "",
 ) -> None:
     """The same examples in shards of another size, or in another codec profile."""
-    from pipeline.cache.reader import TeacherCache
-    from pipeline.cache.rewriting import reshard
+    from stillroom.pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.cache.rewriting import reshard
 
     if profile not in ("", "small", "strict", "exact", "portable"):
         known = "small, strict, exact or portable"
@@ -127,8 +127,8 @@ def reshard(
 
 
 def _copy(source: str, target: str, signals: list[str] | None, threads: int, title: str) -> None:
-    from pipeline.cache.location import open_storage
-    from pipeline.cache.sharing import copy
+    from stillroom.pipeline.cache.sharing.copying import copy
+    from stillroom.pipeline.cache.storage.location import open_storage
 
     end = open_storage(target)
     with progress(title, "shards") as report:
@@ -137,7 +137,7 @@ def _copy(source: str, target: str, signals: list[str] | None, threads: int, tit
 
 
 def _publish(source: str, target: str, signals: list[str] | None) -> None:
-    from pipeline.cache import hub
+    from stillroom.pipeline.cache.sharing import hub
 
     if not Path(source).is_dir():
         raise ConfigError(

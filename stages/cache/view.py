@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.overview import Overview
-from pipeline.cache.storage import Storage
-from pipeline.plain_text import plain
-from stages.console import say, table
+from stillroom.pipeline.cache.care.overview import Overview
+from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.plain_text import plain
+from stillroom.stages.console import say, table
 
 LS_COLUMNS = ["cache", "state", "shards", "tokens", "B/token", "GB", "plan"]
 
@@ -57,11 +57,11 @@ def facts_table(seen: Overview) -> None:
 
 def guesses_table(storage: Storage, number: int, rows: int, guesses: int, tokenizer: str) -> None:
     """Tokens of one example: what came before, what came, and what the teacher expected."""
-    from pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.cache.reader import TeacherCache
 
     cache = TeacherCache.open(storage)
     if not 0 <= number < len(cache):
-        from cache_schemas.errors import CacheError
+        from stillroom.cache_schemas.errors import CacheError
 
         raise CacheError(f"no example {number}", expected=f"0 to {len(cache) - 1}")
     record = cache.read(number, [name for name in WANTED if name in cache.signals])
@@ -120,7 +120,7 @@ def _words(expected: str, tokenizer: str) -> Callable[[int], str]:
         return str
     from transformers import AutoTokenizer
 
-    from stages.cache_arguments import check_tokenizer
+    from stillroom.stages.cache.arguments import check_tokenizer
 
     check_tokenizer(tokenizer, expected)
     loaded = AutoTokenizer.from_pretrained(tokenizer)

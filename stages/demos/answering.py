@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.data.images import ImageBatch
-from pipeline.student import load
-from pipeline.student_states import forward_states
-from pipeline.vision.questions import lay_out, states_of
-from pipeline.vision.small_vlm import IMAGE_TOKENS, Picture, features_of, normalise, prompts
-from pipeline.vision.student import load_task_tokens
+from stillroom.pipeline.data.images import ImageBatch
+from stillroom.pipeline.student.llava import load_task_tokens
+from stillroom.pipeline.student.model import load
+from stillroom.pipeline.student.states import forward_states
+from stillroom.stages.demos.questions import lay_out, states_of
+from stillroom.stages.demos.small_vlm import IMAGE_TOKENS, Picture, features_of, normalise, prompts
 
 PROMPT = "what is in the image ?"
 """The question under which probes look at a picture."""

@@ -15,18 +15,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cache_schemas.manifest import Plan
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.writer import CacheWriter
-from pipeline.config import Run
-from pipeline.record import TeacherRecord
-from pipeline.training_tables import Objective, Student, Train
-from pipeline.vision.answering import Answerer, Answers
-from pipeline.vision.encoders import ImageEncoder, open_encoder
-from pipeline.vision.engine import signal_name
-from pipeline.vision.probe import ProbeData, probe
-from pipeline.vision.small_vlm import LAYER, Picture, save_language_model
-from pipeline.vision.tables import Encoder
+from stillroom.cache_schemas.manifest import Plan
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.config import Run
+from stillroom.pipeline.config.training import Objective, Student, Train
+from stillroom.pipeline.config.vision import Encoder
+from stillroom.pipeline.encoders.engine import signal_name
+from stillroom.pipeline.encoders.frozen import ImageEncoder, open_encoder
+from stillroom.pipeline.evaluation.probe import ProbeData, probe
+from stillroom.pipeline.record import TeacherRecord
+from stillroom.stages.demos.answering import Answerer, Answers
+from stillroom.stages.demos.small_vlm import LAYER, Picture, save_language_model
 
 STUDENT_WIDTH, STUDENT_BLOCKS = 64, 3
 LAYERS = (1, 2, 3)

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.capture_plan import pictures_of
-from pipeline.config import Capture, Teacher
-from pipeline.corpus import Corpus
-from pipeline.record import TeacherRecord
-from pipeline.teacher.engine import RejectedExample, open_engine
+from stillroom.pipeline.capture.plan import pictures_of
+from stillroom.pipeline.config import Capture, Teacher
+from stillroom.pipeline.corpus.preparing import Corpus
+from stillroom.pipeline.record import TeacherRecord
+from stillroom.pipeline.teacher.opening import open_engine
+from stillroom.pipeline.teacher.protocol import RejectedExample
 
 JUDGED = {"vllm": "float32", "reference": "float32", "exact": "float64"}
 HIDDEN = ("hidden.1", "hidden.final")

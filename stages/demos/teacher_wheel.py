@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache_schemas.errors import ConfigError, TeacherError
+from stillroom.cache_schemas.errors import ConfigError, TeacherError
 
 
 @dataclass(frozen=True)

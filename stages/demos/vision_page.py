@@ -7,7 +7,7 @@ import base64
 from html import escape
 from typing import Any
 
-from stages.vision_findings import in_words
+from stillroom.stages.demos.vision_findings import in_words
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.pipeline.kernels.topk_divergence import topk_divergence
 
 IMPLEMENTATIONS = os.environ.get("STILLROOM_TEST_KERNELS", "eager chunked").split()
 DEVICE = os.environ.get("STILLROOM_TEST_DEVICE", "cpu")

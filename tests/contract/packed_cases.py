@@ -6,14 +6,14 @@ Made-up ones need no codec, so that the kernels' contract runs where no cache ca
 import numpy as np
 import torch
 
-from pipeline.kernels.packed_topk import PackedTopk
+from stillroom.pipeline.kernels.packed_topk import PackedTopk
 
 
 def packed_lists(rows=11, words=131, k=7, *, strict=False, spread=2.0, seed=0):
     """(packed, decoded lists): random rows, coded by the cache's own coder; some end early."""
-    from cache_schemas.codebook import Codebook
-    from cache_schemas.rankings import Rankings
-    from cache_schemas.topk_streams import TopkCoder
+    from stillroom.cache_schemas.codebook import Codebook
+    from stillroom.cache_schemas.rankings import Rankings
+    from stillroom.cache_schemas.topk_streams import TopkCoder
 
     random = torch.Generator().manual_seed(seed)
     logits = spread * torch.randn(rows, words, generator=random, dtype=torch.float64)

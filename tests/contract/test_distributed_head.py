@@ -15,12 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from pipeline.kernels.distributed_head import (
+from stillroom.pipeline.kernels.distributed_head import (
     DivergenceHead,
     shard_of,
     sharded_topk_divergence,
 )
-from pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.pipeline.kernels.topk_divergence import topk_divergence
 from tests.contract.divergence_cases import error, make_case
 from tests.ranks import leave
 

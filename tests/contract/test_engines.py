@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from cache_schemas.errors import ConfigError, TeacherError
-from pipeline.config import Capture, Teacher
-from pipeline.record import Example, content_id
-from pipeline.teacher import engine, self_test
-from pipeline.teacher.engine import RejectedExample, open_engine
-from pipeline.teacher.vllm import requests_for
+from stillroom.cache_schemas.errors import ConfigError, TeacherError
+from stillroom.pipeline.config import Capture, Teacher
+from stillroom.pipeline.record import Example, content_id
+from stillroom.pipeline.teacher import protocol
+from stillroom.pipeline.teacher.facts import model_shape
+from stillroom.pipeline.teacher.opening import open_engine
+from stillroom.pipeline.teacher.protocol import RejectedExample
+from stillroom.pipeline.teacher.vllm import self_test
+from stillroom.pipeline.teacher.vllm.engine import requests_for
 
 TABLE = Capture(
     k=16,
@@ -156,7 +159,7 @@ def test_hidden_states_at_the_answer_only(engines, name):
     mask[[10, 11, 30]] = True
     asked = replace(EXAMPLES[0], loss_mask=mask)
     table = TABLE.model_copy(update={"hidden_rows": "answer", "hidden_stride": 1})
-    assert engine.hidden_positions(asked, table).tolist() == [9, 10, 29]
+    assert protocol.hidden_positions(asked, table).tolist() == [9, 10, 29]
     (record,) = teacher.score([asked])
     assert record.first_row == 9
 
@@ -292,10 +295,10 @@ def test_the_position_of_bad_logits_is_counted_in_tokens(engines):
     (record,) = engines["reference", "llama"].score([EXAMPLES[1]])
     for signal in ("lse", "token_logprob", "topk_logprobs"):
         said = {key: array.copy() for key, array in record.signals.items()}
-        engine.check_finite(record.example, record.first_row, said)
+        protocol.check_finite(record.example, record.first_row, said)
         said[signal][4] = np.nan
         with pytest.raises(RejectedExample, match=f"logits at position {record.first_row + 4}\\."):
-            engine.check_finite(record.example, record.first_row, said)
+            protocol.check_finite(record.example, record.first_row, said)
 
 
 def test_a_teacher_that_only_says_nan_does_not_start(tiny_llama, tmp_path):
@@ -311,7 +314,7 @@ def test_a_teacher_that_only_says_nan_does_not_start(tiny_llama, tmp_path):
 def test_requests_beyond_the_model(name, tiny_llama):
     teacher = settings_of(tiny_llama)
     with pytest.raises(ConfigError, match="k = 400 of a vocabulary of 300"):
-        engine.check_request(Capture(k=400), replace(engine.model_shape(teacher), vocab_size=300))
+        protocol.check_request(Capture(k=400), replace(model_shape(teacher), vocab_size=300))
     with pytest.raises(ConfigError, match="hidden layer 4 of a model of 3 blocks"):
         open_engine(name, teacher, Capture(k=4, hidden_layers=(4,)))
     with pytest.raises(ConfigError, match="temperature"):

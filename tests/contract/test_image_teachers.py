@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from cache_schemas.errors import PlanMismatch, TeacherError
-from pipeline.cache.audit import audit
-from pipeline.cache.reader import TeacherCache
-from pipeline.capture import capture as run_capture
-from pipeline.capture_cost import estimate
-from pipeline.capture_plan import pictures_of
-from pipeline.config import Capture, Prepare, Run, Source, Teacher
-from pipeline.corpus import prepare
-from pipeline.images import decode_image
-from pipeline.teacher.engine import RejectedExample, open_engine
-from pipeline.teacher.images import Pictures, collapsed
+from stillroom.cache_schemas.errors import PlanMismatch, TeacherError
+from stillroom.pipeline.cache.care.audit import audit
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.capture.cost import estimate
+from stillroom.pipeline.capture.job import capture as run_capture
+from stillroom.pipeline.capture.plan import pictures_of
+from stillroom.pipeline.config import Capture, Prepare, Run, Source, Teacher
+from stillroom.pipeline.corpus.preparing import prepare
+from stillroom.pipeline.images import decode_image
+from stillroom.pipeline.teacher.images import Pictures, collapsed
+from stillroom.pipeline.teacher.opening import open_engine
+from stillroom.pipeline.teacher.protocol import RejectedExample
 from tests import tiny_image_models
 from tests.tiny_image_models import FAMILIES
 

@@ -10,10 +10,10 @@ import sys
 
 import torch
 
-from pipeline.kernels.dense_sweep import DenseTargets
-from pipeline.kernels.divergences import Objective
-from pipeline.kernels.targets import Targets
-from pipeline.kernels.vocabulary_shards import Shard
+from stillroom.pipeline.kernels.dense_sweep import DenseTargets
+from stillroom.pipeline.kernels.divergences import Objective
+from stillroom.pipeline.kernels.targets import Targets
+from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 WORDS, APART = 100, 2**31
 
@@ -39,7 +39,15 @@ def dense_targets():
 
 def check():
     """Run by the test, under the interpreter."""
-    from pipeline.kernels import triton_dense_sweep, triton_shard_sweep, triton_sweep
+    from stillroom.pipeline.kernels.triton import (
+        dense_sweep as triton_dense_sweep,
+    )
+    from stillroom.pipeline.kernels.triton import (
+        shard_sweep as triton_shard_sweep,
+    )
+    from stillroom.pipeline.kernels.triton import (
+        sweep as triton_sweep,
+    )
 
     torch.manual_seed(0)
     objective, shard = Objective(ce_weight=0.5), Shard.whole(WORDS)
@@ -59,7 +67,12 @@ def check():
 
 def check_words_beyond_the_head():
     """`debug` names them; without it they must not touch the next row."""
-    from pipeline.kernels import triton_dense_sweep, triton_sweep
+    from stillroom.pipeline.kernels.triton import (
+        dense_sweep as triton_dense_sweep,
+    )
+    from stillroom.pipeline.kernels.triton import (
+        sweep as triton_sweep,
+    )
 
     torch.manual_seed(0)
     shard, objective = Shard.whole(WORDS), Objective(ce_weight=0.5)

@@ -5,9 +5,9 @@ from typing import get_args
 import pytest
 import torch
 
-from pipeline.kernels.divergences import DivergenceName
-from pipeline.kernels.linear_divergence import linear_divergence
-from pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.pipeline.kernels.divergences import DivergenceName
+from stillroom.pipeline.kernels.linear_divergence import linear_divergence
+from stillroom.pipeline.kernels.topk_divergence import topk_divergence
 from tests.contract.divergence_cases import DEVICE, IMPLEMENTATIONS, TOLERANCE, error
 
 DIVERGENCES = get_args(DivergenceName)

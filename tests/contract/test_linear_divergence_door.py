@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.kernels.linear_divergence import linear_divergence
+from stillroom.pipeline.kernels.linear_divergence import linear_divergence
 from tests.contract.divergence_cases import Recorder
 from tests.contract.test_linear_divergence import make_case
 

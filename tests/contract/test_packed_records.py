@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from cache_schemas.errors import CacheError
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.writer import CacheWriter
-from pipeline.kernels.packed_topk import PackedTopk
-from pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.cache_schemas.errors import CacheError
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.kernels.packed_topk import PackedTopk
+from stillroom.pipeline.kernels.topk_divergence import topk_divergence
 from tests.contract.divergence_cases import IMPLEMENTATIONS, error
 from tests.contract.packed_cases import packed_lists
 from tests.synthetic_records import TEMPERATURES, VOCAB, make_plan, records_of

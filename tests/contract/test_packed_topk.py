@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.pipeline.kernels.topk_divergence import topk_divergence
 from tests.contract.divergence_cases import DEVICE, IMPLEMENTATIONS, error, make_case
 from tests.contract.packed_cases import made_up
 

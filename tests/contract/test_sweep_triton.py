@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.teacher.rows import RowSpec
-from pipeline.teacher.sweep_triton import _sweep_row, launch_options, part_size
+from stillroom.pipeline.teacher.rows import RowSpec
+from stillroom.pipeline.teacher.sweep.gpu import _sweep_row, launch_options, part_size
 from tests import hopper
 
 CONTRACT = Path(__file__).with_name("test_sweeps.py")

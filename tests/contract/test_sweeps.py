@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_schemas.errors import ConfigError, TeacherError
-from pipeline.teacher import blocks
-from pipeline.teacher.blocks import (
+from stillroom.cache_schemas.errors import ConfigError, TeacherError
+from stillroom.pipeline.teacher.rows import RowSpec, draw_key
+from stillroom.pipeline.teacher.sweep import blocks
+from stillroom.pipeline.teacher.sweep.blocks import (
     CPU_ROWS,
     check_sweep,
     rows_within,
@@ -23,12 +24,16 @@ from pipeline.teacher.blocks import (
     sweep_name,
     sweep_of,
 )
-from pipeline.teacher.rows import RowSpec, draw_key
-from pipeline.teacher.sweep import sweep
+from stillroom.pipeline.teacher.sweep.definition import sweep
 
 NAMES = os.environ.get("STILLROOM_TEST_SWEEPS", "sweep sweep_cpu").split()
 DEVICE = os.environ.get("STILLROOM_TEST_DEVICE", "cpu")
-FAST = [getattr(import_module(f"pipeline.teacher.{n}"), n) for n in NAMES if n != "sweep"]
+HOMES = {"sweep_cpu": "cpu", "sweep_triton": "gpu"}
+FAST = [
+    getattr(import_module(f"stillroom.pipeline.teacher.sweep.{HOMES[name]}"), name)
+    for name in NAMES
+    if name != "sweep"
+]
 SWEEPS = pytest.mark.parametrize("run", [sweep] * ("sweep" in NAMES) + FAST)
 FAST_SWEEPS = pytest.mark.parametrize("run", FAST)
 KEPT = pytest.mark.parametrize("k", [8, 0])

@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.kernels.divergences import DivergenceName
-from pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.pipeline.kernels.divergences import DivergenceName
+from stillroom.pipeline.kernels.topk_divergence import topk_divergence
 from tests.contract.divergence_cases import (
     DEVICE,
     IMPLEMENTATIONS,

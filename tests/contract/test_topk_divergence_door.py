@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import pipeline.kernels
-from pipeline.kernels.linear_divergence import linear_divergence
-from pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.pipeline import kernels
+from stillroom.pipeline.kernels.linear_divergence import linear_divergence
+from stillroom.pipeline.kernels.topk_divergence import topk_divergence
 from tests.contract.divergence_cases import Recorder, error, make_case, with_draws
 
 
@@ -289,9 +289,9 @@ def test_triton_that_cannot_run_is_an_error_not_a_fallback(
 
 def test_triton_missing_is_an_error_not_a_fallback(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in ("triton_rows", "triton_sweep"):
-        monkeypatch.delitem(sys.modules, f"pipeline.kernels.{name}", raising=False)
-        monkeypatch.delattr(pipeline.kernels, name, raising=False)
+    for name in ("rows", "sweep"):
+        monkeypatch.delitem(sys.modules, f"stillroom.pipeline.kernels.triton.{name}", raising=False)
+        monkeypatch.delattr(kernels.triton, name, raising=False)
     with pytest.raises(RuntimeError, match="needs Triton, which does not import"):
         call(impl="triton")
 

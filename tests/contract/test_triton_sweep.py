@@ -12,8 +12,16 @@ from typing import get_args
 import pytest
 import triton
 
-from pipeline.kernels import triton_dense_sweep, triton_shard_sweep, triton_sweep
-from pipeline.kernels.divergences import DivergenceName, Objective
+from stillroom.pipeline.kernels.divergences import DivergenceName, Objective
+from stillroom.pipeline.kernels.triton import (
+    dense_sweep as triton_dense_sweep,
+)
+from stillroom.pipeline.kernels.triton import (
+    shard_sweep as triton_shard_sweep,
+)
+from stillroom.pipeline.kernels.triton import (
+    sweep as triton_sweep,
+)
 from tests import hopper
 from tests.hopper import ptxas_report
 

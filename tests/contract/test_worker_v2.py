@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.teacher.rows import RowSpec
+from stillroom.pipeline.teacher.rows import RowSpec
 
 pytestmark = pytest.mark.vllm
 SPEC = RowSpec(8, 4, (0.5, 1.0), True, True, 0)
@@ -18,15 +18,15 @@ WIDTH, VOCAB = 16, 300
 
 @pytest.fixture(scope="module")
 def hooks():
-    """The hooked class of vLLM and our worker module, with one tensor-parallel rank."""
+    """The hooked class of vLLM and our scoring module, with one tensor-parallel rank."""
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
-    from pipeline.teacher import vllm_worker, vllm_worker_v2
+    from stillroom.pipeline.teacher.vllm import scoring, worker_v2
 
-    vllm_worker_v2.install_on_prompt_worker()
+    worker_v2.install_on_prompt_worker()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_worker, "get_tensor_model_parallel_rank", lambda: 0)
-        yield PromptLogprobsWorker, vllm_worker
+        patch.setattr(scoring, "get_tensor_model_parallel_rank", lambda: 0)
+        yield PromptLogprobsWorker, scoring
 
 
 class Prompt:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cache_schemas import kernels
+from stillroom.cache_schemas import kernels
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -48,7 +48,7 @@ def main() -> None:
         return
     import atheris
 
-    for module in pkgutil.iter_modules(kernels.__path__, "cache_schemas.kernels."):
+    for module in pkgutil.iter_modules(kernels.__path__, "stillroom.cache_schemas.kernels."):
         importlib.import_module(module.name)  # numba cannot compile what is instrumented
     with atheris.instrument_imports(include=["cache_schemas", "pipeline"]):
         from tests.fuzz.targets import survives

@@ -11,13 +11,19 @@ import google_crc32c
 import numpy as np
 import xxhash
 
-from cache_schemas import canonical, layout, rows
-from cache_schemas.dense_array import DenseArray
-from cache_schemas.errors import StillroomError
-from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
-from cache_schemas.record_codec import RowCodec
-from pipeline.cache.formats import Format, codec_sizes, parse_table, read_codec, table_bytes
-from pipeline.cache.sealing import check_receipt
+from stillroom.cache_schemas import canonical, layout, rows
+from stillroom.cache_schemas.dense_array import DenseArray
+from stillroom.cache_schemas.errors import StillroomError
+from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from stillroom.cache_schemas.record_codec import RowCodec
+from stillroom.pipeline.cache.formats import (
+    Format,
+    codec_sizes,
+    parse_table,
+    read_codec,
+    table_bytes,
+)
+from stillroom.pipeline.cache.sealing import check_receipt
 from tests.synthetic_records import make_plan, make_record, records_of
 
 
@@ -152,7 +158,7 @@ def seeds() -> dict[str, list[bytes]]:
 
 
 def _sample_receipt() -> bytes:
-    from cache_schemas.manifest import FileEntry, Records
+    from stillroom.cache_schemas.manifest import FileEntry, Records
 
     form = FORMS["exact"]
     entry = FileEntry(bytes=1, sha256="0" * 64)
@@ -170,7 +176,7 @@ def _sample_receipt() -> bytes:
 
 
 def _sample_manifest() -> bytes:
-    from cache_schemas.manifest import ShardTable
+    from stillroom.cache_schemas.manifest import ShardTable
 
     form = FORMS["small"]
     table = ShardTable(num_tokens=[1], num_rows=[1], bytes=[1], receipt=["0" * 64])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_schemas.manifest import FORMAT_VERSION
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.writer import CacheWriter
+from stillroom.cache_schemas.manifest import FORMAT_VERSION
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.writer import CacheWriter
 from tests.synthetic_records import make_plan, records_of
 
 FOLDER = Path(__file__).parent / f"cache-v{FORMAT_VERSION}"

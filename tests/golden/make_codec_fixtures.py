@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_schemas import dense_codec, row_scaling
-from cache_schemas.record_codec import RowCodec
+from stillroom.cache_schemas import dense_codec, row_scaling
+from stillroom.cache_schemas.record_codec import RowCodec
 from tests.codec_samples import record
 
 DIRECTORY = Path(__file__).parent / "codecs-v1"

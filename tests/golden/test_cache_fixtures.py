@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import zarr
 
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.storage import DirectoryStorage
-from pipeline.cache.verification import verify
+from stillroom.pipeline.cache.care.verification import verify
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from tests.golden.make_cache_fixtures import PLANS, flat
 from tests.golden.mini_reader import read_cache
 

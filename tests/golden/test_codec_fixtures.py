@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from cache_schemas import dense_codec, row_scaling
-from cache_schemas.record_codec import RowCodec
+from stillroom.cache_schemas import dense_codec, row_scaling
+from stillroom.cache_schemas.record_codec import RowCodec
 from tests.codec_samples import assert_same, assert_within_bounds
 from tests.golden import mini_record_reader
 from tests.golden.make_codec_fixtures import DIRECTORY, STEP, hidden, sample

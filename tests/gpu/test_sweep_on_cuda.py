@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.teacher.blocks import check_sweep, rows_within, score_block
-from pipeline.teacher.rows import RowSpec
+from stillroom.pipeline.teacher.rows import RowSpec
+from stillroom.pipeline.teacher.sweep.blocks import check_sweep, rows_within, score_block
 
 CONTRACT = Path(__file__).parent.parent / "contract" / "test_sweeps.py"
 EVERYTHING = RowSpec(64, 16, (0.5, 1.0, 2.0, 4.0), True, True, 0)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.kernels.linear_divergence import linear_divergence
-from pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.pipeline.kernels.linear_divergence import linear_divergence
+from stillroom.pipeline.kernels.topk_divergence import topk_divergence
 from tests.contract.packed_cases import made_up
 
 FILES = ("test_topk_divergence.py", "test_packed_topk.py", "test_linear_divergence.py")

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from pipeline.cache.storage import Disk
-from stages import __main__ as shell
+from stillroom.pipeline.cache.storage.directory import Disk
+from stillroom.stages import __main__ as shell
 from tests import tiny_models
 
 RUN = """
@@ -212,7 +212,7 @@ def test_no_disk_space(job, refused, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(job.directory))
 
     with monkeypatch.context() as broken:
-        broken.setattr("pipeline.corpus.ExampleFile.write", full)
+        broken.setattr("stillroom.pipeline.corpus.preparing.ExampleFile.write", full)
         refused(job.prepare, "No space left on device", "Free some space")
     assert job.prepare() == 0
     written, write = [0], Disk.write

@@ -8,11 +8,11 @@ import shutil
 import fsspec.config
 import pytest
 
-from cache_schemas import canonical, layout
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.storage import Disk
-from pipeline.cache.verification import verify
-from stages.__main__ import run
+from stillroom.cache_schemas import canonical, layout
+from stillroom.pipeline.cache.care.verification import verify
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.storage.directory import Disk
+from stillroom.stages.__main__ import run
 from tests.cache_trials import contents
 from tests.services import ACCESS_KEY, SECRET_KEY, rclone, s3_options
 from tests.synthetic_records import make_plan, write_cache

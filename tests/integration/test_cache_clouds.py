@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from cache_schemas.errors import CacheError
-from pipeline.cache.bucket import BucketStorage
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.sharing import copy
-from pipeline.cache.storage import DirectoryStorage
-from pipeline.cache.verification import verify
-from pipeline.cache.writer import CacheWriter
+from stillroom.cache_schemas.errors import CacheError
+from stillroom.pipeline.cache.care.verification import verify
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.sharing.copying import copy
+from stillroom.pipeline.cache.storage.bucket import BucketStorage
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.writer import CacheWriter
 from tests import fake_hub
 from tests.services import Proxy
 from tests.synthetic_records import assert_same_record, make_plan, make_record, records_of

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from cache_schemas import layout
-from stages.__main__ import run
+from stillroom.cache_schemas import layout
+from stillroom.stages.__main__ import run
 from tests import memory_cache
 from tests.synthetic_records import make_plan, write_cache
 

@@ -11,13 +11,13 @@ import threading
 
 import pytest
 
-from cache_schemas import layout
-from cache_schemas.errors import CacheIncomplete
-from pipeline.cache.card import README
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.storage import DirectoryStorage, Disk
-from pipeline.cache.verification import verify
-from pipeline.cache.writer import CacheWriter
+from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.errors import CacheIncomplete
+from stillroom.pipeline.cache.care.verification import verify
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.sharing.card import README
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage, Disk
+from stillroom.pipeline.cache.writer import CacheWriter
 from tests import cache_trials as trials
 from tests.synthetic_records import records_of
 

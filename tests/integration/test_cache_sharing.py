@@ -6,15 +6,15 @@ import threading
 
 import pytest
 
-from cache_schemas import layout
-from cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch, ShardCorrupt
-from pipeline.cache.bucket import BucketStorage
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.readthrough import ReadThrough
-from pipeline.cache.sharing import copy
-from pipeline.cache.storage import DirectoryStorage
-from pipeline.cache.verification import verify
-from pipeline.cache.writer import CacheWriter
+from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch, ShardCorrupt
+from stillroom.pipeline.cache.care.verification import verify
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.sharing.copying import copy
+from stillroom.pipeline.cache.storage.bucket import BucketStorage
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.storage.readthrough import ReadThrough
+from stillroom.pipeline.cache.writer import CacheWriter
 from tests.services import ACCESS_KEY, FAULTS, SECRET_KEY, Proxy, rclone, s3_options
 from tests.synthetic_records import (
     assert_same_record,

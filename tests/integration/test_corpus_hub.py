@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from cache_schemas.errors import CorpusError
-from pipeline.config import Source
-from pipeline.corpus_hub import choose, open_hub
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.config import Source
+from stillroom.pipeline.corpus.hub import choose, open_hub
 from tests import fake_hub, tiny_models
 
 RUN = """

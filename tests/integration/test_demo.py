@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stages import __main__ as shell
+from stillroom.stages import __main__ as shell
 
 RUN = """
 name = "{name}"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipeline.vision.small_vlm import Recipe, read_pictures, train_teacher
-from stages import demo_vision
+from stillroom.stages.demos import vision as demo_vision
+from stillroom.stages.demos.small_vlm import Recipe, read_pictures, train_teacher
 from tests import tiny_encoders
 
 QUESTIONS = (("what shape is in the image ?", "circle"), ("is there a red shape ?", "yes"))
@@ -98,7 +98,7 @@ def test_the_demo_from_pictures_to_page(root, capsys):
 
 
 def test_the_teacher_learns_and_is_kept(root):
-    from pipeline.vision.answering import Answerer
+    from stillroom.stages.demos.answering import Answerer
 
     data = root / "data"
     recipe = Recipe(width=32, blocks=2, tower_blocks=2, tower_epochs=1, language_epochs=120)

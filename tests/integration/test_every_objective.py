@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cache_schemas.errors import ConfigError, StudentError
-from pipeline.config import parse
-from pipeline.evaluate import measure
-from pipeline.metrics import read_metrics
-from pipeline.objectives.registry import OBJECTIVES
-from pipeline.record import Example, content_id
-from pipeline.student import load
-from pipeline.trainer import train
+from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.pipeline.config import parse
+from stillroom.pipeline.evaluation.held_out import measure
+from stillroom.pipeline.objectives.registry import OBJECTIVES
+from stillroom.pipeline.record import Example, content_id
+from stillroom.pipeline.student.model import load
+from stillroom.pipeline.training.metrics import read_metrics
+from stillroom.pipeline.training.trainer import train
 from tests import memory_cache, tiny_models
 from tests.integration.test_training import losses, make_run, weights_digest
 
@@ -90,7 +90,7 @@ def test_it_trains_with_the_teachers_files_deleted(tmp_path, teacher, cache, lin
     moved = Path(shutil.copytree(teacher, tmp_path / "teacher"))
     run = make_run(tmp_path / "run", moved, objective=[line], steps=2, checkpoint_every=2)
     if line["name"] != "full_vocabulary":
-        from pipeline.student import initial_student
+        from stillroom.pipeline.student.model import initial_student
 
         initial_student(run.student, run.teacher, run.path("student-initial"))
         shutil.rmtree(moved)
@@ -188,7 +188,7 @@ def test_permuted_answers_do_not_beat_none(tmp_path, teacher, more):
     ids=lambda changes: next(iter(changes)),
 )
 def test_every_way_of_training_resumes_to_the_same_bits(tmp_path, teacher, cache, changes):
-    from pipeline.trainer import Interrupted
+    from stillroom.pipeline.training.trainer import Interrupted
 
     whole = make_run(tmp_path / "whole", teacher, steps=4, checkpoint_every=2, **changes)
     train(whole, caches={"": cache})
@@ -268,7 +268,7 @@ def test_a_student_pruned_in_width_is_a_plain_smaller_model(tmp_path, teacher, c
 
 
 def test_width_pruning_that_keeps_everything_changes_nothing(tmp_path, teacher):
-    from pipeline.student import initial_student
+    from stillroom.pipeline.student.model import initial_student
 
     run = student_run(tmp_path, teacher, init="prune_width", keep_intermediate=1, keep_heads=1)
     made = initial_student(run.student, run.teacher, tmp_path / "same")
@@ -291,7 +291,7 @@ def test_any_model_of_the_same_tokenizer_with_a_padded_head(tmp_path, teacher, c
 
 
 def test_a_model_of_another_tokenizer_is_refused(tmp_path, teacher):
-    from pipeline.student import initial_student
+    from stillroom.pipeline.student.model import initial_student
 
     other = tiny_models.save_llama(tmp_path / "other", vocab_size=700)
     run = student_run(tmp_path / "run", teacher, init="model", model=str(other))

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from cache_schemas.errors import ConfigError, CorpusError, PlanMismatch
-from pipeline.cache.reader import TeacherCache
-from pipeline.capture import capture
-from pipeline.config import Capture, Generate, Prepare, Run, Source, Teacher
-from pipeline.corpus import Corpus
-from pipeline.corpus_sources import Document
-from pipeline.generation import generate
-from pipeline.generation_parts import answered
-from pipeline.prompts import questions
-from pipeline.teacher.engine import RejectedExample
-from pipeline.teacher.generate import Answer
+from stillroom.cache_schemas.errors import ConfigError, CorpusError, PlanMismatch
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.capture.job import capture
+from stillroom.pipeline.config import Capture, Generate, Prepare, Run, Source, Teacher
+from stillroom.pipeline.corpus.documents import Document
+from stillroom.pipeline.corpus.preparing import Corpus
+from stillroom.pipeline.corpus.prompts import questions
+from stillroom.pipeline.generation.parts import answered
+from stillroom.pipeline.generation.writers import Answer
+from stillroom.pipeline.generation.written_corpus import generate
+from stillroom.pipeline.teacher.protocol import RejectedExample
 from tests import tiny_image_models, tiny_models
 from tests.memory_cache import examples
 
@@ -193,8 +193,8 @@ def test_a_capture_gives_the_teachers_rows_and_keeps_the_behaviour(tiny_llama, s
 
 
 def test_roll_outs_of_a_mixture_train_a_student_by_policy_gradient(tiny_llama, student, tmp_path):
-    from pipeline.config import parse
-    from pipeline.trainer import train
+    from stillroom.pipeline.config import parse
+    from stillroom.pipeline.training.trainer import train
 
     run = run_in(tmp_path / "run", tiny_llama, n=2, teacher_share=0.2, student=str(student))
     written(run)
@@ -325,7 +325,7 @@ def test_equal_answers_are_one_example_and_broken_logits_are_refused():
 
 
 def test_the_command_writes_a_corpus_and_says_what_is_in_it(tiny_llama, tmp_path, capsys):
-    from stages.__main__ import run as command
+    from stillroom.stages.__main__ import run as command
 
     source = chats(tmp_path)
     file = tmp_path / "run.toml"

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from pipeline.metrics import read_metrics
+from stillroom.pipeline.training.metrics import read_metrics
 from tests import tiny_models
 from tests.stage_processes import finish, kill_when, start
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from pipeline.metrics import read_metrics
-from pipeline.trainer import Interrupted, train
+from stillroom.pipeline.training.metrics import read_metrics
+from stillroom.pipeline.training.trainer import Interrupted, train
 from tests import memory_cache, tiny_models
 from tests.integration.test_training import make_run
 
 CHILD = """
 import json, sys
-from pipeline.trainer import Interrupted, train
-from stages.__main__ import leave_group
+from stillroom.pipeline.training.trainer import Interrupted, train
+from stillroom.stages.__main__ import leave_group
 from tests.integration.test_training import make_run
 
 directory, teacher, changes, stop_after = json.loads(sys.argv[1])

@@ -6,15 +6,15 @@ from functools import partial
 
 import pytest
 
-from cache_schemas.errors import CacheIncomplete, ConfigError, PlanMismatch
-from pipeline.cache.reader import TeacherCache
-from pipeline.capture import capture
-from pipeline.config import Capture, Prepare, Run, Source, Teacher
-from pipeline.corpus import prepare
-from pipeline.ray_capture import Place, capture_on_ray, gpus_per_engine, places
-from pipeline.ray_worker import Problem
-from pipeline.teacher.engine import RejectedExample
-from pipeline.vision.capture import capture_images
+from stillroom.cache_schemas.errors import CacheIncomplete, ConfigError, PlanMismatch
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.capture.cluster import Place, capture_on_ray, gpus_per_engine, places
+from stillroom.pipeline.capture.images import capture_images
+from stillroom.pipeline.capture.job import capture
+from stillroom.pipeline.capture.node import Problem
+from stillroom.pipeline.config import Capture, Prepare, Run, Source, Teacher
+from stillroom.pipeline.corpus.preparing import prepare
+from stillroom.pipeline.teacher.protocol import RejectedExample
 from tests import tiny_encoders
 from tests.memory_cache import examples
 

@@ -7,8 +7,8 @@ import json
 import pytest
 import s3fs
 
-from pipeline.metrics import read_metrics
-from stages.__main__ import run
+from stillroom.pipeline.training.metrics import read_metrics
+from stillroom.stages.__main__ import run
 from tests import memory_cache
 from tests.services import ACCESS_KEY, SECRET_KEY, Proxy, rclone
 

@@ -8,18 +8,18 @@ import sys
 import pytest
 import torch
 
-from pipeline.config import Prepare, Source, Student, Teacher
-from pipeline.corpus import prepare
-from pipeline.student import export, initial_student, load
-from pipeline.vision.small_vlm import LAYER, Recipe, save_language_model, train_teacher
+from stillroom.pipeline.config import Prepare, Source, Student, Teacher
+from stillroom.pipeline.corpus.preparing import prepare
+from stillroom.pipeline.student.model import export, initial_student, load
+from stillroom.stages.demos.small_vlm import LAYER, Recipe, save_language_model, train_teacher
 from tests import tiny_encoders
 
 QUESTIONS = (("what shape is in the image ?", "circle"), ("is there a red shape ?", "yes"))
 COMPARED = """
 import json, sys
-from pipeline.config import Teacher
-from pipeline.corpus import Corpus
-from pipeline.vision.engine_agreement import compare
+from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.corpus.preparing import Corpus
+from stillroom.stages.demos.engine_agreement import compare
 
 corpus = Corpus.open(sys.argv[2])
 print(json.dumps(compare(Teacher(model=sys.argv[1]), corpus, 64)))

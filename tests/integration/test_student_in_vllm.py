@@ -7,15 +7,15 @@ import sys
 import pytest
 import torch
 
-from pipeline.config import Student, Teacher
-from pipeline.student import export, initial_student, load
+from stillroom.pipeline.config import Student, Teacher
+from stillroom.pipeline.student.model import export, initial_student, load
 
 SCORED_BY_BOTH = """
 import json, sys
 import numpy as np
-from pipeline.config import Capture, Teacher
-from pipeline.record import Example, content_id
-from pipeline.teacher.engine import open_engine
+from stillroom.pipeline.config import Capture, Teacher
+from stillroom.pipeline.record import Example, content_id
+from stillroom.pipeline.teacher.opening import open_engine
 
 ids, mask = np.arange(3, 43, dtype=np.int32), np.ones(40, dtype=bool)
 example = Example(content_id(ids, mask), "document", "counted", ids, mask)

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from cache_schemas.errors import ConfigError
-from pipeline import sweep
-from pipeline.trainer import Interrupted
-from stages.__main__ import run as command
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.training import sweep
+from stillroom.pipeline.training.trainer import Interrupted
+from stillroom.stages.__main__ import run as command
 from tests import memory_cache
 
 BASE = """

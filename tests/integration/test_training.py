@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from cache_schemas.errors import ConfigError, PlanMismatch, StudentError
-from pipeline.config import parse
-from pipeline.metrics import read_metrics
-from pipeline.trainer import Interrupted, train
+from stillroom.cache_schemas.errors import ConfigError, PlanMismatch, StudentError
+from stillroom.pipeline.config import parse
+from stillroom.pipeline.training.metrics import read_metrics
+from stillroom.pipeline.training.trainer import Interrupted, train
 from tests import memory_cache, tiny_models
 
 STEPS = 8
@@ -112,8 +112,8 @@ def test_a_run_killed_before_its_export_is_told_whole(tmp_path, teacher, cache, 
 
 CHILD = """
 import sys
-from pipeline.cache.reader import TeacherCache
-from pipeline.trainer import train
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.training.trainer import train
 from tests.integration.test_training import make_run
 
 run = make_run(sys.argv[1], sys.argv[2], cache=sys.argv[3])

@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache_schemas.errors import ConfigError, StudentError
-from cache_schemas.manifest import Plan
-from pipeline.config import parse
-from pipeline.corpus import Corpus
-from pipeline.corpus_tokenizer import tokenizer_facts
-from pipeline.record import TeacherRecord
-from pipeline.trainer import train
-from pipeline.vision.capture import capture_images
-from pipeline.vision.student import TASK_TOKENS
+from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.cache_schemas.manifest import Plan
+from stillroom.pipeline.capture.images import capture_images
+from stillroom.pipeline.config import parse
+from stillroom.pipeline.corpus.preparing import Corpus
+from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
+from stillroom.pipeline.record import TeacherRecord
+from stillroom.pipeline.student.llava import TASK_TOKENS
+from stillroom.pipeline.training.trainer import train
 from tests import tiny_encoders, tiny_image_models
 from tests.memory_cache import MemoryCache
 
@@ -170,7 +170,7 @@ def test_an_exported_student_is_read_by_transformers(world):
 def test_a_model_from_parts_sees_with_its_tower_and_speaks_with_its_language_model(tmp_path):
     from transformers import AutoModelForCausalLM, CLIPVisionModel
 
-    from pipeline.vision.parts import assemble, save_processor
+    from stillroom.pipeline.student.llava_parts import assemble, save_processor
     from tests import tiny_models
 
     tower = tiny_encoders.save("clip", tmp_path / "tower")
@@ -195,7 +195,7 @@ def test_a_model_from_parts_sees_with_its_tower_and_speaks_with_its_language_mod
 
 
 def test_parts_that_cannot_be_joined_are_refused(tmp_path):
-    from pipeline.vision.parts import assemble
+    from stillroom.pipeline.student.llava_parts import assemble
     from tests import tiny_models
 
     dino = tiny_encoders.save("dinov2", tmp_path / "dino")

@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.storage import DirectoryStorage
-from pipeline.cache.verification import verify
-from pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.cache.care.verification import verify
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.writer import CacheWriter
 from tests.synthetic_records import assert_same_record, make_plan, records_of
 
 LAYERS = st.lists(st.sampled_from([1, 2, 7, "final"]), unique=True, max_size=2)

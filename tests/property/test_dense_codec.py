@@ -9,8 +9,8 @@ import zarr.storage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_schemas import dense_codec, row_scaling
-from cache_schemas.errors import CacheError
+from stillroom.cache_schemas import dense_codec, row_scaling
+from stillroom.cache_schemas.errors import CacheError
 
 BF16_STEP = 2.0**-8
 """Relative error of rounding to bfloat16, at most."""

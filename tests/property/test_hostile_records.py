@@ -10,9 +10,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_schemas import row_scaling, streams
-from cache_schemas.errors import CacheError, FormatTooNew, ShardCorrupt
-from cache_schemas.record_codec import RowCodec
+from stillroom.cache_schemas import row_scaling, streams
+from stillroom.cache_schemas.errors import CacheError, FormatTooNew, ShardCorrupt
+from stillroom.cache_schemas.record_codec import RowCodec
 from tests.codec_samples import record
 
 SIZES = {"k": 17, "vocab_size": 300, "draws": 4, "temperatures": 2}

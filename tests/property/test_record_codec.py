@@ -5,8 +5,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cache_schemas.lossy_rows import LISTS
-from cache_schemas.record_codec import MAX_KL, MEAN_KL, NAMES, RowCodec
+from stillroom.cache_schemas.lossy_rows import LISTS
+from stillroom.cache_schemas.record_codec import MAX_KL, MEAN_KL, NAMES, RowCodec
 from tests.codec_samples import (
     SHAPES,
     assert_draws,

@@ -11,9 +11,9 @@ import pytest
 import zarr
 import zarr.storage
 
-from cache_schemas.dense_codec import CODEC_NAME, RowScaled
-from cache_schemas.errors import CacheError, ShardCorrupt
-from cache_schemas.topk_codec import CODEC_ID, PAIR, TopkRows
+from stillroom.cache_schemas.dense_codec import CODEC_NAME, RowScaled
+from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
+from stillroom.cache_schemas.topk_codec import CODEC_ID, PAIR, TopkRows
 from tests.codec_samples import record, sorted_rows
 
 VOCAB = 400

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from cache_schemas.errors import StudentError
-from pipeline.data.batch import collate
-from pipeline.record import Example, ImageSpan, TeacherRecord
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.data.batch import collate
+from stillroom.pipeline.record import Example, ImageSpan, TeacherRecord
 
 
 def record(tokens, first_answer=1, first_row=0, images=()):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cache_schemas.errors import ConfigError
-from pipeline import config
-from pipeline.cache import distortion, plan_files, planning
-from pipeline.cache.planning import Sample, Setting
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline import config
+from stillroom.pipeline.planning import distortion
+from stillroom.pipeline.planning import files as plan_files
+from stillroom.pipeline.planning import frontier as planning
+from stillroom.pipeline.planning.frontier import Sample, Setting
 from tests.codec_samples import record
 
 VOCAB = 600
@@ -190,8 +192,8 @@ def test_the_picture_is_a_png(tmp_path, points):
 def test_plan_from_the_command_line(tmp_path, tiny_llama, monkeypatch):
     import typer
 
-    from pipeline.corpus import prepare
-    from stages import cache_plan
+    from stillroom.pipeline.corpus.preparing import prepare
+    from stillroom.stages.cache import plan as cache_plan
 
     monkeypatch.setattr(planning, "settings", lambda longest, vocab: SETTINGS[:3])
     file = tmp_path / "run.toml"

@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cache_schemas.errors import CacheError, PlanMismatch
-from pipeline.cache.audit import audit
-from pipeline.cache.comparing import diff, row_divergence
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.rewriting import Selection, merge, reshard, subset
-from pipeline.cache.sharing import copy
-from pipeline.cache.storage import DirectoryStorage
-from pipeline.cache.verification import verify
+from stillroom.cache_schemas.errors import CacheError, PlanMismatch
+from stillroom.pipeline.cache.care.audit import audit
+from stillroom.pipeline.cache.care.comparing import diff, row_divergence
+from stillroom.pipeline.cache.care.verification import verify
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.rewriting import Selection, merge, reshard, subset
+from stillroom.pipeline.cache.sharing.copying import copy
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from tests.synthetic_records import assert_same_record, make_plan, make_record, write_cache
 
 

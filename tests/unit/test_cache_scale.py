@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.cache_scale import EXAMPLES, TOKENS, Simulated
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.writer import CacheWriter
 from tests.synthetic_records import make_plan
 
 

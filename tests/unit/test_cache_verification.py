@@ -5,14 +5,14 @@ import shutil
 import numpy as np
 import pytest
 
-from cache_schemas import layout
-from cache_schemas.errors import CacheError, ShardCorrupt
-from cache_schemas.lists import Lists
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.repair import repair
-from pipeline.cache.storage import DirectoryStorage
-from pipeline.cache.verification import check_record, verify
-from pipeline.cache.writer import CacheWriter
+from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
+from stillroom.cache_schemas.lists import Lists
+from stillroom.pipeline.cache.care.repair import repair
+from stillroom.pipeline.cache.care.verification import check_record, verify
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.writer import CacheWriter
 from tests.synthetic_records import make_plan, make_record, records_of, write_cache
 
 

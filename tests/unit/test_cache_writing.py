@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 
-from cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch
-from pipeline.cache.card import card
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.storage import DirectoryStorage
-from pipeline.cache.verification import verify
-from pipeline.cache.writer import CacheWriter
+from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch
+from stillroom.pipeline.cache.care.verification import verify
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.sharing.card import card
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.writer import CacheWriter
 from tests.synthetic_records import assert_same_record, make_plan, make_record, records_of
 
 

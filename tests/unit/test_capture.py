@@ -8,16 +8,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cache_schemas.errors import PlanMismatch, TeacherError
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.storage import DirectoryStorage
-from pipeline.cache.verification import verify
-from pipeline.capture import capture
-from pipeline.capture_cost import estimate
-from pipeline.capture_plan import SPEED_AND_PLACEMENT, engine_facts, make_plan
-from pipeline.config import Capture, Prepare, Run, Source, Teacher
-from pipeline.corpus import Corpus, prepare
-from pipeline.teacher.engine import OutOfMemory, RejectedExample, empty_record, open_engine
+from stillroom.cache_schemas.errors import PlanMismatch, TeacherError
+from stillroom.pipeline.cache.care.verification import verify
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.capture.cost import estimate
+from stillroom.pipeline.capture.job import capture
+from stillroom.pipeline.capture.plan import SPEED_AND_PLACEMENT, engine_facts, make_plan
+from stillroom.pipeline.config import Capture, Prepare, Run, Source, Teacher
+from stillroom.pipeline.corpus.preparing import Corpus, prepare
+from stillroom.pipeline.teacher.protocol import (
+    OutOfMemory,
+    RejectedExample,
+    empty_record,
+    open_engine,
+)
 
 TABLE = Capture(k=8, tail_draws=4, hidden_layers=(2, "final"), examples_per_shard=4)
 

@@ -9,10 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_schemas.errors import ConfigError, CorpusError, PlanMismatch, StillroomError
-from pipeline.config import Prepare, Source
-from pipeline.corpus import Corpus, heldout_documents, prepare, tokenizer_facts, windows
-from pipeline.record import content_id
+from stillroom.cache_schemas.errors import ConfigError, CorpusError, PlanMismatch, StillroomError
+from stillroom.pipeline.config import Prepare, Source
+from stillroom.pipeline.corpus.preparing import (
+    Corpus,
+    heldout_documents,
+    prepare,
+    tokenizer_facts,
+    windows,
+)
+from stillroom.pipeline.record import content_id
 from tests import tiny_models
 
 TOPICS = Source(name="topics", kind="pydoc_topics")

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from cache_schemas.errors import CorpusError
-from pipeline.config import Prepare, Source
-from pipeline.corpus import prepare
-from pipeline.corpus_chat import ChatTokenizer
-from pipeline.corpus_sources import Document
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.config import Prepare, Source
+from stillroom.pipeline.corpus.chat import ChatTokenizer
+from stillroom.pipeline.corpus.documents import Document
+from stillroom.pipeline.corpus.preparing import prepare
 from tests import tiny_models
 
 CHAT = (

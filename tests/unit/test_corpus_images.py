@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cache_schemas.errors import CorpusError
-from pipeline.config import Prepare, Source
-from pipeline.corpus import Corpus, prepare
-from pipeline.corpus_images import place_images
-from pipeline.vision.capture import images_of
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.capture.images import images_of
+from stillroom.pipeline.config import Prepare, Source
+from stillroom.pipeline.corpus.images import place_images
+from stillroom.pipeline.corpus.preparing import Corpus, prepare
 from tests import tiny_image_models
 
 
@@ -79,7 +79,7 @@ def test_spans_are_the_processors_own_placeholders_and_no_target_lies_in_them(fa
 def test_tokens_equal_one_call_of_the_processor(family, tmp_path):
     from transformers import AutoProcessor
 
-    from pipeline.images import decode_image
+    from stillroom.pipeline.images import decode_image
 
     _, model = family
     data = picture(tmp_path, "a.png", 3, width=70, height=33)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config
-from stages import demo
-from stages.demo import Ledger, Stage, StageFailed, perform, plan_stages
+from stillroom.pipeline import config
+from stillroom.stages.demos import text as demo
+from stillroom.stages.demos.text import Ledger, Stage, StageFailed, perform, plan_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN, CONTROL = ROOT / "runbooks" / "demo.toml", ROOT / "runbooks" / "demo-control.toml"

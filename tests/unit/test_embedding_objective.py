@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from cache_schemas.errors import ConfigError, StudentError
-from pipeline.data.batch import collate
-from pipeline.data.images import ImageTargets
-from pipeline.objectives.combine import Distiller, terms_of
-from pipeline.objectives.embedding import gather, info_nce, smooth_l1
-from pipeline.objectives.registry import CacheFacts, find
-from pipeline.record import Example, ImageSpan, TeacherRecord
-from pipeline.student import load
-from pipeline.training_tables import Objective
+from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.pipeline.config.training import Objective
+from stillroom.pipeline.data.batch import collate
+from stillroom.pipeline.data.images import ImageTargets
+from stillroom.pipeline.objectives.combine import Distiller, terms_of
+from stillroom.pipeline.objectives.embedding import gather, info_nce, smooth_l1
+from stillroom.pipeline.objectives.registry import CacheFacts, find
+from stillroom.pipeline.record import Example, ImageSpan, TeacherRecord
+from stillroom.pipeline.student.model import load
 from tests import tiny_image_models
 from tests.ranks import leave
 

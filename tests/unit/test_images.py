@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.images import MAX_PIXELS, BadImage, decode_image
-from pipeline.vision.preparation import Preparation
+from stillroom.pipeline.encoders.preparation import Preparation
+from stillroom.pipeline.images import MAX_PIXELS, BadImage, decode_image
 from tests.tiny_encoders import file, picture
 
 

@@ -10,16 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pipeline  # noqa: F401  (see pipeline.cpu_wheels)
-from cache_schemas.errors import ConfigError
-from pipeline.data.batch import DistillBatch, Teacher, Units
-from pipeline.objectives import registry
-from pipeline.objectives.alignment import distance
-from pipeline.objectives.divergence import DIVERGENCES, logit_spread, sampled_tail
-from pipeline.objectives.policy import effective_sample_share, returns, surrogate
-from pipeline.objectives.registry import CacheFacts, Context
-from pipeline.objectives.weighting import admitted
-from pipeline.student_states import Head, StudentStates
+import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.data.batch import DistillBatch, Teacher, Units
+from stillroom.pipeline.objectives import registry
+from stillroom.pipeline.objectives.alignment import distance
+from stillroom.pipeline.objectives.divergence import DIVERGENCES, logit_spread, sampled_tail
+from stillroom.pipeline.objectives.policy import effective_sample_share, returns, surrogate
+from stillroom.pipeline.objectives.registry import CacheFacts, Context
+from stillroom.pipeline.objectives.weighting import admitted
+from stillroom.pipeline.student.states import Head, StudentStates
 
 ROWS, WIDTH, VOCABULARY, TEACHER_WIDTH = 9, 12, 31, 7
 TEMPERATURES = (0.7, 1.0, 2.0)

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_schemas.errors import ConfigError, StudentError
-from pipeline.data.loader import Geometry
-from pipeline.data.packing import Position, RowPlan, pack
+from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.pipeline.data.loader import Geometry
+from stillroom.pipeline.data.packing import Position, RowPlan, pack
 
 lengths_lists = st.lists(st.integers(2, 32), min_size=1, max_size=200)
 

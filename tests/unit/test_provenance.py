@@ -2,7 +2,7 @@
 
 import json
 
-from pipeline import provenance
+from stillroom.pipeline import provenance
 
 
 def test_a_stage_replaces_only_its_own_entry(tmp_path):

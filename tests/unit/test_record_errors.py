@@ -7,9 +7,9 @@ import numba
 import numpy as np
 import pytest
 
-from cache_schemas import kernels
-from cache_schemas.errors import CacheError
-from cache_schemas.record_codec import RowCodec
+from stillroom.cache_schemas import kernels
+from stillroom.cache_schemas.errors import CacheError
+from stillroom.cache_schemas.record_codec import RowCodec
 from tests.codec_samples import record, sorted_rows
 
 SIZES = {"k": 4, "vocab_size": 50, "draws": 2, "temperatures": 2}
@@ -87,7 +87,7 @@ def test_arrays_that_do_not_fit_each_other_are_a_programming_error(codec):
 
 
 def test_importing_the_codec_does_not_import_numba():
-    code = "import sys, cache_schemas.record_codec; sys.exit('numba' in sys.modules)"
+    code = "import sys, stillroom.cache_schemas.record_codec; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from pipeline import config
-from stages.__main__ import app
+from stillroom.pipeline import config
+from stillroom.stages.__main__ import app
 
 RUNBOOKS = Path(__file__).resolve().parents[2] / "runbooks"
 PAGES = sorted(p for p in RUNBOOKS.rglob("*") if p.suffix in (".md", ".sh", ".yaml"))

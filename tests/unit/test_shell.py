@@ -10,9 +10,9 @@ import time
 import pytest
 import typer
 
-from cache_schemas.errors import CacheIncomplete, CorpusError
-from stages import __main__ as shell
-from stages import console
+from stillroom.cache_schemas.errors import CacheIncomplete, CorpusError
+from stillroom.stages import __main__ as shell
+from stillroom.stages import console
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_start_imports_nothing_heavy():
     heavy = (
         "{'torch', 'transformers', 'vllm', 'pyarrow', 'zarr', 'numba', 'matplotlib', 'pydantic'}"
     )
-    code = f"import sys, stages.__main__; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, stillroom.stages.__main__; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -4,7 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.cache.storage import DirectoryStorage
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 
 
 def test_many_threads_stage_and_leave_at_once(tmp_path):

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from cache_schemas.errors import StudentError
-from pipeline.evaluate import measure
-from pipeline.optimization import rate
-from pipeline.student import load
-from pipeline.student_states import (
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.evaluation.held_out import measure
+from stillroom.pipeline.student.model import load
+from stillroom.pipeline.student.states import (
     blocks_of,
     check_documents_are_isolated,
     forward_states,
     head_of,
 )
-from pipeline.training_tables import Train
+from stillroom.pipeline.training.optimization import rate
 from tests import memory_cache
 
 

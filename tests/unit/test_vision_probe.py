@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline.vision.probe import ProbeData, probe
+from stillroom.pipeline.evaluation.probe import ProbeData, probe
 
 
 def data(count: int, seed: int) -> ProbeData:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.vision.answering import Answerer, blind
-from pipeline.vision.parts import assemble, name_for_vllm, save_processor
-from pipeline.vision.questions import lay_out, states_of
-from pipeline.vision.small_vlm import (
+from stillroom.pipeline.student.llava_parts import assemble, name_for_vllm, save_processor
+from stillroom.stages.demos.answering import Answerer, blind
+from stillroom.stages.demos.questions import lay_out, states_of
+from stillroom.stages.demos.small_vlm import (
     IMAGE_TOKENS,
     LAYER,
     PIXELS,

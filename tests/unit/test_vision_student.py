@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from cache_schemas.errors import StudentError
-from pipeline.data.batch import collate
-from pipeline.data.images import ImageBatch, Pictures
-from pipeline.record import Example, ImageSpan, TeacherRecord
-from pipeline.student import load
-from pipeline.student_states import forward_states
-from pipeline.vision.student import embed, insert_behind_images, with_tokens
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.data.batch import collate
+from stillroom.pipeline.data.images import ImageBatch, Pictures
+from stillroom.pipeline.record import Example, ImageSpan, TeacherRecord
+from stillroom.pipeline.student.llava import embed, insert_behind_images, with_tokens
+from stillroom.pipeline.student.model import load
+from stillroom.pipeline.student.states import forward_states
 from tests import tiny_image_models
 
 

@@ -8,9 +8,9 @@ cache's distance from the first answer is set beside the second's. It starts no 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.cache.comparing import Differences, differences, evenly
-from pipeline.cache.reader import TeacherCache
-from pipeline.record import Example, TeacherRecord
+from stillroom.pipeline.cache.care.comparing import Differences, differences, evenly
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.record import Example, TeacherRecord
 
 Score = Callable[[Sequence[Example]], Iterable[TeacherRecord]]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.cache.reader import TeacherCache
-from pipeline.record import TeacherRecord
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.record import TeacherRecord
 
 FLOOR = 1e-12
 """Least mass of the remaining outcome; rounding may leave it at or below zero."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_schemas import layout
-from cache_schemas.errors import CacheError, StillroomError
-from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
-from pipeline.cache.storage import DirectoryStorage, Storage
+from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.errors import CacheError, StillroomError
+from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage, Storage
 
 RECEIPTS_LOOKED_AT = 16
 

@@ -6,14 +6,14 @@ manifest, then the receipts of bad shards, then their files. Sound shards are ne
 
 from dataclasses import dataclass
 
-from cache_schemas import canonical, layout
-from cache_schemas.errors import CacheError, StillroomError
-from cache_schemas.manifest import Manifest
-from pipeline.cache import sealing
-from pipeline.cache import shard as shards
-from pipeline.cache.formats import Format, publish_codec
-from pipeline.cache.storage import Storage
-from pipeline.cache.verification import Progress, Report, identity, verify
+from stillroom.cache_schemas import canonical, layout
+from stillroom.cache_schemas.errors import CacheError, StillroomError
+from stillroom.cache_schemas.manifest import Manifest
+from stillroom.pipeline.cache import sealing
+from stillroom.pipeline.cache import shard as shards
+from stillroom.pipeline.cache.care.verification import Progress, Report, identity, verify
+from stillroom.pipeline.cache.formats import Format, publish_codec
+from stillroom.pipeline.cache.storage.directory import Storage
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cache_schemas import layout
-from cache_schemas.codebook import STRICT_STEP
-from cache_schemas.errors import CacheError, ShardCorrupt
-from cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
-from cache_schemas.record_codec import MAX_KL
-from pipeline.cache import shard as shards
-from pipeline.cache.comparing import evenly
-from pipeline.cache.formats import Format, open_codec, read_codec
-from pipeline.cache.partial import present_signals
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.sealing import file_entry, fixed_files, index_names, read_receipt
-from pipeline.cache.storage import Storage
-from pipeline.record import TeacherRecord
+from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.codebook import STRICT_STEP
+from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
+from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from stillroom.cache_schemas.record_codec import MAX_KL
+from stillroom.pipeline.cache import shard as shards
+from stillroom.pipeline.cache.care.comparing import evenly
+from stillroom.pipeline.cache.formats import Format, open_codec, read_codec
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.sealing import file_entry, fixed_files, index_names, read_receipt
+from stillroom.pipeline.cache.sharing.partial import present_signals
+from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.record import TeacherRecord
 
 Progress = Callable[[int, int], None]
 """Called with shards done and shards in all."""

@@ -6,8 +6,8 @@ edited or deleted, so nothing binds it.
 
 import html
 
-from cache_schemas.manifest import Plan
-from pipeline.plain_text import plain
+from stillroom.cache_schemas.manifest import Plan
+from stillroom.pipeline.plain_text import plain
 
 README = "README.md"
 

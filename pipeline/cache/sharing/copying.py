@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache_schemas import layout
-from cache_schemas.errors import CacheError, PlanMismatch, ShardCorrupt
-from cache_schemas.manifest import FileEntry
-from pipeline.cache import partial
-from pipeline.cache.card import README
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.storage import Storage
-from pipeline.cache.verification import Progress
+from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.errors import CacheError, PlanMismatch, ShardCorrupt
+from stillroom.cache_schemas.manifest import FileEntry
+from stillroom.pipeline.cache.care.verification import Progress
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.sharing import partial
+from stillroom.pipeline.cache.sharing.card import README
+from stillroom.pipeline.cache.storage.directory import Storage
 
 PIECE_BYTES = 1 << 25
 """Bytes of one read; a broken connection costs at most this much."""

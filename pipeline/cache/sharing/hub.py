@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_schemas import layout
-from cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
-from pipeline.cache import partial
-from pipeline.cache.bucket import BucketStorage
-from pipeline.cache.location import scrub
-from pipeline.cache.reader import TeacherCache
-from pipeline.cache.sharing import Copied, check_target, wanted
-from pipeline.cache.storage import DirectoryStorage
-from pipeline.cache.verification import Progress, verify
+from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
+from stillroom.pipeline.cache.care.verification import Progress, verify
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.sharing import partial
+from stillroom.pipeline.cache.sharing.copying import Copied, check_target, wanted
+from stillroom.pipeline.cache.storage.bucket import BucketStorage
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.storage.scrubbing import scrub
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri

@@ -4,9 +4,9 @@ One idea: `partial.json` in the copy lists the dense signals that are there; eve
 including the manifest, is the original's, so hashes and signatures still hold. It copies nothing.
 """
 
-from cache_schemas import canonical
-from cache_schemas.errors import ShardCorrupt
-from pipeline.cache.storage import Storage
+from stillroom.cache_schemas import canonical
+from stillroom.cache_schemas.errors import ShardCorrupt
+from stillroom.pipeline.cache.storage.directory import Storage
 
 PARTIAL = "partial.json"
 

@@ -8,10 +8,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from cache_schemas import canonical, layout
-from cache_schemas.errors import CacheError, PlanMismatch
-from cache_schemas.manifest import Manifest, read
-from pipeline.cache.storage import Storage
+from stillroom.cache_schemas import canonical, layout
+from stillroom.cache_schemas.errors import CacheError, PlanMismatch
+from stillroom.cache_schemas.manifest import Manifest, read
+from stillroom.pipeline.cache.storage.directory import Storage
 
 CONTEXT = b"stillroom manifest v1\n"
 

@@ -17,9 +17,9 @@ import fsspec
 import fsspec.config
 from fsspec.core import url_to_fs
 
-from cache_schemas.errors import CacheError, CacheIncomplete
-from pipeline.cache.location import scrub
-from pipeline.cache.storage import Claim, cut_short
+from stillroom.cache_schemas.errors import CacheError, CacheIncomplete
+from stillroom.pipeline.cache.storage.directory import Claim, cut_short
+from stillroom.pipeline.cache.storage.scrubbing import scrub
 
 ATTEMPTS = 6
 READ_TIMEOUT_SECONDS = 60

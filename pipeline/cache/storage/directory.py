@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Protocol
 
-from cache_schemas import layout
-from cache_schemas.errors import CacheError, ShardCorrupt
+from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 PATHS_CHECKED = 1 << 16

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import xxhash
 
-from cache_schemas.errors import CacheError
-from pipeline.cache.storage import Claim, Disk, Storage
+from stillroom.cache_schemas.errors import CacheError
+from stillroom.pipeline.cache.storage.directory import Claim, Disk, Storage
 
 CHECKSUM_BYTES = 8
 LOOKS = 16

@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels import dense_sweep, divergences
-from pipeline.kernels.dense_sweep import DenseTargets
-from pipeline.kernels.divergences import Objective
-from pipeline.kernels.triton_rows import add, cap, terms
-from pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
-from pipeline.kernels.vocabulary_shards import Shard
+from stillroom.pipeline.kernels import dense_sweep, divergences
+from stillroom.pipeline.kernels.dense_sweep import DenseTargets
+from stillroom.pipeline.kernels.divergences import Objective
+from stillroom.pipeline.kernels.triton.rows import add, cap, terms
+from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
+from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 LOG_ZERO = tl.constexpr(divergences.LOG_ZERO)
 FAR_BELOW = tl.constexpr(FAR)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
+from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
 
 FAR_BELOW = tl.constexpr(FAR)
 

@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.divergences import Objective
-from pipeline.kernels.packed_topk import PackedTargets
-from pipeline.kernels.targets import Targets
-from pipeline.kernels.torch_sweep import Verdict, judge, label_column
-from pipeline.kernels.triton_rows import cap, tail_sums, write_tail
-from pipeline.kernels.triton_sweep import launch_options
-from pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
-from pipeline.kernels.vocabulary_shards import Shard, ShardStatistics
+from stillroom.pipeline.kernels.divergences import Objective
+from stillroom.pipeline.kernels.packed_topk import PackedTargets
+from stillroom.pipeline.kernels.targets import Targets
+from stillroom.pipeline.kernels.torch_sweep import Verdict, judge, label_column
+from stillroom.pipeline.kernels.triton.rows import cap, tail_sums, write_tail
+from stillroom.pipeline.kernels.triton.sweep import launch_options
+from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
+from stillroom.pipeline.kernels.vocabulary_shards import Shard, ShardStatistics
 
 FAR_BELOW = tl.constexpr(FAR)
 

@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels import divergences
-from pipeline.kernels.divergences import Objective
-from pipeline.kernels.packed_topk import PackedTargets, PackedTopk
-from pipeline.kernels.targets import Targets
-from pipeline.kernels.triton_rows import cap, tail_sums, terms, write_tail
-from pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
-from pipeline.kernels.vocabulary_shards import Shard
+from stillroom.pipeline.kernels import divergences
+from stillroom.pipeline.kernels.divergences import Objective
+from stillroom.pipeline.kernels.packed_topk import PackedTargets, PackedTopk
+from stillroom.pipeline.kernels.targets import Targets
+from stillroom.pipeline.kernels.triton.rows import cap, tail_sums, terms, write_tail
+from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
+from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 LOG_ZERO = tl.constexpr(divergences.LOG_ZERO)
 LOG_TAIL_FLOOR = tl.constexpr(divergences.LOG_TAIL_FLOOR)

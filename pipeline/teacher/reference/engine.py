@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_schemas.errors import TeacherError
-from cache_schemas.signals import hidden_name
-from pipeline.config import Capture, Teacher
-from pipeline.record import Example, TeacherRecord
-from pipeline.teacher import engine
-from pipeline.teacher.facts import model_directory, model_shape
-from pipeline.teacher.images import Pictures
-from pipeline.teacher.reference_images import ImageInputs, is_image_text
-from pipeline.teacher.rows import RowSpec, draw_key
-from pipeline.teacher.sweep import sweep
+from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.signals import hidden_name
+from stillroom.pipeline.config import Capture, Teacher
+from stillroom.pipeline.record import Example, TeacherRecord
+from stillroom.pipeline.teacher import protocol
+from stillroom.pipeline.teacher.facts import model_directory, model_shape
+from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
+from stillroom.pipeline.teacher.rows import RowSpec, draw_key
+from stillroom.pipeline.teacher.sweep.definition import sweep
 
 ROW_BLOCK_BYTES = 64 << 20
 
@@ -43,27 +43,27 @@ class ReferenceEngine:
         self._model = None
 
     def score(
-        self, examples: Iterable[Example], reject: engine.Reject = engine.stop
+        self, examples: Iterable[Example], reject: protocol.Reject = protocol.stop
     ) -> Iterator[TeacherRecord]:
         for example in examples:
             try:
-                engine.check_example(example, self.shape, self._context)
+                protocol.check_example(example, self.shape, self._context)
                 record = self._score(example)
-            except engine.RejectedExample as error:
+            except protocol.RejectedExample as error:
                 reject(error)
-                record = engine.empty_record(example, self._capture, self.shape)
+                record = protocol.empty_record(example, self._capture, self.shape)
             yield record
 
     @torch.inference_mode()
     def _score(self, example: Example) -> TeacherRecord:
-        first = engine.first_row(example, self._capture)
+        first = protocol.first_row(example, self._capture)
         logits, states = self._forward(example, first)
         signals = self._row_signals(example, first, logits)
-        positions = engine.hidden_positions(example, self._capture)
+        positions = protocol.hidden_positions(example, self._capture)
         for layer in self._capture.hidden_layers:
             kept = states[layer][torch.as_tensor(positions, device=self._device, dtype=torch.long)]
             signals[hidden_name(layer)] = kept.float().cpu().numpy()
-        return engine.record_of(example, self._capture, first, signals)
+        return protocol.record_of(example, self._capture, first, signals)
 
     def _forward(self, example: Example, first: int) -> tuple[torch.Tensor, dict]:
         """Logits of the scored rows [R, V], and states [L, H] of the layers asked for."""
@@ -86,7 +86,7 @@ class ReferenceEngine:
         if not example.images:
             return {}
         if self._images is None:
-            raise engine.RejectedExample(
+            raise protocol.RejectedExample(
                 example, "has images", remedy="Use an image-text teacher, or leave the images out."
             )
         inputs = {name: value.to(self._device) for name, value in self._images.of(example).items()}

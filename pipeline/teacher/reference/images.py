@@ -11,8 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.record import Example
-from pipeline.teacher.images import Pictures, check_expansion, image_token, reads_prefixes
+from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.images import (
+    Pictures,
+    check_expansion,
+    image_token,
+    reads_prefixes,
+)
 
 OF_THE_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 

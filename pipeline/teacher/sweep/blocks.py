@@ -13,9 +13,9 @@ from typing import Literal
 
 import torch
 
-from cache_schemas.errors import ConfigError, TeacherError
-from pipeline.teacher.rows import RowSpec
-from pipeline.teacher.sweep import sweep
+from stillroom.cache_schemas.errors import ConfigError, TeacherError
+from stillroom.pipeline.teacher.rows import RowSpec
+from stillroom.pipeline.teacher.sweep.definition import sweep
 
 SweepName = Literal["numba", "triton", "torch"]
 Sweep = Callable[
@@ -74,7 +74,7 @@ def _bytes_of_row(vocab_size: int, device: str, spec: RowSpec) -> int:
     name = sweep_name(device)
     scratch = 0
     if name == "triton":
-        from pipeline.teacher.sweep_triton import scratch_bytes_per_row
+        from stillroom.pipeline.teacher.sweep.gpu import scratch_bytes_per_row
 
         scratch = scratch_bytes_per_row(vocab_size, spec.k)
     return BYTES_PER_LOGIT[name] * vocab_size + scratch
@@ -105,11 +105,11 @@ def sweep_of(device: str) -> Sweep:
     """The sweep that `sweep_name` names."""
     name = sweep_name(device)
     if name == "numba":
-        from pipeline.teacher.sweep_cpu import sweep_cpu
+        from stillroom.pipeline.teacher.sweep.cpu import sweep_cpu
 
         return sweep_cpu
     if name == "triton":
-        from pipeline.teacher.sweep_triton import sweep_triton
+        from stillroom.pipeline.teacher.sweep.gpu import sweep_triton
 
         return sweep_triton
     return sweep

@@ -19,9 +19,9 @@ from functools import cache
 import numpy as np
 import torch
 
-from cache_schemas.kernels import compiled
-from pipeline.teacher.rows import RowSpec
-from pipeline.teacher.sweep_loops import (
+from stillroom.cache_schemas.kernels import compiled
+from stillroom.pipeline.teacher.rows import RowSpec
+from stillroom.pipeline.teacher.sweep.cpu_loops import (
     BLOCK,
     FAINT,
     GONE,

@@ -11,8 +11,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic as typed_intrinsic
 
-from cache_schemas.kernels import compiled
-from pipeline.teacher.rows import ROUNDING
+from stillroom.cache_schemas.kernels import compiled
+from stillroom.pipeline.teacher.rows import ROUNDING
 
 BLOCK = 64
 """Logits in one block: a candidate search skips it whole, a draw searches inside it."""

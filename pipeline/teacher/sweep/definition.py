@@ -1,13 +1,13 @@
 """All logit signals of a block of rows, in plain torch: the definition that fast paths must meet.
 
 One idea: each signal is the line of torch that its meaning says, over [R, V] logits, on any device.
-Callers hand in blocks small enough for their memory; `pipeline.teacher.sweep_cpu` computes the
+Callers hand in blocks small enough for their memory; `teacher.sweep.cpu` computes the
 same two matrices in one pass over the vocabulary and is tested against this file.
 """
 
 import torch
 
-from pipeline.teacher.rows import ROUNDING, RowSpec
+from stillroom.pipeline.teacher.rows import ROUNDING, RowSpec
 
 _MASK32 = 0xFFFFFFFF
 _GAMMA = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as int64

@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pipeline.teacher.rows import RowSpec
-from pipeline.teacher.sweep_triton_loops import (
+from stillroom.pipeline.teacher.rows import RowSpec
+from stillroom.pipeline.teacher.sweep.gpu_loops import (
     HIGHEST,
     LOWEST,
     ROUNDING,

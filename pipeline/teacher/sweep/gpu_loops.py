@@ -10,7 +10,7 @@ know nothing of signals, columns or programs; barriers are the caller's, but for
 import triton
 import triton.language as tl
 
-from pipeline.teacher import rows
+from stillroom.pipeline.teacher import rows
 
 SELECT = tl.constexpr(1024)
 """Words in registers at a time while a cut is looked for."""

@@ -6,7 +6,7 @@ for marked requests it keeps the tensors instead. Private names of one release, 
 
 from typing import Any
 
-MARK = "stillroom"
+from stillroom.pipeline.teacher.rows import MARK
 
 
 class KeptTensors:

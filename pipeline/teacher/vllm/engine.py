@@ -19,15 +19,16 @@ from typing import Any
 
 import torch
 
-from cache_schemas.errors import TeacherError
-from pipeline.config import Capture, Teacher
-from pipeline.record import Example, TeacherRecord
-from pipeline.teacher import engine, plugin
-from pipeline.teacher.facts import model_directory, model_shape
-from pipeline.teacher.images import Pictures
-from pipeline.teacher.self_test import self_test
-from pipeline.teacher.vllm_images import check_served, with_pictures
-from pipeline.teacher.vllm_requests import MarkedRequests, PublicRequests
+from stillroom.cache_schemas.errors import TeacherError
+from stillroom.pipeline.config import Capture, Teacher
+from stillroom.pipeline.record import Example, TeacherRecord
+from stillroom.pipeline.teacher import protocol
+from stillroom.pipeline.teacher.facts import model_directory, model_shape
+from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.vllm import plugin
+from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
+from stillroom.pipeline.teacher.vllm.requests import MarkedRequests, PublicRequests
+from stillroom.pipeline.teacher.vllm.self_test import self_test
 
 VLLM_VERSION = "0.32.0"
 USUAL_STEP_TOKENS = 8192
@@ -39,7 +40,7 @@ class _Asked:
 
     example: Example
     request_id: str = ""
-    error: engine.RejectedExample | None = None
+    error: protocol.RejectedExample | None = None
 
 
 class VllmEngine:
@@ -75,7 +76,7 @@ class VllmEngine:
             self._llm = None
 
     def score(
-        self, examples: Iterable[Example], reject: engine.Reject = engine.stop
+        self, examples: Iterable[Example], reject: protocol.Reject = protocol.stop
     ) -> Iterator[TeacherRecord]:
         """See `TeacherEngine.score`."""
         source, asked = iter(examples), deque()
@@ -98,9 +99,9 @@ class VllmEngine:
 
     def _admit(self, example: Example) -> _Asked:
         try:
-            engine.check_example(example, self.shape, self._context)
+            protocol.check_example(example, self.shape, self._context)
             prompt = self._prompt(example)
-        except engine.RejectedExample as error:
+        except protocol.RejectedExample as error:
             return _Asked(example, error=error)
         return _Asked(example, self._add(example, prompt, self._requests.sampling(example)))
 
@@ -124,17 +125,17 @@ class VllmEngine:
                     self._finished[output.request_id] = output
         return self._finished.pop(item.request_id, None)
 
-    def _record(self, item: _Asked, output, reject: engine.Reject) -> TeacherRecord:
+    def _record(self, item: _Asked, output, reject: protocol.Reject) -> TeacherRecord:
         example = item.example
         try:
             if item.error is not None:
                 raise item.error
             signals = self._requests.signals(example, output)
-            first = engine.first_row(example, self._capture)
-            return engine.record_of(example, self._capture, first, signals)
-        except engine.RejectedExample as error:
+            first = protocol.first_row(example, self._capture)
+            return protocol.record_of(example, self._capture, first, signals)
+        except protocol.RejectedExample as error:
             reject(error)
-            return engine.empty_record(example, self._capture, self.shape)
+            return protocol.empty_record(example, self._capture, self.shape)
 
     def _forget(self, asked: Iterable[_Asked]) -> None:
         """Drop requests whose answers nobody will read."""
@@ -180,8 +181,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(m in text for m in marks)
 
 
-def _out_of_memory(error: BaseException) -> engine.OutOfMemory:
-    return engine.OutOfMemory(
+def _out_of_memory(error: BaseException) -> protocol.OutOfMemory:
+    return protocol.OutOfMemory(
         f"vLLM ran out of memory ({str(error).strip().splitlines()[0][:200]})",
         remedy=(
             "Set max_num_batched_tokens, gpu_memory_utilization or tensor_parallel_size under "

@@ -8,16 +8,16 @@ are named by their content hash, so vLLM processes each only once.
 from pathlib import Path
 from typing import Any
 
-from cache_schemas.errors import TeacherError
-from pipeline.record import Example
-from pipeline.teacher.engine import RejectedExample
-from pipeline.teacher.images import (
+from stillroom.cache_schemas.errors import TeacherError
+from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.images import (
     Pictures,
     check_expansion,
     collapsed,
     image_token,
     reads_prefixes,
 )
+from stillroom.pipeline.teacher.protocol import RejectedExample
 
 
 def check_served(directory: Path) -> None:

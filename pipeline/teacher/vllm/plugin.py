@@ -1,13 +1,13 @@
 """The `vllm.general_plugins` entry point: runs in every vLLM process before it imports a model.
 
-One idea: make vLLM start on a CPU, and nothing else. Importing `pipeline` repairs this process
-(see `pipeline.cpu_wheels`). vLLM's model-inspection subprocess and its worker processes import
+One idea: make vLLM start on a CPU, and nothing else. Importing `stillroom.pipeline` repairs this
+process (see its `cpu_wheels`). vLLM's model-inspection subprocess and its worker processes import
 torchvision before any plugin can run, so where the wheels do not match, models are inspected here
 instead, and workers begin in this module. Scoring hooks are not installed here, so another
 program's vLLM is left alone: they enter only with our engine's own `worker_extension_cls`.
 """
 
-from pipeline import cpu_wheels
+from stillroom.pipeline import cpu_wheels
 
 
 def register() -> None:

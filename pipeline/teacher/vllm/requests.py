@@ -9,15 +9,14 @@ names nobody has checked.
 import numpy as np
 import torch
 
-from cache_schemas.errors import TeacherError
-from cache_schemas.signals import hidden_name
-from pipeline.config import Capture
-from pipeline.record import Example
-from pipeline.teacher import engine
-from pipeline.teacher.rows import RowSpec, draw_key
-from pipeline.teacher.sweep import sweep
+from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.signals import hidden_name
+from stillroom.pipeline.config import Capture
+from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher import protocol
+from stillroom.pipeline.teacher.rows import MARK, RowSpec, draw_key
+from stillroom.pipeline.teacher.sweep.definition import sweep
 
-MARK = "stillroom"
 SCRATCH_BYTES = 256 << 20
 
 
@@ -34,9 +33,9 @@ class MarkedRequests:
 
     def engine_arguments(self) -> dict:
         """What vLLM must be started with."""
-        from pipeline.teacher import vllm_driver
+        from stillroom.pipeline.teacher.vllm import driver
 
-        vllm_driver.install()
+        driver.install()
         settings = {
             "spec": self._spec.to_json(),
             "layers": self._layers,
@@ -44,7 +43,7 @@ class MarkedRequests:
             "scratch_bytes": self._scratch_bytes,
         }
         return {
-            "worker_extension_cls": "pipeline.teacher.vllm_worker.WorkerExtension",
+            "worker_extension_cls": "stillroom.pipeline.teacher.vllm.worker.WorkerExtension",
             "additional_config": {MARK: settings},
         }
 
@@ -52,8 +51,8 @@ class MarkedRequests:
         """`SamplingParams` of one example."""
         mark = {
             "key": draw_key(self._spec.seed, example.example_id),
-            "first_row": engine.first_row(example, self._capture),
-            "positions": engine.hidden_positions(example, self._capture).tobytes(),
+            "first_row": protocol.first_row(example, self._capture),
+            "positions": protocol.hidden_positions(example, self._capture).tobytes(),
         }
         return one_pass(prompt_logprobs=1, extra_args={MARK: mark})
 
@@ -65,7 +64,7 @@ class MarkedRequests:
         """
         tensors = getattr(output.prompt_logprobs, "tensors", None)
         ints, floats, states = tensors or (torch.empty(0),) * 3
-        check_rows(example, engine.first_row(example, self._capture), len(ints))
+        check_rows(example, protocol.first_row(example, self._capture), len(ints))
         signals = self._spec.unpack(ints.numpy(), floats.numpy())
         names = [*self._layers, *(["final"] if self._final else [])]
         for i, layer in enumerate(names):
@@ -102,7 +101,7 @@ class PublicRequests:
             TeacherError: rows are missing.
         """
         flat = output.prompt_logprobs
-        first = engine.first_row(example, self._capture)
+        first = protocol.first_row(example, self._capture)
         key = draw_key(self._spec.seed, example.example_id)
         check_rows(example, first, len(flat) - 1 - first)
         targets = torch.tensor(example.token_ids, dtype=torch.int64)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cache_schemas.errors import TeacherError
-from pipeline.record import Example, content_id
-from pipeline.teacher.engine import RejectedExample, check_finite
-from pipeline.teacher.facts import ModelShape
-from pipeline.teacher.vllm_requests import MarkedRequests, one_pass
+from stillroom.cache_schemas.errors import TeacherError
+from stillroom.pipeline.record import Example, content_id
+from stillroom.pipeline.teacher.facts import ModelShape
+from stillroom.pipeline.teacher.protocol import RejectedExample, check_finite
+from stillroom.pipeline.teacher.vllm.requests import MarkedRequests, one_pass
 
 NATS = {"float32": 2e-3, "bfloat16": 0.25, "float16": 0.05}
 """Most that one logprob may differ: both answers come from the same weights, in blocks of different

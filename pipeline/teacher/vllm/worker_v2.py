@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from vllm.distributed.parallel_state import get_pp_group
 
-from pipeline.teacher.vllm_worker import Progress, Settings, ask_for_blocks, mark_of
+from stillroom.pipeline.teacher.vllm.scoring import Progress, Settings, ask_for_blocks, mark_of
 
 
 def install() -> None:

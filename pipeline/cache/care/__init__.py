@@ -1,0 +1,1 @@
+"""Sealed caches looked after: shown, verified, audited, compared, repaired."""

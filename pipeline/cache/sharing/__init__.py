@@ -1,0 +1,1 @@
+"""Caches that travel: push and pull, the hub, signatures, partial copies, the card."""

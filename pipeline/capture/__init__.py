@@ -1,0 +1,1 @@
+"""An engine run over a corpus into a cache: plan, cost, progress, cluster."""

@@ -1,0 +1,1 @@
+"""The divergence sweeps as Triton programs, one program per row of logits."""

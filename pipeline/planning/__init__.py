@@ -1,0 +1,1 @@
+"""Rate and distortion of a cache, shown before anything is paid for."""

@@ -1,0 +1,1 @@
+"""What is trained: first weights, hidden states, adapters, export as a plain HF directory."""

@@ -1,0 +1,1 @@
+"""The teacher under vLLM: requests, hooks inside its workers, the self-test of those hooks."""

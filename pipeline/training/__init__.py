@@ -1,0 +1,1 @@
+"""A student trained from caches: steps, ranks, checkpoints, sweeps over students, curves."""

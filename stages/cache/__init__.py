@@ -1,0 +1,1 @@
+"""`stillroom cache`: one module per group of verbs."""

@@ -1,0 +1,1 @@
+"""What only the demos need: their models, pictures, arms and pages, and the two commands."""
