@@ -11,7 +11,10 @@ FORBIDDEN = {
     "pipeline": {"stages", "typer", "rich"},
     "stages": {"tests", "benchmarks"},
 }
-ONLY_IN = {"vllm": ("pipeline/teacher/",), "triton": ("pipeline/kernels/", "pipeline/teacher/")}
+ONLY_IN = {
+    "vllm": ("pipeline/teacher/", "pipeline/generation/"),
+    "triton": ("pipeline/kernels/", "pipeline/teacher/"),
+}
 NAMES_OF_NOTHING = {"utils.py", "helpers.py", "helper.py", "base.py", "common.py", "manager.py"}
 
 

@@ -155,8 +155,8 @@ def test_sigterm_makes_a_checkpoint_and_exits_with_3(tmp_path, teacher, cache, a
 
 SIGTERM_CHILD = """
 import os, signal, sys
-from pipeline import trainer
-from stages import __main__ as console
+from stillroom.pipeline.training import trainer
+from stillroom.stages import __main__ as console
 
 # The first step waits for the signal: the test decides when it comes, not the machine's speed.
 first = trainer.Stepper.step

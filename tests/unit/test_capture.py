@@ -17,11 +17,11 @@ from stillroom.pipeline.capture.job import capture
 from stillroom.pipeline.capture.plan import SPEED_AND_PLACEMENT, engine_facts, make_plan
 from stillroom.pipeline.config import Capture, Prepare, Run, Source, Teacher
 from stillroom.pipeline.corpus.preparing import Corpus, prepare
+from stillroom.pipeline.teacher.opening import open_engine
 from stillroom.pipeline.teacher.protocol import (
     OutOfMemory,
     RejectedExample,
     empty_record,
-    open_engine,
 )
 
 TABLE = Capture(k=8, tail_draws=4, hidden_layers=(2, "final"), examples_per_shard=4)

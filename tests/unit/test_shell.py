@@ -104,7 +104,7 @@ def test_wrong_command_lines_are_refused(arguments, message, capsys, monkeypatch
 def test_a_terminated_process_is_incomplete_and_safe(tmp_path):
     (tmp_path / "pipe").mkdir()
     code = (
-        "import os, sys, typer; from stages import __main__ as shell;"
+        "import os, sys, typer; from stillroom.stages import __main__ as shell;"
         "app = typer.Typer(); app.callback()(shell.options);"
         "app.command()(lambda: (print('ready', flush=True), sys.stdin.read()));"
         "shell.app = app; shell.main()"
