@@ -18,7 +18,7 @@ from benchmarks.cache_trial import publish
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.manifest import Manifest, Plan, Records, ShardReceipt, ShardTable
 from stillroom.pipeline.cache.formats import UNFITTED, Format, RowCodec, codec_sizes
-from stillroom.pipeline.cache.sealing import file_entry
+from stillroom.pipeline.cache.shard import file_entry
 from tests.synthetic_records import make_plan
 
 EXAMPLES, TOKENS, BYTES_PER_TOKEN = 2442, 1024, 100

@@ -8,7 +8,7 @@ is `image_error`, a number per image and encoder, which is read to be summed up.
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import PlanMismatch, ShardCorrupt
 from stillroom.cache_schemas.manifest import (
-    FileEntry,
     Manifest,
     ShardReceipt,
     ShardTable,
@@ -27,6 +26,7 @@ from stillroom.cache_schemas.manifest import (
 from stillroom.cache_schemas.signals import IMAGE_ERROR
 from stillroom.pipeline.cache import shard as shards_of
 from stillroom.pipeline.cache.formats import Format
+from stillroom.pipeline.cache.shard import file_entry
 from stillroom.pipeline.cache.sharing.card import README, card
 from stillroom.pipeline.cache.storage.directory import Storage
 
@@ -100,6 +100,21 @@ def stored_errors(storage: Storage, form: Format) -> dict[str, StoredError]:
         name: StoredError(mean=math.fsum(column) / len(column), largest=max(column))
         for name, column in columns.items()
     }
+
+
+def committed(storage: Storage, shards: Iterable[int]) -> set[int]:
+    """Those of some shards that have a receipt; a few listings, whatever their number."""
+    return listed(storage, "receipts", layout.receipt, shards)
+
+
+def listed(
+    storage: Storage, kind: str, name_of: Callable[[int], str], shards: Iterable[int]
+) -> set[int]:
+    """Those of some shards whose file `name_of(shard)` lies below the folder `kind`."""
+    names = {number: name_of(number) for number in shards}
+    folders = sorted({layout.folder(number) for number in names})
+    there = {name for folder in folders for name in storage.list(f"{kind}/{folder}")}
+    return {number for number, name in names.items() if name in there}
 
 
 def read_receipts(
@@ -196,8 +211,3 @@ def _index_rows(form: Format, receipt: ShardReceipt) -> pa.Table:
     columns["number"] = list(form.plan.shard_range(receipt.shard))
     columns["shard"] = [receipt.shard] * receipt.num_examples
     return pa.table({name: columns[name] for name in INDEX_SCHEMA.names}, schema=INDEX_SCHEMA)
-
-
-def file_entry(data: bytes) -> FileEntry:
-    """Size and sha256 of bytes."""
-    return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -159,8 +159,13 @@ def _mean(array: np.ndarray) -> float | None:
 
 def _read(storage: Storage, name: str, files: dict[str, FileEntry]) -> bytes:
     data = storage.read(name)
-    files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    files[name] = file_entry(data)
     return data
+
+
+def file_entry(data: bytes) -> FileEntry:
+    """Size and sha256 of bytes."""
+    return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def _messages(data: bytes, form: Format, where: str) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_te
 
 
 class ReferenceGenerator:
-    """See `generate.Generator`."""
+    """See `writers.Generator`."""
 
     def __init__(self, writers: Writers):
         self._writers = writers
@@ -111,6 +111,4 @@ class _Reader:
             return {}
         if self._images is None:
             raise TeacherError("reads no images and the prompts have some", where=self._name)
-        inputs = {name: value.to(self._device) for name, value in self._images.of(prompt).items()}
-        dtype = self._model.dtype
-        return {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+        return self._images.for_model(prompt, self._model)

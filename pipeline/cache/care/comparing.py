@@ -15,6 +15,7 @@ import numpy as np
 
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.record import TeacherRecord
+from stillroom.pipeline.shares import evenly
 
 FLOOR = 1e-12
 """Least mass of the remaining outcome; rounding may leave it at or below zero."""
@@ -77,7 +78,7 @@ def diff(first: TeacherCache, second: TeacherCache, sample: int = 200) -> CacheD
         only_second=len(theirs) - len(shared),
         shared=len(shared),
     )
-    picked = evenly(shared, sample)
+    picked = [shared[i] for i in evenly(len(shared), sample)]
     if picked:
         pairs = ((first[mine[example]], second[theirs[example]]) for example in picked)
         found.values = differences(pairs)
@@ -161,13 +162,6 @@ def _outside(p: _Rest, q: _Rest) -> np.ndarray:
 def _term(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     p, q = np.maximum(p, 0), np.maximum(q, FLOOR)
     return p * np.log(np.maximum(p, FLOOR) / q)
-
-
-def evenly(items: list, count: int) -> list:
-    """At most `count` items, evenly spaced."""
-    if len(items) <= count:
-        return items
-    return [items[i] for i in np.linspace(0, len(items) - 1, count).astype(int)]
 
 
 def _numbers(cache: TeacherCache) -> dict[str, int]:
