@@ -8,6 +8,7 @@ import ast
 import re
 import subprocess
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,8 @@ WINGS = [
     "kernels",
     "config",
 ]
-"""Of `pipeline`, from the top floor down: each may import only what stands below it. What each is for
-stands in its `__init__`, as one sentence."""
+"""Of `pipeline`, from the top floor down: each may import only what stands below it. What each is
+for is the one sentence of its `__init__`."""
 ONLY_IN = {
     "vllm": ("pipeline/teacher/", "pipeline/generation/"),
     "triton": ("pipeline/kernels/", "pipeline/teacher/"),
@@ -169,13 +170,13 @@ def test_no_module_is_named_after_nothing(room):
 @pytest.mark.parametrize("room", FORBIDDEN)
 def test_no_file_repeats_its_folder_or_a_library(room):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    wanted = chain(project["dependencies"], *project["optional-dependencies"].values())
     libraries = {re.split(r"[^\w-]", line)[0].replace("-", "_").lower() for line in wanted}
     offenders = [
         str(path.relative_to(ROOT))
         for path in modules(room)
-        if path.stem in libraries | {path.parent.name}
-        or path.stem.startswith(f"{path.parent.name}_")
+        for folder in [path.parent.name]
+        if path.stem in libraries | {folder} or path.stem.startswith(f"{folder}_")
     ]
     assert offenders == []
 
