@@ -113,7 +113,7 @@ class _Drawing:
 
     def __init__(self, config: Prepare, tokenizer: CorpusTokenizer, progress):
         self.config, self.tokenizer, self.progress = config, tokenizer, progress
-        self.documents: dict[str, None] = {}
+        self.documents: dict[str, None] = {}  # a set that keeps its order
         self.dropped: Counter[str] = Counter()
         self.used_template = False
         self.tokens = self.highest_id = 0
@@ -234,7 +234,7 @@ class _Drawing:
 
 def _identity(config: Prepare, tokenizer: CorpusTokenizer, sources: list[OpenSource]) -> dict:
     """Everything that the result follows from: equal identities need no second preparation."""
-    settings = config.model_dump(mode="json", exclude={"tokenizer"})
+    settings = config.model_dump(mode="json", exclude={"tokenizer"})  # it counts by what it does
     facts = [source.facts for source in sources]
     return {"tokenizer": tokenizer.facts, "settings": settings, "sources": facts}
 
