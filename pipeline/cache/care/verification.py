@@ -17,6 +17,7 @@ from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
 from stillroom.cache_schemas.record_codec import MAX_KL
 from stillroom.pipeline.cache import shard as shards
 from stillroom.pipeline.cache.formats import Format, open_codec, read_codec
+from stillroom.pipeline.cache.partial import present_signals
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.sealing import (
     committed,
@@ -25,7 +26,6 @@ from stillroom.pipeline.cache.sealing import (
     read_receipt,
 )
 from stillroom.pipeline.cache.shard import file_entry
-from stillroom.pipeline.cache.sharing.partial import present_signals
 from stillroom.pipeline.cache.storage.directory import Storage
 from stillroom.pipeline.record import TeacherRecord
 from stillroom.pipeline.shares import evenly
