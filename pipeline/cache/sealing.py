@@ -75,8 +75,8 @@ def seal(storage: Storage, form: Format) -> Manifest:
         shards=ShardTable(**table),
         stored_error=stored_errors(storage, form),
     )
-    storage.create(README, card(form.plan))
-    storage.replace(layout.MANIFEST, manifest.to_bytes())
+    storage.create(README, card(form.plan))  # a person's own stays
+    storage.replace(layout.MANIFEST, manifest.to_bytes())  # last: now it can be read
     storage.sweep()
     return manifest
 
@@ -97,6 +97,7 @@ def stored_errors(storage: Storage, form: Format) -> dict[str, StoredError]:
     ]
     columns = dict(zip(names, zip(*found, strict=True), strict=bool(found)))
     return {
+        # A sum rounded once, so that every machine gets the same.
         name: StoredError(mean=math.fsum(column) / len(column), largest=max(column))
         for name, column in columns.items()
     }
@@ -183,7 +184,7 @@ def _sizes(storage: Storage, form: Format, number: int, shards: range) -> dict[s
     for name in form.dense:
         for shard in shards:
             path = layout.dense_shard(name, shard)
-            sizes[path] = -1 if (size := storage.size(path)) is None else size
+            sizes[path] = -1 if (size := storage.size(path)) is None else size  # -1: missing
     return sizes
 
 

@@ -53,7 +53,7 @@ class CacheWriter:
             PlanMismatch: the cache there has another plan; names every fact that differs.
         """
         storage = open_storage(root)
-        storage.sweep()
+        storage.sweep()  # what killed writers left
         _claim_root(storage, plan)
         for name, array in dense_arrays(plan).items():
             storage.create(layout.dense_metadata(name), array.metadata())
@@ -141,12 +141,14 @@ class CacheWriter:
         form = self.fitted()
         with self.storage.staging() as folder:
             shard.build(folder, form, number, examples)
+            # From what lies on disk now, not from what was meant to be written.
             receipt = shard.inspect(DirectoryStorage(folder), form, number, self.preview)
             if not self._publish(folder, receipt):
                 receipt = self._adopt(form, number, receipt)
         name = layout.receipt(number)
         created = self.storage.create(name, receipt.to_bytes())
         self.release(number)
+        # Else another writer's receipt is there, and counts.
         if created:
             return receipt
         return read(ShardReceipt, self.storage.read(name), f"{self.storage.location}/{name}")
@@ -169,6 +171,7 @@ class CacheWriter:
 
     def _publish(self, folder: Path, receipt: ShardReceipt) -> bool:
         """True if every file in place is the one from `folder`."""
+        # A list: every file is tried, whatever was said of the first.
         ours = [self.storage.create(name, folder / name) for name in receipt.files]
         return all(ours)
 

@@ -24,7 +24,7 @@ class Parts:
 
     def __init__(self, work: Path, prompts: Split, size: int):
         self._work, self._prompts, self._size = work, prompts, size
-        self.count = -(-len(prompts) // size)
+        self.count = -(-len(prompts) // size)  # rounded up
 
     def path(self, number: int) -> Path:
         """Where a part is or will be."""
@@ -79,6 +79,7 @@ def _example(prompt: Example, answer: Answer) -> Example:
     given, written = len(prompt.token_ids), len(answer.token_ids)
     token_ids = np.concatenate([prompt.token_ids, answer.token_ids]).astype(np.int32)
     mask = np.arange(given + written) >= given
+    # The prompt was given: log 1.
     behaviour = np.concatenate([np.zeros(given, dtype=np.float32), answer.behaviour_logprob])
     return replace(
         prompt,

@@ -44,8 +44,9 @@ class ReferenceGenerator:
         keys = [answer_key(settings.seed, prompt, number) for number in range(settings.n)]
         logits = [(part, reader.begin(prompt, settings.n)) for part, reader in self._models]
         tokens, logprobs = [], []
-        running = torch.ones(settings.n, dtype=torch.bool)
+        running = torch.ones(settings.n, dtype=torch.bool)  # answers that have not ended
         for step in range(settings.max_tokens):
+            # [n, V]; heads may be padded to different widths.
             b = mixture([(part, z[:, : self._vocab_size]) for part, z in logits], settings)
             drawn = draw(b, keys, step)
             tokens.append(drawn.cpu())
@@ -93,7 +94,7 @@ class _Reader:
             input_ids=ids, use_cache=True, logits_to_keep=1, **self._image_inputs(prompt)
         )
         self._past = out.past_key_values
-        self._past.batch_repeat_interleave(copies)
+        self._past.batch_repeat_interleave(copies)  # read once, kept for every answer
         return out.logits[:, -1].expand(copies, -1)
 
     def go_on(self, tokens: torch.Tensor) -> torch.Tensor:

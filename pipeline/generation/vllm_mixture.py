@@ -74,6 +74,7 @@ class VllmMixture:
     def _go_on(self, draft: "_Draft") -> None:
         """Let the model whose turn it is draw until the other's turn."""
         start = len(draft.tokens)
+        # The tokens in a row that this model draws, up to the first that is the other's.
         others = np.flatnonzero(draft.coins[start:] != draft.coins[start])
         length = int(others[0]) if len(others) else len(draft.coins) - start
         model = self._models[int(draft.coins[start])]
@@ -92,9 +93,9 @@ class VllmMixture:
             model.read(text, partial(self._weighed, draft, model.share))
 
     def _weighed(self, draft: "_Draft", share: float, logprobs: np.ndarray) -> None:
-        draft.parts.append(np.log(share) + logprobs)
+        draft.parts.append(np.log(share) + logprobs)  # nats
         if len(draft.parts) == len(self._models):
-            behaviour = np.logaddexp(*draft.parts).astype(np.float32)
+            behaviour = np.logaddexp(*draft.parts).astype(np.float32)  # log(a p + (1 - a) q)
             ids = np.asarray(draft.tokens, dtype=np.int32)
             draft.answer = Answer(ids, behaviour, draft.ended)
 
@@ -134,7 +135,7 @@ class _Model:
         self._columns = sorted({1.0, self._temperature})
         more = self._requests.engine_arguments()
         if torch.cuda.is_available() and "gpu_memory_utilization" not in model.engine_args:
-            more["gpu_memory_utilization"] = MEMORY / 2
+            more["gpu_memory_utilization"] = MEMORY / 2  # two engines, one device
         self._served = ServedWriter(model, writers, more)
         self._waiting: dict[str, Callable[[Any], None]] = {}
 
@@ -160,7 +161,7 @@ class _Model:
         said = self._requests.signals(text, output)
         lse = said["lse"].astype(np.float64)
         one, own = (lse[:, self._columns.index(t)] for t in (1.0, self._temperature))
-        return (said["token_logprob"] + one) / self._temperature - own
+        return (said["token_logprob"] + one) / self._temperature - own  # z / T - lse_T
 
     def _ask(self, text: Example, sampling: Any, tell: Callable[[Any], None]) -> None:
         self._waiting[self._served.ask(text, sampling)] = tell

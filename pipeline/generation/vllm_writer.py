@@ -59,5 +59,5 @@ class VllmGenerator:
         pairs = zip(found.token_ids, found.logprobs)
         logprobs = np.array([entry[token].logprob for token, entry in pairs], dtype=np.float32)
         if self._writers.settings.temperature == 0:
-            logprobs = np.zeros_like(logprobs)
+            logprobs = np.zeros_like(logprobs)  # all of b is on its mode
         return Answer(ids, logprobs, bool(np.isin(ids[-1], self._writers.stop_ids)))

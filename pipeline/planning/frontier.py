@@ -129,7 +129,7 @@ def sample(
     finally:
         opened.close()
     scored = sum(len(signals["topk_ids"]) for signals in rows)
-    per_example = scored / max(len(rows), 1)
+    per_example = scored / max(len(rows), 1)  # rows
     return Sample(rows, vocab_size, scored / max(seconds, 1e-9), round(per_example * len(every)))
 
 
@@ -203,7 +203,7 @@ def _measure(sample: Sample, setting: Setting, usual: np.ndarray) -> Point:
     )
     coded = [codec.encode_measured(record) for record in measured]
     rows = sum(len(record["topk_ids"]) for record in measured)
-    per_token = sum(len(blob) for blob, _ in coded) / max(rows, 1)
+    per_token = sum(len(blob) for blob, _ in coded) / max(rows, 1)  # bytes
     found = [codec.decode(blob, ["topk_ids", "topk_logprobs"]) for blob, _ in coded]
     bias, noise = distortion.gradient(sample.rows[1::2], setting.k, setting.draws, usual, found)
     mass = np.concatenate([np.exp(r["topk_logprobs"]).sum(axis=1) for r in measured])

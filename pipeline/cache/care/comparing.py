@@ -110,14 +110,14 @@ def differences(pairs: Iterable[tuple[TeacherRecord, TeacherRecord]]) -> Differe
 def row_divergence(first: TeacherRecord, second: TeacherRecord) -> tuple[np.ndarray, float]:
     """KL(first || second) of every row [R] in nats, and the largest |difference| of log p."""
     (ids, logprobs), (others, other_logprobs) = _listed(first), _listed(second)
-    same = (ids[:, :, None] == others[:, None, :]) & (ids >= 0)[:, :, None]
+    same = (ids[:, :, None] == others[:, None, :]) & (ids >= 0)[:, :, None]  # [R, k, n]
     row, column, other = np.nonzero(same)
     log_p, log_q = logprobs[row, column], other_logprobs[row, other]
     p, q = (np.bincount(row, np.exp(log), len(ids)) for log in (log_p, log_q))
     kl = np.bincount(row, np.exp(log_p) * (log_p - log_q), len(ids))
     kl = kl + _outside(_Rest(first, p, same.any(axis=2)), _Rest(second, q, same.any(axis=1)))
     furthest = float(np.abs(log_p - log_q).max()) if log_p.size else 0.0
-    return np.maximum(kl, 0.0), furthest
+    return np.maximum(kl, 0.0), furthest  # rounding may leave it a little below
 
 
 class _Rest:
@@ -166,6 +166,7 @@ def _term(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def _numbers(cache: TeacherCache) -> dict[str, int]:
     ids = cache.index(["example_id"]).column("example_id").to_pylist()
+    # Backwards, so that of a repeated example the first counts.
     return {example: number for number, example in reversed(list(enumerate(ids)))}
 
 
@@ -177,6 +178,6 @@ def _energies(first: TeacherRecord, second: TeacherRecord) -> Iterable[tuple[str
     """Dense signal -> (squared difference, square), summed."""
     for name in first.signals.keys() & second.signals.keys():
         mine, theirs = first.signals[name], second.signals[name]
-        if "." in name and mine.shape == theirs.shape:
+        if "." in name and mine.shape == theirs.shape:  # dense signals alone have a dot
             change = np.square(mine.astype(np.float64) - theirs).sum()
             yield name, np.array([change, np.square(mine.astype(np.float64)).sum()])

@@ -126,6 +126,7 @@ def _by_kind(receipts: list[ShardReceipt], tokens: int) -> dict[str, float]:
     kinds: dict[str, Any] = {}
     for receipt in receipts:
         for name, entry in receipt.files.items():
+            # dense/SIGNAL/c/...
             kind = name.split("/")[1] if name.startswith("dense/") else "rows"
             kinds[kind] = kinds.get(kind, 0) + entry.bytes
     return {kind: total / tokens for kind, total in sorted(kinds.items())}

@@ -106,6 +106,7 @@ def _measure_again(cache: TeacherCache, report: Report) -> None:
     sample = evenly(len(cache), SAMPLE)
     rows = np.concatenate([cache.lists(number)[0].rounding() for number in sample])
     report.rounding = float(rows.mean()) if len(rows) else 0.0
+    # `strict` has levels of one width w, and p w^2 / 24 over a row is at most w^2 / 24.
     bound = MAX_KL * codec.mean_kl if codec.profile == "small" else STRICT_STEP**2 / 24
     if report.rounding > bound:
         found = f"rounding cost {report.rounding:.2g} nats per row of a sample"
