@@ -136,7 +136,7 @@ def _dinov2(archive: zipfile.ZipFile, directory: Path) -> None:
         path = f"/{prefix.rstrip('.')}/"
         if node.op_type == "MatMul" and node.input[1] in held and node.name.startswith(path):
             name = node.name.removeprefix(path).rsplit("/", 1)[0].replace("/", ".")
-            weights[f"{name}.weight"] = held[node.input[1]].T
+            weights[f"{name}.weight"] = held[node.input[1]].T  # ONNX has [in, out], torch [out, in]
     weights["embeddings.position_embeddings"] = _positions(held)
     weights["embeddings.mask_token"] = np.zeros((1, 384), dtype=np.float32)
     config = Dinov2Config(
@@ -154,7 +154,7 @@ def _dinov2(archive: zipfile.ZipFile, directory: Path) -> None:
 def _positions(held: dict[str, np.ndarray]) -> np.ndarray:
     """[1, 1 + 37 * 37, 384]: the class token's, which is folded into a constant, and the grid's."""
     folded = held["onnx::Concat_1957"].reshape(1, 1, 384)
-    grid = next(array for array in held.values() if array.size == 384 * 37 * 37)
+    grid = next(array for array in held.values() if array.size == 384 * 37 * 37)  # 518 / 14 = 37
     patches = grid.reshape(384, -1).T if grid.shape[1] == 384 else grid.reshape(-1, 384)
     return np.concatenate([folded, patches.reshape(1, -1, 384)], axis=1)
 
