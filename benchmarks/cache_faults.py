@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import needs
 from benchmarks.cache_trial import publish
 from stillroom.pipeline.cache.reader import TeacherCache
 from tests import cache_trials as trials
@@ -120,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

@@ -25,6 +25,7 @@ from queue import Empty
 
 import numpy as np
 
+from benchmarks import needs
 from benchmarks.cache_trial import publish
 from stillroom.cache_schemas.manifest import Plan
 from stillroom.pipeline.cache.formats import Encoded
@@ -240,4 +241,4 @@ def _answer(queue, child) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

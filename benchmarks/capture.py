@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import needs
 from benchmarks.cache_trial import publish
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, content_id
@@ -47,7 +48,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct")
+    parser.add_argument("--model", default=needs.MODEL)
     parser.add_argument("--prompts", type=int, default=6, help="prompts of one round")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of one prompt")
     parser.add_argument("--rounds", type=int, default=5)
@@ -56,7 +57,8 @@ def main() -> None:
     if arguments.memory:
         print(_extra_peak_bytes())
         return
-    figures = run(arguments.model, arguments.prompts, arguments.tokens, arguments.rounds)
+    model = needs.model(arguments.model)
+    figures = run(model, arguments.prompts, arguments.tokens, arguments.rounds)
     publish("capture", figures, arguments.json)
 
 
@@ -235,4 +237,4 @@ def _extra_peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

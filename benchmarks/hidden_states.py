@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import needs
 from benchmarks.cache_trial import publish
 from benchmarks.capture import EVERYTHING, _Bench, real_prompts
 from stillroom.pipeline.config import Teacher
@@ -35,12 +36,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct")
+    parser.add_argument("--model", default=needs.MODEL)
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    figures = run(arguments.model, arguments.prompts, arguments.tokens, arguments.rounds)
+    model = needs.model(arguments.model)
+    figures = run(model, arguments.prompts, arguments.tokens, arguments.rounds)
     publish("hidden_states", figures, arguments.json)
 
 
@@ -162,4 +164,4 @@ class _ConnectorEngine:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

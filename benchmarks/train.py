@@ -29,13 +29,13 @@ from typing import Any
 import torch
 
 import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+from benchmarks import needs
 from benchmarks.cache_trial import publish
 from stillroom.pipeline import config
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.student.model import load
 
 ARMS = ("cache", "ce", "ce_fused", "online")
-MODEL = ".cache/models/SmolLM2-135M-Instruct"
 WINDOW = 512
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--model", default=needs.MODEL)
     parser.add_argument("--rows", type=int, default=4, help=f"rows of {WINDOW} tokens in a step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
@@ -54,8 +54,9 @@ def main() -> None:
     if arguments.arm:
         serve(arguments.arm, arguments.run)
         return
+    model = needs.model(arguments.model)
     with tempfile.TemporaryDirectory() as directory:
-        run = make_run(arguments.model, Path(directory), arguments.rows)
+        run = make_run(model, Path(directory), arguments.rows)
         publish("train", measure(run, arguments.rounds), arguments.json)
 
 
@@ -258,4 +259,4 @@ def _online_loss(student: Any, teacher: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import needs
 from benchmarks.cache_trial import publish
 from stillroom.pipeline.capture.images import Images, MeasuringWriter, make_plan
 from stillroom.pipeline.config.vision import Encoder, Vision
@@ -112,4 +113,4 @@ def _files():
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)
