@@ -8,6 +8,7 @@ projectors are float64; what a cache holds stays the float32 it is, the same on 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
 from stillroom.pipeline.objectives.combine import Distiller
+from stillroom.pipeline.student.model import load
 from stillroom.pipeline.training import trainer
 
 ROUNDING = 1e-12
@@ -28,6 +30,7 @@ def in_float64() -> Iterator[None]:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "load", partial(load, dtype=torch.float64))
         patch.setattr(trainer, "Distiller", lambda *parts: Distiller(*parts).double())
         patch.setattr(LlamaRMSNorm, "forward", _rms_norm)
         yield
