@@ -97,10 +97,26 @@ class Teacher(Table):
     revision: str = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: str = ""
+    adapter: str = ""
+    """Directory of a PEFT adapter that is applied to the model; part of what the teacher is."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model's directory. Read it first: it may do anything."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Any further vLLM engine argument, passed on as it stands."""
     scratch_mib: int = Field(default=256, ge=1)
     """MiB beside the model that logits may take while a prompt is scored; not part of the plan."""
+
+    @field_validator("engine_args")
+    @classmethod
+    def _say_elsewhere_or_never(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """What has a key here would get round it; random weights are no teacher."""
+        twice = sorted(given.keys() & (cls.model_fields.keys() | {"enable_lora"}))
+        if twice:
+            key = "adapter" if twice[0] == "enable_lora" else twice[0]
+            raise ValueError(f"'{twice[0]}' is said by [teacher] {key}, not here")
+        if given.get("load_format") == "dummy":
+            raise ValueError("load_format = 'dummy' fills the model with random numbers")
+        return given
 
 
 class Capture(Table):

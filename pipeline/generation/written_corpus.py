@@ -131,7 +131,7 @@ class _Job:
             "generated": {
                 "settings": settings.model_dump(mode="json", exclude={"student"}),
                 "engine": engine_facts(engine),
-                "teacher": teacher_facts(teacher) | {"engine_args": teacher.engine_args},
+                "teacher": teacher_facts(teacher),
                 "student": _student_facts(settings, tokenizer),
             },
         }

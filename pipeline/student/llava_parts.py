@@ -13,6 +13,7 @@ import torch
 
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.encoders.preparation import stated_preparation
+from stillroom.pipeline.teacher.checkpoint import load_whole
 
 IMAGE_TOKEN = "<image>"
 
@@ -37,7 +38,7 @@ def assemble(tower: Path, language: Path, layer: int = -2, seed: int = 0) -> Any
     )
 
     vision = _tower(tower)
-    text = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32)
+    text = load_whole(AutoModelForCausalLM, language, error=StudentError, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(language)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         raise StudentError(
@@ -118,7 +119,7 @@ def _tower(directory: Path) -> Any:
             expected="CLIP or SigLIP",
             where=str(directory),
         )
-    return kind.from_pretrained(directory, dtype=torch.float32)
+    return load_whole(kind, directory, error=StudentError, dtype=torch.float32)
 
 
 def _has_class_token(vision: Any) -> bool:

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from stillroom.cache_schemas.errors import TeacherError
 from stillroom.cache_schemas.signals import hidden_name
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, TeacherRecord
 from stillroom.pipeline.teacher import protocol
-from stillroom.pipeline.teacher.facts import model_directory, model_shape
+from stillroom.pipeline.teacher.adapter import with_adapter
+from stillroom.pipeline.teacher.checkpoint import load_whole
+from stillroom.pipeline.teacher.facts import dtype_of, model_config, model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.quantised import method_of, try_forward
 from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
 from stillroom.pipeline.teacher.rows import RowSpec, draw_key
 from stillroom.pipeline.teacher.sweep.definition import sweep
@@ -34,10 +36,11 @@ class ReferenceEngine:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = load_model(teacher)
         self._model.to(self._device).eval()
+        try_forward(self._model, model_directory(teacher))
         self._context = self.shape.context or 1 << 30
         self._images = None
         if pictures is not None and is_image_text(self._model.config):
-            self._images = ImageInputs(model_directory(teacher), self._model.config, pictures)
+            self._images = ImageInputs(teacher, self._model.config, pictures)
 
     def close(self) -> None:
         self._model = None
@@ -150,23 +153,37 @@ class _BlockOutputs:
             handle.remove()
 
 
-def load_model(teacher: Teacher) -> Any:
-    """The model of a directory, with a head that writes text.
+def load_model(teacher: Teacher, **options: Any) -> Any:
+    """The model of a directory, with a head that writes text and its adapter, if it has one.
+
+    Args:
+        teacher: which.
+        options: further arguments of transformers' `from_pretrained`.
 
     Raises:
-        TeacherError: it cannot be loaded.
+        TeacherError: it cannot be loaded, or its checkpoint lacks weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    directory = model_directory(teacher)
-    reads_images = is_image_text(AutoConfig.from_pretrained(directory))
-    loader = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
-    dtype = teacher.dtype if teacher.dtype == "auto" else getattr(torch, teacher.dtype)
-    try:
-        return loader.from_pretrained(directory, dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise TeacherError(
-            f"cannot be loaded ({str(error).splitlines()[0]})",
-            where=str(directory),
-            remedy="Check that weights and config.json belong together.",
-        ) from None
+    reads_images = is_image_text(model_config(teacher))
+    model = load_whole(
+        AutoModelForImageTextToText if reads_images else AutoModelForCausalLM,
+        model_directory(teacher),
+        trusts_code=teacher.trust_remote_code,
+        **{"dtype": getattr(torch, dtype_of(teacher))} | options,
+    )
+    return with_adapter(model, teacher)
+
+
+def check_checkpoint(teacher: Teacher) -> None:
+    """Look at the names in a checkpoint, before another engine loads it.
+
+    What transformers cannot build (or builds otherwise: quantised weights, another config) it
+    cannot judge; there the engine's own measurement is all there is.
+
+    Raises:
+        TeacherError: it lacks weights of the model, or the adapter does not fit.
+    """
+    if method_of(model_directory(teacher)) or "hf_overrides" in teacher.engine_args:
+        return
+    load_model(teacher, device_map="meta")
