@@ -75,7 +75,7 @@ def _applied(model: Any, teacher: Teacher) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise _unfit(directory, f"PEFT cannot apply it ({reason})") from None
     if made.active_peft_config.is_prompt_learning:
-        kind = made.active_peft_config.peft_type.value
+        kind = made.active_peft_config.peft_type
         raise _unfit(directory, f"{kind} puts tokens of its own into every prompt")
     _check_names(made, directory)
     return made

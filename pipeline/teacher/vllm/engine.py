@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.errors import StillroomError, TeacherError
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, TeacherRecord
 from stillroom.pipeline.teacher import protocol
@@ -243,7 +243,7 @@ def start_vllm(teacher: Teacher, arguments: dict):
     return llm
 
 
-def _not_served(teacher: Teacher, error: Exception) -> TeacherError:
+def _not_served(teacher: Teacher, error: Exception) -> StillroomError:
     reason = _telling(str(error).strip().splitlines()) or type(error).__name__
     method = teacher.quantization or method_of(model_directory(teacher))
     if method:
