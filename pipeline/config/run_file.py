@@ -51,6 +51,9 @@ class Prepare(Table):
     """Tokens in one example, at most."""
     overlap: int = Field(default=0, ge=0)
     """Tokens repeated from the window before, as context whose rows are not kept."""
+    end_of_text: bool = False
+    """Put the tokenizer's end token behind every whole document of text, as a target; conversations
+    end as their template says."""
     min_tokens: int = Field(default=2, ge=2)
     """Windows shorter than this are dropped and counted."""
     heldout: float = Field(default=0.1, ge=0.0, lt=1.0)

@@ -27,6 +27,7 @@ from stillroom.pipeline.corpus.image_chat import (
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
 from stillroom.pipeline.teacher.facts import model_directory, model_shape
 
+PROBE = "any text"
 PREFIX_PROCESSORS = ("PaliGemmaProcessor", "ColPaliProcessor")
 
 
@@ -91,10 +92,22 @@ class CorpusTokenizer:
         """The chat template as text."""
         return str(self.hf.chat_template or "")
 
-    def texts(self, texts: list[str]) -> Iterator[Tokens]:
-        """Plain documents, with the special tokens that the tokenizer adds; all are targets."""
+    def texts(self, texts: list[str], ended: bool = False) -> Iterator[Tokens]:
+        """Plain documents, with the special tokens that the tokenizer adds and, if they are to be
+        `ended`, the end token; all are targets."""
+        end = [self.hf.eos_token_id]
         for ids in self.hf(texts, verbose=False)["input_ids"]:
+            if ended and ids[-1:] != end:
+                ids = [*ids, *end]
             yield np.asarray(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)
+
+    @cached_property
+    def begin_ids(self) -> tuple[int, ...]:
+        """Ids that the tokenizer puts before a text (BOS, mostly); found by asking it."""
+        bare = self.hf(PROBE, add_special_tokens=False)["input_ids"]
+        whole = self.hf(PROBE)["input_ids"]
+        starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return tuple(whole[: next(starts, 0)])
 
     def chat(self, document: Document) -> Tokens:
         """A conversation, with the assistant's tokens as targets."""

@@ -1,4 +1,4 @@
-"""Identity is everything that changes an answer: configs key by key, files, arguments, old plans."""
+"""Identity is everything that changes an answer: configs key by key, files, arguments, plans."""
 
 import json
 import shutil
