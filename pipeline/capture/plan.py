@@ -88,7 +88,9 @@ def longest(corpus: Corpus) -> int:
 
 def check_tokenizer(corpus: Corpus, teacher: Teacher) -> None:
     """Refuse a corpus that was tokenised for another teacher."""
-    found, expected = corpus.facts["tokenizer"], tokenizer_facts(str(model_directory(teacher)))
+    directory = str(model_directory(teacher))
+    expected = tokenizer_facts(directory, teacher.trust_remote_code)
+    found = corpus.facts["tokenizer"]
     keys = ["sha256"] + ["chat_template_sha256"] * bool(corpus.facts["chat_template"])
     for key in keys:
         if found[key] != expected[key]:
@@ -106,7 +108,7 @@ def check_processor(corpus: Corpus, teacher: Teacher) -> None:
         return
     found, expected = (
         corpus.facts["processor"]["sha256"],
-        processor_sha256(model_directory(teacher)),
+        processor_sha256(model_directory(teacher), teacher.trust_remote_code),
     )
     if found != expected:
         raise PlanMismatch(

@@ -60,6 +60,7 @@ def prepare(
     directory: str | Path,
     progress: Callable[[PrepareProgress], None] | None = None,
     revision: str = "",
+    trusts_code: bool = False,
 ) -> Corpus:
     """Make a corpus, or open the one that is already there when nothing has changed.
 
@@ -70,12 +71,13 @@ def prepare(
         directory: where the corpus goes.
         progress: called now and then.
         revision: of the teacher on the hub.
+        trusts_code: whether Python code of the teacher's directory may be run.
 
     Raises:
         ConfigError: settings that contradict each other or the teacher's context.
         CorpusError: sources or tokenizer that cannot be used; nothing is left behind.
     """
-    tokenizer = CorpusTokenizer.open(config.tokenizer, teacher_model, revision)
+    tokenizer = CorpusTokenizer.open(config.tokenizer, teacher_model, revision, trusts_code)
     _check_window(config, tokenizer)
     sources = [open_source(source) for source in config.source]
     identity = _identity(config, tokenizer, sources)

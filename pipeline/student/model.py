@@ -189,7 +189,9 @@ def _from_config(student: Student, _teacher: Teacher) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(student.seed)
         return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(student.model), dtype=torch.float32
+            AutoConfig.from_pretrained(student.model, trust_remote_code=False),
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
 
 
@@ -208,7 +210,8 @@ def _check_tokenizer(model: str, teacher: Teacher) -> None:
     """The vocabulary must be the teacher's; the chat template is taken from the teacher."""
     from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
 
-    own, theirs = tokenizer_facts(model), tokenizer_facts(teacher.model)
+    theirs = tokenizer_facts(teacher.model, teacher.trust_remote_code)
+    own = tokenizer_facts(model)
     for key in ("vocab_size", "sha256"):
         if own[key] != theirs[key]:
             raise StudentError(

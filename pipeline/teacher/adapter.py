@@ -5,6 +5,7 @@ tensor; a name that fits nothing would leave the base model to answer alone. How
 in `vllm/adapter.py`. Students have nothing to do with this: their adapters are trained and merged.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def _applied(model: Any, teacher: Teacher) -> Any:
     try:
         from peft import PeftModel
 
-        made = PeftModel.from_pretrained(model, directory)
+        with warnings.catch_warnings(action="ignore"):  # names are checked below, all of them
+            made = PeftModel.from_pretrained(model, directory)
     except Exception as error:  # whatever PEFT raises at a foreign file
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise _unfit(directory, f"PEFT cannot apply it ({reason})") from None
@@ -86,7 +88,8 @@ def _check_names(made: Any, directory: Path) -> None:
     from peft import get_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
-    placed = set(get_peft_model_state_dict(made))
+    with warnings.catch_warnings(action="ignore"):
+        placed = set(get_peft_model_state_dict(made))
     saved = set(load_peft_weights(str(directory), device="cpu"))
     for names, said in ((saved - placed, "have no place in"), (placed - saved, "are lacking for")):
         if names:

@@ -18,7 +18,7 @@ from stillroom.pipeline.teacher.adapter import with_adapter
 from stillroom.pipeline.teacher.checkpoint import load_whole
 from stillroom.pipeline.teacher.facts import dtype_of, model_config, model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
-from stillroom.pipeline.teacher.quantised import method_of, try_forward
+from stillroom.pipeline.teacher.quantised import check_as_written, method_of, try_forward
 from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
 from stillroom.pipeline.teacher.rows import RowSpec, draw_key
 from stillroom.pipeline.teacher.sweep.definition import sweep
@@ -172,6 +172,7 @@ def load_model(teacher: Teacher, **options: Any) -> Any:
         trusts_code=teacher.trust_remote_code,
         **{"dtype": getattr(torch, dtype_of(teacher))} | options,
     )
+    check_as_written(model, model_directory(teacher))
     return with_adapter(model, teacher)
 
 
