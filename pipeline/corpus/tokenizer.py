@@ -85,8 +85,7 @@ class CorpusTokenizer:
         facts = _facts(hf)
         teacher = None
         if teacher_model:
-            named = {"model": teacher_model, "revision": revision}
-            teacher = Teacher(**named, trust_remote_code=trusts_code)
+            teacher = Teacher(model=teacher_model, revision=revision, trust_remote_code=trusts_code)
         if tokenizer and teacher:
             _must_agree(facts, tokenizer, teacher)
         shape = model_shape(teacher) if teacher else None

@@ -70,7 +70,13 @@ def _applied(model: Any, teacher: Teacher) -> Any:
     directory = adapter_directory(teacher)
     try:
         from peft import PeftModel
-
+    except ImportError as error:
+        raise TeacherError(
+            f"PEFT cannot be imported ({error})",
+            where=WHERE,
+            remedy="Install it with pip install 'stillroom[lora]'.",
+        ) from None
+    try:
         with warnings.catch_warnings(action="ignore"):  # names are checked below, all of them
             made = PeftModel.from_pretrained(model, directory)
     except Exception as error:  # whatever PEFT raises at a foreign file

@@ -12,6 +12,7 @@ from typing import Any
 
 from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.teacher.adapter import CONFIG as ADAPTER_CONFIG
 from stillroom.pipeline.teacher.adapter import adapter_facts
 from stillroom.pipeline.teacher.arguments import meaningful
 from stillroom.pipeline.teacher.identity import directory_facts, stored_dtype
@@ -113,6 +114,13 @@ def _from_hub(model: str, revision: str) -> Path:
 
 
 def _with_config(path: Path) -> Path:
+    if (path / ADAPTER_CONFIG).is_file():  # transformers would apply it unasked, and vLLM would not
+        raise TeacherError(
+            "holds a PEFT adapter",
+            expected="a model alone",
+            where=str(path),
+            remedy="Name the adapter's directory as [teacher] adapter, and its base as model.",
+        )
     if not (path / "config.json").is_file():
         raise TeacherError(
             "config.json is missing",

@@ -166,6 +166,14 @@ def test_adapters_that_do_not_fit_are_refused(tiny_llama, tiny_qwen3, adapter, t
                 loads(teacher)
 
 
+def test_an_adapter_in_the_place_of_a_model_is_refused(tiny_llama, adapter, tmp_path):
+    both = Path(shutil.copytree(tiny_llama, tmp_path / "both"))
+    shutil.copytree(adapter, both, dirs_exist_ok=True)
+    for directory in (adapter, both):
+        with pytest.raises(TeacherError, match=r"Name the adapter's directory as \[teacher\]"):
+            teacher_facts(Teacher(model=str(directory)))
+
+
 def test_an_adapter_of_prompts_is_refused(tiny_llama, tmp_path):
     from peft import PromptTuningConfig, get_peft_model
 
