@@ -47,6 +47,21 @@ def adapter_facts(teacher: Teacher) -> dict[str, Any]:
     }
 
 
+def tensor_names(directory: Path) -> set[str]:
+    """Names of the tensors in an adapter's file.
+
+    Raises:
+        TeacherError: it cannot be read.
+    """
+    from peft.utils.save_and_load import load_peft_weights
+
+    try:
+        return set(load_peft_weights(str(directory), device="cpu"))
+    except Exception as error:  # whatever PEFT raises at a foreign or damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise _unfit(directory, f"its tensors cannot be read ({reason})") from None
+
+
 def with_adapter(model: Any, teacher: Teacher) -> Any:
     """The same model object with the adapter of its teacher in its modules; as it was, where there
     is none.
@@ -92,11 +107,10 @@ def _applied(model: Any, teacher: Teacher) -> Any:
 def _check_names(made: Any, directory: Path) -> None:
     """Compare the adapter's own file with what PEFT would save of the model."""
     from peft import get_peft_model_state_dict
-    from peft.utils.save_and_load import load_peft_weights
 
     with warnings.catch_warnings(action="ignore"):
         placed = set(get_peft_model_state_dict(made))
-    saved = set(load_peft_weights(str(directory), device="cpu"))
+    saved = tensor_names(directory)
     for names, said in ((saved - placed, "have no place in"), (placed - saved, "are lacking for")):
         if names:
             first = ", ".join(sorted(names)[:3])

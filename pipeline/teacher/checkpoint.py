@@ -6,8 +6,7 @@ reading a weight (on torch's meta device), so that a model which vLLM will load 
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,35 @@ def load_whole(
     Raises:
         StillroomError: of the kind `error`: it cannot be loaded, or weights are missing.
     """
-    options |= {"trust_remote_code": trusts_code, "output_loading_info": True}
+    options["trust_remote_code"] = trusts_code
     try:
-        with _report_unprinted():
-            model, found = loader.from_pretrained(directory, **options)
+        model, found = load_with_report(loader, directory, **options)
     except Exception as reason:  # whatever a broken directory makes the libraries raise
         raise unloadable(directory, reason, error) from None
-    lacking = [*found["missing_keys"], *map(str, found["mismatched_keys"])]
-    refuse_lacking(lacking, directory, type(model).__name__, error)
-    _name_unexpected(found["unexpected_keys"], directory, type(model).__name__)
+    check_report(found, directory, type(model).__name__, error)
     return model
+
+
+def load_with_report(loader: Any, directory: str | Path, **options: Any) -> tuple[Any, dict]:
+    """A model, and transformers' own report of what it found; raises what transformers raises."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # the report is said here, in a line
+    try:
+        return loader.from_pretrained(directory, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(before)
+
+
+def check_report(
+    found: dict, directory: str | Path, model: str, error: type[StillroomError] = TeacherError
+) -> None:
+    """Raise `error` where a report has weights that the checkpoint lacks; name what it has beyond
+    the model."""
+    lacking = [*found["missing_keys"], *map(str, found["mismatched_keys"])]
+    refuse_lacking(lacking, directory, model, error)
+    _name_unexpected(found["unexpected_keys"], directory, model)
 
 
 def refuse_lacking(
@@ -86,18 +104,5 @@ def _name_unexpected(names: Iterable[str], directory: str | Path, model: str) ->
         warnings.warn(
             f"{directory}: {model} has no place for {len(unexpected)} tensors of the checkpoint: "
             f"{shown}",
-            stacklevel=3,
+            stacklevel=4,
         )
-
-
-@contextmanager
-def _report_unprinted() -> Iterator[None]:
-    """Keeps transformers from printing what is said here in one line."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

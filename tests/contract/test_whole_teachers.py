@@ -44,7 +44,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused_before_vllm_starts(
 
 def test_what_vllm_did_not_load_is_found_in_its_own_memory(tiny_qwen3, tmp_path, monkeypatch):
     """Fused with two that are there, and left out of vLLM's own list of loaded names."""
-    monkeypatch.setattr(vllm_engine, "check_checkpoint", lambda _: None)
+    monkeypatch.setattr(vllm_engine, "read_names", lambda _: None)
     broken = without(tiny_qwen3, tmp_path / "broken", r"layers\.1\.self_attn\.k_proj")
     with pytest.raises(TeacherError, match=r"first model\.layers\.1\.self_attn\.qkv_proj\.weight"):
         start(broken)
@@ -71,6 +71,7 @@ def test_a_float32_checkpoint_is_float32_under_both_engines(tiny_llama):
 
 ADAPTERS = {
     "all linear": {"targets": "all-linear"},
+    "embeddings": {"targets": ("embed_tokens", "o_proj")},
     "ranks of their own": {
         "targets": ("q_proj", "down_proj"),
         "rank_pattern": {"down_proj": 9},

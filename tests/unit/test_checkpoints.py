@@ -22,7 +22,7 @@ from stillroom.pipeline.student.model import initial_student, load, load_teacher
 from stillroom.pipeline.student.teacher_head import keep_teacher_head, read_teacher_head
 from stillroom.pipeline.teacher.facts import teacher_facts
 from stillroom.pipeline.teacher.opening import open_engine
-from stillroom.pipeline.teacher.reference.engine import check_checkpoint, load_model
+from stillroom.pipeline.teacher.reference.engine import load_model, read_names
 from tests import tiny_encoders, tiny_models
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused_whoever_loads(kind, tiny_lla
     pattern, message = LACKING[kind]
     broken = without(tiny_llama, tmp_path / "broken", pattern)
     teacher = Teacher(model=str(broken))
-    for loads in (load_model, check_checkpoint, lambda t: open_engine("reference", t, Capture())):
+    for loads in (load_model, read_names, lambda t: open_engine("reference", t, Capture())):
         with pytest.raises(TeacherError, match=message):
             loads(teacher)
     for loads in (load, lambda d: assemble(d, d)):
@@ -161,7 +161,7 @@ def test_adapters_that_do_not_fit_are_refused(tiny_llama, tiny_qwen3, adapter, t
     }
     for model, directory, message in cases.values():
         teacher = Teacher(model=str(model), adapter=str(directory))
-        for loads in (load_model, check_checkpoint):
+        for loads in (load_model, read_names):
             with pytest.raises(TeacherError, match=message):
                 loads(teacher)
 

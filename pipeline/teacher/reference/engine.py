@@ -15,7 +15,7 @@ from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, TeacherRecord
 from stillroom.pipeline.teacher import protocol
 from stillroom.pipeline.teacher.adapter import with_adapter
-from stillroom.pipeline.teacher.checkpoint import load_whole
+from stillroom.pipeline.teacher.checkpoint import check_report, load_whole, load_with_report
 from stillroom.pipeline.teacher.facts import dtype_of, model_config, model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.quantised import check_as_written, method_of, try_forward
@@ -153,38 +153,42 @@ class _BlockOutputs:
             handle.remove()
 
 
-def load_model(teacher: Teacher, **options: Any) -> Any:
+def load_model(teacher: Teacher) -> Any:
     """The model of a directory, with a head that writes text and its adapter, if it has one.
-
-    Args:
-        teacher: which.
-        options: further arguments of transformers' `from_pretrained`.
 
     Raises:
         TeacherError: it cannot be loaded, or its checkpoint lacks weights.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    reads_images = is_image_text(model_config(teacher))
-    model = load_whole(
-        AutoModelForImageTextToText if reads_images else AutoModelForCausalLM,
-        model_directory(teacher),
-        trusts_code=teacher.trust_remote_code,
-        **{"dtype": getattr(torch, dtype_of(teacher))} | options,
-    )
-    check_as_written(model, model_directory(teacher))
+    directory = model_directory(teacher)
+    trusts_code = teacher.trust_remote_code
+    dtype = getattr(torch, dtype_of(teacher))
+    model = load_whole(_loader(teacher), directory, trusts_code=trusts_code, dtype=dtype)
+    check_as_written(model, directory)
     return with_adapter(model, teacher)
 
 
-def check_checkpoint(teacher: Teacher) -> None:
-    """Look at the names in a checkpoint, before another engine loads it.
-
-    What transformers cannot build (or builds otherwise: quantised weights, another config) it
-    cannot judge; there the engine's own measurement is all there is.
+def read_names(teacher: Teacher) -> Any:
+    """The model without its weights, for a look at the names in its checkpoint before another
+    engine loads it; None where transformers cannot build it (or builds it otherwise: quantised
+    weights, another config), where the engine's own measurement is all there is.
 
     Raises:
-        TeacherError: it lacks weights of the model, or the adapter does not fit.
+        TeacherError: the checkpoint lacks weights of the model, or the adapter does not fit.
     """
-    if method_of(model_directory(teacher)) or "hf_overrides" in teacher.engine_args:
-        return
-    load_model(teacher, device_map="meta")
+    loader, directory = _loader(teacher), model_directory(teacher)
+    if method_of(directory) or "hf_overrides" in teacher.engine_args:
+        return None
+    options = {"device_map": "meta", "trust_remote_code": teacher.trust_remote_code}
+    try:
+        model, found = load_with_report(loader, directory, **options)
+    except Exception:  # a model that transformers does not know, or only on a device
+        return None
+    check_report(found, directory, type(model).__name__)
+    return with_adapter(model, teacher)
+
+
+def _loader(teacher: Teacher) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    reads_images = is_image_text(model_config(teacher))
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM

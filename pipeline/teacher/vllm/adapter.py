@@ -5,11 +5,17 @@ and it is loaded when the engine starts, so that what vLLM does not support is r
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Teacher
-from stillroom.pipeline.teacher.adapter import WHERE, adapter_directory, adapter_facts
+from stillroom.pipeline.teacher.adapter import (
+    WHERE,
+    adapter_directory,
+    adapter_facts,
+    tensor_names,
+)
 from stillroom.pipeline.teacher.checkpoint import first_line
 
 
@@ -30,7 +36,40 @@ def adapter_arguments(teacher: Teacher) -> dict[str, Any]:
     rooms = [room for room in MaxLoRARanks.__args__ if room >= rank]
     if not rooms:
         raise _refused(teacher, f"its rank is {rank}")
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(rooms)}
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": min(rooms),
+        # Else vLLM wraps the head too, and its wrapper expects one row of each request.
+        "lora_target_modules": _last_names(adapter_directory(teacher)),
+    }
+
+
+def _last_names(directory: Path) -> list[str]:
+    """Of the modules that an adapter changes."""
+    modules = {name.split(".lora_")[0] for name in tensor_names(directory)}
+    return sorted({module.rsplit(".", 1)[-1] for module in modules})
+
+
+def check_adapted(model: Any, teacher: Teacher) -> None:
+    """Refuse what vLLM would leave out without a word: it compares last names only, and a vision
+    tower's are those of the decoder.
+
+    Args:
+        model: of transformers, with the adapter in it; its weights are not looked at. Or None.
+        teacher: whose.
+
+    Raises:
+        TeacherError: the adapter changes something outside the decoder.
+    """
+    if model is None or not teacher.adapter:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inside = {id(module) for module in model.get_decoder().modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and id(module) not in inside:
+            raise _refused(teacher, f"it changes {name}, outside the decoder")
 
 
 def speak_through_adapter(llm: Any, teacher: Teacher) -> None:

@@ -26,9 +26,13 @@ from stillroom.pipeline.teacher import protocol
 from stillroom.pipeline.teacher.facts import dtype_of, model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.quantised import cannot_run, method_of
-from stillroom.pipeline.teacher.reference.engine import check_checkpoint
+from stillroom.pipeline.teacher.reference.engine import read_names
 from stillroom.pipeline.teacher.vllm import plugin
-from stillroom.pipeline.teacher.vllm.adapter import adapter_arguments, speak_through_adapter
+from stillroom.pipeline.teacher.vllm.adapter import (
+    adapter_arguments,
+    check_adapted,
+    speak_through_adapter,
+)
 from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
 from stillroom.pipeline.teacher.vllm.requests import MarkedRequests, PublicRequests
 from stillroom.pipeline.teacher.vllm.self_test import self_test
@@ -227,7 +231,7 @@ def start_vllm(teacher: Teacher, arguments: dict):
     Raises:
         TeacherError: it cannot serve this model, or the checkpoint lacks weights.
     """
-    check_checkpoint(teacher)
+    check_adapted(read_names(teacher), teacher)
     _set_environment()
     plugin.register()
     try:
