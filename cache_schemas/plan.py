@@ -142,10 +142,9 @@ class Plan:
         return range(start, min(start + self.examples_per_shard, self.num_examples))
 
     def differences(self, other: "Plan") -> list[str]:
-        """One sentence per fact that differs: `key: found other's, expected this one's`."""
-        mine, theirs = _flat(self.facts), _flat(other.facts)
-        keys = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-        return [f"{k}: found {theirs.get(k)!r}, expected {mine.get(k)!r}" for k in keys]
+        """One sentence per fact that differs: `key: found other's, expected this one's`. What only
+        one of the two records at all, such as a table that is newer than the other, is one fact."""
+        return sorted(_differences(self.facts, other.facts, ""))
 
     def to_bytes(self) -> bytes:
         """The content of plan.json."""
@@ -274,13 +273,19 @@ class _PlanShape(BaseModel):
         return self
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    return dict(_walk(value, prefix))
+def _differences(mine: Mapping, theirs: Mapping, prefix: str) -> Iterator[str]:
+    for key in mine.keys() | theirs.keys():
+        name = f"{prefix}{key}"
+        if key not in theirs:
+            yield f"{name}: not recorded there, expected {_shown(mine[key])}"
+        elif key not in mine:
+            yield f"{name}: found {_shown(theirs[key])}, not recorded here"
+        elif isinstance(mine[key], Mapping) and isinstance(theirs[key], Mapping):
+            yield from _differences(mine[key], theirs[key], f"{name}.")
+        elif mine[key] != theirs[key]:
+            yield f"{name}: found {_shown(theirs[key])}, expected {_shown(mine[key])}"
 
 
-def _walk(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, Mapping) or not value:
-        yield prefix, value
-        return
-    for key, inner in value.items():
-        yield from _walk(inner, f"{prefix}.{key}" if prefix else str(key))
+def _shown(value: Any) -> str:
+    """A value in a sentence; a table by its number of keys."""
+    return f"a table of {len(value)} keys" if isinstance(value, Mapping) else repr(value)

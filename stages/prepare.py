@@ -33,7 +33,12 @@ def prepare(run_file: RunFile) -> None:
             report(now.tokens, None, documents=now.documents, examples=now.examples)
 
         corpus = make_corpus(
-            settings, teacher.model, run.path("corpus"), show, revision=teacher.revision
+            settings,
+            teacher.model,
+            run.path("corpus"),
+            show,
+            teacher.revision,
+            teacher.trust_remote_code,
         )
     config.dump(run, run.path("corpus.config.json"))
     provenance.record(run.path("run.json"), "prepare")

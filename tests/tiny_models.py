@@ -4,6 +4,7 @@ One idea: everything a test needs of a teacher (HF directory, tokenizer, chat te
 one architecture) in a few hundred kilobytes made in about a second, the same bytes every time.
 """
 
+import json
 import os
 import pydoc_data.topics
 from collections.abc import Callable
@@ -118,6 +119,31 @@ def save_qwen3(
     more = {"head_dim": 32, "tie_word_embeddings": False} | config
     made = Qwen3Config(**shape(num_layers, hidden_size, padded_vocab_size, **more))
     return _save(Qwen3ForCausalLM, made, directory, chat_template, seed, vocab_size)
+
+
+def save_adapter(
+    directory: str | Path, model: str | Path, targets="all-linear", seed: int = 0, **config
+) -> Path:
+    """A LoRA over a model of here, drawn wide enough to change every answer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    targets = targets if isinstance(targets, str) else sorted(targets)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    made = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, **config))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    made.save_pretrained(directory)
+    path = Path(directory, "adapter_config.json")
+    written = json.loads(path.read_text())
+    named = written["target_modules"]  # a set, written in any order
+    written["target_modules"] = named if isinstance(named, str) else sorted(named)
+    path.write_text(json.dumps(written))
+    return Path(directory)
 
 
 def _save(model_class, config, directory, chat_template, seed: int, vocab_size: int = 0) -> Path:

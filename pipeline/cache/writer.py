@@ -220,7 +220,8 @@ def _claim_root(storage: Storage, plan: Plan) -> None:
         raise PlanMismatch(
             "this cache was begun with another plan: " + "; ".join(plan.differences(found)),
             where=storage.location,
-            remedy="Choose another directory, or restore the settings it was begun with.",
+            remedy="Choose another directory, or restore the settings it was begun with; what is "
+            "not recorded there came with a later release: only the one that began it can go on.",
         )
 
 

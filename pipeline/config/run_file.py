@@ -51,6 +51,9 @@ class Prepare(Table):
     """Tokens in one example, at most."""
     overlap: int = Field(default=0, ge=0)
     """Tokens repeated from the window before, as context whose rows are not kept."""
+    end_of_text: bool = False
+    """Put the tokenizer's end token behind every whole document of text, as a target; conversations
+    end as their template says."""
     min_tokens: int = Field(default=2, ge=2)
     """Windows shorter than this are dropped and counted."""
     heldout: float = Field(default=0.1, ge=0.0, lt=1.0)
@@ -97,10 +100,26 @@ class Teacher(Table):
     revision: str = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: str = ""
+    adapter: str = ""
+    """Directory of a PEFT adapter that is applied to the model; part of what the teacher is."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model's directory. Read it first: it may do anything."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Any further vLLM engine argument, passed on as it stands."""
     scratch_mib: int = Field(default=256, ge=1)
     """MiB beside the model that logits may take while a prompt is scored; not part of the plan."""
+
+    @field_validator("engine_args")
+    @classmethod
+    def _say_elsewhere_or_never(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """What has a key here would get round it; random weights are no teacher."""
+        twice = sorted(given.keys() & (cls.model_fields.keys() | {"enable_lora"}))
+        if twice:
+            key = "adapter" if twice[0] == "enable_lora" else twice[0]
+            raise ValueError(f"'{twice[0]}' is said by [teacher] {key}, not here")
+        if given.get("load_format") == "dummy":
+            raise ValueError("load_format = 'dummy' fills the model with random numbers")
+        return given
 
 
 class Capture(Table):

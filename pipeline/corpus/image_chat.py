@@ -175,7 +175,7 @@ def _expand(text: str, replaced: list[dict]) -> str:
     return "".join([*done, text[last:]])
 
 
-def load_processor(directory: Path) -> Any:
+def load_processor(directory: Path, trusts_code: bool = False) -> Any:
     """The image-text processor of a model.
 
     Raises:
@@ -184,7 +184,7 @@ def load_processor(directory: Path) -> Any:
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(directory)
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trusts_code)
     except Exception as error:  # whatever a broken configuration makes the libraries raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CorpusError(f"no processor can be loaded ({reason})", where=str(directory)) from None
@@ -210,9 +210,9 @@ def has_image_processor(directory: Path) -> bool:
     return False
 
 
-def processor_sha256(directory: Path) -> str:
+def processor_sha256(directory: Path, trusts_code: bool = False) -> str:
     """Identity of a model's image processor: its settings, every default spelled out."""
-    return settings_sha256(load_processor(directory))
+    return settings_sha256(load_processor(directory, trusts_code))
 
 
 def settings_sha256(processor: Any) -> str:

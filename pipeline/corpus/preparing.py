@@ -2,7 +2,8 @@
 
 One idea: preparing is deterministic and happens once. Windows of a document never straddle the two
 splits, every token but a document's first is predicted in exactly one window when windows overlap,
-and the corpus is named by a digest that the cache's plan repeats. What is left out is counted.
+each window of a text begins as the tokenizer begins a text (BOS), and the corpus is named by a
+digest that the cache's plan repeats. What is left out is counted.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
 from stillroom.pipeline.corpus.splits import canonical_json, deal, heldout_documents
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer, tokenizer_facts
+from stillroom.pipeline.corpus.windows import windows
 from stillroom.pipeline.images import ImageStore, image_sha256
 from stillroom.pipeline.record import Example, content_id
 
@@ -58,6 +60,7 @@ def prepare(
     directory: str | Path,
     progress: Callable[[PrepareProgress], None] | None = None,
     revision: str = "",
+    trusts_code: bool = False,
 ) -> Corpus:
     """Make a corpus, or open the one that is already there when nothing has changed.
 
@@ -68,13 +71,14 @@ def prepare(
         directory: where the corpus goes.
         progress: called now and then.
         revision: of the teacher on the hub.
+        trusts_code: whether Python code of the teacher's directory may be run.
 
     Raises:
         ConfigError: settings that contradict each other or the teacher's context.
         CorpusError: sources or tokenizer that cannot be used; nothing is left behind.
     """
-    tokenizer = CorpusTokenizer.open(config.tokenizer, teacher_model, revision)
-    _check_window(config, tokenizer.context)
+    tokenizer = CorpusTokenizer.open(config.tokenizer, teacher_model, revision, trusts_code)
+    _check_window(config, tokenizer)
     sources = [open_source(source) for source in config.source]
     identity = _identity(config, tokenizer, sources)
     target = Path(directory)
@@ -89,23 +93,6 @@ def prepare(
         write_facts(made, identity | drawn.facts() | drawn.deal(made / "all.arrow"))
         replace_directory(made, target)
     return Corpus.open(target)
-
-
-def windows(tokens: Tokens, size: int, overlap: int) -> Iterator[Tokens]:
-    """Cut a document into windows of at most `size` tokens.
-
-    Each window but the first begins with the last `overlap` tokens of the one before, as context:
-    their loss mask is False, so they are read and never scored twice.
-    """
-    token_ids, mask = tokens
-    start = 0
-    while start < len(token_ids):
-        kept = mask[start : start + size].copy()
-        kept[: overlap if start else 0] = False
-        yield token_ids[start : start + size], kept
-        if start + size >= len(token_ids):
-            return
-        start += size - overlap
 
 
 class _Drawing:
@@ -136,7 +123,8 @@ class _Drawing:
 
     def deal(self, path: Path) -> dict[str, Any]:
         """Digest and counts of the splits, made of what `write` wrote."""
-        meaning = self.tokenizer.facts | _meaning(self.config) | self.image_facts
+        edges = _edges(self.config, self.tokenizer)
+        meaning = self.tokenizer.facts | _meaning(self.config) | self.image_facts | edges
         return deal(path, self.documents, self.config.heldout, self.config.seed, meaning)
 
     def facts(self) -> dict[str, Any]:
@@ -154,7 +142,8 @@ class _Drawing:
             for document, tokens in zip(documents, self._tokenise(documents)):
                 for data in document.images:
                     images.put(data)
-                yield from self._windows(source.name, document_digest(document), tokens)
+                begin = 0 if document.messages else len(self.tokenizer.begin_ids)
+                yield from self._windows(source.name, document_digest(document), tokens, begin)
             self.progress(PrepareProgress(read, len(self._seen), self.tokens))
 
     def _not_empty(self, documents: Iterable[Document]) -> Iterator[Document]:
@@ -173,7 +162,8 @@ class _Drawing:
     def _tokenise(self, documents: list[Document]) -> Iterator[Tokens | ImageTokens]:
         """A source holds texts or conversations, never both."""
         if not documents[0].messages:
-            return self.tokenizer.texts([document.text for document in documents])
+            texts = [document.text for document in documents]
+            return self.tokenizer.texts(texts, self.config.end_of_text)
         self.used_template = True
         return map(self._chat, documents)
 
@@ -195,13 +185,13 @@ class _Drawing:
         return {"processor": self._image_chat.facts} if used else {}
 
     def _windows(
-        self, source: str, document_id: str, tokens: Tokens | ImageTokens
+        self, source: str, document_id: str, tokens: Tokens | ImageTokens, begin: int
     ) -> Iterator[Example]:
         text, images = tokens[:2], tokens.images if isinstance(tokens, ImageTokens) else ()
         if images and len(tokens[0]) > self.config.window:
             self.dropped["conversations_with_images_longer_than_the_window"] += 1
             return
-        for token_ids, mask in windows(text, self.config.window, self.config.overlap):
+        for token_ids, mask in windows(text, self.config.window, self.config.overlap, begin):
             example_id = content_id(token_ids, mask, images)
             if reason := self._unfit(token_ids, mask, example_id):
                 self.dropped[reason] += 1
@@ -236,7 +226,14 @@ def _identity(config: Prepare, tokenizer: CorpusTokenizer, sources: list[OpenSou
     """Everything that the result follows from: equal identities need no second preparation."""
     settings = config.model_dump(mode="json", exclude={"tokenizer"})  # it counts by what it does
     facts = [source.facts for source in sources]
-    return {"tokenizer": tokenizer.facts, "settings": settings, "sources": facts}
+    made = {"tokenizer": tokenizer.facts, "settings": settings, "sources": facts}
+    return made | _edges(config, tokenizer)
+
+
+def _edges(config: Prepare, tokenizer: CorpusTokenizer) -> dict[str, Any]:
+    """What stands before and behind texts; a corpus where nothing does has the digest it had."""
+    begin = {"begin_ids": list(tokenizer.begin_ids)} if tokenizer.begin_ids else {}
+    return begin | ({"end_of_text": tokenizer.hf.eos_token_id} if config.end_of_text else {})
 
 
 def _unchanged(directory: Path, identity: dict) -> Corpus | None:
@@ -256,12 +253,20 @@ def _meaning(config: Prepare) -> dict[str, Any]:
     return config.model_dump(include={"window", "overlap", "min_tokens", "heldout", "seed"})
 
 
-def _check_window(config: Prepare, context: int) -> None:
-    if config.overlap >= config.window:
+def _check_window(config: Prepare, tokenizer: CorpusTokenizer) -> None:
+    begin, context = len(tokenizer.begin_ids), tokenizer.context
+    if config.overlap + begin >= config.window:
+        less = f" less the {begin} that a text begins with" * bool(begin)
         raise ConfigError(
-            f"overlap = {config.overlap} leaves no new token in a window of {config.window}",
-            expected="overlap < window",
+            f"overlap = {config.overlap} leaves no new token in a window of {config.window}{less}",
+            expected="overlap < window" + f" - {begin}" * bool(begin),
             where="[prepare]",
+        )
+    if config.end_of_text and tokenizer.hf.eos_token_id is None:
+        raise ConfigError(
+            "end_of_text = true with a tokenizer that has no end token",
+            where="[prepare] end_of_text",
+            remedy="Leave it out, or give the tokenizer an eos_token.",
         )
     if context and config.window > context:
         raise ConfigError(

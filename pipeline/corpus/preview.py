@@ -11,11 +11,11 @@ from stillroom.pipeline.record import Example
 PREVIEW_TOKENS = 48
 
 
-def text_preview(model: str) -> Callable[[Example], str]:
+def text_preview(model: str, trusts_code: bool = False) -> Callable[[Example], str]:
     """What decodes the first tokens of an example with the tokenizer of a model directory."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trusts_code)
 
     def preview(example: Example) -> str:
         tokens = example.token_ids[:PREVIEW_TOKENS].tolist()

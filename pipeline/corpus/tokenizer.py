@@ -27,16 +27,23 @@ from stillroom.pipeline.corpus.image_chat import (
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
 from stillroom.pipeline.teacher.facts import model_directory, model_shape
 
+PROBE = "any text"
+COMPLETE = "Complete the directory, or set [prepare] tokenizer."
+TRUST = "Read the code there; if you trust it, set [teacher] trust_remote_code = true."
 PREFIX_PROCESSORS = ("PaliGemmaProcessor", "ColPaliProcessor")
 
 
-def tokenizer_facts(model: str) -> dict[str, Any]:
+def tokenizer_facts(model: str, trusts_code: bool = False) -> dict[str, Any]:
     """Identity of a model's tokenizer: `sha256`, `chat_template_sha256`, `vocab_size`.
+
+    Args:
+        model: HF directory or hub id.
+        trusts_code: whether Python code of the directory may be run.
 
     Raises:
         CorpusError: no tokenizer is there, or it cannot be loaded.
     """
-    return _facts(_load(_directory(model, "")))
+    return _facts(_load(_directory(model, ""), trusts_code))
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class CorpusTokenizer:
         context: most tokens the teacher attends to; 0 when unknown.
         head: size of the teacher's vocabulary; 0 when there is no teacher.
         end_ids: ids that end a turn according to the model's generation config.
+        trusts_code: whether Python code of the directory may be run.
     """
 
     hf: Any
@@ -60,9 +68,12 @@ class CorpusTokenizer:
     context: int
     head: int
     end_ids: tuple[int, ...]
+    trusts_code: bool = False
 
     @classmethod
-    def open(cls, tokenizer: str, teacher_model: str, revision: str = "") -> "CorpusTokenizer":
+    def open(
+        cls, tokenizer: str, teacher_model: str, revision: str = "", trusts_code: bool = False
+    ) -> "CorpusTokenizer":
         """Load the tokenizer of a corpus and compare it with the teacher's own.
 
         Raises:
@@ -70,11 +81,13 @@ class CorpusTokenizer:
             CorpusError: it cannot be loaded.
         """
         directory = _directory(tokenizer or teacher_model, "" if tokenizer else revision)
-        hf = _load(directory)
+        hf = _load(directory, trusts_code)
         facts = _facts(hf)
-        if tokenizer and teacher_model:
-            _must_agree(facts, tokenizer, teacher_model, revision)
-        teacher = Teacher(model=teacher_model, revision=revision) if teacher_model else None
+        teacher = None
+        if teacher_model:
+            teacher = Teacher(model=teacher_model, revision=revision, trust_remote_code=trusts_code)
+        if tokenizer and teacher:
+            _must_agree(facts, tokenizer, teacher)
         shape = model_shape(teacher) if teacher else None
         return cls(
             hf=hf,
@@ -84,6 +97,7 @@ class CorpusTokenizer:
             context=shape.context if shape else 0,
             head=shape.vocab_size if shape else 0,
             end_ids=_end_ids(directory),
+            trusts_code=trusts_code,
         )
 
     @property
@@ -91,10 +105,22 @@ class CorpusTokenizer:
         """The chat template as text."""
         return str(self.hf.chat_template or "")
 
-    def texts(self, texts: list[str]) -> Iterator[Tokens]:
-        """Plain documents, with the special tokens that the tokenizer adds; all are targets."""
+    def texts(self, texts: list[str], ended: bool = False) -> Iterator[Tokens]:
+        """Plain documents, with the special tokens that the tokenizer adds and, if they are to be
+        `ended`, the end token; all are targets."""
+        end = [self.hf.eos_token_id]
         for ids in self.hf(texts, verbose=False)["input_ids"]:
+            if ended and ids[-1:] != end:
+                ids = [*ids, *end]
             yield np.asarray(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)
+
+    @cached_property
+    def begin_ids(self) -> tuple[int, ...]:
+        """Ids that the tokenizer puts before a text (BOS, mostly); found by asking it."""
+        bare = self.hf(PROBE, add_special_tokens=False)["input_ids"]
+        whole = self.hf(PROBE)["input_ids"]
+        starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return tuple(whole[: next(starts, 0)])
 
     def chat(self, document: Document) -> Tokens:
         """A conversation, with the assistant's tokens as targets."""
@@ -119,7 +145,7 @@ class CorpusTokenizer:
 
     def image_chat(self, arguments: dict[str, Any]) -> ImageChat | PrefixChat:
         """What reads conversations with images, by the model's processor."""
-        processor = load_processor(self.directory)
+        processor = load_processor(self.directory, self.trusts_code)
         if type(processor).__name__ in PREFIX_PROCESSORS:
             facts = {"sha256": settings_sha256(processor), "arguments": arguments}
             return PrefixChat(processor, arguments, facts)
@@ -146,18 +172,18 @@ def _directory(model: str, revision: str) -> Path:
     return path if path.is_dir() else model_directory(Teacher(model=model, revision=revision))
 
 
-def _load(directory: Path) -> Any:
+def _load(directory: Path, trusts_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trusts_code)
     except Exception as error:  # whatever a broken tokenizer file makes the libraries raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CorpusError(
             f"no tokenizer can be loaded ({reason})",
             where=str(directory),
             expected="tokenizer.json and tokenizer_config.json",
-            remedy="Complete the directory, or set [prepare] tokenizer.",
+            remedy=TRUST if "trust_remote_code" in reason else COMPLETE,
         ) from None
 
 
@@ -181,13 +207,13 @@ def _canonical(hf: Any) -> bytes:
     return json.dumps(made, sort_keys=True).encode()
 
 
-def _must_agree(facts: dict, tokenizer: str, teacher_model: str, revision: str) -> None:
-    own = _facts(_load(_directory(teacher_model, revision)))
+def _must_agree(facts: dict, tokenizer: str, teacher: Teacher) -> None:
+    own = _facts(_load(model_directory(teacher), teacher.trust_remote_code))
     if facts["sha256"] != own["sha256"]:
         raise PlanMismatch(
             f"[prepare] tokenizer is {tokenizer} ({facts['sha256'][:12]})",
             expected=f"the teacher's ({own['sha256'][:12]})",
-            where=teacher_model,
+            where=teacher.model,
             remedy="Leave [prepare] tokenizer empty, or name the teacher's own tokenizer.",
         )
 

@@ -164,7 +164,9 @@ def processor_of(directory: str | Path) -> Callable[[Any], torch.Tensor]:
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(
+            directory, backend="pil", trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise StudentError(

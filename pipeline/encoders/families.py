@@ -16,6 +16,7 @@ from torch import nn
 from stillroom.cache_schemas.errors import ConfigError, TeacherError
 from stillroom.pipeline.config.vision import Encoder
 from stillroom.pipeline.encoders import efficientnet
+from stillroom.pipeline.teacher.checkpoint import load_whole, unloadable
 
 Features = Callable[[torch.Tensor], torch.Tensor]
 """Normalised pixels [B, 3, S, S] -> [B, positions, width], patches in reading order."""
@@ -132,7 +133,7 @@ def _efficientnet(table: Encoder, directory: Path) -> tuple[nn.Module, Features]
     try:
         model = efficientnet.load(directory).to(DTYPES[table.dtype])
     except (OSError, RuntimeError, KeyError) as error:
-        raise _unloadable(directory, error) from None
+        raise unloadable(directory, error) from None
     return model, lambda pixels: _flat(model.features(pixels), table)
 
 
@@ -175,25 +176,7 @@ FAMILIES: dict[str, Callable[[Encoder, Path], tuple[nn.Module, Features]]] = {
 def _load(class_name: str, table: Encoder, directory: Path) -> Any:
     import transformers
 
-    try:
-        model, found = getattr(transformers, class_name).from_pretrained(
-            directory, dtype=DTYPES[table.dtype], output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise _unloadable(directory, error) from None
-    lacking = [*found["missing_keys"], *found["mismatched_keys"]]
-    if lacking:
-        raise TeacherError(
-            f"{len(lacking)} weights of {class_name} are not in the checkpoint, first {lacking[0]}",
-            where=str(directory),
-            remedy=f"Check that kind = '{table.kind}' is what this directory holds.",
-        )
-    return model
-
-
-def _unloadable(directory: Path, error: Exception) -> TeacherError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-    return TeacherError(f"cannot be loaded ({reason})", where=str(directory))
+    return load_whole(getattr(transformers, class_name), directory, dtype=DTYPES[table.dtype])
 
 
 def _flat(feature_map: torch.Tensor, table: Encoder) -> torch.Tensor:

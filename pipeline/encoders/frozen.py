@@ -19,7 +19,8 @@ from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.vision import Encoder
 from stillroom.pipeline.encoders.families import DTYPES, FAMILIES, Features
 from stillroom.pipeline.encoders.preparation import preparation_of
-from stillroom.pipeline.teacher.facts import model_directory, weights_sha256
+from stillroom.pipeline.teacher.facts import model_directory
+from stillroom.pipeline.teacher.identity import SILENT_KEYS, canonical_config, weights_sha256
 
 
 class ImageEncoder:
@@ -63,6 +64,7 @@ class ImageEncoder:
             "kind": table.kind,
             "architecture": type(self._model).__name__,
             "weights_sha256": weights_sha256(self.directory),
+            "config": canonical_config(self.directory / "config.json", SILENT_KEYS),
             "revision": table.revision,
             "dtype": table.dtype,
             "layers": list(table.layers),
@@ -128,5 +130,11 @@ def _source(table: Encoder, teacher: Teacher | None) -> Teacher:
     if table.model:
         return Teacher(model=table.model, revision=table.revision)
     if table.kind == "teacher_tower" and teacher is not None:
+        if teacher.adapter:
+            raise ConfigError(
+                "the tower of a teacher with an adapter is not read",
+                where=f"[[vision.encoder]] '{table.name}'",
+                remedy="Merge adapter and model, and name the result as model.",
+            )
         return teacher
     raise ConfigError("names no model", where=f"[[vision.encoder]] '{table.name}' model")

@@ -15,7 +15,6 @@ from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.generation.writers import Answer, Writers, answer_key, draw, mixture
 from stillroom.pipeline.record import Example
-from stillroom.pipeline.teacher.facts import model_directory
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.reference.engine import load_model
 from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
@@ -80,7 +79,7 @@ class _Reader:
         self._name = model.model
         if pictures is not None and is_image_text(self._model.config):
             config = self._model.config
-            self._images = ImageInputs(model_directory(model), config, pictures)
+            self._images = ImageInputs(model, config, pictures)
 
     @property
     def vocab_size(self) -> int:

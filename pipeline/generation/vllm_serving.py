@@ -11,7 +11,7 @@ import torch
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.generation.writers import Writers
 from stillroom.pipeline.record import Example
-from stillroom.pipeline.teacher.facts import model_directory, model_shape
+from stillroom.pipeline.teacher.facts import model_shape
 from stillroom.pipeline.teacher.vllm.engine import start_vllm, vllm_arguments
 from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
 
@@ -74,6 +74,6 @@ def _arguments(model: Teacher, writers: Writers) -> dict[str, Any]:
         # A seeded request whose prompt is read in pieces needs what CPU generators do not have.
         arguments["enable_chunked_prefill"] = False
     if writers.pictures is not None:
-        check_served(model_directory(model))
+        check_served(model)
         arguments["skip_tokenizer_init"] = False
     return arguments

@@ -123,7 +123,9 @@ class _Job:
         settings = require(run.generate, "generate", run.directory)
         teacher = require(run.teacher, "teacher", run.directory)
         _check(prepare, settings)
-        tokenizer = CorpusTokenizer.open(prepare.tokenizer, teacher.model, teacher.revision)
+        tokenizer = CorpusTokenizer.open(
+            prepare.tokenizer, teacher.model, teacher.revision, teacher.trust_remote_code
+        )
         identity = {
             "tokenizer": tokenizer.facts,
             "settings": prepare.model_dump(mode="json", exclude={"tokenizer"}),
@@ -131,7 +133,8 @@ class _Job:
             "generated": {
                 "settings": settings.model_dump(mode="json", exclude={"student"}),
                 "engine": engine_facts(engine),
-                "teacher": teacher_facts(teacher) | {"engine_args": teacher.engine_args},
+                "stop_ids": list(tokenizer.stop_ids),
+                "teacher": teacher_facts(teacher),
                 "student": _student_facts(settings, tokenizer),
             },
         }

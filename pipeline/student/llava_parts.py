@@ -13,6 +13,7 @@ import torch
 
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.encoders.preparation import stated_preparation
+from stillroom.pipeline.teacher.checkpoint import load_whole
 
 IMAGE_TOKEN = "<image>"
 
@@ -37,8 +38,8 @@ def assemble(tower: Path, language: Path, layer: int = -2, seed: int = 0) -> Any
     )
 
     vision = _tower(tower)
-    text = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(language)
+    text = load_whole(AutoModelForCausalLM, language, error=StudentError, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(language, trust_remote_code=False)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         raise StudentError(
             f"the tokenizer has no token {IMAGE_TOKEN}",
@@ -95,7 +96,7 @@ def save_processor(language: Path, tower: Path, model: Any, directory: Path) -> 
         size={"shortest_edge": vision.image_size}, crop_size=side, **normal
     )
     drops_class_token = model.config.vision_feature_select_strategy == "default"
-    tokenizer = AutoTokenizer.from_pretrained(language)
+    tokenizer = AutoTokenizer.from_pretrained(language, trust_remote_code=False)
     processor = LlavaProcessor(
         pictures,
         tokenizer,
@@ -112,7 +113,7 @@ def _tower(directory: Path) -> Any:
     from transformers import AutoConfig, CLIPVisionModel, SiglipVisionModel
 
     kinds = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
-    found = AutoConfig.from_pretrained(directory).model_type
+    found = AutoConfig.from_pretrained(directory, trust_remote_code=False).model_type
     kind = kinds.get(found.removesuffix("_vision_model"))
     if kind is None:
         raise StudentError(
@@ -120,7 +121,7 @@ def _tower(directory: Path) -> Any:
             expected="CLIP or SigLIP",
             where=str(directory),
         )
-    return kind.from_pretrained(directory, dtype=torch.float32)
+    return load_whole(kind, directory, error=StudentError, dtype=torch.float32)
 
 
 def _has_class_token(vision: Any) -> bool:

@@ -20,6 +20,8 @@ from stillroom.pipeline.student.llava import TASK_TOKENS, load_task_tokens
 from stillroom.pipeline.student.llava_parts import assemble, name_for_vllm
 from stillroom.pipeline.student.pruning import prune_layers, prune_width
 from stillroom.pipeline.student.states import blocks_of
+from stillroom.pipeline.teacher.adapter import merged
+from stillroom.pipeline.teacher.checkpoint import load_whole, unloadable
 from stillroom.pipeline.teacher.facts import model_directory, teacher_facts
 
 RECEIPT = "student.json"
@@ -67,24 +69,38 @@ def initial_student(student: Student, teacher: Teacher | None, directory: Path) 
     return directory
 
 
-def load(directory: str | Path, attention: str = "sdpa", dtype=torch.float32) -> Any:
+def load(
+    directory: str | Path,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    trusts_code: bool = False,
+) -> Any:
     """A causal LM or image-text model from an HF directory, in training precision.
 
     Raises:
-        StudentError: the directory is missing or is not a model that transformers knows.
+        StudentError: the directory is missing, is not a model that transformers knows, or lacks
+            weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
-        sees = hasattr(AutoConfig.from_pretrained(directory), "vision_config")
-        kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        return kind.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise StudentError(
-            f"cannot be loaded ({str(error).splitlines()[0]})",
-            expected="an HF causal language model",
-            where=str(directory),
-        ) from None
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
+    except Exception as error:  # whatever a broken config makes the library raise
+        raise unloadable(directory, error, StudentError) from None
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    options = {"dtype": dtype, "attn_implementation": attention}
+    return load_whole(kind, directory, error=StudentError, trusts_code=trusts_code, **options)
+
+
+def load_teacher(teacher: Teacher) -> Any:
+    """A teacher's own weights, fp32, its adapter added to them: what students are cut from.
+
+    Raises:
+        StudentError: as for `load`.
+        TeacherError: the adapter does not fit.
+    """
+    trusts_code = teacher.trust_remote_code
+    return merged(load(model_directory(teacher), trusts_code=trusts_code), teacher)
 
 
 def export(
@@ -146,8 +162,9 @@ def _origin(student: Student, teacher: Teacher) -> dict:
 
 
 def _source(student: Student, teacher: Teacher) -> Any:
-    named = teacher.model_copy(update={"model": student.model}) if student.model else teacher
-    return load(model_directory(named), dtype=torch.float32)
+    if not student.model:
+        return load_teacher(teacher)
+    return load(model_directory(teacher.model_copy(update={"model": student.model})))
 
 
 def _layer_pruned(student: Student, teacher: Teacher) -> Any:
@@ -173,7 +190,9 @@ def _from_config(student: Student, _teacher: Teacher) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(student.seed)
         return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(student.model), dtype=torch.float32
+            AutoConfig.from_pretrained(student.model, trust_remote_code=False),
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
 
 
@@ -192,7 +211,8 @@ def _check_tokenizer(model: str, teacher: Teacher) -> None:
     """The vocabulary must be the teacher's; the chat template is taken from the teacher."""
     from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
 
-    own, theirs = tokenizer_facts(model), tokenizer_facts(teacher.model)
+    theirs = tokenizer_facts(teacher.model, teacher.trust_remote_code)
+    own = tokenizer_facts(model)
     for key in ("vocab_size", "sha256"):
         if own[key] != theirs[key]:
             raise StudentError(

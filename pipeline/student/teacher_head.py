@@ -4,7 +4,9 @@ One idea: one tensor in one safetensors file, with the hash of the weights it ca
 there the teacher's files may go.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,18 +14,19 @@ from safetensors.torch import save_file
 
 from stillroom.cache_schemas.errors import PlanMismatch, StudentError
 from stillroom.pipeline.config import Teacher
-from stillroom.pipeline.student.model import load
-from stillroom.pipeline.teacher.facts import model_directory, teacher_facts
+from stillroom.pipeline.student.model import load_teacher
+from stillroom.pipeline.teacher.facts import teacher_facts
+from stillroom.pipeline.teacher.identity import weights_named
 
 FILE = "teacher-head.safetensors"
 
 
-def keep_teacher_head(teacher: Teacher | None, wanted_sha256: str, path: Path) -> Path:
+def keep_teacher_head(teacher: Teacher | None, facts: Mapping[str, Any], path: Path) -> Path:
     """Write the head if it is not there, and check that it is the cache's teacher's.
 
     Args:
         teacher: may be None once the file is there.
-        wanted_sha256: `weights_sha256` of the teacher in the cache's plan.
+        facts: of the teacher in the cache's plan.
         path: the file.
 
     Raises:
@@ -39,10 +42,10 @@ def keep_teacher_head(teacher: Teacher | None, wanted_sha256: str, path: Path) -
         _write(teacher, path)
     with safe_open(path, "pt") as file:
         found = file.metadata()["weights_sha256"]
-    if found != wanted_sha256:
+    if found != (wanted := weights_named(facts)):
         raise PlanMismatch(
             f"is the head of teacher {found[:12]}",
-            expected=f"that of the cache's teacher, {wanted_sha256[:12]}",
+            expected=f"that of the cache's teacher, {wanted[:12]}",
             where=str(path),
             remedy="Delete it, and name the cache's own teacher under [teacher].",
         )
@@ -56,7 +59,7 @@ def read_teacher_head(path: Path) -> torch.Tensor:
 
 
 def _write(teacher: Teacher, path: Path) -> None:
-    model = load(model_directory(teacher), dtype=torch.float32)
+    model = load_teacher(teacher)
     head = model.get_output_embeddings()
     text = model.config.get_text_config()
     capped = getattr(text, "final_logit_softcapping", None)
@@ -66,7 +69,7 @@ def _write(teacher: Teacher, path: Path) -> None:
             where=teacher.model,
             remedy="Use the divergences on cached top-k logits.",
         )
-    metadata = {"weights_sha256": teacher_facts(teacher)["weights_sha256"]}
+    metadata = {"weights_sha256": weights_named(teacher_facts(teacher))}
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_suffix(".part")
     save_file({"head": head.weight.detach().contiguous().clone()}, staging, metadata)  # [V, D]

@@ -1,20 +1,21 @@
 """What a teacher is, read from its directory without starting an engine.
 
-One idea: identity is the hash of the weight files; everything else is there so that a person can
-read a plan. No weights are loaded here.
+One idea: identity is everything that changes an answer (`identity.py` says what of a directory
+does, `arguments.py` which arguments do); sizes are there so that a person can read a plan.
+No weights are loaded here, and no code of a directory is run unless [teacher] says so.
 """
 
-import hashlib
-import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Teacher
-
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+from stillroom.pipeline.teacher.adapter import CONFIG as ADAPTER_CONFIG
+from stillroom.pipeline.teacher.adapter import adapter_facts
+from stillroom.pipeline.teacher.arguments import meaningful
+from stillroom.pipeline.teacher.identity import directory_facts, stored_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +37,30 @@ class ModelShape:
     context: int
 
 
-def teacher_facts(teacher: Teacher) -> dict:
+def teacher_facts(teacher: Teacher) -> dict[str, Any]:
     """Identity of a teacher as nested JSON, for a plan.
 
     Raises:
-        TeacherError: no such directory or hub id, or no weights or config in it.
+        TeacherError: no such directory or hub id, no weights or config in it, no such adapter.
     """
-    directory = model_directory(teacher)
     shape = model_shape(teacher)
-    return {
-        "weights_sha256": weights_sha256(directory),
+    facts = {
         "architecture": shape.architecture,
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "num_layers": shape.num_layers,
-        "dtype": teacher.dtype if teacher.dtype != "auto" else _stored_dtype(directory),
+        "dtype": dtype_of(teacher),
         "revision": teacher.revision,
         "quantization": teacher.quantization,
+        "engine_args": meaningful(teacher.engine_args),
+        **directory_facts(model_directory(teacher), teacher.trust_remote_code),
     }
+    return facts | ({"adapter": adapter_facts(teacher)} if teacher.adapter else {})
 
 
 def model_shape(teacher: Teacher) -> ModelShape:
     """Sizes from the model's config (of its text part, for a multimodal one)."""
-    config = _config(model_directory(teacher))
+    config = model_config(teacher)
     text = config.get_text_config()
     names = getattr(config, "architectures", None) or [type(config).__name__]
     try:
@@ -112,6 +114,13 @@ def _from_hub(model: str, revision: str) -> Path:
 
 
 def _with_config(path: Path) -> Path:
+    if (path / ADAPTER_CONFIG).is_file():  # transformers would apply it unasked, and vLLM would not
+        raise TeacherError(
+            "holds a PEFT adapter",
+            expected="a model alone",
+            where=str(path),
+            remedy="Name the adapter's directory as [teacher] adapter, and its base as model.",
+        )
     if not (path / "config.json").is_file():
         raise TeacherError(
             "config.json is missing",
@@ -121,13 +130,22 @@ def _with_config(path: Path) -> Path:
     return path
 
 
-def _config(directory: Path):
+def model_config(teacher: Teacher) -> Any:
+    """The transformers config of a model.
+
+    Raises:
+        TeacherError: it cannot be understood, or only by code that is not to be run.
+    """
     from transformers import AutoConfig
 
+    directory = model_directory(teacher)
+    trusted = teacher.trust_remote_code
     try:
-        return AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0]
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
+    except Exception as error:  # whatever a broken or foreign config makes the library raise
+        if "trust_remote_code" in str(error) and not trusted:
+            raise _not_trusted(directory) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TeacherError(
             f"config.json cannot be understood ({reason})",
             where=str(directory),
@@ -135,37 +153,19 @@ def _config(directory: Path):
         ) from None
 
 
-def _stored_dtype(directory: Path) -> str:
-    config = _config(directory)
-    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return str(dtype or "float32").removeprefix("torch.")
+def _not_trusted(directory: Path) -> TeacherError:
+    return TeacherError(
+        "is a model that only Python code of its own directory describes, and nothing there is run",
+        where=str(directory),
+        remedy="Read that code; if you trust it, set [teacher] trust_remote_code = true.",
+    )
 
 
-def weights_sha256(directory: Path) -> str:
-    """sha256 over the name and sha256 of every weight file, in name order."""
-    files = sorted(p for pattern in WEIGHT_PATTERNS for p in directory.glob(pattern))
-    if not files:
-        raise TeacherError(
-            f"no weights ({', '.join(WEIGHT_PATTERNS)})",
-            where=str(directory),
-            remedy="Download or convert the model's weights.",
-        )
-    # The key under which the hash is remembered: a file that has changed is read again.
-    states = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-    return _combined_sha256(states)
-
-
-@cache
-def _combined_sha256(states: tuple[tuple[str, int, int], ...]) -> str:
-    paths = [Path(state[0]) for state in states]
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_file_sha256, paths))
-    combined = hashlib.sha256()
-    for path, digest in zip(paths, digests):
-        combined.update(f"{path.name} {digest}\n".encode())
-    return combined.hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def dtype_of(teacher: Teacher) -> str:
+    """The dtype that a teacher runs in, whichever engine runs it: as [teacher] says; for "auto" as
+    the config says, else as most of the weights are."""
+    if teacher.dtype != "auto":
+        return teacher.dtype
+    config = model_config(teacher)
+    stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return str(stated or stored_dtype(model_directory(teacher))).removeprefix("torch.")

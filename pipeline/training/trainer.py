@@ -206,7 +206,7 @@ class Training:
         if not any(term.needs.teacher_head for term in self.terms):
             return None
         path, teacher = self.settings_run.path(HEAD_FILE), self.settings_run.teacher
-        wanted = self.caches[""].plan.facts["teacher"]["weights_sha256"]
+        wanted = self.caches[""].plan.facts["teacher"]
         if self.parallel.is_main:
             keep_teacher_head(teacher, wanted, path)
         self.parallel.barrier()

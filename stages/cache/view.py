@@ -123,5 +123,5 @@ def _words(expected: str, tokenizer: str) -> Callable[[int], str]:
     from stillroom.stages.cache.arguments import check_tokenizer
 
     check_tokenizer(tokenizer, expected)
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     return lambda token: f"'{plain(loaded.decode([token]), 24)}'"

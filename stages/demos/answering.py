@@ -59,7 +59,7 @@ class Answerer:
         from transformers import AutoTokenizer
 
         self.model: Any = load(directory).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         self.task_tokens = load_task_tokens(directory)
 
     @torch.inference_mode()

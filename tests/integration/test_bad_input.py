@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from stillroom.pipeline.cache.storage.directory import Disk
 from stillroom.stages import __main__ as shell
 from tests import tiny_models
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "cache-v1" / "small"
 RUN = """
 name = "job"
 directory = "{directory}"
@@ -174,6 +176,75 @@ def test_a_cache_of_another_plan(old, new, difference, job, refused, tmp_path):
         other = tiny_models.save_llama(tmp_path / "other", seed=7)
         job.change(str(job.teacher), str(other))
     refused(job.capture, difference)
+
+
+def changed_teacher(job, directory, **config):
+    """A copy of the job's teacher with other keys in its config; the run names it."""
+    other = shutil.copytree(job.teacher, directory)
+    path = other / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    job.change(str(job.teacher), str(other))
+    return other
+
+
+def test_the_same_weights_under_another_config(job, refused, tmp_path):
+    assert job.prepare() == 0
+    assert job.capture() == 0
+    changed_teacher(job, tmp_path / "other", rms_norm_eps=0.5)
+    refused(job.capture, "teacher.config.rms_norm_eps: found 1e-06, expected 0.5")
+
+
+def test_a_cache_of_a_release_that_recorded_less(job, refused):
+    assert job.prepare() == 0
+    assert job.capture() == 0
+    for path in (job.directory / "cache").glob("*.json"):
+        path.unlink()
+    for rest in ("receipts", "rows"):
+        shutil.rmtree(job.directory / "cache" / rest)
+    shutil.copy(GOLDEN / "plan.json", job.directory / "cache" / "plan.json")
+    refused(job.capture, "teacher.config: not recorded there", "engine_args", "later release")
+
+
+def test_a_checkpoint_that_lacks_blocks(job, refused, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    assert job.prepare() == 0
+    path = changed_teacher(job, tmp_path / "other") / "model.safetensors"
+    kept = {name: w for name, w in load_file(path).items() if ".layers.1." not in name}
+    save_file(kept, path, {"format": "pt"})
+    for engine in ("reference", "vllm"):
+        message = "9 weights of LlamaForCausalLM are not in the checkpoint"
+        refused(lambda e=engine: shell.run(["capture", str(job.file), "--engine", e]), message)
+        assert not list(job.directory.glob("cache/receipts/**/*.json"))
+        shutil.rmtree(job.directory / "cache")
+
+
+ENDS = {
+    "no adapter": ('model = "{}"', 'model = "{}"\nadapter = "nowhere"', "no adapter_config.json"),
+    "said twice": (
+        'model = "{}"',
+        'model = "{}"\nengine_args = {{trust_remote_code = true}}',
+        "'trust_remote_code' is said by [teacher]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_teachers_that_cannot_be_meant(name, job, refused):
+    assert job.prepare() == 0
+    old, new, message = ENDS[name]
+    job.change(old.format(job.teacher), new.format(job.teacher))
+    refused(job.capture, message)
+
+
+def test_a_model_that_needs_its_own_code(job, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    assert job.prepare() == 0
+    names = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    other = changed_teacher(job, tmp_path / "other", model_type="own", auto_map=names)
+    (other / "own.py").write_text("raise SystemExit('run')")
+    refused(job.prepare, "trust_remote_code = true")
+    refused(job.capture, "trust_remote_code = true")
 
 
 def test_a_cache_of_another_text(job, refused):

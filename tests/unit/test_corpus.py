@@ -303,3 +303,126 @@ def test_a_missing_model_or_tokenizer_is_named(tiny_llama, tmp_path):
     (tmp_path / "bare" / "config.json").write_text((tiny_llama / "config.json").read_text())
     with pytest.raises(CorpusError, match="no tokenizer can be loaded"):
         prepare(settings(), str(tmp_path / "bare"), tmp_path / "c")
+
+
+@given(
+    length=st.integers(1, 200), size=st.integers(4, 50), overlap=st.integers(0, 49), data=st.data()
+)
+def test_every_window_begins_as_a_text_does(length, size, overlap, data):
+    begin = data.draw(st.integers(1, 2))
+    overlap = min(overlap, size - begin - 1)
+    tokens = np.arange(length + begin, dtype=np.int32)
+    spoken = np.array(
+        data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
+    )
+    cut = list(windows((tokens, spoken), size, overlap, begin))
+    assert max(len(ids) for ids, _ in cut) <= size
+    assert all(ids[:begin].tolist() == tokens[:begin].tolist() for ids, _ in cut)
+    predicted = [i for ids, mask in cut for i in ids[1:][mask[1:]]]
+    lost = {int(ids[begin]) for ids, _ in cut[1:]} if overlap == 0 else set()
+    assert predicted == [i for i in range(1, len(tokens)) if spoken[i] and i not in lost]
+    assert set(np.concatenate([ids for ids, _ in cut])) == set(tokens.tolist())
+
+
+@pytest.fixture(scope="module")
+def begins(tiny_llama, tmp_path_factory):
+    """The tiny teacher with a tokenizer that puts BOS before a text, as Gemma's and Llama's do."""
+    import shutil
+
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    directory = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("begins") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def texts_of(corpus) -> dict[str, list]:
+    made: dict[str, list] = {}
+    for example in corpus.split("train"):
+        made.setdefault(example.document_id, []).append(example)
+    return made
+
+
+@pytest.mark.parametrize("overlap", [0, 8])
+def test_bos_stands_before_every_window(begins, tiny_llama, tmp_path, overlap):
+    some = Source(name="topics", kind="pydoc_topics", limit=4)
+    plain, begun = (
+        prepare(settings(some, heldout=0, overlap=overlap), str(model), tmp_path / name)
+        for name, model in (("plain", tiny_llama), ("begun", begins))
+    )
+    assert begun.digest != plain.digest
+    assert begun.facts["begin_ids"] == [0]
+    assert "begin_ids" not in plain.facts
+    for expected, found in zip(texts_of(plain).values(), texts_of(begun).values(), strict=True):
+        assert all(e.token_ids[0] == 0 and len(e.token_ids) <= 64 for e in found)
+        joined = [
+            np.concatenate(
+                [e.token_ids[first + (overlap if n else 0) :] for n, e in enumerate(examples)]
+            )
+            for first, examples in ((0, expected), (1, found))
+        ]
+        assert np.array_equal(*joined)
+
+
+def test_end_of_text_ends_whole_documents_and_is_a_target(tiny_llama, tmp_path):
+    some = Source(name="topics", kind="pydoc_topics", limit=4)
+    open_ended, ended = (
+        prepare(settings(some, heldout=0, end_of_text=end), str(tiny_llama), tmp_path / str(end))
+        for end in (False, True)
+    )
+    assert open_ended.digest != ended.digest
+    assert ended.facts["end_of_text"] == 2
+    for examples in texts_of(ended).values():
+        ids = np.concatenate([example.token_ids for example in examples])
+        assert (ids == 2).nonzero()[0].tolist() == [len(ids) - 1]
+        assert len(examples[-1].loss_mask) == 1 or examples[-1].loss_mask[-1]
+    before = [e.token_ids for examples in texts_of(open_ended).values() for e in examples]
+    assert not any((ids == 2).any() for ids in before)
+
+
+def test_conversations_are_left_alone(begins, tiny_llama, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So. " * 60}]
+    path.write_text(
+        "".join(
+            json.dumps({"m": [turns[0], turns[1] | {"content": f"{n} " * 90}]}) + "\n"
+            for n in range(3)
+        )
+    )
+    chats = Source(name="chats", kind="jsonl", path=str(path), messages_column="m")
+    made = [
+        list(
+            prepare(
+                settings(chats, heldout=0, end_of_text=end), str(model), tmp_path / f"corpus-{end}"
+            ).split("train")
+        )
+        for model, end in ((tiny_llama, False), (begins, True))
+    ]
+    assert [e.token_ids.tolist() for e in made[0]] == [e.token_ids.tolist() for e in made[1]]
+
+
+def test_edges_that_cannot_be_are_refused(begins, tiny_llama, tmp_path):
+    with pytest.raises(ConfigError, match="less the 1 that a text begins with"):
+        prepare(settings(overlap=63), str(begins), tmp_path / "a")
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    endless = shutil.copytree(tiny_llama, tmp_path / "endless")
+    tokenizer = AutoTokenizer.from_pretrained(endless)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(endless)
+    with pytest.raises(ConfigError, match="no end token"):
+        prepare(settings(end_of_text=True), str(endless), tmp_path / "b")
+
+
+def test_windows_of_texts_that_begin_with_nothing_are_what_they_were():
+    spoken = np.ones(130, bool)
+    for overlap in (0, 8):
+        for number, (ids, mask) in enumerate(windows((np.arange(130), spoken), 64, overlap)):
+            assert mask.tolist() == [n >= overlap or number == 0 for n in range(len(ids))]

@@ -40,10 +40,12 @@ class Overview:
 
     @property
     def teacher(self) -> str:
-        """Architecture and the beginning of the weights' hash."""
+        """Architecture and the beginning of the weights' hash, and of its adapter's."""
         facts = self.plan.facts["teacher"]
         sha = str(facts.get("weights_sha256", ""))[:12]
-        return f"{facts.get('architecture', 'teacher')} {sha}".strip()
+        adapter = facts.get("adapter")
+        over = f" with adapter {str(adapter.get('weights_sha256'))[:12]}" if adapter else ""
+        return f"{facts.get('architecture', 'teacher')} {sha}{over}".strip()
 
 
 def overview(storage: Storage) -> Overview:

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from stillroom.cache_schemas.errors import TeacherError
 from stillroom.cache_schemas.signals import hidden_name
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, TeacherRecord
 from stillroom.pipeline.teacher import protocol
-from stillroom.pipeline.teacher.facts import model_directory, model_shape
+from stillroom.pipeline.teacher.adapter import with_adapter
+from stillroom.pipeline.teacher.checkpoint import check_report, load_whole, load_with_report
+from stillroom.pipeline.teacher.facts import dtype_of, model_config, model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.quantised import check_as_written, method_of, try_forward
 from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
 from stillroom.pipeline.teacher.rows import RowSpec, draw_key
 from stillroom.pipeline.teacher.sweep.definition import sweep
@@ -35,10 +37,11 @@ class ReferenceEngine:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = load_model(teacher)
         self._model.to(self._device).eval()
+        try_forward(self._model, model_directory(teacher))
         self._context = self.shape.context or 1 << 30
         self._images = None
         if pictures is not None and is_image_text(self._model.config):
-            self._images = ImageInputs(model_directory(teacher), self._model.config, pictures)
+            self._images = ImageInputs(teacher, self._model.config, pictures)
 
     def close(self) -> None:
         self._model = None
@@ -151,22 +154,41 @@ class _BlockOutputs:
 
 
 def load_model(teacher: Teacher) -> Any:
-    """The model of a directory, with a head that writes text.
+    """The model of a directory, with a head that writes text and its adapter, if it has one.
 
     Raises:
-        TeacherError: it cannot be loaded.
+        TeacherError: it cannot be loaded, or its checkpoint lacks weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
     directory = model_directory(teacher)
-    reads_images = is_image_text(AutoConfig.from_pretrained(directory))
-    loader = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
-    dtype = teacher.dtype if teacher.dtype == "auto" else getattr(torch, teacher.dtype)
+    trusts_code = teacher.trust_remote_code
+    dtype = getattr(torch, dtype_of(teacher))
+    model = load_whole(_loader(teacher), directory, trusts_code=trusts_code, dtype=dtype)
+    check_as_written(model, directory)
+    return with_adapter(model, teacher)
+
+
+def read_names(teacher: Teacher) -> Any:
+    """The model without its weights, for a look at the names in its checkpoint before another
+    engine loads it; None where transformers cannot build it (or builds it otherwise: quantised
+    weights, another config), where the engine's own measurement is all there is.
+
+    Raises:
+        TeacherError: the checkpoint lacks weights of the model, or the adapter does not fit.
+    """
+    loader, directory = _loader(teacher), model_directory(teacher)
+    if method_of(directory) or "hf_overrides" in teacher.engine_args:
+        return None
+    options = {"device_map": "meta", "trust_remote_code": teacher.trust_remote_code}
     try:
-        return loader.from_pretrained(directory, dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise TeacherError(
-            f"cannot be loaded ({str(error).splitlines()[0]})",
-            where=str(directory),
-            remedy="Check that weights and config.json belong together.",
-        ) from None
+        model, found = load_with_report(loader, directory, **options)
+    except Exception:  # a model that transformers does not know, or only on a device
+        return None
+    check_report(found, directory, type(model).__name__)
+    return with_adapter(model, teacher)
+
+
+def _loader(teacher: Teacher) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    reads_images = is_image_text(model_config(teacher))
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM

@@ -5,13 +5,14 @@ must be the placeholders that the example holds, and everything else it returns 
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.facts import model_directory
 from stillroom.pipeline.teacher.images import (
     Pictures,
     check_expansion,
@@ -33,15 +34,17 @@ class ImageInputs:
     """Makes the inputs of an image-text model.
 
     Args:
-        directory: of the model.
-        config: its config.
+        teacher: the model's table.
+        config: the model's config.
         pictures: the images.
     """
 
-    def __init__(self, directory: Path, config: Any, pictures: Pictures):
+    def __init__(self, teacher: Teacher, config: Any, pictures: Pictures):
         from transformers import AutoProcessor
 
-        self._processor = AutoProcessor.from_pretrained(directory)
+        self._processor = AutoProcessor.from_pretrained(
+            model_directory(teacher), trust_remote_code=teacher.trust_remote_code
+        )
         self._pictures, self._placeholder = pictures, image_token(config)
         self._reads_prefixes = reads_prefixes(config)
 

@@ -19,19 +19,27 @@ from typing import Any
 
 import torch
 
-from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.errors import StillroomError, TeacherError
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, TeacherRecord
 from stillroom.pipeline.teacher import protocol
-from stillroom.pipeline.teacher.facts import model_directory, model_shape
+from stillroom.pipeline.teacher.facts import dtype_of, model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.quantised import cannot_run, method_of
+from stillroom.pipeline.teacher.reference.engine import read_names
 from stillroom.pipeline.teacher.vllm import plugin
+from stillroom.pipeline.teacher.vllm.adapter import (
+    adapter_arguments,
+    check_adapted,
+    speak_through_adapter,
+)
 from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
 from stillroom.pipeline.teacher.vllm.requests import MarkedRequests, PublicRequests
 from stillroom.pipeline.teacher.vllm.self_test import self_test
 
 VLLM_VERSION = "0.32.0"
 USUAL_STEP_TOKENS = 8192
+LOADING = "stillroom.pipeline.teacher.vllm.loading.WorkerExtension"
 
 
 @dataclass(slots=True)
@@ -59,7 +67,7 @@ class VllmEngine:
         self._requests = requests_for(capture, teacher)
         arguments = vllm_arguments(teacher, self.shape.context, max_tokens, batch_scale)
         if pictures is not None:
-            check_served(model_directory(teacher))
+            check_served(teacher)
             arguments["skip_tokenizer_init"] = False  # vLLM's image processors ask for it
         self._llm: Any = start_vllm(teacher, arguments | self._requests.engine_arguments())
         self._context = self._llm.model_config.max_model_len - 1  # one place is the sampled token's
@@ -195,11 +203,14 @@ def vllm_arguments(teacher: Teacher, context: int, max_tokens: int, batch_scale:
     """vLLM's engine arguments; those of [teacher.engine_args] win."""
     arguments = {
         "model": str(model_directory(teacher)),
-        "dtype": teacher.dtype,
+        "dtype": dtype_of(teacher),  # "auto" is another dtype to vLLM than to transformers
         "quantization": teacher.quantization or None,
+        "trust_remote_code": teacher.trust_remote_code,
+        "worker_extension_cls": LOADING,
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
+        **adapter_arguments(teacher),
     }
     if longest := min(max_tokens or context, context or max_tokens):
         arguments["max_model_len"] = longest + 1  # the token that is sampled and thrown away
@@ -219,22 +230,34 @@ def start_vllm(teacher: Teacher, arguments: dict):
     """Start vLLM.
 
     Raises:
-        TeacherError: it cannot serve this model.
+        TeacherError: it cannot serve this model, or the checkpoint lacks weights.
     """
+    check_adapted(read_names(teacher), teacher)
     _set_environment()
     plugin.register()
     try:
         with _processors_shared(_num_ranks(arguments)):
-            return _import_vllm().LLM(**arguments)
+            llm = _import_vllm().LLM(**arguments)
+    except TeacherError:
+        raise
     except Exception as error:
         if _is_out_of_memory(error) or "kv cache" in str(error).lower():
             raise _out_of_memory(error) from error
-        reason = str(error).strip().splitlines()
-        raise TeacherError(
-            f"vLLM cannot serve this model ({_telling(reason) or type(error).__name__})",
-            where=teacher.model,
-            remedy="`--engine reference` runs whatever transformers can load.",
-        ) from error
+        raise _not_served(teacher, error) from error
+    speak_through_adapter(llm, teacher)
+    return llm
+
+
+def _not_served(teacher: Teacher, error: Exception) -> StillroomError:
+    reason = _telling(str(error).strip().splitlines()) or type(error).__name__
+    method = teacher.quantization or method_of(model_directory(teacher))
+    if method:
+        return cannot_run(teacher.model, method, "vLLM", reason, TeacherError)
+    return TeacherError(
+        f"vLLM cannot serve this model ({reason})",
+        where=teacher.model,
+        remedy="`--engine reference` runs whatever transformers can load.",
+    )
 
 
 def _telling(lines: list[str]) -> str:

@@ -5,11 +5,12 @@ before the corpus's processor ran, and what it renders must be the prepared exam
 are named by their content hash, so vLLM processes each only once.
 """
 
-from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import TeacherError
+from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.facts import model_config
 from stillroom.pipeline.teacher.images import (
     Pictures,
     check_expansion,
@@ -20,18 +21,16 @@ from stillroom.pipeline.teacher.images import (
 from stillroom.pipeline.teacher.protocol import RejectedExample
 
 
-def check_served(directory: Path) -> None:
+def check_served(teacher: Teacher) -> None:
     """Refuse a model that vLLM runs otherwise than it was trained.
 
     Raises:
         TeacherError: it reads its prefix in both directions, and vLLM 0.32 scores left to right.
     """
-    from transformers import AutoConfig
-
-    if reads_prefixes(AutoConfig.from_pretrained(directory)):
+    if reads_prefixes(model_config(teacher)):
         raise TeacherError(
             "reads its prompt in both directions, which vLLM does not when it scores",
-            where=str(directory),
+            where=teacher.model,
             remedy="Use `--engine reference`.",
         )
 

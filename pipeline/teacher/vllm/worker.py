@@ -18,6 +18,7 @@ from vllm import envs
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from stillroom.pipeline.teacher.vllm import loading  # noqa: F401  (measures what was loaded)
 from stillroom.pipeline.teacher.vllm.scoring import Progress, Settings, ask_for_blocks, mark_of
 
 
