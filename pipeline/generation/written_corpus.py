@@ -33,6 +33,7 @@ from stillroom.pipeline.corpus.files import (
     replace_directory,
     write_facts,
 )
+from stillroom.pipeline.corpus.identity import chat_settings
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prompts import PromptReader
 from stillroom.pipeline.corpus.splits import canonical_json, deal
@@ -123,7 +124,9 @@ class _Job:
         settings = require(run.generate, "generate", run.directory)
         teacher = require(run.teacher, "teacher", run.directory)
         _check(prepare, settings)
-        tokenizer = CorpusTokenizer.open(prepare.tokenizer, teacher.model, teacher.revision)
+        tokenizer = CorpusTokenizer.open(
+            prepare.tokenizer, teacher.model, teacher.revision, chat_settings(prepare)
+        )
         identity = {
             "tokenizer": tokenizer.facts,
             "settings": prepare.model_dump(mode="json", exclude={"tokenizer"}),
