@@ -1,7 +1,7 @@
 """Real chat templates and conversations to try them on.
 
-One idea: TRL ships the templates of many model families, and versions with `{% generation %}` marks of
-most; they are read from the installed package, so none is copied. One small byte-level tokenizer
+One idea: TRL ships the templates of many model families, and versions with `{% generation %}` marks
+of most; they are read from the installed package, so none is copied. One small byte-level tokenizer
 whose special tokens include those of every template serves them all.
 """
 
@@ -28,7 +28,11 @@ WEATHER = {
         },
     },
 }
-CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "weather", "arguments": {"city": "Oslo"}},
+}
 
 
 def _folder() -> Path:
@@ -83,28 +87,49 @@ CONVERSATIONS: dict[str, tuple[list[dict], dict]] = {
         {},
     ),
     "multi-turn": (
-        [user("Apples?"), said("Yes, apples."), user("Pears?"), said("No pears."), user("Figs?")]
-        + [said("Perhaps figs.")],
+        [
+            user("Apples?"),
+            said("Yes, apples."),
+            user("Pears?"),
+            said("No pears."),
+            user("Figs?"),
+            said("Perhaps figs."),
+        ],
         {},
     ),
     "think": (
-        [user("Add two."), said("<think>\nadding\n</think>\n\nDone, four."), user("Three?")]
-        + [said("<think>\nadding more\n</think>\n\nDone, seven.")],
+        [
+            user("Add two."),
+            said("<think>\nadding\n</think>\n\nDone, four."),
+            user("Three?"),
+            said("<think>\nadding more\n</think>\n\nDone, seven."),
+        ],
         {},
     ),
     "tools": (
-        [user("How cold is Oslo?"), said("", tool_calls=[CALL]), tool("minus four degrees")]
-        + [said("Rather cold.")],
+        [
+            user("How cold is Oslo?"),
+            said("", tool_calls=[CALL]),
+            tool("minus four degrees"),
+            said("Rather cold."),
+        ],
         {"tools": [WEATHER]},
     ),
     "null": (
-        [user("How cold is Oslo?"), said(None, tool_calls=[CALL]), tool("minus four degrees")]
-        + [said("Rather cold.")],
+        [
+            user("How cold is Oslo?"),
+            said(None, tool_calls=[CALL]),
+            tool("minus four degrees"),
+            said("Rather cold."),
+        ],
         {"tools": [WEATHER]},
     ),
     "unicode": ([user("Grüße, 你好 🙂"), said("Καλημέρα 👩‍👩‍👧 done")], {}),
     "empty answer": ([user("Say nothing."), said(""), user("Well?"), said("I did.")], {}),
-    "code": ([user("Write <b>code</b>."), said(CODE), user("Again?"), said("<tag>again</tag>")], {}),
+    "code": (
+        [user("Write <b>code</b>."), said(CODE), user("Again?"), said("<tag>again</tag>")],
+        {},
+    ),
     "two answers alike": ([user("Red?"), said("Yes."), user("Round?"), said("Yes.")], {}),
     "long": (
         [m for n in range(12) for m in (user(f"Question {n}? " * 9), said(f"Answer {n}. " * 9))],

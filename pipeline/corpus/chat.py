@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -152,12 +153,32 @@ class ChatTokenizer:
         return {name: value for name, value in document.context.items() if name not in out}
 
     def _tokens(self, example: Shown) -> Tokens:
+        spans = example.spans(self.ends)
+        ids, offsets = self._encoded(example.text)
+        if joined := joints(offsets, spans):
+            ids, offsets = self._parted(example.text, joined, ids, offsets)
+            self.notes["answers_that_begin_inside_a_token"] += len(joints(offsets, spans))
+        return ids, inside(offsets, spans)
+
+    def _encoded(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """int32 ids [L] of a text, and the characters [L, 2] of each."""
         made = self.tokenizer(
-            example.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        ids = np.asarray(made["input_ids"], dtype=np.int32)
         offsets = np.asarray(made["offset_mapping"]).reshape(-1, 2)
-        return ids, inside(offsets, example.spans(self.ends))
+        return np.asarray(made["input_ids"], dtype=np.int32), offsets
+
+    def _parted(
+        self, text: str, joined: list[int], ids: np.ndarray, offsets: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A text whose prompts are tokens by themselves, as they are at inference, where that can
+        be told from the tokenizer: many put a space before a text that begins with a word."""
+        edges = [0, *(at for at in joined if text[at - 1] != " "), len(text)]
+        pieces = [(at, *self._encoded(text[at:end])) for at, end in pairwise(edges)]
+        apart = np.concatenate([piece[1] for piece in pieces])
+        if self.tokenizer.decode(apart) != self.tokenizer.decode(ids):
+            return ids, offsets
+        return apart, np.concatenate([piece[2] + piece[0] for piece in pieces])
 
     def _count(self, document: Document, messages: Sequence[Message], made: list[Shown]) -> None:
         told = [one for example in made for one in example.turns]
@@ -231,6 +252,12 @@ def inside(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.ndarray:
     for start, end in spans:
         mask |= (begins < end) & (ends > start)
     return mask
+
+
+def joints(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> list[int]:
+    """Beginnings of spans that lie inside a token."""
+    begins, ends = offsets[:, 0], offsets[:, 1]
+    return [start for start, _ in spans if ((begins < start) & (ends > start)).any()]
 
 
 def _touching(marks: list[tuple[int, int]], begin: int) -> list[tuple[int, int]]:

@@ -31,15 +31,18 @@ def dropped(render: RenderWith, messages: Sequence[Message], context: Context) -
     """Parts that the template does not show, such as `tool_calls of message 2`.
 
     An assistant's message is measured where it is the last, because histories may leave out
-    reasoning; every other message where an answer to it is asked for.
+    reasoning; every other message where an answer to it is asked for, and in the last history.
     """
-    found: list[str] = []
+    turns = list(assistant_turns(messages))
+    found = [
+        name for end in turns[:1] if end for name in _of_context(render, messages[:end], context)
+    ]
     begin = 0
-    for end in assistant_turns(messages):
+    for end in turns:
+        begin = 0 if end == turns[-1] else begin
         found += _of_turn(render, messages, begin, end, context)
         begin = end + 1
-    first = next(assistant_turns(messages), len(messages))
-    return _of_context(render, messages[:first], context) + found if first else found
+    return found
 
 
 def thought_dropped(render: RenderWith, messages: Sequence[Message], context: Context) -> bool:
@@ -55,16 +58,16 @@ def thought_dropped(render: RenderWith, messages: Sequence[Message], context: Co
 def _of_turn(
     render: RenderWith, messages: Sequence[Message], begin: int, end: int, context: Context
 ) -> Iterator[str]:
-    """The messages from `begin` on, and the assistant's message `end` that answers them."""
-    if begin < end:
+    """Other messages from `begin` on, and the assistant's message `end` that answers them."""
+    others = [at for at in range(begin, end) if messages[at]["role"] != "assistant"]
+    if others:
         history = messages[:end]
-        yield from _unseen(lambda them: render(them, True, context), history, range(begin, end))
-    whole = messages[: end + 1]
-    yield from _unseen(lambda them: render(them, False, context), whole, range(end, end + 1))
+        yield from _unseen(lambda them: render(them, True, context), history, others)
+    yield from _unseen(lambda them: render(them, False, context), messages[: end + 1], [end])
 
 
 def _unseen(
-    render: Callable[[Sequence[Message]], str], messages: Sequence[Message], which: range
+    render: Callable[[Sequence[Message]], str], messages: Sequence[Message], which: Sequence[int]
 ) -> Iterator[str]:
     shown = render(messages)
     for at in which:

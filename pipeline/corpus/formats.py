@@ -173,11 +173,11 @@ def _image_column(rows: Sequence[Row]) -> str:
 
 
 def _column(rows: Sequence[Row], names: Sequence[str], fits: Callable[[Any], bool]) -> str:
-    """The first of some columns, or else of all, that holds what fits in the rows that fill it."""
+    """The first of some columns, or else of all, that holds what fits in most rows that fill it."""
     others = () if names in (TEXTS, CAPTIONS, IMAGES) or len(names) == 1 else _others(rows)
     for name in (*names, *others):
-        filled = [row.values[name] for row in rows if row.values.get(name) is not None]
-        if filled and all(fits(as_list(one)) for one in filled):
+        filled = [row.values[name] for row in rows if row.values.get(name) not in (None, "", [])]
+        if filled and 2 * sum(fits(as_list(one)) for one in filled) >= len(filled):
             return name
     return ""
 

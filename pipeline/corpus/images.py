@@ -79,12 +79,12 @@ def refuse_moving(row: dict[str, Any], messages: Sequence[dict[str, Any]]) -> No
     columns = (name for name in row if name.rstrip("s") in MOVING and row[name])
     lists = (m["content"] for m in messages if isinstance(m.get("content"), list))
     parts = (part.get("type") for content in lists for part in content if isinstance(part, dict))
-    kinds = [*columns, *(kind for kind in parts if kind and kind.split("_")[-1] in MOVING)]
+    kinds = [*columns, *(kind for kind in parts if kind and {*kind.split("_")} & {*MOVING})]
     if kinds:
         raise CorpusError(
             f"holds {kinds[0]}, which is not shown to teachers",
             expected="texts and images",
-            remedy='Leave such rows out, or set [prepare] on_error = "skip".',
+            remedy='Drop that column or such rows, or set [prepare] on_error = "skip".',
         )
 
 

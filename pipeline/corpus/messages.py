@@ -154,6 +154,11 @@ def content_as_text(messages: Sequence[Message]) -> tuple[Message, ...]:
     )
 
 
+def content_not_null(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """An empty text where there is no content, for templates that take text from everybody."""
+    return tuple({**m, "content": ""} if m.get("content") is None else m for m in messages)
+
+
 def _only_text(content: Any) -> bool:
     return isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)

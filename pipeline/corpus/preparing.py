@@ -163,7 +163,7 @@ class _Drawing:
         template = self.tokenizer.template if self.used_template else ""
         dropped = self.dropped + Counter(rejected_rows=self._rejects.count)
         return {
-            "dropped": dict(dropped),
+            "dropped": dict(+dropped),
             "repeats": dict(self.repeats),
             "chats": {name: count for name, count in sorted(self._notes.items()) if count},
             "chat_template": template,
@@ -216,9 +216,10 @@ class _Drawing:
     def _chat(self, document: Document) -> list[Made]:
         """Conversations with images, and all others of an image-text teacher, go through its
         processor."""
-        if not document.images and not self.tokenizer.has_processor:
-            return list(self.tokenizer.chat(document))
-        return list(self._image_chat(document))
+        plain = not document.images and not self.tokenizer.has_processor
+        made = list(self.tokenizer.chat(document) if plain else self._image_chat(document))
+        self.dropped["windows_without_targets"] += not made
+        return made
 
     @cached_property
     def _image_chat(self) -> ImageChat | PrefixChat:

@@ -46,7 +46,7 @@ class Rejects:
         """The documents among rows; after a bad one, only as many as are looked at for others.
 
         Raises:
-            CorpusError: rows are bad and `on_error` is `stop`.
+            CorpusError: enough rows are bad to name them.
         """
         for row in rows:
             if isinstance(row, Rejected):
@@ -57,7 +57,6 @@ class Rejects:
                 self._looked += 1
                 if self._looked >= LOOKED_AT:
                     break
-        self.stop()
 
     def take(self, row: Rejected) -> None:
         """A bad row: to the file, or to those that are named when preparing stops.

@@ -113,7 +113,8 @@ class _Reader:
         given = {"tools": source.tools_column, "documents": source.documents_column}
         self._context = {name: column or name for name, column in given.items()}
         self._system = source.system_column or "system"
-        self.words = form.words + (f', images in column "{self._image}"' if self._image else "")
+        shown = self._image and form.name != "captions"
+        self.words = form.words + (f', images in column "{self._image}"' if shown else "")
 
     @classmethod
     def of(cls, source: Source, kind: str, files: list[Path]) -> "_Reader":

@@ -1,13 +1,15 @@
 """The same conversation in the spelling that a template takes.
 
-One idea: templates differ in whether a call's arguments are an object or text, and a message's
-content text or parts. Spellings are tried in a fixed order, and the first that the template
-renders whole is the conversation's; where none is, the first one's refusal is told. Conversations
-of one shape are tried once.
+One idea: templates differ in whether a call's arguments are an object or text, a message's content
+text or parts, and in whether a content may be null. Spellings are tried in a fixed order, and the
+first that the template renders whole is the conversation's; where none is, the first one's refusal
+is told. Conversations of one shape are tried once.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
 
 from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.corpus.dropping import (
@@ -22,23 +24,18 @@ from stillroom.pipeline.corpus.messages import (
     arguments_as_text,
     content_as_parts,
     content_as_text,
+    content_not_null,
 )
 
 Spell = Callable[[Sequence[Message]], Sequence[Message]]
 KEPT_SHAPES = 4096
 
 
-def _text_and_parts(messages: Sequence[Message]) -> Sequence[Message]:
-    return content_as_parts(arguments_as_text(messages))
-
-
-SPELLINGS: tuple[Spell, ...] = (
-    tuple,
-    arguments_as_text,
-    content_as_text,
-    content_as_parts,
-    _text_and_parts,
-)
+NULLS: tuple[Spell, ...] = (tuple, content_not_null)
+ARGUMENTS: tuple[Spell, ...] = (tuple, arguments_as_text)
+CONTENTS: tuple[Spell, ...] = (tuple, content_as_text, content_as_parts)
+SPELLINGS = tuple(product(CONTENTS, ARGUMENTS, NULLS))
+"""One way each of writing contents, arguments and nulls; as the conversation is written first."""
 
 
 class Spelling:
@@ -103,11 +100,17 @@ class Spelling:
 def _distinct(messages: Sequence[Message]) -> Iterator[Spell]:
     """The spellings that differ for these messages."""
     seen: list[Sequence[Message]] = []
-    for spell in SPELLINGS:
-        spelled = tuple(spell(messages))
-        if spelled not in seen:
+    for ways in SPELLINGS:
+        spell = partial(_spelled, ways)
+        if (spelled := spell(messages)) not in seen:
             seen.append(spelled)
             yield spell
+
+
+def _spelled(ways: tuple[Spell, ...], messages: Sequence[Message]) -> Sequence[Message]:
+    for way in ways:
+        messages = way(messages)
+    return tuple(messages)
 
 
 def _left_out(lost: list[str]) -> CorpusError:
