@@ -82,6 +82,7 @@ class ChatTokenizer:
         self.tokenizer = tokenizer
         self.ends = _ends(tokenizer, end_ids)
         self.notes: Counter[str] = Counter() if notes is None else notes
+        self.notes["template_writes_the_date"] = int(self.template.writes_the_date)
         self._spelling = Spelling(self.template.render, self.notes)
 
     def __call__(self, document: Document) -> list[Tokens]:

@@ -129,6 +129,14 @@ class Split(Sequence[Example]):
             return Split(self._batches, self._rows[index])
         return self._read(self._rows[index])
 
+    def sizes(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Per batch and source of a whole split: the source, and the tokens of each example."""
+        for batch in self._batches:
+            lengths = batch.column("token_ids").value_lengths().to_numpy()
+            names = np.asarray(batch.column("source").to_pylist())
+            for name in np.unique(names):
+                yield str(name), lengths[names == name]
+
     def _read(self, row: int) -> Example:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
         return _example(self._batches[batch], row - int(self._starts[batch]))

@@ -88,7 +88,7 @@ def prepare(
     _check_window(config, tokenizer.context)
     sources = [open_source(source) for source in config.source]
     for opened in sources:
-        say(f"{opened.facts['name']}: {opened.facts['format']}")
+        say(f"{opened.facts['format']} ({opened.facts['name']})")
     facts = identity(config, tokenizer, sources)
     target = Path(directory)
     if (found := unchanged(target, facts)) is not None:
