@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,7 @@ class ChatTokenizer:
                 where="[prepare] tokenizer",
             )
         self.tokenizer = tokenizer
+        self._encode = _whole_texts(tokenizer)
         self.ends = _ends(tokenizer, end_ids)
         self.notes: Counter[str] = Counter() if notes is None else notes
         self.notes["template_writes_the_date"] = int(self.template.writes_the_date)
@@ -163,11 +164,10 @@ class ChatTokenizer:
 
     def _encoded(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """int32 ids [L] of a text, and the characters [L, 2] of each."""
-        made = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        offsets = np.asarray(made["offset_mapping"]).reshape(-1, 2)
-        return np.asarray(made["input_ids"], dtype=np.int32), offsets
+        made = self._encode(text, add_special_tokens=False)
+        ids = np.asarray(made.ids, dtype=np.int32)
+        offsets = np.fromiter(chain.from_iterable(made.offsets), np.int64, 2 * len(ids))
+        return ids, offsets.reshape(-1, 2)
 
     def _parted(
         self, text: str, joined: list[int], ids: np.ndarray, offsets: np.ndarray
@@ -272,6 +272,14 @@ def _touching(marks: list[tuple[int, int]], begin: int) -> list[tuple[int, int]]
         else:
             joined.append((start, end))
     return joined
+
+
+def _whole_texts(tokenizer: Any) -> Callable[..., Any]:
+    """The encoder below a fast tokenizer, which makes no lists that nobody asked for."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend.encode
 
 
 def _ends(tokenizer: Any, end_ids: tuple[int, ...]) -> Ends:

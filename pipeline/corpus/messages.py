@@ -83,8 +83,8 @@ def _cleaned(message: Message, arrow: bool, at: int) -> Message:
     kept = {k: v for k, v in message.items() if v is not None or k == "content"}
     if arrow:
         kept = {key: without_nulls(value) for key, value in kept.items()}
-    elif isinstance(kept.get("content"), list):
-        kept["content"] = [_present(part) for part in kept["content"]]
+    elif isinstance(content := kept.get("content"), list):
+        kept["content"] = [_present(part) for part in content]
     if "function_call" in kept and "tool_calls" not in kept:
         kept["tool_calls"] = [{"type": "function", "function": kept.pop("function_call")}]
     calls = decoded(kept.pop("tool_calls", None), f"the tool_calls of message {at}")
