@@ -25,6 +25,7 @@ from stillroom.cache_schemas.errors import (
 from stillroom.stages import capture, evaluate, generate, prepare, teacher, train
 from stillroom.stages.cache import group as cache
 from stillroom.stages.console import say
+from stillroom.stages.corpus import group as corpus
 from stillroom.stages.demos import text as demo
 from stillroom.stages.demos import vision as demo_vision
 
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 
 app.command()(prepare.prepare)
+app.add_typer(corpus, name="corpus")
 app.command()(generate.generate)
 app.command()(capture.capture)
 app.add_typer(cache.app, name="cache")

@@ -1,17 +1,22 @@
 """`stillroom prepare`: make the corpus of a run from its sources."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from stillroom.stages.arguments import RunFile
 from stillroom.stages.console import out, progress, say, table
+from stillroom.stages.corpus import present, tell
 
 if TYPE_CHECKING:
     from stillroom.pipeline.corpus.files import Corpus
 
 COLUMNS = ("documents", "examples", "tokens", "targets")
+Show = Annotated[int, typer.Option(help="Show so many examples of the corpus.", min=0)]
+AsJson = Annotated[bool, typer.Option("--json", help="What --show shows, as JSON.")]
 
 
-def prepare(run_file: RunFile) -> None:
+def prepare(run_file: RunFile, show: Show = 0, as_json: AsJson = False) -> None:
     """Tokenise the sources, cut them into windows, split them by document."""
     from stillroom.cache_schemas.errors import ConfigError
     from stillroom.pipeline import config, provenance
@@ -29,30 +34,35 @@ def prepare(run_file: RunFile) -> None:
     teacher = run.teacher or config.Teacher(model="")
     with progress("prepare") as report:
 
-        def show(now: PrepareProgress) -> None:
+        def show_progress(now: PrepareProgress) -> None:
             report(now.tokens, None, documents=now.documents, examples=now.examples)
 
         corpus = make_corpus(
             settings,
             teacher.model,
             run.path("corpus"),
-            show,
-            teacher.revision,
-            teacher.trust_remote_code,
+            show_progress,
+            revision=teacher.revision,
+            trusts_code=teacher.trust_remote_code,
+            say=lambda words: say(f"prepare: {words}"),
         )
     config.dump(run, run.path("corpus.config.json"))
     provenance.record(run.path("run.json"), "prepare")
-    show_corpus(corpus)
+    if as_json or show:
+        present(run, corpus, show, as_json)
+    if as_json:
+        return
+    show_corpus(corpus, told=bool(show))
 
 
-def show_corpus(corpus: "Corpus") -> None:
-    """What a corpus holds and what was left out of it; its directory on stdout."""
+def show_corpus(corpus: "Corpus", told: bool = False) -> None:
+    """What a corpus holds and, unless that was told, what was left out; its directory on stdout."""
     counts = corpus.facts["counts"]
     rows = [[name, *(f"{counts[name][column]:,}" for column in COLUMNS)] for name in counts]
     table(f"corpus {corpus.digest[:12]}", ["split", *COLUMNS], rows)
     if "generated" in corpus.facts:
         ends = corpus.facts["generated"]["answers"]
         say(f"answers: {ends.get('ended', 0):,} ended, {ends.get('cut', 0):,} cut at the limit")
-    for reason, number in corpus.facts["dropped"].items():
-        say(f"left out: {number:,} {reason.replace('_', ' ')}")
+    if not told:
+        tell(corpus)
     out.print(str(corpus.directory))

@@ -1,12 +1,11 @@
 """The run file: one TOML file, read strictly, and the tables it may have."""
 
+from stillroom.pipeline.config.preparation import Prepare, Source
 from stillroom.pipeline.config.run_file import (
     Capture,
     Generate,
     Objective,
-    Prepare,
     Run,
-    Source,
     Teacher,
     dump,
     load,

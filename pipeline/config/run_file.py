@@ -13,56 +13,10 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.config.preparation import Prepare
 from stillroom.pipeline.config.strict import Table, validate
 from stillroom.pipeline.config.training import Evaluate, Objective, Student, Train
 from stillroom.pipeline.config.vision import Vision
-
-
-class Source(Table):
-    """One `[[prepare.source]]`: where text or chats come from."""
-
-    name: str
-    """Label kept with every example; `subset` and per-source weights select by it."""
-    kind: Literal["pydoc_topics", "text", "jsonl", "parquet", "hub", "images"]
-    path: str = ""
-    """File, glob or directory (`text`, `jsonl`, `parquet`, `images`), or hub data set (`hub`)."""
-    split: str = "train"
-    """`hub`: which of the data set's splits to read."""
-    subset: str = ""
-    """`hub`: configuration (subdirectory) of the data set; empty takes its only or default one."""
-    revision: str = ""
-    """`hub`: branch, tag or commit; empty takes the default branch. The commit is recorded."""
-    text_column: str = "text"
-    messages_column: str = ""
-    """Column of chat messages; when set the chat template is applied and `text_column` unused."""
-    image_column: str = ""
-    """Column of images (paths, bytes or data URLs) that the messages show."""
-    limit: int = 0
-    """Keep at most this many documents; 0 keeps all."""
-
-
-class Prepare(Table):
-    """Corpus: tokenised, windowed, split by document."""
-
-    source: tuple[Source, ...]
-    tokenizer: str = ""
-    """HF directory or hub id; empty takes the teacher's."""
-    window: int = Field(default=512, ge=2)
-    """Tokens in one example, at most."""
-    overlap: int = Field(default=0, ge=0)
-    """Tokens repeated from the window before, as context whose rows are not kept."""
-    end_of_text: bool = False
-    """Put the tokenizer's end token behind every whole document of text, as a target; conversations
-    end as their template says."""
-    min_tokens: int = Field(default=2, ge=2)
-    """Windows shorter than this are dropped and counted."""
-    heldout: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of documents held out."""
-    processor_args: dict[str, Any] = Field(default_factory=dict)
-    """Passed to an image-text teacher's processor, such as `max_pixels`."""
-    empty_documents: Literal["error", "skip"] = "error"
-    """What a document without text means: a mistake to report, or one to count and leave out."""
-    seed: int = 0
 
 
 class Generate(Table):

@@ -1,43 +1,78 @@
-"""Conversations as tokens: the chat template applied once, and which tokens the assistant said.
+"""Conversations as tokens: every assistant turn as the model would write it at inference.
 
-One idea: a conversation is rendered once as a whole, and the loss mask marks exactly the tokens
-that the model itself would generate: each assistant turn from the end of its generation prompt to
-its end-of-turn token. Templates that mark this (`{% generation %}`) are believed; for the
-others the spans are found in the rendered text and carried to tokens by character offsets.
+One idea: `turns` has the rule, `template` renders, and this module carries both to tokens: a token
+is a target when it holds a character that the rule gives to the assistant. What was noticed on the
+way (turns that share no example, marks that differ from the rule) is counted and told.
 """
 
-import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 
-from stillroom.cache_schemas.errors import CorpusError
+from stillroom.cache_schemas.errors import CorpusError, StillroomError
 from stillroom.pipeline.corpus.documents import Document
+from stillroom.pipeline.corpus.messages import Message, cleaned, taught, unflagged
+from stillroom.pipeline.corpus.spelling import Spelling
+from stillroom.pipeline.corpus.template import ChatTemplate
+from stillroom.pipeline.corpus.turns import Choice, Ends, Shown, Turn, shown, turn
 
-GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
 Tokens = tuple[np.ndarray, np.ndarray]
 
 
-class ChatTokenizer:
-    """Turns conversations into token ids and the assistant's mask with one tokenizer.
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """What a run says about its conversations; see `[prepare]`.
 
-    Args:
-        tokenizer: a fast HF tokenizer with a chat template.
-        end_ids: ids that end a turn (the tokenizer's and the generation config's).
-
-    Raises:
-        CorpusError: the tokenizer has no chat template or gives no character offsets.
+    Attributes:
+        path: file of a chat template of one's own; empty takes the model's.
+        arguments: passed to the template.
+        turns: how turns share examples.
+        leave_out: fields of messages and rows that the template does not get.
     """
 
-    def __init__(self, tokenizer: Any, end_ids: tuple[int, ...] = ()):
-        if not tokenizer.chat_template:
-            raise CorpusError(
-                "the tokenizer has no chat template",
-                where="[[prepare.source]] messages_column",
-                remedy="Use an instruct model, or a text column.",
-            )
+    path: str = ""
+    arguments: tuple[tuple[str, Any], ...] = ()
+    turns: Choice = "auto"
+    leave_out: tuple[str, ...] = ()
+
+    def template(self, owner: Any, tokenizer: Any) -> ChatTemplate:
+        """The template that these settings mean.
+
+        Raises:
+            CorpusError, ConfigError: see `ChatTemplate`.
+        """
+        return ChatTemplate(owner, tokenizer.special_tokens_map, self.path, dict(self.arguments))
+
+
+class ChatTokenizer:
+    """Turns conversations into token ids and masks with one tokenizer.
+
+    Args:
+        tokenizer: a fast HF tokenizer.
+        end_ids: ids that end a turn, beside the tokenizer's own.
+        settings: of the run.
+        owner: whose chat template it is, where that is not the tokenizer.
+        notes: counts what is noticed.
+
+    Raises:
+        CorpusError: no chat template, or no character offsets.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        end_ids: tuple[int, ...] = (),
+        settings: ChatSettings | None = None,
+        owner: Any = None,
+        notes: Counter[str] | None = None,
+    ):
+        self.settings = settings or ChatSettings()
+        self.template = self.settings.template(owner or tokenizer, tokenizer)
         if not tokenizer.is_fast:
             raise CorpusError(
                 "the tokenizer gives no character offsets",
@@ -45,43 +80,33 @@ class ChatTokenizer:
                 where="[prepare] tokenizer",
             )
         self.tokenizer = tokenizer
-        self.marks_itself = bool(GENERATION_BLOCK.search(_template_text(tokenizer)))
-        self.ends = _end_texts(tokenizer, end_ids)
+        self._encode = _whole_texts(tokenizer)
+        self.ends = _ends(tokenizer, end_ids)
+        self.notes: Counter[str] = Counter() if notes is None else notes
+        self.notes["template_writes_the_date"] = int(self.template.writes_the_date)
+        self._spelling = Spelling(self.template.render, self.notes)
 
-    def __call__(self, document: Document) -> Tokens:
-        """int32 ids [L] and bool mask [L] of a conversation.
+    def __call__(self, document: Document) -> list[Tokens]:
+        """int32 ids [L] and bool mask [L] of each example of a conversation.
 
         Raises:
-            CorpusError: the template refuses the messages, or a turn cannot be found in its text.
+            CorpusError: the template refuses the messages, or does not show a part of them.
         """
-        messages = [_plain(message) for message in document.messages]
-        with _refusals(document):
-            return self._marked(messages) if self.marks_itself else self._found(messages, document)
+        made = [self._tokens(example) for example in self.shown(document)]
+        self.notes["tokens_read_again"] += sum(len(ids) for ids, _ in made[:-1])
+        return made
 
-    def _marked(self, messages: list[dict[str, Any]]) -> Tokens:
-        made = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        mask = np.asarray(made["assistant_masks"], dtype=bool)
-        return np.asarray(made["input_ids"], dtype=np.int32), mask
-
-    def _found(self, messages: list[dict[str, Any]], document: Document) -> Tokens:
-        text, spans = self._spans(messages, document)
-        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.asarray(made["input_ids"], dtype=np.int32)
-        return ids, inside(np.asarray(made["offset_mapping"]).reshape(-1, 2), text, spans)
-
-    def rendered(self, document: Document) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and which of its characters the assistant said.
+    def shown(self, document: Document) -> list[Shown]:
+        """The examples of a conversation as text, in the order of their last turns.
 
         Raises:
             CorpusError: as for a call.
         """
-        messages = [_plain(message) for message in document.messages]
-        with _refusals(document):
-            if not self.marks_itself:
-                return self._spans(messages, document)
-            return _marked_spans(self.tokenizer, messages)
+        with refusals(document.where, "the chat template refuses these messages"):
+            messages, turns = self._turns(document)
+            made = shown(turns, self.settings.turns)
+            self._count(document, messages, made)
+            return made
 
     def prompt(self, document: Document) -> str:
         """The text that asks for the last answer of a conversation, whether it is there or not.
@@ -90,48 +115,103 @@ class ChatTokenizer:
             CorpusError: as for a call; or nobody but the assistant says anything.
         """
         messages = unanswered(document)
-        with _refusals(document):
-            return self._render([_plain(message) for message in messages], prompt=True)
+        with refusals(document.where, "the chat template refuses these messages"):
+            context = self._context(document)
+            return self._spelling.prompt(self._given(messages), context)
 
-    def _spans(self, messages: list[dict[str, Any]], document: Document) -> tuple[str, list]:
-        text = self._render(messages)
-        spans = [
-            self._span(text, messages, index, document)
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
-        return text, spans
+    def _turns(self, document: Document) -> tuple[Sequence[Message], list[Turn]]:
+        """The messages as the template takes them, up to the last turn to learn; those turns."""
+        learned = [at for at, learn in enumerate(taught(document.messages)) if learn]
+        if not learned:
+            self.notes["conversations_without_an_assistant_turn"] += 1
+            return (), []
+        context = self._context(document)
+        messages = self._given(document.messages[: learned[-1] + 1])
+        messages = self._spelling.messages(messages, context)
 
-    def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt
+        def render(them: Sequence[Message], prompt: bool) -> str:
+            return self.template.render(them, prompt, context)
+
+        made = (self._turn(render, messages, at) for at in learned)
+        return messages, [one for one in made if one is not None]
+
+    def _turn(self, render: Callable, messages: Sequence[Message], at: int) -> Turn | None:
+        """A turn; None for one that nothing asks for, where the template knows no such prompt."""
+        if at == 0:
+            try:
+                render((), True)
+            except Exception:  # whatever the template does without a message
+                self.notes["assistant_turns_before_any_message"] += 1
+                return None
+        return turn(render, messages, at, self.ends)
+
+    def _given(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        out = self.settings.leave_out
+        kept = unflagged(cleaned(messages))
+        return tuple({k: v for k, v in m.items() if k not in out} for m in kept) if out else kept
+
+    def _context(self, document: Document) -> dict[str, Any]:
+        out = self.settings.leave_out
+        return {name: value for name, value in document.context.items() if name not in out}
+
+    def _tokens(self, example: Shown) -> Tokens:
+        spans = example.spans(self.ends)
+        ids, offsets = self._encoded(example.text)
+        if joined := joints(offsets, spans):
+            ids, offsets = self._parted(example.text, joined, ids, offsets)
+            self.notes["answers_that_begin_inside_a_token"] += len(joints(offsets, spans))
+        return ids, inside(offsets, spans)
+
+    def _encoded(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """int32 ids [L] of a text, and the characters [L, 2] of each."""
+        made = self._encode(text, add_special_tokens=False)
+        ids = np.asarray(made.ids, dtype=np.int32)
+        offsets = np.fromiter(chain.from_iterable(made.offsets), np.int64, 2 * len(ids))
+        return ids, offsets.reshape(-1, 2)
+
+    def _parted(
+        self, text: str, joined: list[int], ids: np.ndarray, offsets: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A text whose prompts are tokens by themselves, as they are at inference, where that can
+        be told from the tokenizer: many put a space before a text that begins with a word."""
+        edges = [0, *(at for at in joined if text[at - 1] != " "), len(text)]
+        pieces = [(at, *self._encoded(text[at:end])) for at, end in pairwise(edges)]
+        apart = np.concatenate([piece[1] for piece in pieces])
+        if self.tokenizer.decode(apart) != self.tokenizer.decode(ids):
+            return ids, offsets
+        return apart, np.concatenate([piece[2] + piece[0] for piece in pieces])
+
+    def _count(self, document: Document, messages: Sequence[Message], made: list[Shown]) -> None:
+        told = [one for example in made for one in example.turns]
+        self.notes["conversations"] += 1
+        self.notes["examples_of_conversations"] += len(made)
+        self.notes["answers"] += len(told)
+        self.notes["answers_without_an_end_token"] += sum(not one.ended for one in told)
+        self.notes["answers_after_a_prompt_that_says_otherwise"] += sum(
+            one.contradicted for one in told
         )
+        for one in told:
+            self._count_message(messages, one.index)
+        if self.template.marks_itself and made:
+            self._check_marks(document, messages, made[-1])
 
-    def _span(self, text: str, messages: list, index: int, document: Document) -> tuple[int, int]:
-        """Characters of one assistant turn: after its generation prompt, to its end token."""
-        prompt = self._render(messages[:index], prompt=True) if index else ""
-        start = _common_prefix(text, prompt)  # characters
-        content = _spoken(messages[index])
-        at = text.find(content, start)
-        if at < 0 or start < len(prompt.rstrip()):
-            raise CorpusError(
-                f"message {index + 1} cannot be found again in the rendered conversation",
-                where=document.where,
-                remedy="Give the chat template {% generation %} blocks around assistant turns.",
-            )
-        end = self._end(text, at + len(content), calls="tool_calls" in messages[index])
-        return (start if index else at), end
+    def _count_message(self, messages: Sequence[Message], at: int) -> None:
+        message = messages[at]
+        said = message.get("content") or message.get("tool_calls")
+        self.notes["empty_answers"] += not said or (isinstance(said, str) and not said.strip())
+        after_another = at > 0 and messages[at - 1]["role"] == "assistant"
+        self.notes["answers_that_follow_an_answer"] += after_another
 
-    def _end(self, text: str, spoken: int, calls: bool) -> int:
-        """Where a turn ends: after its end token, if that follows over white space (or calls)."""
-        for end in self.ends:
-            at = text.find(end, spoken)
-            if at >= 0 and (calls or not text[spoken:at].strip()):
-                return at + len(end)
-        return spoken
+    def _check_marks(self, document: Document, messages: Sequence[Message], last: Shown) -> None:
+        """Compare the template's own marks with the rule, which counts."""
+        text, marks = self.template.marked(messages[: last.upto], self._context(document))
+        by_rule = last.spans(self.ends)
+        same = text.startswith(last.text) and _touching(marks, by_rule[0][0]) == by_rule
+        self.notes["conversations_with_marks_of_their_own"] += 1
+        self.notes["marks_that_differ_from_the_rule"] += not same
 
 
-def unanswered(document: Document) -> tuple[dict[str, Any], ...]:
+def unanswered(document: Document) -> tuple[Message, ...]:
     """The messages before the last answer.
 
     Raises:
@@ -144,71 +224,67 @@ def unanswered(document: Document) -> tuple[dict[str, Any], ...]:
 
 
 @contextmanager
-def _refusals(document: Document) -> Iterator[None]:
-    """Makes whatever a template raises into one kind of error that names the document."""
+def refusals(where: str, who: str) -> Iterator[None]:
+    """Makes whatever a template or processor raises into one kind of error that names the place."""
     try:
         yield
-    except CorpusError:
-        raise
+    except StillroomError as error:
+        raise placed(error, where) from None
     except Exception as error:  # jinja raises whatever a template author chose
-        raise CorpusError(
-            f"the chat template refuses these messages ({type(error).__name__}: {error})",
-            where=document.where,
-        ) from None
+        raise CorpusError(f"{who} ({type(error).__name__}: {error})", where=where) from None
 
 
-def _marked_spans(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[str, list]:
-    """Text and characters inside the template's generation blocks."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, spans = render_jinja_template(
-        conversations=[messages],
-        chat_template=tokenizer.chat_template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    return texts[0], [(int(start), int(end)) for start, end in spans[0]]
+def placed(error: StillroomError, where: str) -> StillroomError:
+    """An error that says where, if it did not."""
+    if error.where:
+        return error
+    more = {"expected": error.expected, "remedy": error.remedy}
+    return type(error)(error.found, where=where, **more)
 
 
-def _spoken(message: dict[str, Any]) -> str:
-    """The text of a message, whose content may be a string or a list of parts."""
-    content = message.get("content") or ""
-    if isinstance(content, list):
-        content = "".join(part.get("text") or "" for part in content)
-    return content.strip()
+def inside(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Tokens [L] that hold a character of a span; offsets [L, 2] are theirs.
 
-
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """Drop absent fields, which Parquet writes as nulls and templates take for present."""
-    return {key: value for key, value in message.items() if value is not None}
-
-
-def _template_text(tokenizer: Any) -> str:
-    template = tokenizer.chat_template
-    return template if isinstance(template, str) else str(template)
-
-
-def _end_texts(tokenizer: Any, end_ids: tuple[int, ...]) -> list[str]:
-    ids = {*end_ids, tokenizer.eos_token_id} - {None}
-    return sorted((tokenizer.convert_ids_to_tokens(i) or "" for i in ids), key=len, reverse=True)
-
-
-def _common_prefix(text: str, prompt: str) -> int:
-    """How much of `prompt` the text begins with."""
-    if text.startswith(prompt):
-        return len(prompt)
-    pairs = zip(text, prompt)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(prompt)))
-
-
-def inside(offsets: np.ndarray, text: str, spans: list[tuple[int, int]]) -> np.ndarray:
-    """Tokens [L] that hold characters of a span and, beside them, at most white space before it.
-
-    Prompts that end in a space need this: most tokenizers join that space to the first word.
+    Where a tokenizer joins the end of a prompt with an answer's beginning, that token is a target:
+    it is the only one with which the answer can be said.
     """
     mask = np.zeros(len(offsets), dtype=bool)
-    begins, ends = offsets[:, 0], offsets[:, 1]  # [L], characters
+    begins, ends = offsets[:, 0], offsets[:, 1]
     for start, end in spans:
-        earliest = len(text[:start].rstrip())
-        mask |= (begins >= earliest) & (ends > start) & (ends <= end)
+        mask |= (begins < end) & (ends > start)
     return mask
+
+
+def joints(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> list[int]:
+    """Beginnings of spans that lie inside a token."""
+    begins, ends = offsets[:, 0], offsets[:, 1]
+    return [start for start, _ in spans if ((begins < start) & (ends > start)).any()]
+
+
+def _touching(marks: list[tuple[int, int]], begin: int) -> list[tuple[int, int]]:
+    """Marked characters from `begin` on; blocks that touch are one."""
+    joined: list[tuple[int, int]] = []
+    for start, end in marks:
+        if start == end or end <= begin:
+            continue
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _whole_texts(tokenizer: Any) -> Callable[..., Any]:
+    """The encoder below a fast tokenizer, which makes no lists that nobody asked for."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend.encode
+
+
+def _ends(tokenizer: Any, end_ids: tuple[int, ...]) -> Ends:
+    ids = {*end_ids, tokenizer.eos_token_id} - {None}
+    declared = (tokenizer.convert_ids_to_tokens(i) or "" for i in ids)
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+    return Ends(frozenset(special), frozenset(declared))

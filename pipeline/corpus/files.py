@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -130,6 +130,14 @@ class Split(Sequence[Example]):
             return Split(self._batches, self._rows[index])
         return self._read(self._rows[index])
 
+    def sizes(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Per batch and source of a whole split: the source, and the tokens of each example."""
+        for batch in self._batches:
+            lengths = batch.column("token_ids").value_lengths().to_numpy()
+            names = np.asarray(batch.column("source").to_pylist())
+            for name in np.unique(names):
+                yield str(name), lengths[names == name]
+
     def _read(self, row: int) -> Example:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
         return _example(self._batches[batch], row - int(self._starts[batch]))
@@ -139,7 +147,7 @@ class ExampleFile:
     """Writes examples to an Arrow file, a batch at a time; use it as a context manager."""
 
     def __init__(self, path: Path):
-        self._path, self._pending = path, []
+        self._path, self._pending = path, list[Example]()
 
     def __enter__(self) -> "ExampleFile":
         self._sink = pa.OSFile(str(self._path), "wb")
@@ -154,13 +162,13 @@ class ExampleFile:
 
     def write(self, example: Example) -> None:
         """Add one example."""
-        self._pending.append(_row(example))
+        self._pending.append(example)
         if len(self._pending) == EXAMPLES_PER_BATCH:
             self._flush()
 
     def _flush(self) -> None:
         if self._pending:
-            self._writer.write_batch(pa.RecordBatch.from_pylist(self._pending, SCHEMA))
+            self._writer.write_batch(_batch(self._pending))
             self._pending = []
 
 
@@ -187,18 +195,26 @@ def read_examples(path: Path) -> Iterator[Example]:
     return iter(Split.open(path))
 
 
-def _row(example: Example) -> dict[str, Any]:
-    images = [{"sha256": i.sha256, "start": i.start, "length": i.length} for i in example.images]
-    return {
-        "example_id": example.example_id,
-        "document_id": example.document_id,
-        "source": example.source,
-        "token_ids": example.token_ids,
-        "loss_mask": example.loss_mask,
-        "images": images,
-        "weight": example.weight,
-        "behaviour_logprob": example.behaviour_logprob,
+def _batch(examples: list[Example]) -> pa.RecordBatch:
+    """Examples as columns."""
+    columns = {
+        "example_id": [example.example_id for example in examples],
+        "document_id": [example.document_id for example in examples],
+        "source": [example.source for example in examples],
+        "token_ids": _lists([example.token_ids for example in examples], pa.int32()),
+        "loss_mask": _lists([example.loss_mask for example in examples], pa.bool_()),
+        "images": [[asdict(image) for image in example.images] for example in examples],
+        "weight": [example.weight for example in examples],
+        "behaviour_logprob": [example.behaviour_logprob for example in examples],
     }
+    arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+
+
+def _lists(arrays: list[np.ndarray], kind: pa.DataType) -> pa.ListArray:
+    """Arrays of any lengths as one column; several times faster than from rows."""
+    ends = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(arrays), kind))
 
 
 def _example(batch: pa.RecordBatch, row: int) -> Example:

@@ -12,7 +12,7 @@ from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config import Source
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.corpus.documents import OpenSource
-from stillroom.pipeline.corpus.sources import SUFFIXES, files_source
+from stillroom.pipeline.corpus.sources import files_source, kind_of
 
 CONVERTED = "refs/convert/parquet"
 """Branch on which the hub keeps its own Parquet copy of a data set."""
@@ -25,20 +25,20 @@ def open_hub(source: Source) -> OpenSource:
         CorpusError: no such data set, split or subset, or no network and nothing in the cache.
     """
     directory, names = _fetch(source)
-    kind = next(kind for kind, ends in SUFFIXES.items() if names[0].lower().endswith(ends))
+    kind = kind_of(names[0])
     files = [directory / name for name in names]
     return files_source(source, kind, files, commit=directory.name, path=source.path)
 
 
 def choose(names: Iterable[str], split: str, subset: str = "") -> list[str]:
-    """Files of one split, of the first kind that has any: Parquet, then JSONL, then text.
+    """Files of one split, of the first kind that has any: Parquet, JSONL, tars, text.
 
     A file belongs to a split when one of the words of its path is the split's name
     (`data/train-00000-of-00002.parquet`, `default/train/0000.parquet`, `train.jsonl`).
     """
     chosen = [name for name in sorted(names) if _belongs(name, split, subset)]
-    for kind in ("parquet", "jsonl", "text"):
-        files = [name for name in chosen if name.lower().endswith(SUFFIXES[kind])]
+    for kind in ("parquet", "jsonl", "webdataset", "text"):
+        files = [name for name in chosen if kind_of(name) == kind]
         if files:
             return files
     return []

@@ -8,8 +8,7 @@ them again from the bytes, and must arrive at the same placeholders.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stillroom.cache_schemas.errors import CorpusError
-from stillroom.pipeline.corpus.chat import ChatTokenizer, inside, unanswered
+from stillroom.pipeline.corpus.chat import (
+    ChatSettings,
+    ChatTokenizer,
+    inside,
+    refusals,
+    unanswered,
+)
 from stillroom.pipeline.corpus.documents import Document
-from stillroom.pipeline.corpus.images import place_images
+from stillroom.pipeline.corpus.images import place_images, places_of
+from stillroom.pipeline.corpus.turns import Shown
 from stillroom.pipeline.images import decode_image, image_sha256
 from stillroom.pipeline.record import ImageSpan
 
@@ -39,26 +45,37 @@ class ImageChat:
         processor: of the model; see `load_processor`.
         arguments: passed to the processor with every call, such as `max_pixels`.
         end_ids: ids that end a turn.
+        settings: of the run's conversations.
+        notes: counts what is noticed in them.
 
     Raises:
         CorpusError: the processor has no chat template.
     """
 
-    def __init__(self, processor: Any, arguments: dict[str, Any], end_ids: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        processor: Any,
+        arguments: dict[str, Any],
+        end_ids: tuple[int, ...] = (),
+        settings: ChatSettings | None = None,
+        notes: Counter[str] | None = None,
+    ):
         self._processor = processor
         self._arguments = arguments
-        self._chat = ChatTokenizer(_Renderer(self._processor), end_ids)
+        self._chat = ChatTokenizer(processor.tokenizer, end_ids, settings, processor, notes)
         self.facts = {"sha256": settings_sha256(self._processor), "arguments": arguments}
 
-    def __call__(self, document: Document) -> ImageTokens:
-        """One example.
+    def __call__(self, document: Document) -> list[ImageTokens]:
+        """The examples of a conversation.
 
         Raises:
             CorpusError: an image cannot be decoded, the numbers of images and of their places
                 differ, or the processor refuses the conversation.
         """
-        text, spoken = self._chat.rendered(_placed(document))
-        return self._tokens(document, text, spoken)
+        document = with_places(document)
+        made = [self._example(document, example) for example in self._chat.shown(document)]
+        self._chat.notes["tokens_read_again"] += sum(len(one.token_ids) for one in made[:-1])
+        return made
 
     def prompt(self, document: Document) -> ImageTokens:
         """A conversation up to its last answer, without a target.
@@ -66,15 +83,19 @@ class ImageChat:
         Raises:
             CorpusError: as for a call; or an image belongs to the answer.
         """
-        asked = replace(document, messages=unanswered(document))
-        return self._tokens(document, self._chat.prompt(_placed(asked)), [])
+        asked = with_places(replace(document, messages=unanswered(document)))
+        return self._tokens(asked, self._chat.prompt(asked), [])
+
+    def _example(self, document: Document, example: Shown) -> ImageTokens:
+        shown = document.images[: places_of(document.messages[: example.upto])]
+        spans = example.spans(self._chat.ends)
+        return self._tokens(replace(document, images=shown), example.text, spans)
 
     def _tokens(self, document: Document, text: str, spoken: list[tuple[int, int]]) -> ImageTokens:
         """The tokens of a rendered conversation, and which of them lie in `spoken`."""
         pictures = pictures_of(document)
         made = self._process(text, pictures, document.where)
-        offsets = np.asarray(made["offset_mapping"][0]).reshape(-1, 2)  # [L, 2], in `expanded`
-        # Per image: its characters in `text` (span), in `expanded` (new_span), what replaced them.
+        offsets = np.asarray(made["offset_mapping"][0]).reshape(-1, 2)
         replaced = (made.get("text_replacement_offsets") or [[]])[0]
         if len(replaced) != len(pictures):
             raise CorpusError(
@@ -88,20 +109,18 @@ class ImageChat:
             (start + _growth(replaced, start), end + _growth(replaced, end))
             for start, end in spoken
         ]
-        expanded = _expand(text, replaced)
         return ImageTokens(
             np.asarray(made["input_ids"][0], dtype=np.int32),
-            inside(offsets, expanded, grown),
+            inside(offsets, grown),
             tuple(ImageSpan(name, *span) for name, span in zip(hashes, spans)),
         )
 
     def _process(self, text: str, pictures: list, where: str) -> dict[str, Any]:
         bos = self._processor.tokenizer.bos_token
-        with refusals(where):
+        with refusals(where, "the processor refuses this conversation"):
             return self._processor(
                 text=[text],
                 images=[pictures] if pictures else None,
-                # A template that wrote the first token itself must not get it twice.
                 add_special_tokens=not (bos and text.startswith(bos)),
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
@@ -121,36 +140,10 @@ def pictures_of(document: Document) -> list[Any]:
     ]
 
 
-@contextmanager
-def refusals(where: str) -> Iterator[None]:
-    """Makes whatever a processor raises into one kind of error that names the document."""
-    try:
-        yield
-    except Exception as error:
-        raise CorpusError(
-            f"the processor refuses this conversation ({type(error).__name__}: {error})",
-            where=where,
-        ) from None
-
-
-def _placed(document: Document) -> Document:
+def with_places(document: Document) -> Document:
+    """A document whose messages are lists of parts, with a place for each image."""
     messages = place_images(document.messages, len(document.images), document.where)
     return replace(document, messages=messages)
-
-
-class _Renderer:
-    """A processor in the place where `ChatTokenizer` expects a tokenizer."""
-
-    def __init__(self, processor: Any):
-        self._processor = processor
-        self.chat_template = processor.chat_template
-        self.is_fast = getattr(processor.tokenizer, "is_fast", False)
-
-    def apply_chat_template(self, messages, **options):
-        return self._processor.apply_chat_template(messages, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._processor.tokenizer, name)
 
 
 def _tokens_of(offsets: np.ndarray, characters: tuple[int, int]) -> tuple[int, int]:
@@ -165,14 +158,6 @@ def _growth(replaced: list[dict], character: int) -> int:
     """How far a place of the rendered text moved when the images before it were expanded."""
     before = [place for place in replaced if place["span"][1] <= character]
     return before[-1]["new_span"][1] - before[-1]["span"][1] if before else 0
-
-
-def _expand(text: str, replaced: list[dict]) -> str:
-    done, last = [], 0
-    for place in replaced:
-        done += [text[last : place["span"][0]], place["replacement"]]
-        last = place["span"][1]
-    return "".join([*done, text[last:]])
 
 
 def load_processor(directory: Path, trusts_code: bool = False) -> Any:

@@ -15,6 +15,7 @@ from stillroom.cache_schemas.errors import CorpusError
 
 MARKER = "<image>"
 """LLaVA's way of writing an image into plain text."""
+MOVING = ("video", "audio")
 
 
 def place_images(
@@ -67,6 +68,29 @@ def inline_images(messages: Sequence[dict[str, Any]]) -> list[Any]:
         value["url"] if isinstance(value, dict) and "url" in value else value for value in found
     ]
     return [value for value in values if value is not None]
+
+
+def refuse_moving(row: dict[str, Any], messages: Sequence[dict[str, Any]]) -> None:
+    """Refuse video and audio, which no teacher here is shown.
+
+    Raises:
+        CorpusError: a row has a column of them, or a message a part.
+    """
+    columns = (name for name in row if name.rstrip("s") in MOVING and row[name])
+    lists = (m["content"] for m in messages if isinstance(m.get("content"), list))
+    parts = (part.get("type") for content in lists for part in content if isinstance(part, dict))
+    kinds = [*columns, *(kind for kind in parts if kind and {*kind.split("_")} & {*MOVING})]
+    if kinds:
+        raise CorpusError(
+            f"holds {kinds[0]}, which is not shown to teachers",
+            expected="texts and images",
+            remedy='Drop that column or such rows, or set [prepare] on_error = "skip".',
+        )
+
+
+def caption_messages(caption: str) -> tuple[dict[str, Any], ...]:
+    """An image and its caption as a conversation: nothing is asked but the image."""
+    return {"role": "user", "content": ""}, {"role": "assistant", "content": caption}
 
 
 def read_caption(path: Path) -> str:

@@ -9,20 +9,21 @@ from collections.abc import Callable
 from stillroom.pipeline.config import Source
 from stillroom.pipeline.corpus.documents import OpenSource
 from stillroom.pipeline.corpus.hub import open_hub
-from stillroom.pipeline.corpus.sources import SUFFIXES, files_source, find_files, read_topics
+from stillroom.pipeline.corpus.plain_files import read_topics
+from stillroom.pipeline.corpus.sources import files_source, find_files
 
 
 def open_source(source: Source) -> OpenSource:
-    """Find a source and hash what it holds.
+    """Find a source, hash what it holds, and see in its first rows what they are.
 
     Raises:
         CorpusError: nothing is there, or it cannot be read.
     """
-    return OPENERS[source.kind](source)
+    return OPENERS.get(source.kind, _open_files)(source)
 
 
 def _open_files(source: Source) -> OpenSource:
-    return files_source(source, source.kind, find_files(source.path, SUFFIXES[source.kind]))
+    return files_source(source, *find_files(source))
 
 
 def _open_topics(source: Source) -> OpenSource:
@@ -30,14 +31,12 @@ def _open_topics(source: Source) -> OpenSource:
     for document in read_topics():
         digest.update(document.text.encode())
     facts = {"name": source.name, "kind": source.kind, "sha256": digest.hexdigest()}
+    facts["format"] = "a help topic each"
     return OpenSource(facts, read_topics)
 
 
 OPENERS: dict[str, Callable[[Source], OpenSource]] = {
-    "text": _open_files,
-    "jsonl": _open_files,
-    "parquet": _open_files,
     "pydoc_topics": _open_topics,
     "hub": open_hub,
-    "images": _open_files,
 }
+"""All other kinds are files."""

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.corpus.chat import refusals
 from stillroom.pipeline.corpus.documents import Document
-from stillroom.pipeline.corpus.image_chat import ImageTokens, pictures_of, refusals
+from stillroom.pipeline.corpus.image_chat import ImageTokens, pictures_of
 from stillroom.pipeline.corpus.images import place_images
 from stillroom.pipeline.images import image_sha256
 from stillroom.pipeline.record import ImageSpan
@@ -29,7 +30,7 @@ class PrefixChat:
     def __init__(self, processor: Any, arguments: dict[str, Any], facts: dict[str, Any]):
         self._processor, self._arguments, self.facts = processor, arguments, facts
 
-    def __call__(self, document: Document) -> ImageTokens:
+    def __call__(self, document: Document) -> list[ImageTokens]:
         """One example: a question about images and its answer.
 
         Raises:
@@ -41,7 +42,7 @@ class PrefixChat:
                 expected="one user message, one assistant message",
                 where=document.where,
             )
-        return self._tokens(document, suffix=[_text(document, "assistant")])
+        return [self._tokens(document, suffix=[_text(document, "assistant")])]
 
     def prompt(self, document: Document) -> ImageTokens:
         """A question without its answer."""
@@ -51,7 +52,7 @@ class PrefixChat:
         pictures = pictures_of(document)
         place_images(document.messages, len(pictures), document.where)
         text = self._processor.image_token * len(pictures) + _text(document, "user")
-        with refusals(document.where):
+        with refusals(document.where, "the processor refuses this question"):
             made = self._processor(
                 text=[text], images=[pictures] if pictures else None, **suffix, **self._arguments
             )

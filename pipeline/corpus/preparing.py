@@ -6,8 +6,6 @@ each window of a text begins as the tokenizer begins a text (BOS), and the corpu
 digest that the cache's plan repeats. What is left out is counted.
 """
 
-import hashlib
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,16 +19,25 @@ import numpy as np
 
 from stillroom.cache_schemas.errors import ConfigError, CorpusError
 from stillroom.pipeline.config import Prepare, Source
-from stillroom.pipeline.corpus.chat import Tokens
-from stillroom.pipeline.corpus.documents import Document, OpenSource
+from stillroom.pipeline.corpus.documents import Document, OpenSource, Rejected, first_words
 from stillroom.pipeline.corpus.files import Corpus, ExampleFile, replace_directory, write_facts
+from stillroom.pipeline.corpus.fitting import Fitting, Made
+from stillroom.pipeline.corpus.identity import (
+    chat_settings,
+    document_digest,
+    edges,
+    identity,
+    meaning,
+    unchanged,
+)
 from stillroom.pipeline.corpus.image_chat import ImageChat, ImageTokens
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
-from stillroom.pipeline.corpus.splits import canonical_json, deal, heldout_documents
+from stillroom.pipeline.corpus.rejects import FILE, Rejects
+from stillroom.pipeline.corpus.splits import deal, heldout_documents
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer, tokenizer_facts
 from stillroom.pipeline.corpus.windows import windows
-from stillroom.pipeline.images import ImageStore, image_sha256
+from stillroom.pipeline.images import ImageStore
 from stillroom.pipeline.record import Example, content_id
 
 __all__ = [
@@ -43,6 +50,7 @@ __all__ = [
 ]
 
 DOCUMENTS_PER_CALL = 64
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,7 @@ def prepare(
     progress: Callable[[PrepareProgress], None] | None = None,
     revision: str = "",
     trusts_code: bool = False,
+    say: Say = lambda _: None,
 ) -> Corpus:
     """Make a corpus, or open the one that is already there when nothing has changed.
 
@@ -72,25 +81,30 @@ def prepare(
         progress: called now and then.
         revision: of the teacher on the hub.
         trusts_code: whether Python code of the teacher's directory may be run.
+        say: told what the sources are taken for, before any of them is read.
 
     Raises:
         ConfigError: settings that contradict each other or the teacher's context.
         CorpusError: sources or tokenizer that cannot be used; nothing is left behind.
     """
-    tokenizer = CorpusTokenizer.open(config.tokenizer, teacher_model, revision, trusts_code)
+    tokenizer = CorpusTokenizer.open(
+        config.tokenizer, teacher_model, revision, trusts_code, chat_settings(config)
+    )
     _check_window(config, tokenizer)
     sources = [open_source(source) for source in config.source]
-    identity = _identity(config, tokenizer, sources)
+    for opened in sources:
+        say(f"{opened.facts['format']} ({opened.facts['name']})")
+    facts = identity(config, tokenizer, sources)
     target = Path(directory)
-    if (found := _unchanged(target, identity)) is not None:
+    if (found := unchanged(target, facts)) is not None:
         return found
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         made = Path(scratch, "corpus")
         made.mkdir()
-        drawn = _Drawing(config, tokenizer, progress or (lambda _: None))
-        drawn.write(sources, made / "all.arrow")
-        write_facts(made, identity | drawn.facts() | drawn.deal(made / "all.arrow"))
+        drawn = _Drawing(config, tokenizer, progress or (lambda _: None), made)
+        drawn.write(sources)
+        write_facts(made, facts | drawn.facts() | drawn.deal())
         replace_directory(made, target)
     return Corpus.open(target)
 
@@ -98,85 +112,116 @@ def prepare(
 class _Drawing:
     """One pass over the sources: examples in an Arrow file, and counts of everything left out."""
 
-    def __init__(self, config: Prepare, tokenizer: CorpusTokenizer, progress):
+    def __init__(self, config: Prepare, tokenizer: CorpusTokenizer, progress, directory: Path):
         self.config, self.tokenizer, self.progress = config, tokenizer, progress
-        self.documents: dict[str, None] = {}  # a set that keeps its order
+        self.documents: dict[str, None] = {}
         self.dropped: Counter[str] = Counter()
+        self.repeats: Counter[str] = Counter()
         self.used_template = False
         self.tokens = self.highest_id = 0
+        self._drawn = directory / "all.arrow"
+        self._images = ImageStore(directory / "images")
+        self._rejects = Rejects(config.on_error, directory / FILE)
         self._seen: set[str] = set()
+        self._again: Counter[str] = Counter()
 
-    def write(self, sources: list[OpenSource], path: Path) -> None:
+    def write(self, sources: list[OpenSource]) -> None:
         """Write the examples of all sources in order.
 
         Raises:
-            CorpusError: there are none.
+            CorpusError: there are none; or rows that cannot be used.
         """
-        images = ImageStore(path.parent / "images")
-        with ExampleFile(path) as file:
+        with ExampleFile(self._drawn) as file:
             for source, opened in zip(self.config.source, sources):
-                for example in self._examples(source, opened, images):
+                for example in self._examples(source, opened):
                     file.write(example)
         if not self._seen:
             raise self._nothing()
         self.tokenizer.check_ids(self.highest_id)
 
-    def deal(self, path: Path) -> dict[str, Any]:
+    def deal(self) -> dict[str, Any]:
         """Digest and counts of the splits, made of what `write` wrote."""
-        edges = _edges(self.config, self.tokenizer)
-        meaning = self.tokenizer.facts | _meaning(self.config) | self.image_facts | edges
-        return deal(path, self.documents, self.config.heldout, self.config.seed, meaning)
+        covered = self.tokenizer.facts | meaning(self.config) | self.image_facts
+        covered |= edges(self.config, self.tokenizer)
+        weights = self._again if self.config.duplicates == "keep" else {}
+        share, seed = self.config.heldout, self.config.seed
+        return deal(self._drawn, self.documents, share, seed, covered, weights)
 
     def facts(self) -> dict[str, Any]:
         """What was left out, and what turned conversations into tokens."""
         template = self.tokenizer.template if self.used_template else ""
-        return {"dropped": dict(self.dropped), "chat_template": template, **self.image_facts}
+        dropped = self.dropped + Counter(rejected_rows=self._rejects.count)
+        return {
+            "dropped": dict(+dropped),
+            "repeats": dict(self.repeats),
+            "chats": {name: count for name, count in sorted(self._notes.items()) if count},
+            "chat_template": template,
+            **self.image_facts,
+        }
 
-    def _examples(
-        self, source: Source, opened: OpenSource, images: ImageStore
-    ) -> Iterator[Example]:
-        kept = islice(opened.documents(), source.limit or None)
+    def _examples(self, source: Source, opened: OpenSource) -> Iterator[Example]:
+        kept = islice(self._rejects.good(opened.read()), source.limit or None)
         read = 0
         for documents in _chunks(self._not_empty(kept)):
             read += len(documents)
-            for document, tokens in zip(documents, self._tokenise(documents)):
-                for data in document.images:
-                    images.put(data)
-                begin = 0 if document.messages else len(self.tokenizer.begin_ids)
-                yield from self._windows(source.name, document_digest(document), tokens, begin)
+            for document, made in self._made(documents):
+                yield from self._kept(source.name, document, made)
             self.progress(PrepareProgress(read, len(self._seen), self.tokens))
+        self._rejects.stop()
 
     def _not_empty(self, documents: Iterable[Document]) -> Iterator[Document]:
         for document in documents:
             if document.messages or document.text.strip():
                 yield document
-                continue
-            if self.config.empty_documents == "error":
-                raise CorpusError(
-                    "document is empty",
-                    where=document.where,
-                    remedy='Remove it, or set [prepare] empty_documents = "skip".',
-                )
-            self.dropped["empty_documents"] += 1
+            elif self.config.empty_documents == "error":
+                remedy = 'Remove it, or set [prepare] empty_documents = "skip".'
+                error = CorpusError("document is empty", where=document.where, remedy=remedy)
+                self._rejects.take(Rejected(error))
+            else:
+                self.dropped["empty_documents"] += 1
 
-    def _tokenise(self, documents: list[Document]) -> Iterator[Tokens | ImageTokens]:
-        """A source holds texts or conversations, never both."""
-        if not documents[0].messages:
-            texts = [document.text for document in documents]
-            return self.tokenizer.texts(texts, self.config.end_of_text)
+    def _made(self, documents: list[Document]) -> Iterator[tuple[Document, Iterable[Made]]]:
+        """Documents with their windows. A source holds texts or conversations, never both."""
+        if documents[0].messages:
+            yield from self._conversations(documents)
+            return
+        written = [document.text for document in documents]
+        size, overlap = self.config.window, self.config.overlap
+        begin = len(self.tokenizer.begin_ids)
+        for document, tokens in zip(
+            documents, self.tokenizer.texts(written, self.config.end_of_text)
+        ):
+            yield document, windows(tokens, size, overlap, begin)
+
+    def _conversations(self, documents: list[Document]) -> Iterator[tuple[Document, list[Made]]]:
         self.used_template = True
-        return map(self._chat, documents)
+        for document in documents:
+            try:
+                yield document, self._fitting(document)
+            except CorpusError as error:
+                self._rejects.take(Rejected(error, first_words(document.messages)))
 
-    def _chat(self, document: Document) -> Tokens | ImageTokens:
+    @cached_property
+    def _fitting(self) -> Fitting:
+        how = self.config.long
+        return Fitting(self._chat, self.config.window, how, self.dropped, self._notes)
+
+    def _chat(self, document: Document) -> list[Made]:
         """Conversations with images, and all others of an image-text teacher, go through its
         processor."""
-        if not document.images and not self.tokenizer.has_processor:
-            return self.tokenizer.chat(document)
-        return self._image_chat(document)
+        plain = not document.images and not self.tokenizer.has_processor
+        made = list(self.tokenizer.chat(document) if plain else self._image_chat(document))
+        self.dropped["windows_without_targets"] += not made
+        return made
 
     @cached_property
     def _image_chat(self) -> ImageChat | PrefixChat:
         return self.tokenizer.image_chat(self.config.processor_args)
+
+    @property
+    def _notes(self) -> Counter[str]:
+        """What the makers of examples noticed."""
+        return self.tokenizer.notes
 
     @property
     def image_facts(self) -> dict[str, Any]:
@@ -184,27 +229,33 @@ class _Drawing:
         used = "_image_chat" in vars(self)
         return {"processor": self._image_chat.facts} if used else {}
 
-    def _windows(
-        self, source: str, document_id: str, tokens: Tokens | ImageTokens, begin: int
-    ) -> Iterator[Example]:
-        text, images = tokens[:2], tokens.images if isinstance(tokens, ImageTokens) else ()
-        if images and len(tokens[0]) > self.config.window:
-            self.dropped["conversations_with_images_longer_than_the_window"] += 1
+    def _kept(self, source: str, document: Document, made: Iterable[Made]) -> Iterator[Example]:
+        """The windows of a document that are examples."""
+        if self._rejects.stopping:
             return
-        for token_ids, mask in windows(text, self.config.window, self.config.overlap, begin):
+        document_id = document_digest(document)
+        self.repeats["documents"] += document_id in self.documents
+        for tokens in made:
+            token_ids, mask = tokens[:2]
+            images = tokens.images if isinstance(tokens, ImageTokens) else ()
             example_id = content_id(token_ids, mask, images)
             if reason := self._unfit(token_ids, mask, example_id):
                 self.dropped[reason] += 1
                 continue
             self._count(example_id, document_id, token_ids)
             yield Example(example_id, document_id, source, token_ids, mask, images)
+        for data in document.images:
+            self._images.put(data)
 
     def _unfit(self, token_ids: np.ndarray, mask: np.ndarray, example_id: str) -> str:
         if len(token_ids) < self.config.min_tokens:
             return "short_windows"
         if not mask[1:].any():
             return "windows_without_targets"
-        return "duplicate_windows" if example_id in self._seen else ""
+        if example_id not in self._seen:
+            return ""
+        self._again[example_id] += 1
+        return "duplicate_windows"
 
     def _count(self, example_id: str, document_id: str, token_ids: np.ndarray) -> None:
         self._seen.add(example_id)
@@ -220,37 +271,6 @@ class _Drawing:
             where=", ".join(source.name for source in self.config.source) or "[[prepare.source]]",
             remedy="Check the sources and [prepare] min_tokens.",
         )
-
-
-def _identity(config: Prepare, tokenizer: CorpusTokenizer, sources: list[OpenSource]) -> dict:
-    """Everything that the result follows from: equal identities need no second preparation."""
-    settings = config.model_dump(mode="json", exclude={"tokenizer"})  # it counts by what it does
-    facts = [source.facts for source in sources]
-    made = {"tokenizer": tokenizer.facts, "settings": settings, "sources": facts}
-    return made | _edges(config, tokenizer)
-
-
-def _edges(config: Prepare, tokenizer: CorpusTokenizer) -> dict[str, Any]:
-    """What stands before and behind texts; a corpus where nothing does has the digest it had."""
-    begin = {"begin_ids": list(tokenizer.begin_ids)} if tokenizer.begin_ids else {}
-    return begin | ({"end_of_text": tokenizer.hf.eos_token_id} if config.end_of_text else {})
-
-
-def _unchanged(directory: Path, identity: dict) -> Corpus | None:
-    try:
-        corpus = Corpus.open(directory)
-    except CorpusError:
-        return None
-    if "processor" in corpus.facts:
-        return None  # image files lie outside the sources' hashes
-    same = all(
-        corpus.facts.get(key) == json.loads(canonical_json(v)) for key, v in identity.items()
-    )
-    return corpus if same else None
-
-
-def _meaning(config: Prepare) -> dict[str, Any]:
-    return config.model_dump(include={"window", "overlap", "min_tokens", "heldout", "seed"})
 
 
 def _check_window(config: Prepare, tokenizer: CorpusTokenizer) -> None:
@@ -276,14 +296,13 @@ def _check_window(config: Prepare, tokenizer: CorpusTokenizer) -> None:
         )
 
 
-def document_digest(document: Document) -> str:
-    """The first 32 hex digits of sha256 over a document's text or messages and image hashes."""
-    content = document.text.encode() if document.text else canonical_json(list(document.messages))
-    for data in document.images:
-        content += image_sha256(data).encode()
-    return hashlib.sha256(content).hexdigest()[:32]
-
-
 def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    while chunk := list(islice(documents, DOCUMENTS_PER_CALL)):
+    """Documents a few at a time; those with images one by one, because of what they weigh."""
+    chunk: list[Document] = []
+    for document in documents:
+        chunk.append(document)
+        if document.images or len(chunk) == DOCUMENTS_PER_CALL:
+            yield chunk
+            chunk = []
+    if chunk:
         yield chunk

@@ -19,10 +19,10 @@ from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config import Generate, Prepare, Source
 from stillroom.pipeline.corpus.documents import Document, OpenSource
 from stillroom.pipeline.corpus.files import ExampleFile
+from stillroom.pipeline.corpus.identity import document_digest
 from stillroom.pipeline.corpus.image_chat import ImageChat, ImageTokens
 from stillroom.pipeline.corpus.images import place_images, places_of
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
-from stillroom.pipeline.corpus.preparing import document_digest
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer
 from stillroom.pipeline.images import ImageStore
 from stillroom.pipeline.record import Example, content_id

@@ -1,208 +1,261 @@
-"""Files and Python's own help text, read as documents.
+"""Sources of rows: files that are found, hashed, recognised and read as documents.
 
-One idea: every source is a generator of `Document`s in a fixed order, and every complaint names the
-file and the line. Sources do not tokenise and never skip anything silently.
+One idea: a source is opened by looking at its first rows, so what it holds is known and said before
+anything is paid for; every complaint names the file and the line. Sources do not tokenise.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config import Source
 from stillroom.pipeline.config.strict import nearest
-from stillroom.pipeline.corpus.documents import Document, OpenSource
-from stillroom.pipeline.corpus.images import inline_images, read_caption, read_images
+from stillroom.pipeline.corpus import compression
+from stillroom.pipeline.corpus.chat import placed
+from stillroom.pipeline.corpus.documents import Document, OpenSource, Rejected, Row, first_words
+from stillroom.pipeline.corpus.formats import Format, image_column, recognise, value
+from stillroom.pipeline.corpus.images import inline_images, read_images, refuse_moving
+from stillroom.pipeline.corpus.json_rows import read_json
+from stillroom.pipeline.corpus.messages import cleaned, decoded, without_nulls
+from stillroom.pipeline.corpus.plain_files import read_captioned, read_text
+from stillroom.pipeline.corpus.table_rows import read_arrow, read_parquet
+from stillroom.pipeline.corpus.tar_rows import read_tar
 from stillroom.pipeline.images import SUFFIXES as SUFFIXES_OF_IMAGES
 
 SUFFIXES = {
-    "text": (".txt", ".md", ".rst"),
-    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "arrow": (".arrow",),
     "parquet": (".parquet",),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "webdataset": (".tar", ".tgz"),
+    "text": (".txt", ".md", ".rst"),
     "images": SUFFIXES_OF_IMAGES,
 }
-ROWS_PER_READ = 1024
+"""Endings of each kind; of several kinds in one folder, the first here that is there is read."""
+BESIDE_THE_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+FIRST_ROWS = 8
+
+ROWS: dict[str, Callable[[Path, list[str] | None], Iterator[Row | Rejected]]] = {
+    "jsonl": lambda path, _: read_json(path),
+    "webdataset": lambda path, _: read_tar(path),
+    "parquet": read_parquet,
+    "arrow": read_arrow,
+}
+WHOLE: dict[str, Callable[[Path], Iterator[Document | Rejected]]] = {
+    "text": read_text,
+    "images": read_captioned,
+}
 
 
-def read_text(path: Path) -> Iterator[Document]:
-    """A text file is one document; it must be UTF-8."""
-    # A byte order mark is no text.
-    yield Document(str(path), decode(path.read_bytes(), str(path)).removeprefix("\ufeff"))
-
-
-def read_jsonl(source: Source, path: Path) -> Iterator[Document]:
-    """One JSON object a line; blank lines are allowed and hold nothing."""
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            if line.strip():
-                row = _json_object(decode(line, str(path), number, offset), where)
-                yield _document(source, row, where, path.parent)
-            offset += len(line)
-
-
-def read_parquet(source: Source, path: Path) -> Iterator[Document]:
-    """The columns that are needed, a batch of rows at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = [source.messages_column or source.text_column]
-    columns += [source.image_column] if source.image_column else []
-    try:
-        file = pq.ParquetFile(path)
-        for column in columns:
-            _require_column(column, file.schema_arrow.names, str(path))
-        number = 0
-        for batch in file.iter_batches(ROWS_PER_READ, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield _document(source, row, f"{path} row {number}", path.parent)
-    except pa.ArrowInvalid as error:
-        raise CorpusError(f"is not Parquet ({_first_line(error)})", where=str(path)) from None
-
-
-def read_captioned(path: Path) -> Iterator[Document]:
-    """An image file and the caption beside it as a conversation of two turns."""
-    messages = (
-        {"role": "user", "content": ""},
-        {"role": "assistant", "content": read_caption(path)},
-    )
-    yield Document(str(path), messages=messages, images=(path.read_bytes(),))
-
-
-def read_topics() -> Iterator[Document]:
-    """Python's own language reference, one help topic a document (about 465 kB of English)."""
-    import pydoc_data.topics
-
-    for name in sorted(pydoc_data.topics.topics):
-        yield Document(f"pydoc_data.topics['{name}']", pydoc_data.topics.topics[name])
-
-
-def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files named by a path, a glob or a directory, in name order.
+def find_files(source: Source) -> tuple[str, list[Path]]:
+    """The kind and the files that a path, a glob or a directory names, in name order.
 
     Raises:
-        CorpusError: there are none.
+        CorpusError: there are none, or their kind is not known.
     """
-    given = Path(path).expanduser()
-    if not path:
+    if not source.path:
         raise CorpusError("a source of files needs a path", where="[[prepare.source]] path")
-    if given.is_file():
-        return [given]
-    if given.is_dir():
-        found = [p for p in given.rglob("*") if p.suffix.lower() in suffixes and p.is_file()]
-    else:
-        anchor = Path(given.anchor)
-        found = [p for p in anchor.glob(str(given.relative_to(anchor))) if p.is_file()]
-    if not found:
-        raise CorpusError(
-            "no such file, or nothing in it",
-            where=path,
-            expected=f"a file, a glob, or a directory with {', '.join(suffixes)}",
-            remedy="Check [[prepare.source]] path.",
-        )
-    return sorted(found)
+    given = Path(source.path).expanduser()
+    if given.is_dir() and (saved := _saved(given, source.split)):
+        return "arrow", saved
+    found = [given] if given.is_file() else sorted(_candidates(given))
+    kinds = [source.kind] if source.kind in SUFFIXES else list(SUFFIXES)
+    for kind in kinds:
+        if files := [path for path in found if _is_kind(path, kind) or not given.is_dir()]:
+            kind = kind if source.kind in SUFFIXES else _kind_of(files[0], source.path)
+            return kind, files
+    endings = [ending for kind in kinds for ending in SUFFIXES[kind]]
+    raise CorpusError(
+        "no such file, or nothing in it",
+        where=source.path,
+        expected=f"a file, a glob, or a directory with {', '.join(endings)}",
+        remedy="Check [[prepare.source]] path.",
+    )
 
 
 def files_source(source: Source, kind: str, files: list[Path], **more: str) -> OpenSource:
-    """A source over files that have been found; `more` is added to its facts."""
+    """A source over files that have been found; `more` is added to its facts.
+
+    Raises:
+        CorpusError: a file cannot be read, or nobody knows what its rows are.
+    """
     facts = {"name": source.name, "kind": source.kind, "files": len(files)}
     facts |= {"sha256": _sha256_of(files)} | more
-    return OpenSource(facts, partial(_read_all, READERS[kind], source, files))
+    if kind in WHOLE:
+        words = {"text": "a text in each file", "images": "a picture and its caption"}[kind]
+        return OpenSource(facts | {"format": words}, partial(_whole_files, WHOLE[kind], files))
+    reader = _Reader.of(source, kind, files)
+    return OpenSource(facts | {"format": reader.words}, reader.documents)
 
 
-READERS: dict[str, Callable[[Source, Path], Iterator[Document]]] = {
-    "text": lambda _, path: read_text(path),
-    "jsonl": read_jsonl,
-    "parquet": read_parquet,
-    "images": lambda _, path: read_captioned(path),
-}
+def kind_of(path: str | Path) -> str:
+    """What a file's name says it holds; empty where it says nothing."""
+    return next((kind for kind in SUFFIXES if _is_kind(Path(path), kind)), "")
 
 
-def _read_all(reader, source: Source, files: list[Path]) -> Iterator[Document]:
-    for path in files:
-        yield from reader(source, path)
+class _Reader:
+    """Rows of a source, as documents.
+
+    Attributes:
+        words: the format, in words.
+    """
+
+    def __init__(
+        self, source: Source, kind: str, files: list[Path], form: Format, rows: Sequence[Row]
+    ):
+        self._source, self._kind, self._files, self._form = source, kind, files, form
+        self._image = image_column(source, rows) if form.convert else ""
+        given = {"tools": source.tools_column, "documents": source.documents_column}
+        self._context = {name: column or name for name, column in given.items()}
+        self._system = source.system_column or "system"
+        shown = self._image and form.name != "captions"
+        self.words = form.words + (f', images in column "{self._image}"' if shown else "")
+
+    @classmethod
+    def of(cls, source: Source, kind: str, files: list[Path]) -> "_Reader":
+        """Look at the first rows."""
+        found = (row for path in files for row in ROWS[kind](path, None))
+        looked = list(islice(found, FIRST_ROWS))
+        rows = [row for row in looked if isinstance(row, Row)]
+        if not rows:
+            bad = next((row.error for row in looked if isinstance(row, Rejected)), None)
+            rows = [] if bad is None else _must_go_on(source, bad)
+        form = recognise(source, rows) if rows else Format("text", ("text",), "nothing")
+        return cls(source, kind, files, form, rows)
+
+    def documents(self) -> Iterator[Document | Rejected]:
+        """All documents, and rows that are none."""
+        for path in self._files:
+            for row in ROWS[self._kind](path, self._columns):
+                yield row if isinstance(row, Rejected) else self._made(row)
+
+    @property
+    def _columns(self) -> list[str]:
+        more = (*self._context.values(), self._system, self._image, "chat_template_kwargs")
+        moving = ("video", "videos", "audio", "audios")
+        return list(dict.fromkeys((*self._form.columns, *more, *moving)))
+
+    def _made(self, row: Row) -> Document | Rejected:
+        try:
+            return self._document(row)
+        except CorpusError as error:
+            at_fault = placed(error, row.where)
+            return Rejected(at_fault, first_words(row.values))  # type: ignore[arg-type]
+
+    def _document(self, row: Row) -> Document:
+        column = self._form.columns[0]
+        if self._form.convert is None:
+            return Document(row.where, text=_text(value(row, column), column))
+        value(row, column)
+        messages = cleaned(self._form.convert(row), row.arrow)
+        messages = self._with_system(row, messages)
+        refuse_moving(row.values, messages)
+        document = Document(row.where, messages=messages, context=self._given(row))
+        return replace(document, images=self._images(row, document))
+
+    def _with_system(self, row: Row, messages: tuple) -> tuple:
+        """The messages after the row's system prompt, if it has one."""
+        system = row.values.get(self._system)
+        if not isinstance(system, str) or not system.strip() or not messages:
+            return messages
+        first = messages[0]
+        if first["role"] != "system":
+            return ({"role": "system", "content": system}, *messages)
+        if first.get("content") != system:
+            found = f"a system message, and another one in column '{self._system}'"
+            raise CorpusError(found, remedy="Leave one of the two.")
+        return messages
+
+    def _given(self, row: Row) -> dict[str, Any]:
+        """Tools, documents and arguments that a row brings for the chat template."""
+        named = {name: row.values.get(column) for name, column in self._context.items()}
+        found = {name: decoded(one, name) for name, one in named.items() if one}
+        arguments = decoded(row.values.get("chat_template_kwargs"), "chat_template_kwargs")
+        found = {name: one for name, one in found.items() if one} | (arguments or {})
+        return {n: without_nulls(one) for n, one in found.items()} if row.arrow else found
+
+    def _images(self, row: Row, document: Document) -> tuple[bytes, ...]:
+        """Those of the image column, or those that the messages carry."""
+        if self._source.image_column:
+            value(row, self._source.image_column)
+        found = row.values.get(self._image) if self._image else inline_images(document.messages)
+        folder = Path(self._source.images_folder).expanduser()
+        begin = folder if self._source.images_folder else row.folder
+        return read_images(found, begin, row.where)
 
 
-def _document(source: Source, row: dict[str, Any], where: str, folder: Path) -> Document:
-    """The configured column of a row, checked to be text or messages; images it names."""
-    column = source.messages_column or source.text_column
-    _require_column(column, list(row), where)
-    value = row[column]
-    if source.messages_column:
-        return _with_images(
-            source, Document(where, messages=_messages(value, column, where)), row, folder
-        )
-    if value is None or isinstance(value, str):
-        return Document(where, text=value or "")
+def _must_go_on(source: Source, bad: CorpusError) -> list[Row]:
+    """With no good row among the first, only what the source says of itself can tell its format."""
+    if source.format == "auto" and not (source.messages_column or source.text_column):
+        raise bad
+    return [Row(bad.where, {}, Path())]
+
+
+def _text(found: Any, column: str) -> str:
+    if found is None or isinstance(found, str):
+        return found or ""
     raise CorpusError(
-        f"column '{column}' holds {type(value).__name__}",
+        f"column '{column}' holds {type(found).__name__}",
         expected="text",
-        where=where,
         remedy="For chats set messages_column instead of text_column.",
     )
 
 
-def _with_images(source: Source, document: Document, row: dict[str, Any], folder: Path) -> Document:
-    """The document with its images: those of the image column, or those its messages carry."""
-    if source.image_column:
-        _require_column(source.image_column, list(row), document.where)
-        found = row[source.image_column]
+def _whole_files(read: Callable, files: list[Path]) -> Iterator[Document | Rejected]:
+    for path in files:
+        yield from read(path)
+
+
+def _candidates(given: Path) -> Iterator[Path]:
+    """Files below a directory or of a glob, without what lies beside the data."""
+    if given.is_dir():
+        found = given.rglob("*")
     else:
-        found = inline_images(document.messages)
-    return replace(document, images=read_images(found, folder, document.where))
+        anchor = Path(given.anchor)
+        found = anchor.glob(str(given.relative_to(anchor)))
+    top = given if given.is_dir() else Path()
+    for path in found:
+        inner = path.relative_to(top).parts if given.is_dir() else (path.name,)
+        hidden = any(part.startswith(".") for part in inner)
+        if path.is_file() and not hidden and path.name not in BESIDE_THE_DATA:
+            yield path
 
 
-def _messages(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]:
-    good = isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
+def _is_kind(path: Path, kind: str) -> bool:
+    return compression.plain_name(path).endswith(SUFFIXES[kind])
+
+
+def _kind_of(path: Path, where: str) -> str:
+    if kind := kind_of(path):
+        return kind
+    raise CorpusError(
+        f"the name of {path.name} does not say what is in it",
+        expected=f"one of {', '.join(ending for ends in SUFFIXES.values() for ending in ends)}",
+        where=where,
+        remedy="Set [[prepare.source]] kind.",
     )
-    if value is not None and not good:
-        raise CorpusError(
-            f"column '{column}' is not a list of chat messages",
-            expected='[{"role": "user", "content": "..."}, ...]',
-            where=where,
-        )
-    return tuple(value or ())
 
 
-def _require_column(column: str, known: list[str], where: str) -> None:
-    if column not in known:
-        raise CorpusError(
-            f"no column '{column}'",
-            expected=f"one of {', '.join(sorted(known)) or 'none'}",
-            where=where,
-            remedy=nearest(column, known),
-        )
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
+def _saved(folder: Path, split: str) -> list[Path]:
+    """The Arrow files of a folder that `datasets` saved, in their order; none of another folder."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"is not JSON ({error})", where=where) from None
-    if not isinstance(row, dict):
-        found = f"holds a JSON {type(row).__name__}"
-        raise CorpusError(found, expected="one JSON object on each line", where=where)
-    return row
-
-
-def decode(data: bytes, file: str, line: int = 1, offset: int = 0) -> str:
-    """Bytes of a file from a line and byte offset on, as text; names both of the first bad byte."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        raise CorpusError(
-            f"byte {data[error.start]:#04x} at byte offset {offset + error.start} is not UTF-8",
-            where=f"{file}:{line}",
-            remedy="Convert the file to UTF-8 (for example with iconv).",
-        ) from None
+        if (folder / "dataset_dict.json").is_file():
+            known = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            if split not in known:
+                found = f"has no split '{split}'"
+                raise CorpusError(found, where=str(folder), remedy=nearest(split, known))
+            folder = folder / split
+        state = json.loads((folder / "state.json").read_text())
+        return [folder / file["filename"] for file in state["_data_files"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"is no whole saved data set ({error})", where=str(folder)) from None
 
 
 def _sha256_of(files: list[Path]) -> str:
@@ -215,7 +268,3 @@ def _sha256_of(files: list[Path]) -> str:
         except OSError as error:
             raise CorpusError(f"cannot be read ({error.strerror})", where=str(path)) from None
     return total.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

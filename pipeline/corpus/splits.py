@@ -8,8 +8,9 @@ examples their meaning. How examples are made is not decided here.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,12 @@ def heldout_documents(documents: Iterable[str], share: float, seed: int) -> set[
 
 
 def deal(
-    drawn: Path, documents: Collection[str], share: float, seed: int, meaning: Any
+    drawn: Path,
+    documents: Collection[str],
+    share: float,
+    seed: int,
+    meaning: Any,
+    again: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Deal the examples of a file to the splits beside it, and remove the file.
 
@@ -48,6 +54,7 @@ def deal(
         documents: ids of their documents.
         share, seed: see `heldout_documents`.
         meaning: JSON of what the digest covers beside the examples.
+        again: example id -> how many more times it was there; added to its weight.
 
     Returns:
         `digest`, and `counts` per split.
@@ -60,6 +67,8 @@ def deal(
     with ExitStack() as stack:
         files = {n: stack.enter_context(ExampleFile(drawn.with_name(f"{n}.arrow"))) for n in SPLITS}
         for example in read_examples(drawn):
+            if again and example.example_id in again:
+                example = replace(example, weight=example.weight + again[example.example_id])
             name = "heldout" if example.document_id in held else "train"
             files[name].write(example)
             digest.update(_line(name, example))

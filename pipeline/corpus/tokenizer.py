@@ -6,8 +6,9 @@ form), not by the file it was read from, so that re-saving it changes nothing.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from stillroom.cache_schemas.errors import CorpusError, PlanMismatch
 from stillroom.pipeline.config import Teacher
-from stillroom.pipeline.corpus.chat import ChatTokenizer, Tokens
+from stillroom.pipeline.corpus.chat import ChatSettings, ChatTokenizer, Tokens
 from stillroom.pipeline.corpus.documents import Document
 from stillroom.pipeline.corpus.image_chat import (
     ImageChat,
@@ -59,6 +60,8 @@ class CorpusTokenizer:
         head: size of the teacher's vocabulary; 0 when there is no teacher.
         end_ids: ids that end a turn according to the model's generation config.
         trusts_code: whether Python code of the directory may be run.
+        chats: what the run says about conversations.
+        notes: what was noticed in them, and how often.
     """
 
     hf: Any
@@ -68,11 +71,18 @@ class CorpusTokenizer:
     context: int
     head: int
     end_ids: tuple[int, ...]
-    trusts_code: bool = False
+    trusts_code: bool
+    chats: ChatSettings
+    notes: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def open(
-        cls, tokenizer: str, teacher_model: str, revision: str = "", trusts_code: bool = False
+        cls,
+        tokenizer: str,
+        teacher_model: str,
+        revision: str = "",
+        trusts_code: bool = False,
+        chats: ChatSettings | None = None,
     ) -> "CorpusTokenizer":
         """Load the tokenizer of a corpus and compare it with the teacher's own.
 
@@ -98,12 +108,14 @@ class CorpusTokenizer:
             head=shape.vocab_size if shape else 0,
             end_ids=_end_ids(directory),
             trusts_code=trusts_code,
+            chats=chats or ChatSettings(),
         )
 
     @property
     def template(self) -> str:
-        """The chat template as text."""
-        return str(self.hf.chat_template or "")
+        """The chat template as text: the run's own, or the tokenizer's."""
+        own = self.chats.path and self.chat.template.source
+        return own or str(self.hf.chat_template or "")
 
     def texts(self, texts: list[str], ended: bool = False) -> Iterator[Tokens]:
         """Plain documents, with the special tokens that the tokenizer adds and, if they are to be
@@ -122,15 +134,11 @@ class CorpusTokenizer:
         starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         return tuple(whole[: next(starts, 0)])
 
-    def chat(self, document: Document) -> Tokens:
-        """A conversation, with the assistant's tokens as targets."""
-        return self._chat(document)
-
     def prompt(self, document: Document) -> np.ndarray:
         """int32 ids that ask for a conversation's last answer, or begin a text."""
         if not document.messages:
             return next(self.texts([document.text]))[0]
-        made = self.hf(self._chat.prompt(document), add_special_tokens=False, verbose=False)
+        made = self.hf(self.chat.prompt(document), add_special_tokens=False, verbose=False)
         return np.asarray(made["input_ids"], dtype=np.int32)
 
     @property
@@ -144,12 +152,12 @@ class CorpusTokenizer:
         return has_image_processor(self.directory)
 
     def image_chat(self, arguments: dict[str, Any]) -> ImageChat | PrefixChat:
-        """What reads conversations with images, by the model's processor."""
+        """What turns conversations with images into examples, by the model's processor."""
         processor = load_processor(self.directory, self.trusts_code)
         if type(processor).__name__ in PREFIX_PROCESSORS:
             facts = {"sha256": settings_sha256(processor), "arguments": arguments}
             return PrefixChat(processor, arguments, facts)
-        return ImageChat(processor, arguments, self.end_ids)
+        return ImageChat(processor, arguments, self.end_ids, self.chats, self.notes)
 
     def check_ids(self, highest: int) -> None:
         """Refuse token ids that the teacher has no logits for."""
@@ -162,8 +170,9 @@ class CorpusTokenizer:
             )
 
     @cached_property
-    def _chat(self) -> ChatTokenizer:
-        return ChatTokenizer(self.hf, self.end_ids)
+    def chat(self) -> ChatTokenizer:
+        """What turns conversations into examples, with the assistant's tokens as targets."""
+        return ChatTokenizer(self.hf, self.end_ids, self.chats, notes=self.notes)
 
 
 def _directory(model: str, revision: str) -> Path:

@@ -33,6 +33,7 @@ from stillroom.pipeline.corpus.files import (
     replace_directory,
     write_facts,
 )
+from stillroom.pipeline.corpus.identity import chat_settings
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prompts import PromptReader
 from stillroom.pipeline.corpus.splits import canonical_json, deal
@@ -124,7 +125,11 @@ class _Job:
         teacher = require(run.teacher, "teacher", run.directory)
         _check(prepare, settings)
         tokenizer = CorpusTokenizer.open(
-            prepare.tokenizer, teacher.model, teacher.revision, teacher.trust_remote_code
+            prepare.tokenizer,
+            teacher.model,
+            teacher.revision,
+            teacher.trust_remote_code,
+            chat_settings(prepare),
         )
         identity = {
             "tokenizer": tokenizer.facts,

@@ -1,13 +1,13 @@
-"""Conversations: which tokens are the assistant's, exactly."""
+"""Conversations: which tokens are the assistant's, exactly, and what becomes of the turns."""
 
 import json
 
 import numpy as np
 import pytest
 
-from stillroom.cache_schemas.errors import CorpusError
+from stillroom.cache_schemas.errors import ConfigError, CorpusError
 from stillroom.pipeline.config import Prepare, Source
-from stillroom.pipeline.corpus.chat import ChatTokenizer
+from stillroom.pipeline.corpus.chat import ChatSettings, ChatTokenizer
 from stillroom.pipeline.corpus.documents import Document
 from stillroom.pipeline.corpus.preparing import prepare
 from tests import tiny_models
@@ -22,7 +22,7 @@ CHAT = (
 AFTER_A_SPACE = " It wraps a block with methods of a context manager.{end} yes{end}"
 """The space that ends the prompt is part of the answer's first token."""
 SPOKEN = "It wraps a block with methods of a context manager.<|im_end|>yes<|im_end|>"
-
+PLAIN = tiny_models.PLAIN_CHAT_TEMPLATE
 NO_END_MARKS = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -33,13 +33,24 @@ THINKS_IN_THE_LAST_TURN = (
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+STRIPS_THOUGHTS = PLAIN.replace(
+    "{{ message['content']",
+    "{% set c = message['content'] %}{{ (c if loop.last else c.split('/')[-1])",
+)
 SHOUTS = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
 REFUSES = "{{ raise_exception('Only user and assistant roles are supported') }}"
+ASKED = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def examples(tokenizer, template: str, messages=CHAT, settings=None, context=None, **more):
+    tokenizer.chat_template = template
+    make = ChatTokenizer(tokenizer, settings=settings, **more)
+    return make(Document("chats.jsonl:7", messages=messages, context=context or {}))
 
 
 def tokenise(tokenizer, template: str, messages=CHAT, **more):
-    tokenizer.chat_template = template
-    return ChatTokenizer(tokenizer, **more)(Document("chats.jsonl:7", messages=messages))
+    (made,) = examples(tokenizer, template, messages, **more)
+    return made
 
 
 @pytest.fixture
@@ -56,15 +67,54 @@ def spoken(tokenizer, made) -> str:
     return tokenizer.decode(ids[mask])
 
 
-def test_templates_with_generation_blocks_are_believed(tokenizer):
+def framed(tokenizer, made) -> str:
+    """An example with its targets in brackets."""
+    ids, mask = made
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]]).astype(int)))
+    text, last = "", 0
+    for begin, end in zip(edges[::2], edges[1::2]):
+        text += tokenizer.decode(ids[last:begin]) + "⟦" + tokenizer.decode(ids[begin:end]) + "⟧"
+        last = end
+    return text + tokenizer.decode(ids[last:])
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def said(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def test_marks_and_the_rule_agree_where_marks_hold_a_whole_turn(tokenizer):
     assert spoken(tokenizer, tokenise(tokenizer, tiny_models.CHAT_TEMPLATE)) == SPOKEN
-
-
-def test_spans_found_in_the_text_equal_the_templates_own_marks(tokenizer):
     marked = tokenise(tokenizer, tiny_models.CHAT_TEMPLATE)
-    found = tokenise(tokenizer, tiny_models.PLAIN_CHAT_TEMPLATE)
+    found = tokenise(tokenizer, PLAIN)
     assert np.array_equal(marked[0], found[0])
     assert np.array_equal(marked[1], found[1])
+
+
+@pytest.mark.parametrize(
+    ("marks", "differ"),
+    [
+        ("{% generation %}{{ c + '<|im_end|>' }}{% endgeneration %}", 0),
+        ("{% generation %}{{ c }}{% endgeneration %}{{ '<|im_end|>' }}", 1),
+        ("{% generation %}{{ c[2:] + '<|im_end|>' }}{% endgeneration %}", 1),
+    ],
+)
+def test_marks_that_differ_from_the_rule_lose_and_are_counted(marks, differ, tokenizer):
+    start = (
+        "{% for m in messages %}{% set c = m['content'] %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    )
+    if "[2:]" in marks:
+        marks = "{{ c[:2] }}" + marks
+    other = "{% else %}{{ c + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    prompt = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    tokenizer.chat_template = start + "{% if m['role'] == 'assistant' %}" + marks + other + prompt
+    make = ChatTokenizer(tokenizer)
+    (made,) = make(Document("x", messages=CHAT))
+    assert spoken(tokenizer, made) == SPOKEN
+    assert make.notes["marks_that_differ_from_the_rule"] == differ
 
 
 def test_a_turn_without_an_end_token_ends_with_its_text(tokenizer):
@@ -79,36 +129,202 @@ def test_end_tokens_of_the_generation_config_count(tokenizer):
     assert spoken(tokenizer, made) == AFTER_A_SPACE.format(end="<image>")
 
 
+def test_a_model_that_stops_by_opening_the_next_turn_learns_it_where_it_follows(tokenizer):
+    template = "{% for m in messages %}{{ ('<|im_start|>' if m['role'] == 'user' else '<image>') }}"
+    template += "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<image>{% endif %}"
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    chat = (user("a"), said("b"), user("c"), said("d"))
+    made = tokenise(tokenizer, template, chat, end_ids=(start,))
+    assert framed(tokenizer, made) == "<|im_start|>a<image>⟦b<|im_start|>⟧c<image>⟦d⟧"
+
+
 def test_what_a_template_puts_before_an_answer_is_the_models_own(tokenizer):
-    made = tokenise(tokenizer, THINKS_IN_THE_LAST_TURN)
-    first, last = SPOKEN.split("yes")
-    assert spoken(tokenizer, made) == f"{first}think think yes{last}"
+    first, second = examples(tokenizer, THINKS_IN_THE_LAST_TURN)
+    one, other = SPOKEN.split("yes")
+    assert spoken(tokenizer, first) == f"think think {one}"
+    assert spoken(tokenizer, second) == f"think think yes{other}"
+    assert one.removesuffix("<|im_end|>") in tokenizer.decode(second[0][~second[1]])
 
 
 def test_a_conversation_may_begin_with_the_assistant(tokenizer):
-    made = tokenise(tokenizer, tiny_models.PLAIN_CHAT_TEMPLATE, CHAT[2:4])
+    made = tokenise(tokenizer, PLAIN, CHAT[2:4])
     assert spoken(tokenizer, made) == SPOKEN.removesuffix("yes<|im_end|>")
+
+
+def test_an_answer_that_no_template_asks_for_is_only_read(tokenizer):
+    template = "{{ messages[0]['role'][:0] }}" + PLAIN
+    made = tokenise(tokenizer, template, (said("Hello."), user("Well?"), said("Well.")))
+    assert spoken(tokenizer, made) == "Well.<|im_end|>"
 
 
 def test_absent_fields_are_absent_for_the_template(tokenizer):
     with_nulls = tuple(message | {"tool_calls": None} for message in CHAT)
-    plain = tokenise(tokenizer, tiny_models.PLAIN_CHAT_TEMPLATE)
-    made = tokenise(tokenizer, tiny_models.PLAIN_CHAT_TEMPLATE, with_nulls)
+    plain, made = tokenise(tokenizer, PLAIN), tokenise(tokenizer, PLAIN, with_nulls)
     assert np.array_equal(plain[0], made[0])
     assert np.array_equal(plain[1], made[1])
 
 
+OPENS_A_THOUGHT = PLAIN.replace("assistant\n' }}", "assistant\n<t>\n' }}")
+
+
+@pytest.mark.parametrize("answer", ["4", "<b>4</b>", "<u>4", "think"])
+def test_what_the_prompt_opens_is_the_prompts_own(answer, tokenizer):
+    made = tokenise(tokenizer, OPENS_A_THOUGHT, (user("2+2?"), said(answer)))
+    assert framed(tokenizer, made) == ASKED.format("2+2?") + f"<t>\n⟦{answer}<|im_end|>⟧\n"
+
+
+def test_a_turn_that_fills_what_its_prompt_closed_is_shown_without_that_prompt(tokenizer):
+    template = PLAIN.replace("assistant\n' }}", "assistant\n<t>\n\n</t>\n\n' }}")
+    tokenizer.chat_template = template
+    make = ChatTokenizer(tokenizer)
+    (made,) = make(Document("x", messages=(user("2+2?"), said("<t>\nadd\n</t>\n\n4"))))
+    assert framed(tokenizer, made) == ASKED.format("2+2?") + "<t>\n⟦add\n</t>\n\n4<|im_end|>⟧\n"
+    assert make.notes["answers_after_a_prompt_that_says_otherwise"] == 1
+
+
+def test_an_answer_is_asked_for_with_the_tokens_of_its_prompt(tokenizer):
+    """A line break that ends the prompt is no part of the answer's first token."""
+    tokenizer.add_tokens(["\n\n"])
+    template = PLAIN.replace(
+        "+ '\n' }}", "+ '\n' }}{% if message['role'] == 'assistant' %}{{ '\n' }}{% endif %}"
+    )
+    made = tokenise(tokenizer, template, (user("2+2?"), said("4")))
+    prompt = tokenizer(ASKED.format("2+2?"), add_special_tokens=False)["input_ids"]
+    assert made[0][: len(prompt)].tolist() == prompt
+    assert int(np.argmax(made[1])) == len(prompt)
+
+
+CHOICES = {
+    "auto": ["⟦a/A.⟧", "A.⟦b/B.⟧", "A.B.⟦c/C.⟧"],
+    "each": ["⟦a/A.⟧", "A.⟦b/B.⟧", "A.B.⟦c/C.⟧"],
+    "together": ["A.B.⟦c/C.⟧"],
+    "last": ["A.B.⟦c/C.⟧"],
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_turns_that_later_turns_change_are_examples_of_their_own(choice, tokenizer):
+    chat = tuple(m for x in "abc" for m in (user("?"), said(f"{x}/{x.upper()}.")))
+    made = examples(tokenizer, STRIPS_THOUGHTS, chat, ChatSettings(turns=choice))
+    frame = str.maketrans({"\n": "", "?": ""})
+    texts = [framed(tokenizer, one) for one in made]
+    for tag in ("<|im_start|>user", "<|im_start|>assistant", "<|im_end|>"):
+        texts = [text.replace(tag, "") for text in texts]
+    assert [text.translate(frame) for text in texts] == CHOICES[choice]
+
+
+def test_turns_are_together_where_that_shows_the_same(tokenizer):
+    for choice, number in {"auto": 1, "together": 1, "each": 2, "last": 1}.items():
+        made = examples(tokenizer, PLAIN, settings=ChatSettings(turns=choice))
+        targets = [spoken(tokenizer, one) for one in made]
+        assert len(made) == number
+        assert "".join(targets) == (SPOKEN if choice != "last" else "yes<|im_end|>")
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"training": 0}])
+def test_an_answer_may_be_left_out_by_its_flag(flag, tokenizer):
+    chat = (*CHAT[:2], CHAT[2] | flag, *CHAT[3:])
+    assert spoken(tokenizer, tokenise(tokenizer, PLAIN, chat)) == "yes<|im_end|>"
+    chat = (*CHAT[:4], CHAT[4] | flag)
+    first = SPOKEN.removesuffix("yes<|im_end|>")
+    assert spoken(tokenizer, tokenise(tokenizer, PLAIN, chat)) == first
+
+
+def test_rules_for_odd_conversations_are_counted(tokenizer):
+    tokenizer.chat_template = PLAIN
+    make = ChatTokenizer(tokenizer)
+    assert make(Document("x", messages=CHAT[:2])) == []
+    (twice,) = make(Document("x", messages=(user("?"), said("a"), said("b"))))
+    assert spoken(tokenizer, twice) == "a<|im_end|>b<|im_end|>"
+    (empty,) = make(Document("x", messages=(user("?"), said(" "))))
+    assert spoken(tokenizer, empty) == " <|im_end|>"
+    assert make.notes["conversations_without_an_assistant_turn"] == 1
+    assert make.notes["answers_that_follow_an_answer"] == 1
+    assert make.notes["empty_answers"] == 1
+
+
+CALLS = [{"type": "function", "function": {"name": "w", "arguments": '{"city": "Oslo"}'}}]
+
+
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("template", "messages", "context", "message"),
     [
-        (SHOUTS, r"chats\.jsonl:7: message 3 cannot be found again"),
-        (REFUSES, r"chats\.jsonl:7: the chat template refuses .*Only user and assistant"),
-        ("", "no chat template"),
+        (REFUSES, CHAT, {}, r"the chat template refuses .*Only user and assistant"),
+        (
+            PLAIN,
+            (user("?"), said("", tool_calls=CALLS)),
+            {},
+            "does not show tool_calls of message 2",
+        ),
+        (
+            PLAIN,
+            CHAT[1:3],
+            {"tools": [{"name": "w"}]},
+            r'does not show tools.*leave_out = \["tools"\]',
+        ),
+        (
+            PLAIN,
+            (user("?"), said("a", reasoning_content="b")),
+            {},
+            "does not show reasoning_content",
+        ),
+        (
+            PLAIN.replace("message in messages", "message in messages[-1:]"),
+            CHAT,
+            {},
+            "the content of",
+        ),
+        (PLAIN, (user("?"), said("a", weight=0.5)), {}, r"weight = 0\.5; expected 0 or 1"),
+        (
+            PLAIN,
+            (user("?"), said("", tool_calls=[{"name": "w", "arguments": "{"}])),
+            {},
+            "not JSON",
+        ),
     ],
 )
-def test_templates_that_cannot_be_used_are_refused(template, message, tokenizer):
-    with pytest.raises(CorpusError, match=message):
-        tokenise(tokenizer, template)
+def test_what_cannot_be_shown_whole_is_refused(template, messages, context, message, tokenizer):
+    with pytest.raises(CorpusError, match=rf"(?s)chats\.jsonl:7: .*{message}"):
+        examples(tokenizer, template, messages, context=context)
+
+
+def test_parts_may_be_left_out_by_name(tokenizer):
+    chat = (user("?"), said("a", reasoning_content="b"))
+    settings = ChatSettings(leave_out=("reasoning_content", "tools"))
+    made = tokenise(tokenizer, PLAIN, chat, settings=settings, context={"tools": [{"name": "w"}]})
+    assert spoken(tokenizer, made) == "a<|im_end|>"
+
+
+def test_a_tokenizer_without_a_template_is_refused(tokenizer):
+    with pytest.raises(CorpusError, match="no chat template"):
+        tokenise(tokenizer, "")
+
+
+def test_arguments_and_a_template_of_ones_own(tokenizer, tmp_path):
+    path = tmp_path / "own.jinja"
+    path.write_text("{% if loud %}{{ '!' }}{% endif %}" + PLAIN)
+    settings = ChatSettings(path=str(path), arguments=(("loud", True),))
+    made = tokenise(tokenizer, SHOUTS, settings=settings)
+    assert tokenizer.decode(made[0]).startswith("!<|im_start|>")
+    with pytest.raises(ConfigError, match=r"no argument 'lout'.*Did you mean 'loud'"):
+        examples(tokenizer, PLAIN, settings=ChatSettings(str(path), (("lout", True),)))
+    path.write_text("{% for %}")
+    with pytest.raises(CorpusError, match=r"own\.jinja: is no Jinja template"):
+        examples(tokenizer, PLAIN, settings=ChatSettings(str(path)))
+
+
+def test_a_rewritten_history_stays_as_the_prompt_shows_it(tokenizer):
+    """A final answer takes the thought of an earlier call away; asked for it, the model saw it."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m.thinking and not (messages[-1].role == 'assistant' and not loop.last) %}"
+        "{{ m.thinking + '/' }}{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    chat = (user("q"), said("call", thinking="why"), user("out"), said("end"))
+    made = framed(tokenizer, tokenise(tokenizer, template, chat))
+    assert "assistant\n⟦why/call<|im_end|>⟧<|im_start|>user" in made
+    assert made.endswith("assistant\n⟦end<|im_end|>⟧")
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_qwen3"])
@@ -122,4 +338,5 @@ def test_chats_become_examples(model, request, tmp_path, tokenizer):
     made = [tokenizer.decode(e.token_ids[e.loss_mask]) for e in corpus.split("train")]
     assert made == [SPOKEN, SPOKEN.removesuffix("yes<|im_end|>")]
     assert corpus.facts["dropped"] == {"windows_without_targets": 1}
+    assert corpus.facts["chats"]["conversations_without_an_assistant_turn"] == 1
     assert "<|im_start|>" in corpus.facts["chat_template"]

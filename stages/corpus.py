@@ -1,0 +1,123 @@
+"""`stillroom corpus`: look at what a run's corpus teaches, before a teacher is paid for it."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from stillroom.stages.arguments import RunFile
+from stillroom.stages.console import out, say, table
+
+group = typer.Typer(name="corpus", help="Look at a prepared corpus.", no_args_is_help=True)
+SPECIAL, TARGET, BAR = "dim cyan", "bold green", 40
+
+
+@group.callback()
+def about() -> None:
+    """Look at a prepared corpus."""
+
+
+@group.command()
+def show(
+    run_file: RunFile,
+    examples: Annotated[int, typer.Option(help="How many examples to show.", min=0)] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON.")] = False,
+) -> None:
+    """Examples with their targets marked, lengths, shares, and what was left out."""
+    from stillroom.pipeline import config
+    from stillroom.pipeline.corpus.files import Corpus
+
+    run = config.load(run_file)
+    present(run, Corpus.open(run.path("corpus")), examples, as_json)
+
+
+def present(run: Any, corpus: Any, examples: int, as_json: bool) -> None:
+    """Show a corpus of a run: as JSON, or for a person."""
+    from stillroom.pipeline.corpus.identity import chat_settings
+    from stillroom.pipeline.corpus.looking import overview, shown_examples
+    from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer
+
+    teacher = run.teacher
+    tokenizer = CorpusTokenizer.open(
+        run.prepare.tokenizer if run.prepare else "",
+        teacher.model if teacher else "",
+        teacher.revision if teacher else "",
+        teacher.trust_remote_code if teacher else False,
+        chat_settings(run.prepare) if run.prepare else None,
+    )
+    made = shown_examples(corpus, tokenizer, examples)
+    seen = overview(corpus)
+    if as_json:
+        listed = [{**one, "segments": [asdict(s) for s in one["segments"]]} for one in made]
+        print(json.dumps(seen | {"examples": listed}, indent=2, ensure_ascii=False))
+        return
+    for example in made:
+        _draw(example)
+    _numbers(seen)
+    tell(corpus)
+
+
+def tell(corpus: Any) -> None:
+    """What was left out of a corpus, and what was noticed in its conversations."""
+    from stillroom.pipeline.corpus.looking import remarks
+    from stillroom.pipeline.corpus.rejects import FILE
+
+    facts = corpus.facts
+    for reason, number in facts["dropped"].items():
+        where = f" ({corpus.directory / FILE})" if reason == "rejected_rows" else ""
+        say(f"left out: {number:,} {reason.replace('_', ' ')}{where}")
+    if repeated := facts.get("repeats", {}).get("documents"):
+        kept = (
+            "weigh as much as all"
+            if facts["settings"].get("duplicates") == "keep"
+            else "count once"
+        )
+        say(f"exact duplicates: {repeated:,} documents; their examples {kept}")
+    for remark in remarks(facts):
+        say(remark)
+
+
+def _draw(example: dict[str, Any]) -> None:
+    """One example: what is learned is green, or between brackets where there are no colours."""
+    words = f"{example['tokens']:,} tokens, {example['targets']:,} targets"
+    images = f", {example['images']} images" if example["images"] else ""
+    out.rule(f"{example['source']}  {example['example_id'][:12]}  {words}{images}", align="left")
+    text, inside = Text(), False
+    for segment in example["segments"]:
+        if segment.target != inside and not out.is_terminal:
+            text.append("⟦" if segment.target else "⟧")
+        inside = segment.target
+        style = SPECIAL if segment.special else ""
+        text.append(segment.text, f"{style} {TARGET}".strip() if segment.target else style)
+    text.append("⟧" if inside and not out.is_terminal else "")
+    out.print(text, soft_wrap=True)
+
+
+def _numbers(seen: dict[str, Any]) -> None:
+    sources = seen["sources"]
+    rows = [[name, f"{s['examples']:,}", f"{s['tokens']:,}"] for name, s in sources.items()]
+    table("sources", ["source", "examples", "tokens"], rows)
+    edges, counts = seen["lengths"]["edges"], seen["lengths"]["examples"]
+    most = max([*counts, 1])
+    bars = [
+        [f"{low:,} to {high:,}", f"{count:,}", "█" * round(BAR * count / most)]
+        for low, high, count in zip(edges, edges[1:], counts)
+    ]
+    table("lengths", ["tokens", "examples", ""], bars)
+    out.print(f"targets: {seen['share_of_targets']:.1%} of the tokens")
+    if seen["share_without_targets"]:
+        share = seen["share_without_targets"]
+        say(f"warning: {share:.1%} of the examples had no target at all and are left out")
+    _overlap(seen["overlap"])
+
+
+def _overlap(found: dict[str, int]) -> None:
+    if found["examples"]:
+        shared = found["shared"] / max(found["spans"], 1)
+        out.print(
+            f"held-out answers that are in the training split too: {shared:.1%} of spans of "
+            f"{found['span']} tokens; {found['examples_shared']:,} of {found['examples']:,} "
+            "examples by half or more"
+        )
