@@ -278,7 +278,9 @@ def test_llava_json_with_a_folder_of_images(llava, tmp_path):
     said = []
     config = Prepare(source=(source,), heldout=0.0)
     corpus = prepare(config, str(llava), tmp_path / "corpus", say=said.append)
-    assert said == ['ShareGPT conversations in column "conversations", images in column "image" (l)']
+    assert said == [
+        'ShareGPT conversations in column "conversations", images in column "image" (l)'
+    ]
     with_image, without = corpus.split("train")
     assert corpus.image_bytes(with_image.images[0].sha256) == data
     assert without.images == ()
