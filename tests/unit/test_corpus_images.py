@@ -219,3 +219,33 @@ def test_a_text_teacher_cannot_read_images(tiny_llama, tmp_path):
     picture(tmp_path, "a.png", 12)
     with pytest.raises(CorpusError, match=r"has no image processor|no processor"):
         prepared(tiny_llama, tmp_path, [conversation(["a.png"], "<image>?")])
+
+
+def two_questions(thoughts=""):
+    first, second = (
+        conversation([], "<image>One?", f"{thoughts}A."),
+        conversation([], "<image>Two?"),
+    )
+    return {"messages": [*first["messages"], *second["messages"]], "images": ["a.png", "b.png"]}
+
+
+def test_an_answer_of_its_own_has_only_the_images_that_were_shown_until_then(llava, tmp_path):
+    shown = [picture(tmp_path, name, seed) for name, seed in (("a.png", 13), ("b.png", 14))]
+    hashes = [hashlib.sha256(data).hexdigest() for data in shown]
+    first, second = prepared(llava, tmp_path, [two_questions()], turns="each").split("train")
+    assert [image.sha256 for image in first.images] == hashes[:1]
+    assert [image.sha256 for image in second.images] == hashes
+    (both,) = prepared(llava, tmp_path, [two_questions()]).split("train")
+    assert both.token_ids.tolist() == second.token_ids.tolist()
+    assert both.loss_mask.sum() == first.loss_mask.sum() + second.loss_mask.sum()
+
+
+def test_a_long_conversation_with_images_is_cut_between_its_questions(llava, tmp_path):
+    shown = [picture(tmp_path, name, seed) for name, seed in (("a.png", 15), ("b.png", 16))]
+    whole = len(prepared(llava, tmp_path, [two_questions()]).split("train")[0].token_ids)
+    corpus = prepared(llava, tmp_path, [two_questions()], window=whole - 1)
+    examples = corpus.split("train")
+    assert [[corpus.image_bytes(i.sha256) for i in e.images] for e in examples] == [
+        [data] for data in shown
+    ]
+    assert corpus.facts["dropped"] == {"conversations_cut_into_pieces": 1}
