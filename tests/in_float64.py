@@ -26,18 +26,26 @@ a share of a learning rate."""
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """What is trained inside, in this process, is trained in float64; for Llama students."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    with pytest.MonkeyPatch.context() as patch:
+    """What is trained inside, in this process, is trained in float64; Llama's and Qwen's shapes."""
+    with pytest.MonkeyPatch.context() as patch, norms_in_float64():
         patch.setattr(trainer, "load", partial(load, dtype=torch.float64))
         patch.setattr(trainer, "Distiller", lambda *parts: Distiller(*parts).double())
-        patch.setattr(LlamaRMSNorm, "forward", _rms_norm)
+        yield
+
+
+@contextmanager
+def norms_in_float64() -> Iterator[None]:
+    """transformers' own RMS norms go through float32, whatever the model's dtype is."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (LlamaRMSNorm, Qwen3RMSNorm):
+            patch.setattr(kind, "forward", _rms_norm)
         yield
 
 
 def _rms_norm(norm, states: torch.Tensor) -> torch.Tensor:
-    """transformers' own goes through float32."""
     return torch.nn.functional.rms_norm(
         states, states.shape[-1:], norm.weight, norm.variance_epsilon
     )

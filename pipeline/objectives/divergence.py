@@ -136,9 +136,9 @@ def sampled_tail(signals: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.
     """Tail ids and their weights: each draw carries tail mass / draws, so that they sum to it.
 
     Returns:
-        ids int [N, draws], -1 pads; weights float32 [N, draws].
+        ids int [N, draws], -1 pads; weights [N, draws] in the tail's dtype.
     """
-    counts = signals["draw_counts"].float()  # [N, draws]
+    counts = signals["draw_counts"].to(signals["tail_logprob"].dtype)
     total = counts.sum(dim=-1, keepdim=True).clamp_min(1.0)
     return signals["draw_ids"], counts / total * signals["tail_logprob"].exp()[:, None]
 
