@@ -23,8 +23,8 @@ from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
 from stillroom.cache_schemas.rankings import Rankings
 from stillroom.pipeline.cache import shard as shards
 from stillroom.pipeline.cache.formats import Encoded, Format, read_codec
+from stillroom.pipeline.cache.partial import present_signals
 from stillroom.pipeline.cache.sealing import check_receipt
-from stillroom.pipeline.cache.sharing.partial import present_signals
 from stillroom.pipeline.cache.storage.directory import Storage
 from stillroom.pipeline.cache.storage.location import open_storage
 from stillroom.pipeline.cache.storage.readthrough import ReadThrough

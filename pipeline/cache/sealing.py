@@ -26,8 +26,8 @@ from stillroom.cache_schemas.manifest import (
 )
 from stillroom.cache_schemas.signals import IMAGE_ERROR
 from stillroom.pipeline.cache import shard as shards_of
+from stillroom.pipeline.cache.card import README, card
 from stillroom.pipeline.cache.formats import Format
-from stillroom.pipeline.cache.sharing.card import README, card
 from stillroom.pipeline.cache.storage.directory import Storage
 
 THREADS = 16

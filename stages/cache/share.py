@@ -75,7 +75,7 @@ def merge(
 ) -> None:
     """One cache of all examples of several caches of one teacher."""
     from stillroom.pipeline.cache.reader import TeacherCache
-    from stillroom.pipeline.cache.rewriting import merge
+    from stillroom.pipeline.cache.sharing.rewriting import merge
 
     if len(caches) < 2:
         raise ConfigError("one cache", expected="two or more", where="merge")
@@ -96,7 +96,7 @@ def subset(
 ) -> None:
     """A cache of some of the examples, by source, entropy or size."""
     from stillroom.pipeline.cache.reader import TeacherCache
-    from stillroom.pipeline.cache.rewriting import Selection, subset
+    from stillroom.pipeline.cache.sharing.rewriting import Selection, subset
 
     opened = TeacherCache.open(location(cache))
     chosen = Selection(tuple(source or ()), (min_entropy, max_entropy), examples, tokens)
@@ -115,7 +115,7 @@ def reshard(
 ) -> None:
     """The same examples in shards of another size, or in another codec profile."""
     from stillroom.pipeline.cache.reader import TeacherCache
-    from stillroom.pipeline.cache.rewriting import reshard
+    from stillroom.pipeline.cache.sharing.rewriting import reshard
 
     if profile not in ("", "small", "strict", "exact", "portable"):
         known = "small, strict, exact or portable"

@@ -5,9 +5,9 @@ import itertools
 import pytest
 
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch
+from stillroom.pipeline.cache.card import card
 from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.sharing.card import card
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.writer import CacheWriter
 from tests.synthetic_records import assert_same_record, make_plan, make_record, records_of

@@ -18,9 +18,9 @@ from stillroom.cache_schemas.record_codec import MAX_KL
 from stillroom.pipeline.cache import shard as shards
 from stillroom.pipeline.cache.care.comparing import evenly
 from stillroom.pipeline.cache.formats import Format, open_codec, read_codec
+from stillroom.pipeline.cache.partial import present_signals
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.sealing import file_entry, fixed_files, index_names, read_receipt
-from stillroom.pipeline.cache.sharing.partial import present_signals
 from stillroom.pipeline.cache.storage.directory import Storage
 from stillroom.pipeline.record import TeacherRecord
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, PlanMismatch, ShardCorrupt
 from stillroom.cache_schemas.manifest import FileEntry
+from stillroom.pipeline.cache import partial
+from stillroom.pipeline.cache.card import README
 from stillroom.pipeline.cache.care.verification import Progress
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.sharing import partial
-from stillroom.pipeline.cache.sharing.card import README
 from stillroom.pipeline.cache.storage.directory import Storage
 
 PIECE_BYTES = 1 << 25
