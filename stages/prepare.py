@@ -41,6 +41,8 @@ def prepare(run_file: RunFile) -> None:
     table(f"corpus {corpus.digest[:12]}", ["split", *COLUMNS], rows)
     for reason, number in corpus.facts["dropped"].items():
         say(f"left out: {number:,} {reason.replace('_', ' ')}")
+    for fact, number in corpus.facts.get("interactions", {}).items():
+        say(f"{fact.replace('_', ' ')}: {number:,}")
     out.print(str(corpus.directory))
 
 

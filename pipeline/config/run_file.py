@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.config.recommending import Candidates, Interactions, Items, Recommender
 from stillroom.pipeline.config.strict import Table, validate
 from stillroom.pipeline.config.training import Evaluate, Objective, Student, Train
 from stillroom.pipeline.config.vision import Vision
@@ -23,9 +24,10 @@ class Source(Table):
 
     name: str
     """Label kept with every example; `subset` and per-source weights select by it."""
-    kind: Literal["pydoc_topics", "text", "jsonl", "parquet", "hub", "images"]
+    kind: Literal["pydoc_topics", "text", "jsonl", "parquet", "hub", "images", "interactions"]
     path: str = ""
-    """File, glob or directory (`text`, `jsonl`, `parquet`, `images`), or hub data set (`hub`)."""
+    """File, glob or directory (`text`, `jsonl`, `parquet`, `images`), hub data set (`hub`), file or
+    directory of `interactions`."""
     split: str = "train"
     """`hub`: which of the data set's splits to read."""
     subset: str = ""
@@ -39,6 +41,8 @@ class Source(Table):
     """Column of images (paths, bytes or data URLs) that the messages show."""
     limit: int = 0
     """Keep at most this many documents; 0 keeps all."""
+    interactions: Interactions | None = None
+    """`interactions`: columns, filters, and what the teacher is asked."""
 
 
 class Prepare(Table):
@@ -170,6 +174,9 @@ class Run(Table):
     teacher: Teacher | None = None
     capture: Capture | None = None
     vision: Vision | None = None
+    items: Items | None = None
+    candidates: Candidates | None = None
+    recommender: Recommender | None = None
     student: Student | None = None
     objective: tuple[Objective, ...] = ()
     train: Train | None = None

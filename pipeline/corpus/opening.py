@@ -9,6 +9,7 @@ from collections.abc import Callable
 from stillroom.pipeline.config import Source
 from stillroom.pipeline.corpus.documents import OpenSource
 from stillroom.pipeline.corpus.hub import open_hub
+from stillroom.pipeline.corpus.item_questions import open_interactions
 from stillroom.pipeline.corpus.sources import SUFFIXES, files_source, find_files, read_topics
 
 
@@ -40,4 +41,5 @@ OPENERS: dict[str, Callable[[Source], OpenSource]] = {
     "pydoc_topics": _open_topics,
     "hub": open_hub,
     "images": _open_files,
+    "interactions": open_interactions,
 }

@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from stillroom.pipeline.corpus.chat import Tokens
 from stillroom.pipeline.corpus.documents import Document, OpenSource
 from stillroom.pipeline.corpus.files import Corpus, ExampleFile, replace_directory, write_facts
 from stillroom.pipeline.corpus.image_chat import ImageChat, ImageTokens
+from stillroom.pipeline.corpus.item_questions import holds_interactions, write_interactions
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
 from stillroom.pipeline.corpus.splits import canonical_json, deal, heldout_documents
@@ -84,11 +85,20 @@ def prepare(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         made = Path(scratch, "corpus")
         made.mkdir()
-        drawn = _Drawing(config, tokenizer, progress or (lambda _: None))
-        drawn.write(sources, made / "all.arrow")
-        write_facts(made, identity | drawn.facts() | drawn.deal(made / "all.arrow"))
+        tell = progress or (lambda _: None)
+        if holds_interactions(config):
+            report = partial(_report, tell)
+            write_facts(made, identity | write_interactions(config, tokenizer, made, report))
+        else:
+            drawn = _Drawing(config, tokenizer, tell)
+            drawn.write(sources, made / "all.arrow")
+            write_facts(made, identity | drawn.facts() | drawn.deal(made / "all.arrow"))
         replace_directory(made, target)
     return Corpus.open(target)
+
+
+def _report(tell: Callable[[PrepareProgress], None], *counts: int) -> None:
+    tell(PrepareProgress(*counts))
 
 
 def windows(tokens: Tokens, size: int, overlap: int) -> Iterator[Tokens]:
@@ -234,7 +244,7 @@ class _Drawing:
 
 def _identity(config: Prepare, tokenizer: CorpusTokenizer, sources: list[OpenSource]) -> dict:
     """Everything that the result follows from: equal identities need no second preparation."""
-    settings = config.model_dump(mode="json", exclude={"tokenizer"})
+    settings = config.model_dump(mode="json", exclude={"tokenizer"}, exclude_none=True)
     facts = [source.facts for source in sources]
     return {"tokenizer": tokenizer.facts, "settings": settings, "sources": facts}
 
