@@ -66,11 +66,13 @@ def capture(
     worker: dict[str, Any] = {"rank": rank, "world_size": world_size, "on_error": on_error.value}
     if ray or ray_address:
         worker["address"] = ray_address
-    if run.capture is not None or run.vision is None:
+    wanted = {"images": run.vision, "items": run.items, "candidates": run.candidates}
+    if run.capture is not None or not any(wanted.values()):
         where = {"engine": engine.value, "split": split.value, "location": cache}
         _capture(run, **where, **worker)
-    if run.vision is not None:
-        _capture_images(run, **worker)
+    for about, table in wanted.items():
+        if table is not None:
+            _capture_more(run, about, engine.value, split.value, **worker)
 
 
 def _capture(run, **options) -> None:
@@ -129,31 +131,44 @@ def _alone(rank: int, world_size: int) -> None:
         raise ConfigError("--rank and --world-size mean nothing with --ray", remedy="Drop them.")
 
 
-def _capture_images(run, **worker) -> None:
+UNITS = {"images": "images", "items": "items", "candidates": "histories"}
+TITLES = {"images": "vision targets", "items": "item embeddings", "candidates": "candidates"}
+
+
+def _capture_more(run, about: str, engine: str, split: str, **worker) -> None:
+    """What has a cache of its own beside the texts': images, items, candidates."""
     from stillroom.pipeline import provenance
+    from stillroom.pipeline.capture.candidates import capture_candidates, default_location
     from stillroom.pipeline.capture.cluster import capture_on_ray
     from stillroom.pipeline.capture.images import capture_images
+    from stillroom.pipeline.capture.items import capture_items
     from stillroom.pipeline.capture.job import CaptureProgress
 
-    score: Any = capture_images
-    options: dict[str, Any] = worker
+    scores: Any = {
+        "images": (capture_images, {}),
+        "items": (capture_items, {"engine": engine}),
+        "candidates": (capture_candidates, {"engine": engine, "split": split}),
+    }
+    (score, options), title = scores[about], TITLES[about]
+    options = options | worker
     if "address" in worker:
-        score, options = capture_on_ray, worker | {"images": True}
+        score, options = capture_on_ray, options | {"about": about}
         _alone(options.pop("rank"), options.pop("world_size"))
-    steps = Steps("vision targets")
-    with progress("vision targets", unit="images") as report:
+    steps = Steps(title)
+    with progress(title, unit=UNITS[about]) as report:
 
         def show(now: CaptureProgress) -> None:
             steps(now.doing)
-            per_image = now.bytes / now.examples if now.shards else 0.0
-            report(now.examples, now.total_examples, bytes_per_image=per_image)
+            each = now.bytes / now.examples if now.shards else 0.0
+            report(now.examples, now.total_examples, **{f"bytes_per_{UNITS[about][:-1]}": each})
 
         manifest = score(run, on_progress=show, **options)
-    provenance.record(run.path("run.json"), "vision")
+    provenance.record(run.path("run.json"), "vision" if about == "images" else about)
     if manifest is None:
-        say("this worker's shards are done; the last worker to finish seals the vision targets")
+        say(f"this worker's shards are done; the last worker to finish seals the {title}")
         return
-    out.print(str(run.path("vision")))
+    kept = {"images": run.path("vision"), "items": run.path("items")}
+    out.print(str(kept.get(about) or default_location(run, split)))
 
 
 def _dry_run(run, engine: str, split: str) -> None:

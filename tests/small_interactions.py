@@ -17,7 +17,9 @@ def lines(users: int = 24, items: int = 16, seed: int = 0) -> list[tuple[str, st
         own = [i for i in range(items) if i % len(KINDS) == user % len(KINDS)]
         for time in range(count):
             item = int(random.choice(own)) if random.random() < 0.8 else int(random.integers(items))
-            found.append((f"u{user}", f"{item + 1}", int(random.integers(1, 6)), 1000 * user + time))
+            found.append(
+                (f"u{user}", f"{item + 1}", int(random.integers(1, 6)), 1000 * user + time)
+            )
     random.shuffle(found)
     return found
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache_schemas import canonical, layout, rows
-from stillroom.cache_schemas.dense_array import DenseArray
 from stillroom.cache_schemas.candidates import check_distances, check_ids
+from stillroom.cache_schemas.dense_array import DenseArray
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 from stillroom.cache_schemas.manifest import FORMAT_VERSION, Plan, check_version
 from stillroom.cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
@@ -148,9 +148,7 @@ class Format:
         found = {n: np.asarray(values[n], dtype=EXAMPLE_SIGNALS[n].dtype) for n in names}
         capture = self.plan.facts["capture"]
         if "candidate_ids" in found:
-            check_ids(
-                found["candidate_ids"], capture["candidates"], capture["catalogue"]["items"]
-            )
+            check_ids(found["candidate_ids"], capture["candidates"], capture["catalogue"]["items"])
         if "candidate_distances" in found:
             check_distances(found["candidate_distances"], capture["candidates"])
         return found

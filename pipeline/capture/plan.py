@@ -66,7 +66,7 @@ def make_plan(
     if not table.nucleus:
         # Caches made before there was such a key have the same plan.
         del capture["nucleus"]
-    facts = teacher_facts(teacher) | {"engine_args": _meaningful(teacher.engine_args)}
+    facts = teacher_facts(teacher) | {"engine_args": meaningful(teacher.engine_args)}
     return Plan.make(
         teacher=facts,
         engine=engine_facts(engine),
@@ -149,7 +149,8 @@ def check_processor(corpus: Corpus, teacher: Teacher) -> None:
         )
 
 
-def _meaningful(engine_args: dict) -> dict:
+def meaningful(engine_args: dict) -> dict:
+    """The engine arguments that change what a teacher says."""
     return {key: value for key, value in engine_args.items() if key not in SPEED_AND_PLACEMENT}
 
 

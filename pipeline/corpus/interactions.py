@@ -1,10 +1,10 @@
 """Who took what, when: from files to everybody's sequence, with a rule for every doubt.
 
 One idea: filters are applied in a stated order and count what they leave out; the result does not
-depend on the order of lines in a file. The rules: interactions below `min_rating` go; the same user,
-item and time twice is one; users and items below the k-core go, again and again; users with fewer
-than three interactions go. Interactions of one user at one time are ordered by item id. This module
-asks no teacher; questions are `item_questions`.
+depend on the order of lines in a file. The rules: interactions below `min_rating` go; the same
+user, item and time twice is one; users and items below the k-core go, again and again; users with
+fewer than three interactions go. Interactions of one user at one time are ordered by item id. This
+module asks no teacher; questions are `item_questions`.
 """
 
 from collections import Counter
@@ -149,8 +149,8 @@ def _keys(settings: Interactions) -> tuple[tuple[str, str], ...]:
 
 
 def _filled(columns: Columns, name: str) -> pa.ChunkedArray:
-    column = pc.utf8_trim_whitespace(columns.text(name))
-    empty = np.asarray(pc.fill_null(pc.equal(column, ""), True))
+    column = pc.call_function("utf8_trim_whitespace", [columns.text(name)])
+    empty = np.asarray(pc.call_function("equal", [column, ""]).fill_null(True))
     if empty.any():
         raise CorpusError(f"column '{name}' is empty", where=columns.at(int(np.argmax(empty))))
     return column
@@ -238,9 +238,7 @@ def _once(log: Log) -> None:
     order = np.lexsort((log.item, log.time, log.user))
     log.user, log.item, log.time = log.user[order], log.item[order], log.time[order]
     same = np.zeros(len(log.user), dtype=bool)
-    same[1:] = (
-        (np.diff(log.user) == 0) & (np.diff(log.time) == 0) & (np.diff(log.item) == 0)
-    )
+    same[1:] = (np.diff(log.user) == 0) & (np.diff(log.time) == 0) & (np.diff(log.item) == 0)
     log.keep(~same, "repeated_interactions")
 
 

@@ -21,8 +21,8 @@ from stillroom.cache_schemas.errors import ConfigError, CorpusError
 from stillroom.pipeline.config import Prepare, Source
 from stillroom.pipeline.config.recommending import Interactions
 from stillroom.pipeline.corpus.documents import Document, OpenSource
-from stillroom.pipeline.corpus.files import ExampleFile
-from stillroom.pipeline.corpus.histories import ITEMS, Catalogue, Histories
+from stillroom.pipeline.corpus.files import Corpus, ExampleFile
+from stillroom.pipeline.corpus.histories import ITEMS, Catalogue, Histories, Part
 from stillroom.pipeline.corpus.interaction_files import find_pair, read_columns
 from stillroom.pipeline.corpus.interactions import (
     Sequences,
@@ -36,6 +36,8 @@ from stillroom.pipeline.record import Example, content_id
 
 QUESTIONS_PER_CALL = 1024
 LINE_END = "\n"
+PARTS: dict[str, Part] = {"train": "train", "heldout": "test"}
+"""Split of the corpus -> rows that its questions are about."""
 Tell = Callable[[int, int, int], None]
 """Told of histories read, examples made and their tokens."""
 
@@ -75,6 +77,12 @@ def holds_interactions(config: Prepare) -> bool:
 def settings_of(source: Source) -> Interactions:
     """The source's [prepare.source.interactions], or its defaults."""
     return source.interactions or Interactions()
+
+
+def settings_in(corpus: Corpus) -> Interactions:
+    """The [prepare.source.interactions] that a corpus was made with."""
+    given = corpus.facts["settings"]["source"][0].get("interactions") or {}
+    return Interactions.model_validate(given)
 
 
 def write_interactions(
@@ -145,7 +153,7 @@ class _Questions:
         ids = np.full(len(self._found.items), "", dtype=object)
         counts = {}
         with ExitStack() as stack:
-            for split, part in (("train", "train"), ("heldout", "test")):
+            for split, part in PARTS.items():
                 file = stack.enter_context(ExampleFile(directory / f"{split}.arrow"))
                 rows = self._bare.rows(part)
                 counts[split] = self._write_part(file, rows, ids, tell)

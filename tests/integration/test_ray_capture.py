@@ -87,7 +87,7 @@ def _pictures_too(root):
     table = {"name": "dino", "kind": "dinov2", "model": str(model), "size": 56}
     pictures = [[tiny_encoders.file(tiny_encoders.picture(seed))] for seed in range(5)]
     seals = []
-    for name, score in (("one", capture_images), ("ray", partial(capture_on_ray, images=True))):
+    for name, score in (("one", capture_images), ("ray", partial(capture_on_ray, about="images"))):
         tiny_encoders.save_corpus(root / name / "corpus", pictures, heldout=1)
         vision = {"encoder": [table], "images_per_shard": 2}
         score(Run(name="pictures", directory=str(root / name), vision=vision))

@@ -75,10 +75,12 @@ def test_a_question_is_prompt_and_title_and_named_by_its_content(
     corpus = of_rows(tmp_path, tiny_llama, ROWS)
     histories = open_histories(corpus)
     row = histories.rows("test")[0]
-    (example,) = (e for e in corpus.split("heldout") if e.example_id == histories.example_ids[row].as_py())
+    (example,) = (
+        e for e in corpus.split("heldout") if e.example_id == histories.example_ids[row].as_py()
+    )
     text = tiny_tokenizer.decode(example.token_ids)
     asked = tiny_tokenizer.decode(example.token_ids[~example.loss_mask])
-    title = {name: title for name, title in small_interactions.titles()}
+    title = dict(small_interactions.titles())
     assert asked == (
         "One person chose these, one after the other:\n\n"
         f"{title['3']}\n{title['1']}\n{title['2']}\n"
@@ -96,9 +98,7 @@ def test_the_order_of_lines_means_nothing(tmp_path, tiny_llama):
         corpora.append(of_rows(tmp_path / str(seed), tiny_llama, rows, titles))
     assert corpora[0].digest == corpora[1].digest
     again = prepare(
-        Prepare.model_validate(
-            {"source": corpora[0].facts["settings"]["source"], "window": 128}
-        ),
+        Prepare.model_validate({"source": corpora[0].facts["settings"]["source"], "window": 128}),
         str(tiny_llama),
         corpora[0].directory,
     )
@@ -188,8 +188,10 @@ def test_latin_1_is_asked_for_by_name_and_read_from_movielens_own_files(tmp_path
     old.mkdir()
     rows = ["::".join(map(str, line)) for line in small_interactions.lines()]
     (old / "ratings.dat").write_text("\n".join(rows) + "\n")
-    named = [f"{item}::{title.replace('river', 'rivière')}::Drama"
-             for item, title in small_interactions.titles()]
+    named = [
+        f"{item}::{title.replace('river', 'rivière')}::Drama"
+        for item, title in small_interactions.titles()
+    ]
     (old / "movies.dat").write_bytes("\n".join(named).encode("latin-1"))
     found = made(tmp_path, tiny_llama, small_interactions.source(old), "dat")
     assert any("rivière" in title for title in open_catalogue(found).titles)
