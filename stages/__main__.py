@@ -22,7 +22,7 @@ from stillroom.cache_schemas.errors import (
     CacheIncomplete,
     StillroomError,
 )
-from stillroom.stages import capture, evaluate, generate, prepare, teacher, train
+from stillroom.stages import capture, evaluate, generate, prepare, recommend, teacher, train
 from stillroom.stages.cache import group as cache
 from stillroom.stages.console import say
 from stillroom.stages.demos import text as demo
@@ -44,6 +44,7 @@ app.add_typer(cache.app, name="cache")
 app.command()(train.student)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
+app.command()(recommend.recommend)
 app.command()(demo.demo)
 app.command()(demo_vision.demo_vision)
 app.add_typer(teacher.app, name="teacher")
