@@ -1,22 +1,19 @@
 """`stillroom capture`: run the teacher once and keep what it says."""
 
 import time
+from collections.abc import Callable
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stillroom.stages.arguments import Engine, EngineChoice, Rank, RunFile, WorldSize, check_worker
 from stillroom.stages.console import out, progress, say
 
-RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
+if TYPE_CHECKING:
+    from stillroom.pipeline.capture.progress import CaptureProgress
 
-
-class Engine(StrEnum):
-    """What runs the teacher."""
-
-    vllm = "vllm"
-    reference = "reference"
+Numbers = Callable[["CaptureProgress"], dict[str, float]]
 
 
 class OnError(StrEnum):
@@ -35,9 +32,9 @@ class Split(StrEnum):
 
 def capture(
     run_file: RunFile,
-    engine: Annotated[Engine, typer.Option(help="What runs the teacher.")] = Engine.vllm,
-    rank: Annotated[int, typer.Option(min=0, help="This worker, from 0.")] = 0,
-    world_size: Annotated[int, typer.Option(min=1, help="How many workers share the work.")] = 1,
+    engine: EngineChoice = Engine.vllm,
+    rank: Rank = 0,
+    world_size: WorldSize = 1,
     on_error: Annotated[OnError, typer.Option(help="A bad example: stop, or set it aside.")] = (
         OnError.stop
     ),
@@ -52,14 +49,10 @@ def capture(
     dry_run: Annotated[bool, typer.Option(help="Score a sample and print the cost.")] = False,
 ) -> None:
     """Score the prepared corpus and seal the cache; run again to go on after any interruption."""
-    from stillroom.cache_schemas.errors import ConfigError
     from stillroom.pipeline import config
 
     run = config.load(run_file)
-    if rank >= world_size:
-        raise ConfigError(
-            f"--rank {rank} of {world_size} workers", expected=f"0 to {world_size - 1}"
-        )
+    check_worker(rank, world_size)
     if dry_run:
         _dry_run(run, engine.value, split.value)
         return
@@ -78,34 +71,45 @@ def capture(
 def _capture(run, **options) -> None:
     from stillroom.pipeline import config, provenance
     from stillroom.pipeline.capture.cluster import capture_on_ray
-    from stillroom.pipeline.capture.job import CaptureProgress
     from stillroom.pipeline.capture.job import capture as score
 
     title = f"capture {options['rank']}" if options["world_size"] > 1 else "capture"
     if "address" in options:
         score, title = capture_on_ray, "capture on Ray"
         _alone(options.pop("rank"), options.pop("world_size"))
-    steps = Steps(title)
-    with progress(title, unit="examples") as report:
-
-        def show(now: CaptureProgress) -> None:
-            steps(now.doing)
-            report(
-                now.examples,
-                now.total_examples,
-                tok_per_s=now.tokens_per_second,
-                bytes_per_token=now.bytes_per_token,
-                mass=now.retained_mass,
-                entropy=now.entropy,
-            )
-
-        manifest = score(run, on_progress=show, **options)
+    manifest = _watched(score, run, title, "examples", _token_numbers, **options)
     config.dump(run, run.path("capture.config.json"))
     provenance.record(run.path("run.json"), "capture")
     if manifest is None:
         say("this worker's shards are done; the last worker to finish seals the cache")
         return
     out.print(options["location"] or str(run.path("cache")))
+
+
+def _watched(score, run, title: str, unit: str, numbers: Numbers, **options):
+    """The manifest of a capture, or None while shards are missing; its progress is shown."""
+    steps = Steps(title)
+    with progress(title, unit) as report:
+
+        def show(now: "CaptureProgress") -> None:
+            steps(now.doing)
+            report(now.examples, now.total_examples, **numbers(now))
+
+        return score(run, on_progress=show, **options)
+
+
+def _token_numbers(now: "CaptureProgress") -> dict[str, float]:
+    return {
+        "tok_per_s": now.tokens_per_second,
+        "bytes_per_token": now.bytes_per_token,
+        "mass": now.retained_mass,
+        "entropy": now.entropy,
+    }
+
+
+def _numbers_each(now: "CaptureProgress") -> dict[str, float]:
+    """What one image, item or history weighs, so far."""
+    return {"bytes_each": now.bytes / now.examples if now.shards else 0.0}
 
 
 class Steps:
@@ -142,7 +146,6 @@ def _capture_more(run, about: str, engine: str, split: str, **worker) -> None:
     from stillroom.pipeline.capture.cluster import capture_on_ray
     from stillroom.pipeline.capture.images import capture_images
     from stillroom.pipeline.capture.items import capture_items
-    from stillroom.pipeline.capture.job import CaptureProgress
 
     scores: Any = {
         "images": (capture_images, {}),
@@ -154,15 +157,7 @@ def _capture_more(run, about: str, engine: str, split: str, **worker) -> None:
     if "address" in worker:
         score, options = capture_on_ray, options | {"about": about}
         _alone(options.pop("rank"), options.pop("world_size"))
-    steps = Steps(title)
-    with progress(title, unit=UNITS[about]) as report:
-
-        def show(now: CaptureProgress) -> None:
-            steps(now.doing)
-            each = now.bytes / now.examples if now.shards else 0.0
-            report(now.examples, now.total_examples, **{f"bytes_per_{UNITS[about][:-1]}": each})
-
-        manifest = score(run, on_progress=show, **options)
+    manifest = _watched(score, run, title, UNITS[about], _numbers_each, **options)
     provenance.record(run.path("run.json"), "vision" if about == "images" else about)
     if manifest is None:
         say(f"this worker's shards are done; the last worker to finish seals the {title}")

@@ -1,13 +1,14 @@
 """`stillroom prepare`: make the corpus of a run from its sources."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from stillroom.stages.arguments import RunFile
 from stillroom.stages.console import out, progress, say, table
 
-RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
+if TYPE_CHECKING:
+    from stillroom.pipeline.corpus.files import Corpus
+
+COLUMNS = ("documents", "examples", "tokens", "targets")
 
 
 def prepare(run_file: RunFile) -> None:
@@ -36,14 +37,19 @@ def prepare(run_file: RunFile) -> None:
         )
     config.dump(run, run.path("corpus.config.json"))
     provenance.record(run.path("run.json"), "prepare")
+    show_corpus(corpus)
+
+
+def show_corpus(corpus: "Corpus") -> None:
+    """What a corpus holds and what was left out of it; its directory on stdout."""
     counts = corpus.facts["counts"]
     rows = [[name, *(f"{counts[name][column]:,}" for column in COLUMNS)] for name in counts]
     table(f"corpus {corpus.digest[:12]}", ["split", *COLUMNS], rows)
+    if "generated" in corpus.facts:
+        ends = corpus.facts["generated"]["answers"]
+        say(f"answers: {ends.get('ended', 0):,} ended, {ends.get('cut', 0):,} cut at the limit")
     for reason, number in corpus.facts["dropped"].items():
         say(f"left out: {number:,} {reason.replace('_', ' ')}")
     for fact, number in corpus.facts.get("interactions", {}).items():
         say(f"{fact.replace('_', ' ')}: {number:,}")
     out.print(str(corpus.directory))
-
-
-COLUMNS = ("documents", "examples", "tokens", "targets")

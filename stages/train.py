@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stillroom.stages.arguments import RunFile
 from stillroom.stages.console import out, progress, say, table
 
 if TYPE_CHECKING:
     from stillroom.pipeline.config import Run
-
-RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 
 
 def train(

@@ -30,6 +30,9 @@ from stillroom.pipeline.teacher.facts import teacher_facts
 from stillroom.pipeline.teacher.opening import open_engine
 from stillroom.pipeline.teacher.protocol import EngineName, Reject, RejectedExample, stop
 
+LEAST_CONTEXT = 128
+"""Tokens that an engine is started for at least: its own first questions have to fit."""
+
 
 def capture_items(
     run: Run,
@@ -68,7 +71,7 @@ def open_task(run: Run, engine: EngineName, location: str = "") -> Task:
     items = open_items(corpus)
     check_tokenizer(corpus, teacher)
     writer = CacheWriter.open(location or str(run.path("items")), make_plan(run, corpus, engine))
-    longest = max(len(item.token_ids) for item in items)
+    longest = max(LEAST_CONTEXT, *(len(item.token_ids) for item in items))
 
     def start(scale: float) -> "ItemEngine":
         asked = state_capture(table)

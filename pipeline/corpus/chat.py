@@ -110,7 +110,7 @@ class ChatTokenizer:
     def _span(self, text: str, messages: list, index: int, document: Document) -> tuple[int, int]:
         """Characters of one assistant turn: after its generation prompt, to its end token."""
         prompt = self._render(messages[:index], prompt=True) if index else ""
-        start = _common_prefix(text, prompt)
+        start = _common_prefix(text, prompt)  # characters
         content = _spoken(messages[index])
         at = text.find(content, start)
         if at < 0 or start < len(prompt.rstrip()):
@@ -207,7 +207,7 @@ def inside(offsets: np.ndarray, text: str, spans: list[tuple[int, int]]) -> np.n
     Prompts that end in a space need this: most tokenizers join that space to the first word.
     """
     mask = np.zeros(len(offsets), dtype=bool)
-    begins, ends = offsets[:, 0], offsets[:, 1]
+    begins, ends = offsets[:, 0], offsets[:, 1]  # [L], characters
     for start, end in spans:
         earliest = len(text[:start].rstrip())
         mask |= (begins >= earliest) & (ends > start) & (ends <= end)

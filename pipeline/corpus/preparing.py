@@ -123,7 +123,7 @@ class _Drawing:
 
     def __init__(self, config: Prepare, tokenizer: CorpusTokenizer, progress):
         self.config, self.tokenizer, self.progress = config, tokenizer, progress
-        self.documents: dict[str, None] = {}
+        self.documents: dict[str, None] = {}  # a set that keeps its order
         self.dropped: Counter[str] = Counter()
         self.used_template = False
         self.tokens = self.highest_id = 0
@@ -244,6 +244,7 @@ class _Drawing:
 
 def _identity(config: Prepare, tokenizer: CorpusTokenizer, sources: list[OpenSource]) -> dict:
     """Everything that the result follows from: equal identities need no second preparation."""
+    # The tokenizer counts by what it does.
     settings = config.model_dump(mode="json", exclude={"tokenizer"}, exclude_none=True)
     facts = [source.facts for source in sources]
     return {"tokenizer": tokenizer.facts, "settings": settings, "sources": facts}

@@ -30,6 +30,7 @@ ROWS_PER_READ = 1024
 
 def read_text(path: Path) -> Iterator[Document]:
     """A text file is one document; it must be UTF-8."""
+    # A byte order mark is no text.
     yield Document(str(path), decode(path.read_bytes(), str(path)).removeprefix("\ufeff"))
 
 

@@ -271,9 +271,7 @@ class RankingDistiller(nn.Module):
                 self.projectors[str(number)] = made
         self.sums: dict[str, dict[str, torch.Tensor]] = {}
 
-    def weigh(
-        self, batch: Any, progress: float
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def weigh(self, batch: Any, progress: float) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Weights of every objective's rows, and their totals; see `combine.Distiller.weigh`."""
         weights = [self._rows(term, batch) for term in self.terms]
         return weights, torch.stack([weight.double().sum() for weight in weights])

@@ -37,7 +37,7 @@ def gradient(
 
 
 def num_draws(tail: np.ndarray, draws: int) -> np.ndarray:
-    """int64 [R]: draws of rows whose tails weigh `tail` [R]; see `sweep.draw_tail`."""
+    """int64 [R]: draws of rows whose tails weigh `tail` [R]; see `definition.draw_tail`."""
     return np.clip(np.ceil(draws * tail - ROUNDING), 1, draws).astype(np.int64)
 
 

@@ -19,7 +19,14 @@ from stillroom.stages.cache import (
 from stillroom.stages.cache import (
     share as cache_sharing,
 )
-from stillroom.stages.cache.arguments import Cache, location, tokenizer_near, tokenizer_of
+from stillroom.stages.cache.arguments import (
+    Cache,
+    PublicKey,
+    check_signature,
+    location,
+    tokenizer_near,
+    tokenizer_of,
+)
 from stillroom.stages.console import out, progress, say, table
 
 app = typer.Typer(help="Look at caches, check, mend and share them.", no_args_is_help=True)
@@ -69,21 +76,13 @@ def ls(
 
 
 @app.command()
-def verify(
-    cache: Cache,
-    public_key: Annotated[
-        str, typer.Option(help="PEM file; the manifest must be signed by its owner.")
-    ] = "",
-) -> None:
+def verify(cache: Cache, public_key: PublicKey = "") -> None:
     """Hash every file and decode every record again."""
     from stillroom.pipeline.cache.care.verification import verify
     from stillroom.pipeline.cache.storage.location import open_storage
 
     storage = open_storage(location(cache))
-    if public_key:
-        from stillroom.pipeline.cache.sharing.signing import check_signature
-
-        check_signature(storage, public_key)
+    check_signature(storage, public_key)
     with progress("verify", "shards") as report:
         result = verify(storage, report)
     for note in result.notes:

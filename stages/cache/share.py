@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stillroom.cache_schemas.errors import ConfigError
-from stillroom.stages.cache.arguments import Cache, location
+from stillroom.stages.cache.arguments import Cache, PublicKey, check_signature, location
 from stillroom.stages.console import out, progress, say
 
 if TYPE_CHECKING:
@@ -39,17 +39,12 @@ def pull(
     target: Target,
     signal: Signals = None,
     threads: Threads = 8,
-    public_key: Annotated[
-        str, typer.Option(help="PEM file; refuse what its owner has not signed.")
-    ] = "",
+    public_key: PublicKey = "",
 ) -> None:
     """Copy a cache from a bucket or web server, verified on arrival."""
     from stillroom.pipeline.cache.storage.location import open_storage
 
-    if public_key:
-        from stillroom.pipeline.cache.sharing.signing import check_signature
-
-        check_signature(open_storage(cache), public_key)
+    check_signature(open_storage(cache), public_key)
     _copy(cache, target, signal, threads, "pull")
 
 

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, ConfigError, StillroomError
-from stillroom.stages.capture import Engine
+from stillroom.stages.arguments import Engine, EngineChoice, RunFile
 from stillroom.stages.console import out, say, table
 
 if TYPE_CHECKING:
     from stillroom.pipeline.config import Run
 
-RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 Control = Annotated[Path, typer.Option(help="A run to compare with, trained without the teacher.")]
 INSTALL_SECONDS = Path(sys.prefix, ".install-seconds")
 
@@ -91,7 +90,7 @@ class Ledger:
 def demo(
     run_file: RunFile,
     control: Control,
-    engine: Annotated[Engine, typer.Option(help="What runs the teacher.")] = Engine.vllm,
+    engine: EngineChoice = Engine.vllm,
 ) -> None:
     """Prepare, capture, train a student and a control, evaluate; then show what came of it."""
     from stillroom.pipeline import config
@@ -164,7 +163,7 @@ def perform(stage: Stage, ledger: Ledger) -> None:
         StageFailed: it did not end with 0.
     """
     say(f"$ stillroom {shlex.join(stage.command)}")
-    command = [sys.executable, "-m", "stages", *stage.command]
+    command = [sys.executable, "-m", "stillroom.stages", *stage.command]
     started, code = time.monotonic(), EXIT_INCOMPLETE
     try:
         code = subprocess.run(command, check=False).returncode

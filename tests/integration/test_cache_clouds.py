@@ -185,7 +185,7 @@ def test_the_hub_says_no(cache, plan, tmp_path):
 
 def stillroom(address, *arguments):
     settings = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "stages", "cache", *arguments]
+    command = [sys.executable, "-m", "stillroom.stages", "cache", *arguments]
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
 
 

@@ -20,7 +20,7 @@ GOLDEN = ROOT / "tests" / "golden" / "cache-v1" / "small"
 BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
 USE = """
 import json, sys
-import pipeline, stages.mine
+from importlib import import_module
 import stillroom
 before = sorted({"torch", "numpy", "vllm", "transformers"} & set(sys.modules))
 cache = stillroom.TeacherCache.open(sys.argv[1])
@@ -30,7 +30,7 @@ hidden, head = torch.randn(3, 4, requires_grad=True), torch.randn(6, 4)
 ids, logprobs = torch.tensor([[1, 2]] * 3), torch.full((3, 2), 0.3).log()
 stillroom.topk_divergence(hidden, head, ids, logprobs).sum().backward()
 print(json.dumps({
-    "mine": [pipeline.MINE, stages.mine.MINE],
+    "mine": [import_module(name).MINE for name in ("pipeline", "stages.mine")],
     "file": stillroom.__file__,
     "version": stillroom.__version__,
     "before": before,
