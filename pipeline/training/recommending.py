@@ -79,6 +79,7 @@ class RecommenderTraining(Training):
         self.terms = terms_of(run.objective, self.data.facts())
         self.used = {term.table.cache for term in self.terms} - {""}
         self.initial = run.path()
+        self.initial.mkdir(parents=True, exist_ok=True)
         self.identity = self._identity()
 
     def build(self) -> None:
