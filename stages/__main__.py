@@ -25,6 +25,7 @@ from stillroom.cache_schemas.errors import (
 from stillroom.stages import capture, evaluate, generate, prepare, recommend, teacher, train
 from stillroom.stages.cache import group as cache
 from stillroom.stages.console import say
+from stillroom.stages.demos import recsys as demo_recsys
 from stillroom.stages.demos import text as demo
 from stillroom.stages.demos import vision as demo_vision
 
@@ -47,6 +48,7 @@ app.command()(evaluate.evaluate)
 app.command()(recommend.recommend)
 app.command()(demo.demo)
 app.command()(demo_vision.demo_vision)
+app.command()(demo_recsys.demo_recsys)
 app.add_typer(teacher.app, name="teacher")
 
 SURROUNDINGS = {

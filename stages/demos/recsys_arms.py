@@ -1,8 +1,8 @@
 """The arms of the recommender demo: what each student learns from, and how it is judged.
 
-One idea: students differ in their objectives and their seed, in nothing else, so differences between
-arms are paired by seed. Weights go out by the validation rows; what is reported is from the test
-rows.
+One idea: students differ in their objectives and their seed, in nothing else, so differences
+between arms are paired by seed. Weights go out by the validation rows; what is reported is from the
+test rows.
 """
 
 import json
@@ -31,27 +31,28 @@ BASE: list[dict[str, Any]] = [{"name": "next_item"}, {"name": "dros", "weight": 
 PART = Distilled(cache="items")
 
 
-def _ranked(cache: str = "candidates", **options: Any) -> list[dict[str, Any]]:
-    line = {"name": "ranking_distillation", "cache": cache, "weight": LAMBDA}
+def ranked(cache: str = "candidates", **options: Any) -> list[dict[str, Any]]:
+    """The base and a ranking distillation with these options."""
+    line: dict[str, Any] = {"name": "ranking_distillation", "cache": cache, "weight": LAMBDA}
     return [*BASE, line | {"options": {"dros": ALPHA} | options}]
 
 
-def only(name: str) -> dict[str, float]:
+def only(name: str) -> dict[str, Any]:
     """Options that switch two of the three weights off."""
     return {n: float(n == name) for n in ("position", "confidence", "consistency")}
 
 
 ARMS: dict[str, list[dict[str, Any]]] = {
     "none": BASE,
-    "uniform": _ranked(weights="uniform"),
-    "position": _ranked(**only("position")),
-    "confidence": _ranked(**only("confidence")),
-    "consistency": _ranked(**only("consistency")),
-    "all": _ranked(),
+    "uniform": ranked(weights="uniform"),
+    "position": ranked(**only("position")),
+    "confidence": ranked(**only("confidence")),
+    "consistency": ranked(**only("consistency")),
+    "all": ranked(),
     "embedding": BASE,
-    "all_embedding": _ranked(),
+    "all_embedding": ranked(),
     "hint": [*BASE, {"name": "item_hint", "cache": "items", "weight": 0.1}],
-    "shuffled": _ranked(SHUFFLED),
+    "shuffled": ranked(SHUFFLED),
 }
 WITH_EMBEDDING = {"embedding", "all_embedding"}
 
@@ -60,7 +61,7 @@ def arm_of(run: Run, arm: str, seed: int, lines: list[dict[str, Any]], steps: in
     """The run of one student."""
     assert run.train is not None
     assert run.recommender is not None
-    names = ("candidates", "items", SHUFFLED)
+    names = ("candidates", "items", "perfect", SHUFFLED)
     caches = {n: str(run.path(n)) for n in names if run.path(n, "manifest.json").exists()}
     changed = {"corpus": str(run.path("corpus")), "caches": caches, "seed": seed, "steps": steps}
     changed["checkpoint_every"] = steps

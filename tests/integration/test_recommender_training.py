@@ -188,7 +188,7 @@ def test_distilled_tables_are_folded_and_serve_alike(base, tiny_llama, tmp_path)
     run = run.model_copy(
         update={"items": Run.model_validate({"name": "x", "directory": "x", "items": {}}).items}
     )
-    with pytest.raises(StudentError, match="needs signal 'item.final'|no cache"):
+    with pytest.raises(StudentError, match=r"needs signal 'item\.final'|no cache"):
         train_recommender(copy_with_lists(run, base))
     shutil.rmtree(run.path("candidates"))
     capture_items(run, engine="reference")
@@ -227,7 +227,7 @@ def test_a_catalogue_changed_since_capture_is_refused(copied, tiny_llama, films,
     source = small_interactions.source(changed)
     settings = run.prepare.model_validate({"source": [source], "window": 128})
     prepare(settings, str(tiny_llama), run.path("corpus"))
-    with pytest.raises(PlanMismatch, match="the catalogue has changed|The catalogue has changed"):
+    with pytest.raises(PlanMismatch, match="The catalogue has changed"):
         train_recommender(run)
 
 
