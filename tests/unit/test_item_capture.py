@@ -319,3 +319,26 @@ def _capture():
     from stillroom.pipeline.config import Capture
 
     return Capture(k=1)
+
+
+def test_show_tells_the_history_the_list_and_the_truth_in_words(captured, capsys, tmp_path):
+    from typer.testing import CliRunner
+
+    from stillroom.stages.__main__ import app
+
+    corpus = Corpus.open(captured.path("corpus"))
+    titles, histories = open_catalogue(corpus).titles, open_histories(corpus)
+    cache = TeacherCache.open(captured.path("candidates"))
+    number = next(n for n, r in enumerate(cache) if r.signals["candidate_ids"][0] >= 0)
+    arguments = ["cache", "show", cache.storage.location, "--example", str(number)]
+    shown = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert shown.exit_code == 0, shown.output
+    row = histories.example_ids.to_pylist().index(cache[number].example.example_id)
+    assert f"then came: {titles[histories.items[row]]}" in shown.output
+    assert titles[histories.items[row - 1]] in shown.output
+    assert titles[cache[number].signals["candidate_ids"][0]] in shown.output
+    alone = tmp_path / "alone"
+    shutil.copytree(captured.path("items"), alone)
+    item = CliRunner().invoke(app, ["cache", "show", str(alone), "--example", "3"])
+    assert item.exit_code == 0, item.output
+    assert "pass --corpus" in item.output
