@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stillroom.cache_schemas.errors import CacheError, ConfigError, PlanMismatch, ShardCorrupt
+from stillroom.cache_schemas.plan import Plan
 from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
@@ -21,6 +22,7 @@ from stillroom.pipeline.corpus.histories import open_catalogue, open_histories
 from stillroom.pipeline.corpus.preparing import prepare
 from stillroom.pipeline.teacher.opening import open_writing_engine
 from tests import small_interactions
+from tests.synthetic_records import make_candidates_plan, make_plan
 
 
 def run_in(directory, teacher, films, candidates=None, items=None, **interactions) -> Run:
@@ -342,3 +344,26 @@ def test_show_tells_the_history_the_list_and_the_truth_in_words(captured, capsys
     item = CliRunner().invoke(app, ["cache", "show", str(alone), "--example", "3"])
     assert item.exit_code == 0, item.output
     assert "pass --corpus" in item.output
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"examples": ["candidate_ids"]},
+        {"examples": ["candidate_ids", "candidate_distances"]},
+        {"examples": ["candidate_distances", "candidate_ids", "more"]},
+        {"examples": []},
+    ],
+)
+def test_a_plan_of_half_a_list_or_of_nothing_known_is_refused(change):
+    facts = make_candidates_plan().facts
+    with pytest.raises(ShardCorrupt, match=r"example signals|candidates need"):
+        Plan.from_facts(facts | {"signals": facts["signals"] | change}, "plan.json")
+
+
+def test_a_plan_of_lists_names_its_catalogue():
+    facts = make_candidates_plan().facts
+    capture = {key: value for key, value in facts["capture"].items() if key != "catalogue"}
+    with pytest.raises(ShardCorrupt, match="candidates need"):
+        Plan.from_facts(facts | {"capture": capture}, "plan.json")
+    assert "examples" not in make_plan().facts["signals"]
