@@ -6,7 +6,6 @@ catalogue and with the interactions are timed at sizes that two cores can do, an
 is computed and named `computed`.
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cache_trial import publish
+from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline.capture import candidates, items
 from stillroom.pipeline.capture.candidate_engines import line_ends, prompt_of
 from stillroom.pipeline.capture.nearest import Nearest
@@ -39,8 +38,7 @@ INTERACTIONS = (100_000, 1_000_000)
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = asking(__doc__)
     parser.add_argument("--teacher", default=".cache/models/SmolLM2-135M-Instruct")
     parser.add_argument("--histories", type=int, default=64)
     parser.add_argument("--turns", type=int, default=2)

@@ -60,7 +60,7 @@ def capture(
     if ray or ray_address:
         worker["address"] = ray_address
     wanted = {"images": run.vision, "items": run.items, "candidates": run.candidates}
-    if run.capture is not None or not any(wanted.values()):
+    if run.capture is not None or not any(wanted.values()):  # another table alone means it alone
         where = {"engine": engine.value, "split": split.value, "location": cache}
         _capture(run, **where, **worker)
     for about, table in wanted.items():
@@ -74,7 +74,7 @@ def _capture(run, **options) -> None:
     from stillroom.pipeline.capture.job import capture as score
 
     title = f"capture {options['rank']}" if options["world_size"] > 1 else "capture"
-    if "address" in options:
+    if "address" in options:  # with --ray only
         score, title = capture_on_ray, "capture on Ray"
         _alone(options.pop("rank"), options.pop("world_size"))
     manifest = _watched(score, run, title, "examples", _token_numbers, **options)

@@ -9,7 +9,6 @@ copied out of the demo's directory.
 import bz2
 import csv
 import gzip
-import hashlib
 import lzma
 import os
 import struct
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import CorpusError
+from stillroom.stages.demos.teacher_wheel import check_sha256
 
 PACKAGE = "r-cran-dslabs=0.7.4-1"
 SHA256 = "c3f93382c44d4581de9561792a87b110cb239c70771cac5ad63fa0a259e71ef3"
@@ -89,14 +89,7 @@ def _unpacked(scratch: Path) -> Path:
     """Path of the database, without its suffix."""
     _run(["apt-get", "download", PACKAGE], scratch)
     (package,) = scratch.glob("*.deb")
-    digest = hashlib.sha256(package.read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise CorpusError(
-            f"sha256 is {digest}",
-            expected=SHA256,
-            where=package.name,
-            remedy="The package is not the one that was checked; do not use it.",
-        )
+    check_sha256(package, SHA256, "sha256", package.name)
     _run(["dpkg-deb", "-x", str(package), str(scratch / "files")], scratch)
     return scratch / "files" / PREFIX
 
