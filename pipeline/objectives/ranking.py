@@ -67,10 +67,8 @@ def uniform_weights(ids: torch.Tensor) -> torch.Tensor:
     return _normalised(torch.ones(ids.shape, dtype=torch.float64, device=ids.device), ids)
 
 
-def dros(
-    scores: torch.Tensor, ids: torch.Tensor, propensity: torch.Tensor, beta: float = 1.0
-) -> torch.Tensor:
-    """Distributionally robust term of each item in turn: [B, K].
+class Robust:
+    """DROS over one batch of scores; the sums over the catalogue are made once for all items asked.
 
     log( sum_j exp(p_j s_j^2 / beta) - exp(p_y s_y^2 / beta) + exp(p_y (s_y - 1)^2 / beta) ), in
     logarithms throughout: only the largest term can be most of the sum, and the sum without that
@@ -78,20 +76,27 @@ def dros(
 
     Args:
         scores: [B, N].
-        ids: int64 [B, K], the items y; places below 0 are taken for 0 and mean nothing.
         propensity: [N].
         beta: radius of the worst case.
     """
-    terms = propensity * scores.square() / beta
-    largest, place = terms.max(dim=1, keepdim=True)
-    rest = torch.logsumexp(terms.scatter(1, place, -torch.inf), dim=1, keepdim=True)
-    every = torch.logaddexp(largest, rest)
-    known = ids.clamp_min(0)
-    is_largest = known == place
-    share = torch.exp((terms.gather(1, known) - every).masked_fill(is_largest, -torch.inf))
-    without = torch.where(is_largest, rest, every + torch.log1p(-share))
-    instead = propensity[known] * (scores.gather(1, known) - 1).square() / beta
-    return torch.logaddexp(without, instead)
+
+    def __init__(self, scores: torch.Tensor, propensity: torch.Tensor, beta: float = 1.0):
+        self._scores, self._shares = scores, propensity / beta
+        self._terms = self._shares * scores.square()
+        largest, self._place = self._terms.max(dim=1, keepdim=True)
+        others = self._terms.scatter(1, self._place, -torch.inf)
+        self._rest = torch.logsumexp(others, dim=1, keepdim=True)
+        self._every = torch.logaddexp(largest, self._rest)
+
+    def of(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, K]: the value of each item y of ids int64 [B, K] in turn."""
+        is_largest = ids == self._place
+        share = torch.exp(
+            (self._terms.gather(1, ids) - self._every).masked_fill(is_largest, -torch.inf)
+        )
+        without = torch.where(is_largest, self._rest, self._every + torch.log1p(-share))
+        instead = self._shares[ids] * (self._scores.gather(1, ids) - 1).square()
+        return torch.logaddexp(without, instead)
 
 
 def propensity(counts: torch.Tensor, power: float = 0.05) -> torch.Tensor:

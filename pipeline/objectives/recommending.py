@@ -6,7 +6,7 @@ A row that the teacher was not asked about weighs nothing in what needs its answ
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +50,7 @@ class RankingContext:
     options: Any = None
     cache: str = ""
     projector: Any = None
+    _robust: dict[tuple[float, float], ranking.Robust] = field(default_factory=dict)
 
     def of(self, options: Any, cache: str, projector: Any) -> "RankingContext":
         """The same microbatch for one objective."""
@@ -72,9 +73,13 @@ class RankingContext:
         drawn = negatives(self.batch.history, self.batch.target, self.model.num_items)
         return self.model.scores(self.states, drawn[:, None])[:, 0]
 
-    def propensity(self, power: float) -> torch.Tensor:
-        """[N] in the scores' dtype."""
-        return ranking.propensity(self.counts, power).to(self.scores.dtype)
+    def robust(self, options: "DrosOptions") -> ranking.Robust:
+        """DROS with these options, made once for all objectives that have the same."""
+        key = (options.beta, options.power)
+        if key not in self._robust:
+            shares = ranking.propensity(self.counts, options.power).to(self.scores.dtype)
+            self._robust[key] = ranking.Robust(self.scores, shares, options.beta)
+        return self._robust[key]
 
 
 def negatives(history: torch.Tensor, target: torch.Tensor, items: int) -> torch.Tensor:
@@ -154,9 +159,7 @@ def _next_item(context: RankingContext) -> torch.Tensor:
 
 
 def _dros(context: RankingContext) -> torch.Tensor:
-    options: DrosOptions = context.options
-    weights = context.propensity(options.power)
-    return ranking.dros(context.scores, context.batch.target[:, None], weights, options.beta)[:, 0]
+    return context.robust(context.options).of(context.batch.target[:, None])[:, 0]
 
 
 def candidate_weights(context: RankingContext) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,9 +189,7 @@ def _ranking(context: RankingContext) -> torch.Tensor:
     negative = context.negative[:, None].expand_as(positive)
     value = ranking.next_item(positive, negative, options.legacy_negatives)
     if options.dros:
-        shares = context.propensity(options.power)
-        robust = ranking.dros(context.scores, known, shares, options.beta)
-        value = value + options.dros * robust
+        value = value + options.dros * context.robust(options).of(known)
     return (weights.to(value.dtype) * value).sum(dim=1)
 
 

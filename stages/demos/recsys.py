@@ -23,8 +23,8 @@ def demo_recsys(
     run_file: RunFile,
     engine: Annotated[str, typer.Option(help="What runs the teacher.")] = "vllm",
     seeds: Annotated[int, typer.Option(min=1, help="Students of each arm.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each student.")] = 1500,
-    made_up_steps: Annotated[int, typer.Option(min=0, help="On made-up data; 0: none.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each student.")] = 600,
+    made_up_steps: Annotated[int, typer.Option(min=0, help="On made-up data; 0: none.")] = 300,
     arms: Annotated[str, typer.Option(help="Names of arms, with commas; empty: all.")] = "",
 ) -> None:
     """Ask the teacher, train students with and without its lists, show what came out.

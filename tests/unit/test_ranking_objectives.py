@@ -246,7 +246,7 @@ def test_a_negative_is_any_item_that_is_not_in_the_row():
 
 def test_dros_stays_a_number_where_its_exponentials_do_not():
     scores = torch.tensor([[90.0, -3.0, 0.5]], requires_grad=True)
-    found = ranking.dros(scores, torch.tensor([[0, 1]]), torch.ones(3))
+    found = ranking.Robust(scores, torch.ones(3)).of(torch.tensor([[0, 1]]))
     expected = [(90.0 - 1) ** 2, 90.0**2]
     torch.testing.assert_close(found[0], torch.tensor(expected), rtol=1e-5, atol=0)
     found.sum().backward()
