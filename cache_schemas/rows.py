@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from stillroom.cache_schemas.errors import ShardCorrupt
 from stillroom.cache_schemas.manifest import Plan
-from stillroom.cache_schemas.signals import ROW_SIGNALS
+from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS, ROW_SIGNALS
 
 PAYLOAD = "record"
 FIRST_MESSAGE = 8
@@ -51,11 +51,12 @@ def schema(plan: Plan) -> pa.Schema:
         columns += [(name, pa.list_(_arrow_type(name))) for name in plan.row_signals]
     else:
         columns.append((PAYLOAD, pa.binary()))
+    columns += [(name, pa.list_(_arrow_type(name))) for name in plan.example_signals]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
 
 
 def _arrow_type(name: str) -> pa.DataType:
-    return pa.from_numpy_dtype(np.dtype(ROW_SIGNALS[name].dtype))
+    return pa.from_numpy_dtype(np.dtype((ROW_SIGNALS | EXAMPLE_SIGNALS)[name].dtype))
 
 
 def batch(schema: pa.Schema, values: Mapping[str, Any]) -> pa.RecordBatch:

@@ -22,9 +22,11 @@ class Signal:
     Attributes:
         name: key in `TeacherRecord.signals`.
         axis: what the first dimension counts. `row` follows the alignment rule; `token` has one
-            entry per kept token position of the example.
+            entry per kept token position of the example; an `example` signal is one list for the
+            whole example.
         dtype: NumPy dtype of the array that the reader returns.
-        shape: sizes after the first dimension, as words (`k`, `draws`, `temperatures`, `width`).
+        shape: sizes after the first dimension, as words (`k`, `draws`, `temperatures`, `width`);
+            of an `example` signal the length of its list (`candidates`, or `tokens` for any).
         meaning: one sentence, with units.
     """
 
@@ -53,6 +55,30 @@ ROW_SIGNALS: dict[str, Signal] = {
         Signal("behaviour_logprob", "row", "float32", (), "log b of a generated token, nats"),
     )
 }
+
+EXAMPLE_SIGNALS: dict[str, Signal] = {
+    s.name: s
+    for s in (
+        Signal(
+            "candidate_ids",
+            "example",
+            "int32",
+            ("candidates",),
+            "places in the catalogue of the teacher's best items, best first; -1 pads",
+        ),
+        Signal(
+            "candidate_distances",
+            "example",
+            "float32",
+            ("candidates",),
+            "rising: L2 distance, or -log p in nats (the plan says which); inf pads",
+        ),
+        Signal("written_ids", "example", "int32", ("tokens",), "tokens the teacher wrote"),
+    )
+}
+
+ITEM_PREFIX = "item."
+"""`item.<layer>` is an item's embedding [1, width], keyed by the hash of the item's content."""
 
 HIDDEN_PREFIX = "hidden."
 """`hidden.12` is the output of block 12 (1-based) [positions, width]; `hidden.final` is the state

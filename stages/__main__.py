@@ -22,10 +22,11 @@ from stillroom.cache_schemas.errors import (
     CacheIncomplete,
     StillroomError,
 )
-from stillroom.stages import capture, evaluate, generate, prepare, teacher, train
+from stillroom.stages import capture, evaluate, generate, prepare, recommend, teacher, train
 from stillroom.stages.cache import group as cache
 from stillroom.stages.console import say
 from stillroom.stages.corpus import group as corpus
+from stillroom.stages.demos import recsys as demo_recsys
 from stillroom.stages.demos import text as demo
 from stillroom.stages.demos import vision as demo_vision
 
@@ -46,8 +47,10 @@ app.add_typer(cache.app, name="cache")
 app.command()(train.student)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
+app.command()(recommend.recommend)
 app.command()(demo.demo)
 app.command()(demo_vision.demo_vision)
+app.command()(demo_recsys.demo_recsys)
 app.add_typer(teacher.app, name="teacher")
 
 SURROUNDINGS = {

@@ -59,11 +59,13 @@ def capture(
     worker: dict[str, Any] = {"rank": rank, "world_size": world_size, "on_error": on_error.value}
     if ray or ray_address:
         worker["address"] = ray_address
-    if run.capture is not None or run.vision is None:  # [vision] alone means images alone
+    wanted = {"images": run.vision, "items": run.items, "candidates": run.candidates}
+    if run.capture is not None or not any(wanted.values()):  # another table alone means it alone
         where = {"engine": engine.value, "split": split.value, "location": cache}
         _capture(run, **where, **worker)
-    if run.vision is not None:
-        _capture_images(run, **worker)
+    for about, table in wanted.items():
+        if table is not None:
+            _capture_more(run, about, engine.value, split.value, **worker)
 
 
 def _capture(run, **options) -> None:
@@ -105,8 +107,9 @@ def _token_numbers(now: "CaptureProgress") -> dict[str, float]:
     }
 
 
-def _image_numbers(now: "CaptureProgress") -> dict[str, float]:
-    return {"bytes_per_image": now.bytes / now.examples if now.shards else 0.0}
+def _numbers_each(now: "CaptureProgress") -> dict[str, float]:
+    """What one image, item or history weighs, so far."""
+    return {"bytes_each": now.bytes / now.examples if now.shards else 0.0}
 
 
 class Steps:
@@ -132,22 +135,35 @@ def _alone(rank: int, world_size: int) -> None:
         raise ConfigError("--rank and --world-size mean nothing with --ray", remedy="Drop them.")
 
 
-def _capture_images(run, **worker) -> None:
+UNITS = {"images": "images", "items": "items", "candidates": "histories"}
+TITLES = {"images": "vision targets", "items": "item embeddings", "candidates": "candidates"}
+
+
+def _capture_more(run, about: str, engine: str, split: str, **worker) -> None:
+    """What has a cache of its own beside the texts': images, items, candidates."""
     from stillroom.pipeline import provenance
+    from stillroom.pipeline.capture.candidates import capture_candidates, default_location
     from stillroom.pipeline.capture.cluster import capture_on_ray
     from stillroom.pipeline.capture.images import capture_images
+    from stillroom.pipeline.capture.items import capture_items
 
-    score: Any = capture_images
-    options: dict[str, Any] = worker
+    scores: Any = {
+        "images": (capture_images, {}),
+        "items": (capture_items, {"engine": engine}),
+        "candidates": (capture_candidates, {"engine": engine, "split": split}),
+    }
+    (score, options), title = scores[about], TITLES[about]
+    options = options | worker
     if "address" in worker:
-        score, options = capture_on_ray, worker | {"images": True}
+        score, options = capture_on_ray, options | {"about": about}
         _alone(options.pop("rank"), options.pop("world_size"))
-    manifest = _watched(score, run, "vision targets", "images", _image_numbers, **options)
-    provenance.record(run.path("run.json"), "vision")
+    manifest = _watched(score, run, title, UNITS[about], _numbers_each, **options)
+    provenance.record(run.path("run.json"), "vision" if about == "images" else about)
     if manifest is None:
-        say("this worker's shards are done; the last worker to finish seals the vision targets")
+        say(f"this worker's shards are done; the last worker to finish seals the {title}")
         return
-    out.print(str(run.path("vision")))
+    kept = {"images": run.path("vision"), "items": run.path("items")}
+    out.print(str(kept.get(about) or default_location(run, split)))
 
 
 def _dry_run(run, engine: str, split: str) -> None:

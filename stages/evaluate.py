@@ -7,13 +7,17 @@ from stillroom.stages.console import out, progress, table
 
 
 def evaluate(run_file: RunFile) -> None:
-    """Full-vocabulary KL to the teacher, top-1 agreement and perplexity of every student."""
+    """Full-vocabulary KL to the teacher, top-1 agreement and perplexity of every student; for
+    recommenders, hit rates and NDCG of student, teacher and the most popular items."""
     from stillroom.pipeline import config, provenance
     from stillroom.pipeline.evaluation.held_out import EvaluateProgress, students_of
     from stillroom.pipeline.evaluation.held_out import evaluate as measure
     from stillroom.pipeline.training.curves import draw_curves
 
     run = config.load(run_file)
+    if run.recommender is not None:
+        _recommender(run)
+        return
     with progress("evaluate", "examples") as report:
 
         def show(now: EvaluateProgress) -> None:
@@ -37,3 +41,18 @@ def evaluate(run_file: RunFile) -> None:
     columns = ["model", "KL to teacher", "top-1 agreement", "perplexity", "parameters (M)"]
     table(f"held-out text, {run.name}", columns, rows)
     out.print(str(run.path("evaluation.json")))
+
+
+def _recommender(run) -> None:
+    from stillroom.pipeline import provenance
+    from stillroom.pipeline.evaluation.ranking import RESULT, evaluate_recommender
+
+    found = evaluate_recommender(run)
+    provenance.record(run.path("run.json"), "evaluate")
+    names = ["hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20"]
+    rows = [
+        [label, *(f"{r.mean[name]:.4f} ± {r.standard_error[name]:.4f}" for name in names)]
+        for label, r in found.items()
+    ]
+    table(f"test rows, full ranking, {run.name}", ["", *names], rows)
+    out.print(str(run.path(RESULT)))

@@ -63,6 +63,8 @@ def show_corpus(corpus: "Corpus", told: bool = False) -> None:
     if "generated" in corpus.facts:
         ends = corpus.facts["generated"]["answers"]
         say(f"answers: {ends.get('ended', 0):,} ended, {ends.get('cut', 0):,} cut at the limit")
+    for fact, number in corpus.facts.get("interactions", {}).items():
+        say(f"{fact.replace('_', ' ')}: {number:,}")
     if not told:
         tell(corpus)
     out.print(str(corpus.directory))

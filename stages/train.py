@@ -29,8 +29,8 @@ def train(
         return
     from stillroom.pipeline import config, provenance
     from stillroom.pipeline.training.curves import draw_curves
-    from stillroom.pipeline.training.trainer import Progress
-    from stillroom.pipeline.training.trainer import train as train_student
+    from stillroom.pipeline.training.opening import train as train_student
+    from stillroom.pipeline.training.stepping import Progress
 
     run = config.load(run_file)
     settings = config.require(run.train, "train", str(run_file))
@@ -76,6 +76,8 @@ def _sweep(sweep_file: Path) -> None:
         for name, result in results.items()
     ]
     columns = ["arm", "last loss", "tokens", "KL to teacher", "top-1 agreement", "perplexity"]
+    if base.recommender is not None:
+        columns = ["arm", "last loss", "histories", "validation", "weights", ""]
     table(f"sweep of {base.name}", columns, rows)
     out.print(str(picture))
 
@@ -88,6 +90,8 @@ def _scores(base: "Run", students: dict[str, str]) -> dict[str, list[str]]:
     from stillroom.pipeline.teacher.facts import model_directory
 
     settings = base.evaluate or Evaluate()
+    if base.recommender is not None:
+        return _ranking_scores(students)
     if base.teacher is None or not base.path("corpus").exists():
         return {}
     examples = list(Corpus.open(base.path("corpus")).split("heldout"))[: settings.examples or None]
@@ -98,6 +102,19 @@ def _scores(base: "Run", students: dict[str, str]) -> dict[str, list[str]]:
     return {
         name: [f"{s.kl:.4f} ± {s.kl_standard_error:.4f}", f"{s.top1:.3f}", f"{s.perplexity:,.1f}"]
         for name, s in found.items()
+    }
+
+
+def _ranking_scores(students: dict[str, str]) -> dict[str, list[str]]:
+    """The validation value each recommender was chosen by; test rows are `stillroom evaluate`'s."""
+    from stillroom.pipeline.student.recommenders.export import load
+
+    chosen = {name: load(Path(path))[1]["chosen"] for name, path in students.items()}
+    return {
+        name: [f"{key} {value:.4f}", f"at step {found['step']}", ""]
+        for name, found in chosen.items()
+        for key, value in found.items()
+        if key != "step"
     }
 
 

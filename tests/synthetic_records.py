@@ -1,5 +1,7 @@
 """Teacher records made up from a seed: right in every invariant, cheap, and without any model."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from stillroom.cache_schemas.manifest import Plan
@@ -37,12 +39,25 @@ def make_plan(num_examples=10, per_shard=3, max_tokens=24, images=False, **captu
     )
 
 
+def make_candidates_plan(num_examples=5, per_shard=2, candidates=4, items=50) -> Plan:
+    """A plan of lists of a catalogue, as `make_record` supplies them."""
+    plain = make_plan(num_examples, per_shard, profile="portable")
+    signals = {"rows": [], "dense": {}}
+    signals["examples"] = ["candidate_distances", "candidate_ids", "written_ids"]
+    catalogue = {"digest": "3" * 64, "items": items}
+    capture = {"candidates": candidates, "catalogue": catalogue, "method": "grounded"}
+    facts = plain.facts | {"signals": signals, "capture": plain.facts["capture"] | capture}
+    return Plan.from_facts(facts, "test")
+
+
 def make_record(plan: Plan, number: int, seed: int = 0) -> TeacherRecord:
     """Record of one example; the same arguments give the same bytes. The seed changes what the
     teacher says, not what it is asked."""
     example = _example(plan, np.random.default_rng(number), number)
     rng = np.random.default_rng((seed, number))
     num_rows = example.num_rows
+    if plan.example_signals:
+        return _candidates(plan, example, rng)
     signals = _row_signals(plan, rng, num_rows, example.token_ids[example.first_row + 1 :])
     positions = np.empty(0, dtype=np.int32)
     if plan.dense_signals:
@@ -50,6 +65,20 @@ def make_record(plan: Plan, number: int, seed: int = 0) -> TeacherRecord:
     for name, shape in plan.dense_signals.items():
         signals[name] = _bf16(rng.normal(size=(num_rows, shape["width"])))
     return TeacherRecord(example, example.first_row, signals, positions)
+
+
+def _candidates(plan: Plan, example: Example, rng: np.random.Generator) -> TeacherRecord:
+    """Lists that grow shorter with the example's weight, and no tokens."""
+    capture = plan.facts["capture"]
+    count, items = capture["candidates"], capture["catalogue"]["items"]
+    used = max(0, count - int(example.weight) % 3)
+    ids, distances = np.full(count, -1, np.int32), np.full(count, np.inf, np.float32)
+    ids[:used] = rng.permutation(items)[:used]
+    distances[:used] = np.sort(rng.random(used)).astype(np.float32)
+    written = rng.integers(0, VOCAB, size=used).astype(np.int32)
+    bare = replace(example, token_ids=example.token_ids[:0], loss_mask=example.loss_mask[:0])
+    said = {"candidate_ids": ids, "candidate_distances": distances, "written_ids": written}
+    return TeacherRecord(bare, 0, said)
 
 
 def records_of(plan: Plan, shard: int, seed: int = 0) -> list[TeacherRecord]:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache_schemas import canonical, layout, rows
+from stillroom.cache_schemas.candidates import check_distances, check_ids
 from stillroom.cache_schemas.dense_array import DenseArray
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 from stillroom.cache_schemas.manifest import FORMAT_VERSION, Plan, check_version
 from stillroom.cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
+from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS, ROW_SIGNALS
 from stillroom.pipeline.cache.storage.directory import Storage
 from stillroom.pipeline.record import Example, ImageSpan, TeacherRecord
 
@@ -88,6 +90,7 @@ class Format:
         }
         said = {TOKENS: tokens} | {name: record.signals[name] for name in self.plan.row_signals}
         values |= said if self.portable else {rows.PAYLOAD: self.codec.encode(said)}
+        values |= self._example_signals(record.signals, self.plan.example_signals)
         chunks = {name: array.encode(record.signals[name]) for name, array in self.dense.items()}
         return Encoded(values, chunks)
 
@@ -115,7 +118,9 @@ class Format:
             weight=values["weight"],
         )
         positions = values.get("hidden_positions", np.empty(0, dtype=np.int32))
-        record = TeacherRecord(example, values["first_row"], said | dict(dense), positions)
+        kept = [n for n in self.plan.example_signals if signals is None or n in signals]
+        whole = dict(dense) | self._example_signals(values, kept)
+        record = TeacherRecord(example, values["first_row"], said | whole, positions)
         _check_shapes(record, said)
         return record
 
@@ -136,8 +141,20 @@ class Format:
             raise ShardCorrupt(f"lacks {sorted(missing)}", where=f"example {values['example_id']}")
         return said
 
+    def _example_signals(
+        self, values: Mapping[str, Any], names: Collection[str]
+    ) -> dict[str, np.ndarray]:
+        """Lists about a whole example, checked against the plan's catalogue."""
+        found = {n: np.asarray(values[n], dtype=EXAMPLE_SIGNALS[n].dtype) for n in names}
+        capture = self.plan.facts["capture"]
+        if "candidate_ids" in found:
+            check_ids(found["candidate_ids"], capture["candidates"], capture["catalogue"]["items"])
+        if "candidate_distances" in found:
+            check_distances(found["candidate_distances"], capture["candidates"])
+        return found
+
     def _check_signals(self, record: TeacherRecord) -> None:
-        expected = {*self.plan.row_signals, *self.dense}
+        expected = {*self.plan.row_signals, *self.dense, *self.plan.example_signals}
         if set(record.signals) != expected:
             found = sorted(set(record.signals) ^ expected)
             raise ValueError(f"record and plan differ in signals {found}")
@@ -252,8 +269,6 @@ def dense_arrays(plan: Plan) -> dict[str, DenseArray]:
 
 
 def _unflatten(name: str, flat: np.ndarray, num_rows: int, codec: RowCodec) -> np.ndarray:
-    from stillroom.cache_schemas.signals import ROW_SIGNALS
-
     if name == TOKENS:
         return flat
     widths = {"k": codec.k, "draws": codec.draws, "temperatures": codec.temperatures}

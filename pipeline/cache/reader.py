@@ -87,7 +87,7 @@ class TeacherCache:
     @property
     def signals(self) -> tuple[str, ...]:
         """Names of the signals every record has."""
-        return (*self.plan.row_signals, *self.form.dense)
+        return (*self.plan.row_signals, *self.form.dense, *self.plan.example_signals)
 
     @property
     def temperatures(self) -> tuple[float, ...]:

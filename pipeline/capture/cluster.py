@@ -17,7 +17,7 @@ from typing import Any
 from stillroom.cache_schemas.errors import CacheIncomplete, ConfigError
 from stillroom.cache_schemas.manifest import Manifest
 from stillroom.pipeline.capture.job import OnError, Task, manifest_of
-from stillroom.pipeline.capture.node import Problem, Worker, open_task
+from stillroom.pipeline.capture.node import About, Problem, Worker, open_task
 from stillroom.pipeline.capture.progress import CaptureProgress, Totals
 from stillroom.pipeline.config import Run, Teacher, require
 from stillroom.pipeline.teacher.protocol import EngineName
@@ -36,7 +36,7 @@ def capture_on_ray(
     on_error: OnError = "stop",
     split: str = "train",
     location: str = "",
-    images: bool = False,
+    about: About = "texts",
     on_progress: Callable[[CaptureProgress], None] | None = None,
 ) -> Manifest:
     """Score what is missing of a run's cache on every node of a Ray cluster, and seal it.
@@ -45,7 +45,8 @@ def capture_on_ray(
         run: as for `job.capture`; its directory and a local teacher must be reachable under
             the same path from every node.
         address: of the cluster; empty takes RAY_ADDRESS, a cluster on this machine, or starts one.
-        images: the run's vision targets, in place of its teacher's answers.
+        about: what is captured: the teacher's answers to texts, targets of images, embeddings of
+            items, or candidates after histories.
         on_progress: called with the sum over workers whenever one has finished its shards.
         engine, on_error, split, location: as for `job.capture`.
 
@@ -57,13 +58,13 @@ def capture_on_ray(
     ray = _import_ray()
     run, location = _everywhere(run, location)
     job = {"run": run.model_dump(), "engine": engine, "split": split}
-    job |= {"location": location, "on_error": on_error, "images": images}
+    job |= {"location": location, "on_error": on_error, "about": about}
     task = open_task(run, job)
     if (sealed := manifest_of(task.writer)) is not None:
         return sealed
     if not ray.is_initialized():
         ray.init(address=address or None, log_to_driver=False)
-    need = 1 if images else gpus_per_engine(require(run.teacher, "teacher", ""), engine)
+    need = 1 if about == "images" else gpus_per_engine(require(run.teacher, "teacher", ""), engine)
     missing = task.writer.missing()
     tell = on_progress or (lambda _: None)
     crew = _Crew(ray, job, need, deque(missing), Totals.of(task.writer.plan, missing, 0), tell)

@@ -5,12 +5,17 @@ right travels back as a value. It knows nothing of Ray, so it is an ordinary cla
 """
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from stillroom.cache_schemas.errors import StillroomError
 from stillroom.pipeline.capture.job import Notes, ShardWork, Task
 from stillroom.pipeline.capture.progress import CaptureProgress, Totals
 from stillroom.pipeline.config import Run
 from stillroom.pipeline.teacher.protocol import Engine
+
+About = Literal["texts", "images", "items", "candidates"]
+NOTES = {"texts": "", "images": "images", "items": "item-notes", "candidates": "candidate-notes"}
+"""Where the workers of each kind of capture keep their notes, below the run's directory."""
 
 
 class Worker:
@@ -41,7 +46,7 @@ class Worker:
     def _open(self) -> ShardWork:
         job, run = self._job, Run.model_validate(self._job["run"])
         task = open_task(run, job)
-        where = run.path("images") if job["images"] else run.path()
+        where = run.path(NOTES[job["about"]])
         notes = Notes(where, self._rank, job["on_error"])
         self._start = task.start
         return ShardWork(
@@ -58,12 +63,17 @@ class Worker:
 
 
 def open_task(run: Run, job: dict) -> Task:
-    """What a job is about: a language model's answers, or its images' targets."""
-    if job["images"]:
-        from stillroom.pipeline.capture.images import open_task
+    """What a job is about: answers to texts, targets of images, items, or their candidates."""
+    from stillroom.pipeline.capture import candidates, images, items
 
-        return open_task(run, job["location"])
-    return Task.open(run, job["engine"], job["split"], job["location"])
+    location, engine = job["location"], job["engine"]
+    if job["about"] == "images":
+        return images.open_task(run, location)
+    if job["about"] == "items":
+        return items.open_task(run, engine, location)
+    if job["about"] == "candidates":
+        return candidates.open_task(run, engine, job["split"], location)
+    return Task.open(run, engine, job["split"], location)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from stillroom.pipeline.config.recommending import Interactions
 from stillroom.pipeline.config.strict import Table
 
 
@@ -17,7 +18,16 @@ class Source(Table):
     name: str
     """Label kept with every example; `subset` and per-source weights select by it."""
     kind: Literal[
-        "files", "pydoc_topics", "text", "jsonl", "parquet", "arrow", "webdataset", "hub", "images"
+        "files",
+        "pydoc_topics",
+        "text",
+        "jsonl",
+        "parquet",
+        "arrow",
+        "webdataset",
+        "hub",
+        "images",
+        "interactions",
     ] = "files"
     """`files` takes what the files' names say; `images`: pictures with captions beside them."""
     path: str = ""
@@ -48,6 +58,8 @@ class Source(Table):
     """Column of system prompts; empty takes `system`."""
     limit: int = 0
     """Keep at most this many documents; 0 keeps all."""
+    interactions: Interactions | None = None
+    """`interactions`: columns, filters, and what the teacher is asked."""
 
 
 class Prepare(Table):

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config.preparation import Prepare
+from stillroom.pipeline.config.recommending import Candidates, Items, Recommender
 from stillroom.pipeline.config.strict import Table, validate
 from stillroom.pipeline.config.training import Evaluate, Objective, Student, Train
 from stillroom.pipeline.config.vision import Vision
@@ -143,6 +144,9 @@ class Run(Table):
     teacher: Teacher | None = None
     capture: Capture | None = None
     vision: Vision | None = None
+    items: Items | None = None
+    candidates: Candidates | None = None
+    recommender: Recommender | None = None
     student: Student | None = None
     objective: tuple[Objective, ...] = ()
     train: Train | None = None

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -120,6 +121,12 @@ class Split(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def ids(self) -> list[str]:
+        """The example ids, without reading anything else."""
+        columns = (batch.column("example_id").to_pylist() for batch in self._batches)
+        every = list(chain.from_iterable(columns))
+        return [every[row] for row in self._rows]
 
     @overload
     def __getitem__(self, index: int) -> Example: ...

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from stillroom.pipeline.config import Source
 from stillroom.pipeline.corpus.documents import OpenSource
 from stillroom.pipeline.corpus.hub import open_hub
+from stillroom.pipeline.corpus.item_questions import open_interactions
 from stillroom.pipeline.corpus.plain_files import read_topics
 from stillroom.pipeline.corpus.sources import files_source, find_files
 
@@ -38,5 +39,6 @@ def _open_topics(source: Source) -> OpenSource:
 OPENERS: dict[str, Callable[[Source], OpenSource]] = {
     "pydoc_topics": _open_topics,
     "hub": open_hub,
+    "interactions": open_interactions,
 }
 """All other kinds are files."""

@@ -31,6 +31,7 @@ from stillroom.pipeline.corpus.identity import (
     unchanged,
 )
 from stillroom.pipeline.corpus.image_chat import ImageChat, ImageTokens
+from stillroom.pipeline.corpus.item_questions import holds_interactions, write_interactions
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
 from stillroom.pipeline.corpus.rejects import FILE, Rejects
@@ -102,11 +103,19 @@ def prepare(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         made = Path(scratch, "corpus")
         made.mkdir()
-        drawn = _Drawing(config, tokenizer, progress or (lambda _: None), made)
-        drawn.write(sources)
-        write_facts(made, facts | drawn.facts() | drawn.deal())
+        tell = progress or (lambda _: None)
+        if holds_interactions(config):
+            write_facts(made, facts | write_interactions(config, tokenizer, made, _report(tell)))
+        else:
+            drawn = _Drawing(config, tokenizer, tell, made)
+            drawn.write(sources)
+            write_facts(made, facts | drawn.facts() | drawn.deal())
         replace_directory(made, target)
     return Corpus.open(target)
+
+
+def _report(tell: Callable[[PrepareProgress], None]) -> Callable[[int, int, int], None]:
+    return lambda *counts: tell(PrepareProgress(*counts))
 
 
 class _Drawing:

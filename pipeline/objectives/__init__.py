@@ -5,5 +5,6 @@ from stillroom.pipeline.objectives import (  # noqa: F401
     divergence,
     embedding,
     policy,
+    recommending,
     reconstruction,
 )

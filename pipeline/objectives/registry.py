@@ -14,10 +14,10 @@ from torch import nn
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config.strict import Table, nearest, validate
-from stillroom.pipeline.data.batch import DistillBatch, Teacher, Units
+from stillroom.pipeline.data.batch import DistillBatch, Units
 from stillroom.pipeline.student.states import StudentStates
 
-Unit = Literal["row", "position", "example", "image"]
+Unit = Literal["row", "position", "example", "image", "history"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,8 @@ class Spec:
         name: key in the TOML.
         unit: what `compute` returns one value for.
         options: its option table.
-        compute: Context -> float32 [units], each value times its weight.
+        compute: Context -> float32 [units], each value times its weight; for the unit `history`
+            see `objectives.recommending`.
         needs: options -> Needs.
         projector: (options, student config, CacheFacts) -> module or None.
         applies: (options, batch, Teacher) -> bool [units]: which ones have what it takes.
@@ -118,10 +119,10 @@ class Spec:
     name: str
     unit: Unit
     options: type[Table]
-    compute: Callable[[Context], torch.Tensor]
+    compute: Callable[[Any], torch.Tensor]
     needs: Callable[[Any], Needs]
     projector: Callable[[Any, Any, CacheFacts], nn.Module | None] = lambda *_: None
-    applies: Callable[[Any, DistillBatch, Teacher], torch.Tensor] | None = None
+    applies: Callable[[Any, Any, Any], torch.Tensor] | None = None
     report: Callable[[dict[str, float]], dict[str, float]] | None = None
     warn: Callable[[dict[str, float]], str] | None = None
     settle: Callable[[Any, CacheFacts], Any] = lambda options, _: options

@@ -19,6 +19,7 @@ from stillroom.pipeline.data.batch import DistillBatch
 from stillroom.pipeline.data.loader import DistillLoader
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.objectives.combine import Distiller
+from stillroom.pipeline.objectives.recommending import RankingDistiller
 from stillroom.pipeline.objectives.weighting import Term
 from stillroom.pipeline.training.checkpoint import trainable
 from stillroom.pipeline.training.optimization import rate
@@ -130,7 +131,7 @@ class Stepper:
 
     settings: Train
     parallel: Parallel
-    distiller: Distiller
+    distiller: Distiller | RankingDistiller
     module: nn.Module
     optimizer: torch.optim.Optimizer
     averages: list[torch.Tensor]

@@ -20,7 +20,9 @@ from stillroom.pipeline import config
 from stillroom.pipeline.config import Run
 from stillroom.pipeline.config.strict import Table, validate
 from stillroom.pipeline.training.checkpoint import write_durably
-from stillroom.pipeline.training.trainer import Progress, TrainResult, train
+from stillroom.pipeline.training.interactions import OWN_CACHES
+from stillroom.pipeline.training.opening import train
+from stillroom.pipeline.training.trainer import Progress, TrainResult
 
 RESULT = "sweep.json"
 
@@ -33,6 +35,7 @@ class Arm(Table):
     """In place of all of the base run's objectives; empty keeps them."""
     train: dict[str, Any] = Field(default_factory=dict)
     student: dict[str, Any] = Field(default_factory=dict)
+    recommender: dict[str, Any] = Field(default_factory=dict)
 
 
 class Sweep(Table):
@@ -122,6 +125,11 @@ def _arm_run(arm: Arm, document: dict[str, Any], base: Run, where: str) -> Run:
     cache = document.get("train", {}).get("cache") or str(base.path("cache"))
     changed["train"] = document.get("train", {}) | {"cache": cache} | arm.train
     changed["student"] = document.get("student", {}) | arm.student
+    if base.recommender is not None:
+        changed["recommender"] = document["recommender"] | arm.recommender
+        changed["train"] = {"corpus": str(base.path("corpus"))} | changed["train"]
+        own = {n: str(base.path(n)) for n in OWN_CACHES if base.path(n, "manifest.json").exists()}
+        changed["train"]["caches"] = own | changed["train"].get("caches", {})
     if arm.objective:
         changed["objective"] = list(arm.objective)
     return config.parse(changed, f"{where} arm '{arm.name}'")

@@ -33,16 +33,21 @@ def show(
     rows: Annotated[int, typer.Option(help="How many of its rows.", min=0)] = 8,
     guesses: Annotated[int, typer.Option(help="Top guesses per row.", min=1)] = 5,
     tokenizer: Tokenizer = "",
+    corpus: Annotated[str, typer.Option(help="Of a cache of items or lists, for titles.")] = "",
 ) -> None:
-    """What a cache holds, and a few tokens with the teacher's top guesses."""
+    """What a cache holds, and a few tokens with the teacher's top guesses; of a cache about a
+    catalogue an item, or a history with the teacher's list and what came."""
     from stillroom.pipeline.cache.care.overview import overview
     from stillroom.pipeline.cache.storage.location import open_storage
+    from stillroom.stages.cache.lists_view import catalogue_table, is_about_a_catalogue
     from stillroom.stages.cache.view import facts_table, guesses_table
 
     storage = open_storage(location(cache))
     seen = overview(storage)
     facts_table(seen)
-    if seen.sealed and rows:
+    if seen.sealed and rows and is_about_a_catalogue(seen.plan):
+        catalogue_table(storage, example, corpus)
+    elif seen.sealed and rows:
         tokenizer = tokenizer or tokenizer_of(cache)
         expected = str(seen.plan.facts["tokenizer"].get("sha256", ""))
         guesses_table(storage, example, rows, guesses, tokenizer or tokenizer_near(cache, expected))

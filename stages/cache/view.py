@@ -46,6 +46,8 @@ def facts_table(seen: Overview) -> None:
         ("temperatures", ", ".join(f"{t:g}" for t in capture.get("temperatures", ()))),
         ("row signals", ", ".join(seen.plan.row_signals)),
         ("dense signals", ", ".join(seen.plan.dense_signals) or "none"),
+        *[("example signals", ", ".join(seen.plan.example_signals))]
+        * bool(seen.plan.example_signals),
         ("shards", f"{seen.shards_done:,} of {seen.plan.num_shards:,}"),
         ("examples", f"{seen.plan.num_examples:,}"),
         ("tokens", f"{seen.num_tokens:,}"),

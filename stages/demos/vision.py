@@ -8,17 +8,15 @@ an interrupted demo goes on where it stopped. What differs between arms is in
 import itertools
 import json
 import statistics
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from stillroom.cache_schemas.errors import StillroomError
 from stillroom.stages.arguments import Engine, EngineChoice, RunFile
 from stillroom.stages.console import out, say, table
+from stillroom.stages.demos.stage_process import perform
 from stillroom.stages.demos.vision_findings import findings, in_words, spread
 from stillroom.stages.demos.vision_page import page
 
@@ -79,19 +77,6 @@ def make_models(run: Any) -> None:
     for encoder in run.vision.encoder:
         fetchers[encoder.kind](Path(encoder.model), say)
     train_teacher(DATA, Path(run.teacher.model), Recipe(), say)
-
-
-def perform(stage: str, run_file: Path, engine: str) -> None:
-    """One stage as a process of its own, so that vLLM is gone before students are there.
-
-    Raises:
-        StillroomError: it failed; it has already said why.
-    """
-    command = [sys.executable, "-m", "stillroom.stages", stage, str(run_file)]
-    command += ["--engine", engine] if stage == "capture" else []
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise StillroomError(f"the {stage} stage ended with exit code {code}")
 
 
 def student(

@@ -11,7 +11,7 @@ import numpy as np
 from stillroom.cache_schemas.manifest import FORMAT_VERSION
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.writer import CacheWriter
-from tests.synthetic_records import make_plan, records_of
+from tests.synthetic_records import make_candidates_plan, make_plan, records_of
 
 FOLDER = Path(__file__).parent / f"cache-v{FORMAT_VERSION}"
 PLANS = {
@@ -19,6 +19,7 @@ PLANS = {
     "small": make_plan(5, 2, 10, profile="small", hidden_layers=[2], hidden_codec="step"),
     "strict": make_plan(5, 2, 10, profile="strict", hidden_layers=["final"], hidden_codec="int8"),
     "portable": make_plan(5, 2, 10, profile="portable", hidden_layers=[2], hidden_codec="bf16"),
+    "candidates": make_candidates_plan(),
     "draws": make_plan(5, 2, 10, profile="small", k=0, tail_draws=6),
 }
 

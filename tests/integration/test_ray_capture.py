@@ -8,14 +8,16 @@ import pytest
 
 from stillroom.cache_schemas.errors import CacheIncomplete, ConfigError, PlanMismatch
 from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.capture.candidates import capture_candidates
 from stillroom.pipeline.capture.cluster import Place, capture_on_ray, gpus_per_engine, places
 from stillroom.pipeline.capture.images import capture_images
+from stillroom.pipeline.capture.items import capture_items
 from stillroom.pipeline.capture.job import capture
 from stillroom.pipeline.capture.node import Problem
 from stillroom.pipeline.config import Capture, Prepare, Run, Source, Teacher
 from stillroom.pipeline.corpus.preparing import prepare
 from stillroom.pipeline.teacher.protocol import RejectedExample
-from tests import tiny_encoders
+from tests import small_interactions, tiny_encoders
 from tests.memory_cache import examples
 from tests.pictures import file, picture
 
@@ -71,6 +73,7 @@ def test_a_node_killed_mid_run_changes_nothing_about_the_seal(tiny_llama, tmp_pa
         capture_on_ray(spread, engine="reference", on_progress=kill_when_both_have_worked)
         assert second not in cluster.list_all_nodes()
         _pictures_too(tmp_path)  # on the node that is left
+        _items_too(tmp_path, tiny_llama)
     sealed = [
         (tmp_path / name / "cache" / "manifest.json").read_bytes() for name in ("alone", "spread")
     ]
@@ -88,12 +91,37 @@ def _pictures_too(root):
     table = {"name": "dino", "kind": "dinov2", "model": str(model), "size": 56}
     shown = [[file(picture(seed))] for seed in range(5)]
     seals = []
-    for name, score in (("one", capture_images), ("ray", partial(capture_on_ray, images=True))):
+    for name, score in (("one", capture_images), ("ray", partial(capture_on_ray, about="images"))):
         tiny_encoders.save_corpus(root / name / "corpus", shown, heldout=1)
         vision = {"encoder": [table], "images_per_shard": 2}
         score(Run(name="pictures", directory=str(root / name), vision=vision))
         seals.append((root / name / "vision" / "manifest.json").read_bytes())
     assert seals[0] == seals[1]
+
+
+def _items_too(root, teacher):
+    """So do item embeddings, and lists after histories."""
+    films = small_interactions.save(root / "films", users=8)
+    source = small_interactions.source(films)
+    for name in ("items-alone", "items-ray"):
+        run = Run.model_validate(
+            {
+                "name": "films",
+                "directory": str(root / name),
+                "prepare": {"source": [source], "window": 128},
+                "teacher": {"model": str(teacher), "dtype": "float32"},
+                "items": {"items_per_shard": 6},
+                "candidates": {"k": 3, "written_tokens": 4, "histories_per_shard": 9},
+            }
+        )
+        prepare(run.prepare, str(teacher), run.path("corpus"))
+        for about, score in (("items", capture_items), ("candidates", capture_candidates)):
+            if name == "items-ray":
+                score = partial(capture_on_ray, about=about)
+            score(run, engine="reference")
+    for about in ("items", "candidates"):
+        seals = [root / name / about / "manifest.json" for name in ("items-alone", "items-ray")]
+        assert seals[0].read_bytes() == seals[1].read_bytes()
 
 
 def test_what_a_worker_cannot_do_reaches_the_driver_as_it_was_said(tiny_llama, tmp_path):

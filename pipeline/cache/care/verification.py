@@ -151,6 +151,8 @@ def check_record(record: TeacherRecord, plan: Plan) -> None:
     for name, array in signals.items():
         if array.dtype.kind == "f" and np.isnan(array).any():
             raise ShardCorrupt(f"{name} has NaN", where=where)
+    if "written_ids" in signals and _outside(signals["written_ids"], 0, vocab):
+        raise ShardCorrupt("a written token is outside the vocabulary", where=where)
     if "topk_ids" in signals and "topk_logprobs" in signals:
         _check_topk(signals, vocab, plan.facts["capture"].get("profile", ""), where)
     if "draw_ids" in signals and "draw_counts" in signals:

@@ -128,9 +128,8 @@ class VllmEngine:
     def _wait_for(self, item: _Asked):
         """vLLM's output for one request; those that finish before it are kept."""
         while item.request_id and item.request_id not in self._finished:
-            for output in _step(self._llm.llm_engine):
-                if output.finished:
-                    self._finished[output.request_id] = output
+            for output in finished_outputs(self._llm.llm_engine):
+                self._finished[output.request_id] = output
         return self._finished.pop(item.request_id, None)
 
     def _record(self, item: _Asked, output, reject: protocol.Reject) -> TeacherRecord:
@@ -169,14 +168,14 @@ def requests_for(capture: Capture, teacher: Teacher) -> MarkedRequests | PublicR
     return PublicRequests(capture)
 
 
-def _step(llm_engine) -> list:
-    """One scheduler step.
+def finished_outputs(llm_engine) -> list:
+    """What one scheduler step has finished.
 
     Raises:
         OutOfMemory: the step did not fit.
     """
     try:
-        return llm_engine.step()
+        return [output for output in llm_engine.step() if output.finished]
     except (RuntimeError, MemoryError) as error:
         if _is_out_of_memory(error):
             raise _out_of_memory(error) from error

@@ -1,0 +1,208 @@
+"""Candidates: the items a teacher ranks best after each history, into a cache of their own.
+
+One idea: a history is an example of the corpus and its answer is a record like any other, so
+shards, receipts, resuming, Ray and sealing are those of any capture. Places are of the catalogue
+that the plan names. What is asked is in `candidate_engines`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.cache_schemas.manifest import Manifest, Plan
+from stillroom.pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.capture.candidate_engines import Grounded, Scored, Shelf
+from stillroom.pipeline.capture.items import open_items_of, read_items, state_capture
+from stillroom.pipeline.capture.job import Notes, OnError, Task, fill
+from stillroom.pipeline.capture.nearest import Nearest
+from stillroom.pipeline.capture.plan import check_tokenizer, engine_facts, longest
+from stillroom.pipeline.capture.progress import CaptureProgress
+from stillroom.pipeline.config import Capture, Run, Teacher, require
+from stillroom.pipeline.config.recommending import Candidates
+from stillroom.pipeline.corpus.files import Corpus
+from stillroom.pipeline.corpus.histories import Histories, open_catalogue, open_histories
+from stillroom.pipeline.corpus.item_questions import PARTS, settings_in
+from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer
+from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.facts import teacher_facts
+from stillroom.pipeline.teacher.opening import open_engine, open_writing_engine
+from stillroom.pipeline.teacher.protocol import Engine, EngineName
+
+
+def capture_candidates(
+    run: Run,
+    *,
+    engine: EngineName = "vllm",
+    rank: int = 0,
+    world_size: int = 1,
+    on_error: OnError = "stop",
+    split: str = "train",
+    location: str = "",
+    on_progress: Callable[[CaptureProgress], None] | None = None,
+) -> Manifest | None:
+    """Answer what is missing of a run's histories and seal the cache when nothing is.
+
+    Args:
+        run: needs [candidates], [items], [teacher], a corpus of interactions, and the sealed items
+            where the method needs them.
+        split: `train` asks about training rows, `heldout` about the test's.
+        location: directory or URL of the cache; empty takes `<run.directory>/candidates`, or
+            `candidates-heldout`.
+        engine, rank, world_size, on_error, on_progress: as for `capture.capture`.
+
+    Returns:
+        The manifest, or None while other workers' shards are missing.
+
+    Raises:
+        PlanMismatch: the cache there, or that of the items, has another plan.
+        CacheError: the items are not captured yet.
+        ConfigError: more candidates than there can be.
+    """
+    task = open_task(run, engine, split, location)
+    notes = Notes(run.path("candidate-notes"), rank, on_error)
+    return fill(task.writer, task.examples, task.start, notes, rank, world_size, on_progress)
+
+
+def default_location(run: Run, split: str) -> str:
+    """Where a run keeps the candidates of a split."""
+    return str(run.path("candidates" if split == "train" else "candidates-heldout"))
+
+
+def open_task(run: Run, engine: EngineName, split: str, location: str = "") -> Task:
+    """Plan the candidates of a run and open their cache; see `capture_candidates`."""
+    table: Candidates = require(run.candidates, "candidates", run.directory)
+    teacher = require(run.teacher, "teacher", run.directory)
+    corpus = Corpus.open(run.path("corpus"))
+    catalogue, histories = open_catalogue(corpus), open_histories(corpus)
+    check_tokenizer(corpus, teacher)
+    _check_count(table, len(catalogue))
+    items = open_items_of(run, corpus, engine) if needs_items(table) else None
+    asked = questions(corpus, histories, split, table.histories_per_user)
+    plan = make_plan(run, corpus, split, engine, len(asked), items.plan.digest if items else "")
+    writer = CacheWriter.open(location or default_location(run, split), plan)
+
+    def start(scale: float) -> Engine:
+        shelf = Shelf(
+            table,
+            settings_in(corpus),
+            CorpusTokenizer.open("", teacher.model, teacher.revision),
+            catalogue.titles,
+            _windows(corpus, histories, split),
+            Nearest(read_items(items), table.exact) if items else None,
+            _popular(histories, len(catalogue)),
+        )
+        return _open(run, teacher, engine, longest(corpus), scale, shelf)
+
+    return Task(writer, asked, start)
+
+
+def needs_items(table: Candidates) -> bool:
+    """Whether the items must have been embedded before."""
+    return table.method == "grounded" or table.shortlist == "similar"
+
+
+def questions(corpus: Corpus, histories: Histories, split: str, per_user: int) -> Sequence[Example]:
+    """The examples of a split that a teacher is asked about, in the corpus's order.
+
+    Args:
+        per_user: the latest this many of each user; 0 takes all.
+    """
+    examples = corpus.split(split)
+    if not per_user:
+        return examples
+    rows = histories.rows(PARTS[split])
+    owners = histories.owners(rows)
+    following = np.searchsorted(owners, owners, side="right") - np.arange(len(rows))
+    kept = rows[following <= per_user]
+    wanted = set(histories.example_ids.take(kept).to_pylist())
+    numbers = [number for number, name in enumerate(examples.ids()) if name in wanted]
+    return _Some(examples, numbers)
+
+
+def make_plan(
+    run: Run, corpus: Corpus, split: str, engine: EngineName, count: int, items: str
+) -> Plan:
+    """The plan of a run's candidates.
+
+    Args:
+        count: questions.
+        items: digest of the plan of the item embeddings; "" where none are used.
+    """
+    table: Candidates = require(run.candidates, "candidates", run.directory)
+    teacher = require(run.teacher, "teacher", run.directory)
+    capture = table.model_dump(mode="json", exclude={"k", "batch", "histories_per_shard"})
+    capture |= {"profile": "portable", "k": 0, "candidates": table.k, "items": items}
+    capture |= {"catalogue": corpus.facts["catalogue"]}
+    names = ["candidate_distances", "candidate_ids"]
+    names += ["written_ids"] * (table.method == "grounded")
+    return Plan.make(
+        teacher=teacher_facts(teacher),
+        engine=engine_facts(engine),
+        tokenizer=corpus.facts["tokenizer"],
+        corpus={"digest": corpus.digest, "split": split},
+        capture=capture | {"examples_per_shard": table.histories_per_shard},
+        num_examples=count,
+        max_tokens=1,
+        signals={"rows": [], "dense": {}, "examples": names},
+    )
+
+
+class _Some(Sequence[Example]):
+    """Some examples of a split, read when they are asked for."""
+
+    def __init__(self, examples: Sequence[Example], numbers: list[int]):
+        self._examples, self._numbers = examples, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Some(self._examples, self._numbers[index])
+        return self._examples[self._numbers[index]]
+
+
+def _open(
+    run: Run, teacher: Teacher, name: EngineName, window: int, scale: float, shelf: Shelf
+) -> Engine:
+    if shelf.table.method == "scored":
+        rows = Capture(k=1, entropy=False)
+        opened = open_engine(name, teacher, rows, max_tokens=0, batch_scale=scale)
+        return Scored(opened, shelf)
+    items = require(run.items, "items", run.directory)
+    tokens = window + shelf.table.written_tokens
+    engine = open_writing_engine(name, teacher, state_capture(items), tokens, scale)
+    return Grounded(engine, shelf, items)
+
+
+def _check_count(table: Candidates, items: int) -> None:
+    room = min(items, table.shortlist_size) if table.method == "scored" else items
+    if table.k > room:
+        what = "shortlist_size" if room < items else "items in the catalogue"
+        raise ConfigError(
+            f"k = {table.k} candidates of {room} {what}",
+            expected=f"k <= {room}",
+            where="[candidates]",
+            remedy="Lower k.",
+        )
+
+
+def _windows(corpus: Corpus, histories: Histories, split: str) -> Callable[[str], np.ndarray]:
+    """Example id -> the items in its prompt."""
+    rows = histories.rows(PARTS[split])
+    names = histories.example_ids.take(rows).to_pylist()
+    return partial(_window, histories, dict(zip(names, rows.tolist())), settings_in(corpus).history)
+
+
+def _window(histories: Histories, rows: dict[str, int], length: int, name: str) -> np.ndarray:
+    found = histories.windows(np.array([rows[name]]), length, -1)[0]
+    return found[found >= 0]
+
+
+def _popular(histories: Histories, items: int) -> np.ndarray:
+    """Places by the number of training rows that ask for them; equal ones in catalogue order."""
+    counts = np.bincount(histories.items[histories.rows("train")], minlength=items)
+    return np.argsort(-counts, kind="stable")

@@ -1,0 +1,209 @@
+"""How well recommenders and their teachers rank: full ranking over the catalogue on the test rows.
+
+One idea: a student is judged on rows that nothing was chosen on, against every item and not a
+sample of them; a teacher that only says K items has no rank beyond them, which counts as a miss.
+Definitions: `student.recommenders.ranks`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stillroom.cache_schemas.errors import CacheError, StudentError
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.config import Run, require
+from stillroom.pipeline.corpus.files import Corpus
+from stillroom.pipeline.corpus.histories import (
+    Catalogue,
+    Histories,
+    check_catalogue,
+    open_catalogue,
+    open_histories,
+)
+from stillroom.pipeline.student.recommenders.export import load
+from stillroom.pipeline.student.recommenders.ranks import measures, rank_of, ranks
+
+RESULT = "evaluation.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """One ranker on the test rows.
+
+    Attributes:
+        mean, standard_error: measure -> over rows.
+        rows: how many there are.
+    """
+
+    mean: dict[str, float]
+    standard_error: dict[str, float]
+    rows: int
+
+    @classmethod
+    def of(cls, rank: np.ndarray) -> "Ranking":
+        """From ranks [R]; 0 stands for an item that is not ranked."""
+        found, size = measures(rank), max(len(rank), 1)
+        return cls(
+            {name: float(values.mean()) for name, values in found.items()},
+            {name: float(values.std() / np.sqrt(size)) for name, values in found.items()},
+            len(rank),
+        )
+
+
+def evaluate_recommender(run: Run) -> dict[str, Ranking]:
+    """The run's student, its teacher where the test's candidates were captured, and the most
+    popular items, which need neither; written to `evaluation.json`.
+
+    Raises:
+        StudentError: there is no trained student, or it is of another catalogue.
+    """
+    table = require(run.recommender, "recommender", run.directory)
+    corpus = Corpus.open(run.path("corpus"))
+    found = {
+        "student": Ranking.of(student_ranks(run.path("student"), corpus, table.exclude_seen)),
+        "most popular": Ranking.of(popular_ranks(corpus, table.exclude_seen)),
+    }
+    heldout = run.path("candidates-heldout")
+    if (heldout / "manifest.json").exists():
+        found["teacher"] = Ranking.of(teacher_ranks(heldout, corpus))
+    text = {
+        name: {"mean": r.mean, "standard_error": r.standard_error, "rows": r.rows}
+        for name, r in found.items()
+    }
+    run.path(RESULT).write_text(json.dumps(text, indent=2) + "\n")
+    return found
+
+
+def student_ranks(directory: Path, corpus: Corpus, exclude_seen: bool = True) -> np.ndarray:
+    """int64 [R]: rank of every test item.
+
+    Raises:
+        StudentError: there is no student.
+        PlanMismatch: it was trained on another catalogue.
+    """
+    model, config = load(directory)
+    check_catalogue(config["catalogue"], corpus.facts["catalogue"], str(directory))
+    histories, rows, targets = _test(corpus)
+    windows = histories.windows(rows, config["history"], config["items"])
+
+    def seen(row: int) -> np.ndarray:
+        return histories.seen(int(rows[row]))
+
+    return ranks(model, windows, targets, seen if exclude_seen else None)
+
+
+def popular_ranks(corpus: Corpus, exclude_seen: bool = True) -> np.ndarray:
+    """int64 [R]: ranks by how often an item is a training target, the same list for everybody."""
+    histories, rows, targets = _test(corpus)
+    items = corpus.facts["catalogue"]["items"]
+    counts = np.bincount(histories.items[histories.rows("train")], minlength=items).astype(float)
+    gone = [histories.seen(int(row)) if exclude_seen else None for row in rows]
+    found = [rank_of(counts, int(target), out) for target, out in zip(targets, gone)]
+    return np.array(found, dtype=np.int64)
+
+
+def teacher_ranks(location: str | Path, corpus: Corpus) -> np.ndarray:
+    """int64 [R]: place of every test item in the teacher's list; 0 where it is not in it.
+
+    Raises:
+        CacheError: a test row has no list.
+        PlanMismatch: the lists are of another catalogue.
+    """
+    cache = TeacherCache.open(location)
+    where = cache.storage.location
+    check_catalogue(cache.plan.facts["capture"]["catalogue"], corpus.facts["catalogue"], where)
+    ids = cache.index(["example_id"]).column("example_id").to_pylist()
+    numbers = {name: number for number, name in enumerate(ids)}
+    histories, rows, targets = _test(corpus)
+    found = []
+    for name, target in zip(histories.example_ids.take(rows).to_pylist(), targets):
+        if name not in numbers:
+            raise CacheError(
+                f"has no list for question {name[:12]}",
+                where=where,
+                remedy="Run `stillroom capture --split heldout` for this corpus.",
+            )
+        listed = cache.read(numbers[name], ["candidate_ids"]).signals["candidate_ids"]
+        place = np.flatnonzero(listed == target)
+        found.append(int(place[0]) + 1 if len(place) else 0)
+    return np.array(found, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """One item of a list: its id, its title, and the student's score."""
+
+    item_id: str
+    title: str
+    score: float
+
+
+def recommend(
+    run: Run, top: int, user: str = "", items: tuple[str, ...] = ()
+) -> tuple[list[str], list[Recommendation]]:
+    """What a run's student recommends after a user's history, or after items named.
+
+    Args:
+        top: how many.
+        user: as in the interactions; all of the user's items count, the newest too.
+        items: item ids, oldest first, in the place of a user.
+
+    Returns:
+        Titles of the history that the student read, and the list.
+
+    Raises:
+        StudentError: no such user or item.
+    """
+    table = require(run.recommender, "recommender", run.directory)
+    corpus = Corpus.open(run.path("corpus"))
+    catalogue = open_catalogue(corpus)
+    model, config = load(run.path("student"))
+    check_catalogue(config["catalogue"], corpus.facts["catalogue"], str(run.path("student")))
+    taken = _named(items, catalogue) if items else _of_user(user, open_histories(corpus))
+    length = config["history"]
+    window = np.full((1, length), config["items"], dtype=np.int64)
+    read = taken[-length:]
+    window[0, length - len(read) :] = read
+    scores = _scores(model, window)
+    if table.exclude_seen:
+        scores[taken] = -np.inf
+    best = np.argsort(-scores, kind="stable")[:top]
+    best = best[np.isfinite(scores[best])]
+    ids, titles = catalogue.item_ids, catalogue.titles
+    listed = [Recommendation(ids[i], titles[i], float(scores[i])) for i in best]
+    return [titles[i] for i in read], listed
+
+
+def _scores(model: Any, window: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model.all_scores(model.states(torch.from_numpy(window)))[0].numpy()
+
+
+def _test(corpus: Corpus) -> tuple[Histories, np.ndarray, np.ndarray]:
+    histories = open_histories(corpus)
+    rows = histories.rows("test")
+    return histories, rows, histories.items[rows].astype(np.int64)
+
+
+def _named(items: tuple[str, ...], catalogue: Catalogue) -> np.ndarray:
+    places = {name: place for place, name in enumerate(catalogue.item_ids)}
+    for name in items:
+        if name not in places:
+            raise StudentError(f"no item '{name}'", expected="item ids of the catalogue")
+    return np.array([places[name] for name in items], dtype=np.int64)
+
+
+def _of_user(user: str, histories: Histories) -> np.ndarray:
+    if user not in histories.users:
+        raise StudentError(
+            f"no user '{user}'",
+            expected=f"one of {len(histories.users):,}, such as '{histories.users[0]}'",
+            remedy="Name items with --items for somebody who is not in the interactions.",
+        )
+    number = histories.users.index(user)
+    return histories.items[histories.offsets[number] : histories.offsets[number + 1]]

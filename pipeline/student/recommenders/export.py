@@ -1,0 +1,98 @@
+"""A trained recommender as a directory: safetensors, config, and the ids of its items.
+
+One idea: what is written is what serves, with the distilled part folded into the item table; it is
+loaded again and has to score some histories as the student in memory does before it is called done.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.config.recommending import Recommender
+from stillroom.pipeline.config.strict import validate
+from stillroom.pipeline.student.recommenders.model import SequentialRecommender
+
+CONFIG, WEIGHTS, ITEM_IDS = "config.json", "model.safetensors", "items.json"
+TOLERANCE = 1e-4
+"""Of a score, relative to the largest: folding adds in another order, in fp32."""
+
+
+def export(
+    model: SequentialRecommender,
+    table: Recommender,
+    directory: Path,
+    item_ids: list[str],
+    facts: dict[str, Any],
+    probe: torch.Tensor,
+) -> None:
+    """Write a student in one move.
+
+    Args:
+        model: in its trained state.
+        table: what it was made from.
+        directory: where it goes; what is there is replaced.
+        item_ids: names of the items in the order of the scores.
+        facts: kept in config.json; `catalogue` among them.
+        probe: int64 [B, L] histories that the written student is tried on.
+
+    Raises:
+        StudentError: it scores them otherwise.
+    """
+    staging = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    kept = table.model_dump(mode="json") | {"distilled": None}
+    sizes = {"items": model.num_items, "history": model.length}
+    config = {"model_type": "sequential_recommender", "recommender": kept, **sizes, **facts}
+    (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (staging / ITEM_IDS).write_text(json.dumps(item_ids) + "\n")
+    weights = {n: t for n, t in model.state_dict().items() if not n.startswith("distilled.")}
+    weights["items.weight"] = model.folded_table()
+    save_file({n: t.detach().cpu().contiguous() for n, t in weights.items()}, staging / WEIGHTS)
+    _check(model, staging, probe)
+    shutil.rmtree(directory, ignore_errors=True)
+    staging.rename(directory)
+
+
+def load(directory: Path) -> tuple[SequentialRecommender, dict[str, Any]]:
+    """A written student, ready to score, and its config.
+
+    Raises:
+        StudentError: the directory holds none, or its files do not belong together.
+    """
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        table = validate(Recommender, config["recommender"], str(directory / CONFIG))
+        model = SequentialRecommender(table, config["items"], config["history"])
+        model.load_state_dict(load_file(directory / WEIGHTS))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise StudentError(
+            f"cannot be loaded ({(str(error).splitlines() or ['?'])[0]})",
+            expected="a recommender that stillroom exported",
+            where=str(directory),
+            remedy="Run `stillroom train` for this run.",
+        ) from None
+    return model.eval(), config
+
+
+@torch.no_grad()
+def _check(model: SequentialRecommender, written: Path, probe: torch.Tensor) -> None:
+    was_training = model.training
+    model.eval()
+    own = model.all_scores(model.states(probe)).cpu()
+    model.train(was_training)
+    again, _ = load(written)
+    found = again.all_scores(again.states(probe.cpu()))
+    difference = float((found - own).abs().max() / own.abs().max().clamp_min(1e-30))
+    if not difference <= TOLERANCE:
+        raise StudentError(
+            f"the written student's scores differ by {difference:.2g} of the largest",
+            expected=f"at most {TOLERANCE:g}",
+            where=str(written),
+            remedy="Report this; the checkpoint is kept.",
+        )

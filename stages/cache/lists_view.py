@@ -1,0 +1,116 @@
+"""How caches about a catalogue look in a terminal: a history, the teacher's list, the truth.
+
+One idea: such a cache holds numbers and hashes only; the words are in the corpus it was made from,
+so without that corpus numbers are shown. Text from either is a stranger's and passes `plain`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from stillroom.cache_schemas.errors import CacheError, CorpusError
+from stillroom.cache_schemas.manifest import Plan
+from stillroom.cache_schemas.signals import ITEM_PREFIX
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.corpus.files import Corpus
+from stillroom.pipeline.corpus.histories import check_catalogue, open_catalogue, open_histories
+from stillroom.pipeline.corpus.item_questions import PARTS, settings_in
+from stillroom.pipeline.plain_text import plain
+from stillroom.stages.console import say, table
+
+DIMENSIONS = 6
+
+
+def is_about_a_catalogue(plan: Plan) -> bool:
+    """Whether a cache holds items or lists of items."""
+    return "catalogue" in plan.facts["capture"]
+
+
+def catalogue_table(storage: Storage, number: int, corpus: str) -> None:
+    """One record: an item's embedding, or a history and its list.
+
+    Args:
+        corpus: directory of the prepared corpus; empty looks beside the cache.
+
+    Raises:
+        CacheError: no such record.
+        PlanMismatch: the corpus has another catalogue.
+    """
+    cache = TeacherCache.open(storage)
+    if not 0 <= number < len(cache):
+        raise CacheError(f"no example {number}", expected=f"0 to {len(cache) - 1}")
+    found = _corpus_of(storage, corpus)
+    if found is None:
+        say("numbers are shown: pass --corpus DIR, the prepared corpus, to see titles")
+    else:
+        facts = cache.plan.facts["capture"]["catalogue"]
+        check_catalogue(facts, found.facts["catalogue"], storage.location)
+    if any(name.startswith(ITEM_PREFIX) for name in cache.signals):
+        _item(cache, number, found)
+    else:
+        _list(cache, number, found)
+
+
+def _corpus_of(storage: Storage, corpus: str) -> Corpus | None:
+    near = Path(storage.location).parent / "corpus"
+    try:
+        return Corpus.open(corpus or near)
+    except CorpusError:
+        if corpus:
+            raise
+        return None
+
+
+def _item(cache: TeacherCache, number: int, corpus: Corpus | None) -> None:
+    record = cache.read(number)
+    (vector,) = record.signals.values()
+    title = open_catalogue(corpus).titles[number] if corpus else f"item {number}"
+    shown = ", ".join(f"{value:.3f}" for value in vector[0][:DIMENSIONS]) if len(vector) else "none"
+    length = float(np.linalg.norm(vector))
+    rows = [["item id", plain(record.example.document_id)], ["title", plain(title, 80)]]
+    rows += [["length", f"{length:.3f}"], [f"first of {vector.shape[1]}", shown]]
+    table(f"item {number} of {len(cache):,}", ["", "value"], rows)
+
+
+def _list(cache: TeacherCache, number: int, corpus: Corpus | None) -> None:
+    record = cache.read(number)
+    ids, far = (record.signals[name] for name in ("candidate_ids", "candidate_distances"))
+    titles = open_catalogue(corpus).titles if corpus else []
+    target = -1
+    if corpus is not None:
+        target = _history(cache, record.example.example_id, corpus, titles)
+    rows = [
+        [
+            str(place + 1),
+            plain(titles[item], 80) if titles else str(item),
+            f"{distance:.4g}",
+            "<- came" if item == target else "",
+        ]
+        for place, (item, distance) in enumerate(zip(ids, far))
+        if item >= 0
+    ]
+    distance = "-log p, nats" if cache.plan.facts["capture"].get("method") == "scored" else "L2"
+    table(
+        f"history {number} of {len(cache):,}: the teacher's list", ["", "item", distance, ""], rows
+    )
+    if not rows:
+        say("the teacher named no item")
+
+
+def _history(cache: TeacherCache, name: str, corpus: Corpus, titles: list[str]) -> int:
+    """Say what was taken before and what came; the place of what came."""
+    histories = open_histories(corpus)
+    rows = histories.rows(PARTS[cache.plan.facts["corpus"].get("split", "train")])
+    names = histories.example_ids.take(rows).to_pylist()
+    if name not in names:
+        say("the corpus does not hold this history")
+        return -1
+    row = int(rows[names.index(name)])
+    window = histories.windows(np.array([row]), settings_in(corpus).history, -1)[0]
+    target = int(histories.items[row])
+    user = histories.users[int(histories.owners(np.array([row]))[0])]
+    taken = "; ".join(plain(titles[item], 60) for item in window if item >= 0)
+    say(f"user {plain(user, 40)} took: {taken}")
+    say(f"then came: {plain(titles[target], 80)}")
+    return target

@@ -1,0 +1,32 @@
+"""`stillroom recommend`: a trained recommender's list for one user."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stillroom.stages.console import say, table
+
+RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
+
+
+def recommend(
+    run_file: RunFile,
+    user: Annotated[str, typer.Option(help="A user of the interactions.")] = "",
+    items: Annotated[str, typer.Option(help="Item ids in their place, oldest first.")] = "",
+    top: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
+) -> None:
+    """What the run's student recommends next."""
+    from stillroom.cache_schemas.errors import ConfigError
+    from stillroom.pipeline import config
+    from stillroom.pipeline.evaluation.ranking import recommend as ask
+    from stillroom.pipeline.plain_text import plain
+
+    if bool(user) == bool(items):
+        raise ConfigError("whose list?", expected="--user NAME, or --items ID,ID,...")
+    run = config.load(run_file)
+    named = tuple(item for item in items.split(",") if item)
+    history, found = ask(run, top, user, named)
+    say("after " + "; ".join(plain(title, 60) for title in history))
+    rows = [[plain(one.item_id), plain(one.title, 80), f"{one.score:.3f}"] for one in found]
+    table(f"recommended to {user or 'you'}", ["item", "title", "score"], rows)
