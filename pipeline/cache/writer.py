@@ -25,8 +25,9 @@ from stillroom.pipeline.cache.formats import (
     publish_codec,
 )
 from stillroom.pipeline.cache.shard import Preview
-from stillroom.pipeline.cache.storage.directory import Claim, DirectoryStorage, Storage
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.storage.location import open_storage
+from stillroom.pipeline.cache.storage.protocol import Claim, Storage, check_vacant
 from stillroom.pipeline.record import TeacherRecord
 
 
@@ -53,6 +54,7 @@ class CacheWriter:
             PlanMismatch: the cache there has another plan; names every fact that differs.
         """
         storage = open_storage(root)
+        check_vacant(storage)
         storage.sweep()
         _claim_root(storage, plan)
         for name, array in dense_arrays(plan).items():
