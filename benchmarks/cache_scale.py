@@ -6,7 +6,6 @@
 the records are not there. Each measurement runs in a process of its own, so peak memory is its own.
 """
 
-import argparse
 import multiprocessing
 import resource
 import time
@@ -14,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cache_trial import publish
+from benchmarks.cache_trial import asking, publish
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.manifest import Manifest, Plan, Records, ShardReceipt, ShardTable
 from stillroom.pipeline.cache.formats import UNFITTED, Format, RowCodec, codec_sizes
-from stillroom.pipeline.cache.sealing import file_entry
+from stillroom.pipeline.cache.sealing import fixed_files, index_names
+from stillroom.pipeline.cache.shard import file_entry
 from tests.synthetic_records import make_plan
 
 EXAMPLES, TOKENS, BYTES_PER_TOKEN = 2442, 1024, 100
@@ -59,6 +59,10 @@ class Simulated:
         shards = range(first, min(first + layout.SHARDS_PER_FOLDER, self.plan.num_shards))
         return {name(shard): 1 for shard in shards if shard % skip != skip - 1}
 
+    def strangers(self) -> tuple[str, ...]:
+        """Nothing else is there."""
+        return ()
+
     def _manifest(self) -> bytes:
         shards = self.plan.num_shards
         tokens = EXAMPLES * TOKENS
@@ -68,7 +72,8 @@ class Simulated:
             bytes=[tokens * BYTES_PER_TOKEN] * shards,
             receipt=[f"{shard:064x}" for shard in range(shards)],
         )
-        files = {layout.index(number): file_entry(b"") for number in range(-(-shards // 1000))}
+        names = [*fixed_files(self.form), *index_names(self.form)]
+        files = {name: file_entry(b"") for name in names}
         return Manifest(
             plan=self.plan.facts, codec=self.form.codec_body, files=files, shards=table
         ).to_bytes()
@@ -149,8 +154,7 @@ def _resident() -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = asking(__doc__)
     options = parser.parse_args()
     sizes = [len(receipt(Simulated(make_plan(EXAMPLES, EXAMPLES, TOKENS)).form, 0).to_bytes())]
     manifest = Simulated(make_plan(EXAMPLES * 40_000, EXAMPLES, TOKENS)).manifest

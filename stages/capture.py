@@ -59,7 +59,7 @@ def capture(
     worker: dict[str, Any] = {"rank": rank, "world_size": world_size, "on_error": on_error.value}
     if ray or ray_address:
         worker["address"] = ray_address
-    if run.capture is not None or run.vision is None:
+    if run.capture is not None or run.vision is None:  # [vision] alone means images alone
         where = {"engine": engine.value, "split": split.value, "location": cache}
         _capture(run, **where, **worker)
     if run.vision is not None:
@@ -72,7 +72,7 @@ def _capture(run, **options) -> None:
     from stillroom.pipeline.capture.job import capture as score
 
     title = f"capture {options['rank']}" if options["world_size"] > 1 else "capture"
-    if "address" in options:
+    if "address" in options:  # with --ray only
         score, title = capture_on_ray, "capture on Ray"
         _alone(options.pop("rank"), options.pop("world_size"))
     manifest = _watched(score, run, title, "examples", _token_numbers, **options)

@@ -31,7 +31,7 @@ def generate(
         corpus = write(run, engine=engine.value, on_progress=show, **workers)
     config.dump(run, run.path("generate.config.json"))
     provenance.record(run.path("run.json"), "generate")
-    if corpus is None:
+    if corpus is None:  # parts of other workers are missing
         say("this worker's prompts are answered; the last worker to finish makes the corpus")
         return
     show_corpus(corpus)

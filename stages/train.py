@@ -123,7 +123,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def ask(number: int, _frame) -> None:
-        if asked and number == signal.SIGINT:
+        if asked and number == signal.SIGINT:  # the second Ctrl-C
             raise KeyboardInterrupt
         asked.append(number)
         say("stopping after this step; a checkpoint is kept")

@@ -64,7 +64,7 @@ def tokenizer_near(cache: str, expected: str) -> str:
 
 def _models_near(run: Path) -> Iterator[Path]:
     """Model directories that the settings kept in a run's directory name, and its students."""
-    for file in sorted(run.glob("*.config.json")):
+    for file in sorted(run.glob("*.config.json")):  # as `config.dump` leaves them
         settings = json.loads(file.read_text())
         for table, key in (("teacher", "model"), ("prepare", "tokenizer")):
             named = (settings.get(table) or {}).get(key)

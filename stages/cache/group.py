@@ -10,15 +10,7 @@ from typing import Annotated
 import typer
 
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete
-from stillroom.stages.cache import (
-    compare as cache_compare,
-)
-from stillroom.stages.cache import (
-    plan as cache_plan,
-)
-from stillroom.stages.cache import (
-    share as cache_sharing,
-)
+from stillroom.stages.cache import compare, plan, share
 from stillroom.stages.cache.arguments import (
     Cache,
     PublicKey,
@@ -133,14 +125,14 @@ def repair(cache: Cache) -> None:
 
 
 for verb in (
-    cache_sharing.push,
-    cache_sharing.pull,
-    cache_sharing.sign,
-    cache_sharing.merge,
-    cache_sharing.subset,
-    cache_sharing.reshard,
-    cache_compare.diff,
-    cache_compare.audit,
-    cache_plan.plan,
+    share.push,
+    share.pull,
+    share.sign,
+    share.merge,
+    share.subset,
+    share.reshard,
+    compare.diff,
+    compare.audit,
+    plan.plan,
 ):
     app.command()(verb)

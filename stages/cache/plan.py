@@ -41,7 +41,7 @@ def plan(
     from stillroom.pipeline.planning import frontier as planning
 
     if budget is None:
-        budget = 0.0 if max_kl else BUDGET
+        budget = 0.0 if max_kl else BUDGET  # one limit is enough
     if budget < 0 or max_kl < 0:
         raise ConfigError("a limit below 0", where="--budget, --max-kl")
     run = config.load(run_file)

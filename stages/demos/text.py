@@ -77,7 +77,7 @@ class Ledger:
         """Add an attempt; a change of settings starts the clock again."""
         before = self.entries.get(stage.name, {})
         kept = before.get("seconds", 0.0) if before.get("inputs") == stage.inputs else 0.0
-        kept = 0.0 if before.get("done") else kept
+        kept = 0.0 if before.get("done") else kept  # done once, and run again: a new clock
         self.entries[stage.name] = {"inputs": stage.inputs, "seconds": kept + seconds, "done": done}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, json.dumps(self.entries, indent=2) + "\n")

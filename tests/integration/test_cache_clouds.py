@@ -18,19 +18,12 @@ from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.writer import CacheWriter
 from tests import fake_hub
 from tests.services import Proxy
-from tests.synthetic_records import assert_same_record, make_plan, make_record, records_of
+from tests.synthetic_records import assert_same_record, make_record, records_of
 
 
 @pytest.fixture(scope="module")
-def plan():
-    return make_plan(hidden_layers=[2])
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory, plan):
-    root = tmp_path_factory.mktemp("original") / "cache"
-    fill(CacheWriter.open(root, plan), plan)
-    return DirectoryStorage(root)
+def cache(original):
+    return DirectoryStorage(original)
 
 
 def fill(writer, plan):

@@ -16,20 +16,21 @@ from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
 from stillroom.cache_schemas.record_codec import MAX_KL
 from stillroom.pipeline.cache import shard as shards
-from stillroom.pipeline.cache.care.comparing import evenly
 from stillroom.pipeline.cache.formats import Format, open_codec, read_codec
 from stillroom.pipeline.cache.partial import present_signals
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.sealing import (
     check_files,
-    file_entry,
+    committed,
     fixed_files,
     index_names,
     read_receipt,
 )
+from stillroom.pipeline.cache.shard import file_entry
 from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.cache.storage.snapshot import pinned
 from stillroom.pipeline.record import TeacherRecord
+from stillroom.pipeline.shares import evenly
 
 Progress = Callable[[int, int], None]
 """Called with shards done and shards in all."""
@@ -89,7 +90,7 @@ def verify(storage: Storage, progress: Progress = lambda done, total: None) -> R
     manifest, form = identity(storage)
     report = Report(sealed=manifest is not None)
     report.problems += _identity_problems(storage, manifest, form)
-    done = _receipts(storage, form)
+    done = committed(storage, range(form.plan.num_shards))
     for count, number in enumerate(range(form.plan.num_shards), start=1):
         if number in done or manifest is not None:
             _check_shard(storage, form, manifest, number, report)
@@ -105,9 +106,10 @@ def _measure_again(cache: TeacherCache, report: Report) -> None:
     codec = cache.form.codec
     if codec.profile not in ROUNDED_LISTS or "topk_ids" not in cache.signals:
         return
-    sample = evenly(list(range(len(cache))), SAMPLE)
+    sample = evenly(len(cache), SAMPLE)
     rows = np.concatenate([cache.lists(number)[0].rounding() for number in sample])
     report.rounding = float(rows.mean()) if len(rows) else 0.0
+    # `strict` has levels of one width w, and p w^2 / 24 over a row is at most w^2 / 24.
     bound = MAX_KL * codec.mean_kl if codec.profile == "small" else STRICT_STEP**2 / 24
     if report.rounding > bound:
         found = f"rounding cost {report.rounding:.2g} nats per row of a sample"
@@ -212,12 +214,6 @@ def _identity_problems(
             continue
         if found != manifest.files[name]:
             yield Problem(name, "has been changed")
-
-
-def _receipts(storage: Storage, form: Format) -> set[int]:
-    folders = sorted({layout.folder(number) for number in range(form.plan.num_shards)})
-    names = {name for folder in folders for name in storage.list(f"receipts/{folder}")}
-    return {n for n in range(form.plan.num_shards) if layout.receipt(n) in names}
 
 
 def _check_shard(

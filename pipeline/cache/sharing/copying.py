@@ -87,13 +87,19 @@ def _copied(
     with ThreadPoolExecutor(threads) as pool:
         for done, _ in enumerate(pool.map(work.shard, range(cache.plan.num_shards)), start=1):
             progress(done, cache.plan.num_shards)
-    held = {*dense, *_held_already(cache, target)}
+    held = {*dense, *_held_already(cache, target)}  # a copy may be added to, signal by signal
     partial.mark(target, None if held == set(cache.plan.dense_signals) else sorted(held))
     for name in (README, layout.SIGNATURE):
         if source.size(name) is not None:
             target.replace(name, source.read(name))
-    target.replace(layout.MANIFEST, source.read(layout.MANIFEST))
+    _seal(target, source.read(layout.MANIFEST))
     return Copied(len(work.moved), sum(work.moved), sorted(held))
+
+
+def _seal(target: Storage, manifest: bytes) -> None:
+    """The manifest that was checked, last; over one that is broken, if one is there."""
+    if not target.create(layout.MANIFEST, manifest) and target.read(layout.MANIFEST) != manifest:
+        target.replace(layout.MANIFEST, manifest)
 
 
 class _Copy:
@@ -109,6 +115,7 @@ class _Copy:
         committed = self.target.size(layout.receipt(number)) is not None
         for name in layout.shard_files(number, self.dense):
             entry = receipt.files[name]
+            # Under a receipt a size will do: the file was hashed before it got its name.
             if not (committed and self.target.size(name) == entry.bytes):
                 self.file(name, entry)
         if not committed:

@@ -228,7 +228,7 @@ class DirectoryStorage:
             return True
         except OSError as error:
             if target.exists():
-                return os.path.samefile(temporary, target)
+                return os.path.samefile(temporary, target)  # our own link counts as made
             if error.errno not in NO_HARD_LINKS:
                 raise
         self.disk.rename(temporary, target)

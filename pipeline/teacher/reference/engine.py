@@ -91,9 +91,7 @@ class ReferenceEngine:
             raise protocol.RejectedExample(
                 example, "has images", remedy="Use an image-text teacher, or leave the images out."
             )
-        inputs = {name: value.to(self._device) for name, value in self._images.of(example).items()}
-        dtype = self._model.dtype
-        return {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+        return self._images.for_model(example, self._model)
 
     def _row_signals(
         self, example: Example, first: int, logits: torch.Tensor

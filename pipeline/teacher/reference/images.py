@@ -63,6 +63,11 @@ class ImageInputs:
             inputs["token_type_ids"] = written.long()[None]
         return inputs
 
+    def for_model(self, example: Example, model: Any) -> dict[str, torch.Tensor]:
+        """`of`, on the device and in the floating dtype of a model."""
+        inputs = {name: value.to(model.device) for name, value in self.of(example).items()}
+        return {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+
     def _process(self, example: Example) -> Mapping[str, Any]:
         return self._processor(
             text=["".join([self._processor.image_token] * len(example.images))],
