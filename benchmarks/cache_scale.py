@@ -18,6 +18,7 @@ from benchmarks.cache_trial import asking, publish
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.manifest import Manifest, Plan, Records, ShardReceipt, ShardTable
 from stillroom.pipeline.cache.formats import UNFITTED, Format, RowCodec, codec_sizes
+from stillroom.pipeline.cache.sealing import fixed_files, index_names
 from stillroom.pipeline.cache.shard import file_entry
 from tests.synthetic_records import make_plan
 
@@ -59,6 +60,10 @@ class Simulated:
         shards = range(first, min(first + layout.SHARDS_PER_FOLDER, self.plan.num_shards))
         return {name(shard): 1 for shard in shards if shard % skip != skip - 1}
 
+    def strangers(self) -> tuple[str, ...]:
+        """Nothing else is there."""
+        return ()
+
     def _manifest(self) -> bytes:
         shards = self.plan.num_shards
         tokens = EXAMPLES * TOKENS
@@ -68,7 +73,8 @@ class Simulated:
             bytes=[tokens * BYTES_PER_TOKEN] * shards,
             receipt=[f"{shard:064x}" for shard in range(shards)],
         )
-        files = {layout.index(number): file_entry(b"") for number in range(-(-shards // 1000))}
+        names = [*fixed_files(self.form), *index_names(self.form)]
+        files = {name: file_entry(b"") for name in names}
         return Manifest(
             plan=self.plan.facts, codec=self.form.codec_body, files=files, shards=table
         ).to_bytes()

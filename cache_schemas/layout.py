@@ -5,12 +5,21 @@ file and none can lead out of the cache. No folder gets more than 1,000 shards' 
 chunk folder of a Zarr array, whose names Zarr fixes.
 """
 
+import re
+
 PLAN = "plan.json"
 CODEC = "codec.json"
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 STAGING = "tmp"
+STAGED_BYTES = 8
+"""Of the random number that names a staging directory."""
 SHARDS_PER_FOLDER = 1000
+
+
+def is_staged(name: str) -> bool:
+    """Whether something under `tmp/` has a name that we give: a staging directory or a claim."""
+    return re.fullmatch(rf"[0-9a-f]{{{2 * STAGED_BYTES}}}|claim-[0-9]{{6,}}", name) is not None
 
 
 def folder(shard: int) -> str:

@@ -21,7 +21,7 @@ from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 from stillroom.cache_schemas.manifest import FORMAT_VERSION, Plan, check_version
 from stillroom.cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
 from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS, ROW_SIGNALS
-from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.record import Example, ImageSpan, TeacherRecord
 
 MAX_TABLE_BYTES = 1 << 28

@@ -6,7 +6,7 @@ including the manifest, is the original's, so hashes and signatures still hold. 
 
 from stillroom.cache_schemas import canonical
 from stillroom.cache_schemas.errors import ShardCorrupt
-from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.storage.protocol import Storage
 
 PARTIAL = "partial.json"
 

@@ -24,10 +24,11 @@ from stillroom.cache_schemas.rankings import Rankings
 from stillroom.pipeline.cache import shard as shards
 from stillroom.pipeline.cache.formats import Encoded, Format, read_codec
 from stillroom.pipeline.cache.partial import present_signals
-from stillroom.pipeline.cache.sealing import check_receipt
-from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.sealing import check_files, check_receipt
 from stillroom.pipeline.cache.storage.location import open_storage
+from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.cache.storage.readthrough import ReadThrough
+from stillroom.pipeline.cache.storage.snapshot import pinned
 from stillroom.pipeline.record import TeacherRecord
 
 EXAMPLES_HELD, SHARDS_HELD = 2_000_000, 4096
@@ -71,7 +72,7 @@ class TeacherCache:
             ShardCorrupt: the manifest or a table is damaged.
             FormatTooNew: a later release wrote it.
         """
-        storage = open_storage(location)
+        storage = pinned(open_storage(location))
         where = f"{storage.location}/{layout.MANIFEST}"
         data = _manifest_bytes(storage)
         manifest = read(Manifest, data, where)
@@ -82,7 +83,9 @@ class TeacherCache:
         if {len(column) for column in manifest.shards.model_dump().values()} != {plan.num_shards}:
             raise ShardCorrupt("does not list the plan's shards", where=where)
         codec = read_codec(storage, manifest.codec, plan)
-        return cls(storage, manifest, Format(plan, codec, present_signals(storage)))
+        form = Format(plan, codec, present_signals(storage))
+        check_files(manifest, form, where)
+        return cls(storage, manifest, form)
 
     @property
     def signals(self) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from stillroom.pipeline.cache import shard as shards_of
 from stillroom.pipeline.cache.card import README, card
 from stillroom.pipeline.cache.formats import Format
 from stillroom.pipeline.cache.shard import file_entry
-from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.storage.protocol import Storage
 
 THREADS = 16
 INDEX_SCHEMA = pa.schema(
@@ -158,6 +158,23 @@ def check_receipt(receipt: ShardReceipt, form: Format, number: int, where: str) 
     lengths = {len(column) for column in receipt.records.model_dump().values()}
     if lengths != {len(form.plan.shard_range(number))}:
         raise ShardCorrupt("does not list the shard's examples", where=where)
+
+
+def check_files(manifest: Manifest, form: Format, where: str) -> None:
+    """Refuse a manifest that lists other files than its plan and codec have: names come from the
+    format, never from a file.
+
+    Raises:
+        ShardCorrupt: it does; names one of them.
+    """
+    expected = {*fixed_files(form), *index_names(form)}
+    expected |= {layout.dense_metadata(name) for name in form.all_dense}
+    if different := sorted(expected ^ manifest.files.keys()):
+        raise ShardCorrupt(
+            f"does not list the files of this cache (one that differs: {different[0]!r})",
+            where=where,
+            remedy="Do not use this copy; ask its publisher.",
+        )
 
 
 def index_names(form: Format) -> list[str]:

@@ -20,7 +20,7 @@ from stillroom.cache_schemas import layout, rows
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 from stillroom.cache_schemas.manifest import FileEntry, Records, ShardReceipt
 from stillroom.pipeline.cache.formats import Encoded, Format
-from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.plain_text import plain
 from stillroom.pipeline.record import Example, TeacherRecord
 

@@ -24,8 +24,9 @@ from stillroom.pipeline.cache.formats import (
     publish_codec,
 )
 from stillroom.pipeline.cache.shard import Preview
-from stillroom.pipeline.cache.storage.directory import Claim, DirectoryStorage, Storage
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.storage.location import open_storage
+from stillroom.pipeline.cache.storage.protocol import Claim, Storage, check_vacant
 from stillroom.pipeline.record import TeacherRecord
 from stillroom.pipeline.shares import share_of
 
@@ -53,7 +54,8 @@ class CacheWriter:
             PlanMismatch: the cache there has another plan; names every fact that differs.
         """
         storage = open_storage(root)
-        storage.sweep()  # what killed writers left
+        check_vacant(storage)
+        storage.sweep()
         _claim_root(storage, plan)
         for name, array in dense_arrays(plan).items():
             storage.create(layout.dense_metadata(name), array.metadata())

@@ -14,7 +14,7 @@ import typer
 from stillroom.cache_schemas.errors import PlanMismatch, StillroomError
 
 if TYPE_CHECKING:
-    from stillroom.pipeline.cache.storage.directory import Storage
+    from stillroom.pipeline.cache.storage.protocol import Storage
 
 Cache = Annotated[str, typer.Argument(help="Directory, URL or RUN.toml.", metavar="CACHE")]
 PublicKey = Annotated[str, typer.Option(help="PEM file; the manifest must be signed by its owner.")]

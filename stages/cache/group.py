@@ -77,8 +77,9 @@ def verify(cache: Cache, public_key: PublicKey = "") -> None:
     """Hash every file and decode every record again."""
     from stillroom.pipeline.cache.care.verification import verify
     from stillroom.pipeline.cache.storage.location import open_storage
+    from stillroom.pipeline.cache.storage.snapshot import pinned
 
-    storage = open_storage(location(cache))
+    storage = pinned(open_storage(location(cache)))
     check_signature(storage, public_key)
     with progress("verify", "shards") as report:
         result = verify(storage, report)

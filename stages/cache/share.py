@@ -15,6 +15,7 @@ from stillroom.stages.console import out, progress, say
 
 if TYPE_CHECKING:
     from stillroom.pipeline.cache.sharing.copying import Copied
+    from stillroom.pipeline.cache.storage.protocol import Storage
 
 Target = Annotated[str, typer.Argument(help="Directory or URL.", metavar="TARGET")]
 Signals = Annotated[
@@ -43,9 +44,11 @@ def pull(
 ) -> None:
     """Copy a cache from a bucket or web server, verified on arrival."""
     from stillroom.pipeline.cache.storage.location import open_storage
+    from stillroom.pipeline.cache.storage.snapshot import pinned
 
-    check_signature(open_storage(cache), public_key)
-    _copy(cache, target, signal, threads, "pull")
+    source = pinned(open_storage(cache))
+    check_signature(source, public_key)
+    _copy(source, target, signal, threads, "pull")
 
 
 def sign(
@@ -121,7 +124,9 @@ def reshard(
     out.print(target)
 
 
-def _copy(source: str, target: str, signals: list[str] | None, threads: int, title: str) -> None:
+def _copy(
+    source: "str | Storage", target: str, signals: list[str] | None, threads: int, title: str
+) -> None:
     from stillroom.pipeline.cache.sharing.copying import copy
     from stillroom.pipeline.cache.storage.location import open_storage
 

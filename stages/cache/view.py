@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from stillroom.pipeline.cache.care.overview import Overview
-from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.plain_text import plain
 from stillroom.stages.console import say, table
 

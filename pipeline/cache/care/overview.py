@@ -12,7 +12,8 @@ from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, StillroomError
 from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
 from stillroom.pipeline.cache.sealing import committed
-from stillroom.pipeline.cache.storage.directory import DirectoryStorage, Storage
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.storage.protocol import Storage
 
 RECEIPTS_LOOKED_AT = 16
 

@@ -13,7 +13,7 @@ from stillroom.pipeline.cache import sealing
 from stillroom.pipeline.cache import shard as shards
 from stillroom.pipeline.cache.care.verification import Progress, Report, identity, verify
 from stillroom.pipeline.cache.formats import Format, publish_codec
-from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.storage.protocol import Storage
 
 
 @dataclass(frozen=True, slots=True)

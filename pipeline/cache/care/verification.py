@@ -20,13 +20,15 @@ from stillroom.pipeline.cache.formats import Format, open_codec, read_codec
 from stillroom.pipeline.cache.partial import present_signals
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.sealing import (
+    check_files,
     committed,
     fixed_files,
     index_names,
     read_receipt,
 )
 from stillroom.pipeline.cache.shard import file_entry
-from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.storage.protocol import Storage
+from stillroom.pipeline.cache.storage.snapshot import pinned
 from stillroom.pipeline.record import TeacherRecord
 from stillroom.pipeline.shares import evenly
 
@@ -84,6 +86,7 @@ def verify(storage: Storage, progress: Progress = lambda done, total: None) -> R
     Raises:
         CacheError: there is no cache, or its identity cannot be read at all.
     """
+    storage = pinned(storage)
     manifest, form = identity(storage)
     report = Report(sealed=manifest is not None)
     report.problems += _identity_problems(storage, manifest, form)
@@ -201,8 +204,10 @@ def _identity_problems(
     if manifest is None:
         return
     expected = {*fixed_files(form), *index_names(form)}
-    if set(manifest.files) != {*expected, *(layout.dense_metadata(n) for n in form.all_dense)}:
-        yield Problem(layout.MANIFEST, "does not list the files of this cache")
+    try:
+        check_files(manifest, form, layout.MANIFEST)
+    except ShardCorrupt as error:
+        yield Problem(layout.MANIFEST, error.found)
     for name in sorted(expected & set(manifest.files)):
         try:
             found = file_entry(storage.read(name))

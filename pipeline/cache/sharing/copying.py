@@ -13,12 +13,13 @@ from pathlib import Path
 
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, PlanMismatch, ShardCorrupt
-from stillroom.cache_schemas.manifest import FileEntry
+from stillroom.cache_schemas.manifest import FileEntry, Manifest, read
 from stillroom.pipeline.cache import partial
 from stillroom.pipeline.cache.card import README
 from stillroom.pipeline.cache.care.verification import Progress
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.storage.protocol import Storage, check_vacant
+from stillroom.pipeline.cache.storage.snapshot import Snapshot, pinned
 
 PIECE_BYTES = 1 << 25
 """Bytes of one read; a broken connection costs at most this much."""
@@ -59,9 +60,26 @@ def copy(
         PlanMismatch: the target holds another cache.
         CacheIncomplete: the connection failed too often; the same copy again goes on.
     """
-    cache = TeacherCache.open(source)
+    pin = pinned(source)
+    cache = TeacherCache.open(pin)
     dense = wanted(cache, signals)
     check_target(cache, target)
+    check_vacant(target)
+    try:
+        return _copied(cache, pin, target, dense, threads, progress)
+    except ShardCorrupt:
+        pin.check_still_there()
+        raise
+
+
+def _copied(
+    cache: TeacherCache,
+    source: Snapshot,
+    target: Storage,
+    dense: list[str],
+    threads: int,
+    progress: Progress,
+) -> Copied:
     work = _Copy(cache, target, dense)
     for name in [layout.PLAN, layout.CODEC, *sorted(cache.manifest.files)]:
         if _is_wanted(name, dense):
@@ -74,9 +92,14 @@ def copy(
     for name in (README, layout.SIGNATURE):
         if source.size(name) is not None:
             target.replace(name, source.read(name))
-    if target.size(layout.MANIFEST) is None:
-        target.create(layout.MANIFEST, source.read(layout.MANIFEST))
+    _seal(target, source.read(layout.MANIFEST))
     return Copied(len(work.moved), sum(work.moved), sorted(held))
+
+
+def _seal(target: Storage, manifest: bytes) -> None:
+    """The manifest that was checked, last; over one that is broken, if one is there."""
+    if not target.create(layout.MANIFEST, manifest) and target.read(layout.MANIFEST) != manifest:
+        target.replace(layout.MANIFEST, manifest)
 
 
 class _Copy:
@@ -184,10 +207,14 @@ def _is_wanted(name: str, dense: list[str]) -> bool:
 
 
 def check_target(cache: TeacherCache, target: Storage) -> None:
-    """Refuse a place that holds another cache."""
-    manifest = cache.storage.read(layout.MANIFEST)
-    size = target.size(layout.MANIFEST)
-    if size is not None and (size != len(manifest) or target.read(layout.MANIFEST) != manifest):
+    """Refuse a place that holds another cache. A manifest that is broken is none, and is mended."""
+    if target.size(layout.MANIFEST) is None:
+        return
+    try:
+        found = read(Manifest, target.read(layout.MANIFEST), f"{target.location}/{layout.MANIFEST}")
+    except ShardCorrupt:
+        return
+    if found.digest != cache.manifest.digest:
         raise PlanMismatch(
             "another cache lies there",
             where=target.location,

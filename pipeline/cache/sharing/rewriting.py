@@ -20,7 +20,7 @@ from stillroom.pipeline.cache.care.verification import Progress
 from stillroom.pipeline.cache.formats import Encoded
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.shard import Preview
-from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.cache.writer import CacheWriter
 
 Pick = tuple[int, int]

@@ -11,7 +11,7 @@ from typing import Any
 from stillroom.cache_schemas import canonical, layout
 from stillroom.cache_schemas.errors import CacheError, PlanMismatch
 from stillroom.cache_schemas.manifest import Manifest, read
-from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.storage.protocol import Storage
 
 CONTEXT = b"stillroom manifest v1\n"
 

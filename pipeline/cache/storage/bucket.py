@@ -18,7 +18,7 @@ import fsspec.config
 from fsspec.core import url_to_fs
 
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete
-from stillroom.pipeline.cache.storage.directory import Claim, cut_short
+from stillroom.pipeline.cache.storage.protocol import Claim, cut_short
 from stillroom.pipeline.cache.storage.scrubbing import scrub
 
 ATTEMPTS = 6
@@ -102,6 +102,9 @@ class BucketStorage:
 
     def sweep(self) -> None:
         """Staging is on this machine's own disk, and is removed with its owner's session."""
+
+    def strangers(self) -> tuple[str, ...]:
+        return tuple(sorted(self.list("")))
 
     def claim(self, name: str) -> Claim:
         """Always granted: a bucket cannot tell whether a claimant is alive."""

@@ -1,9 +1,7 @@
-"""Where a cache lies: a few operations on named bytes, for a directory or for a bucket.
+"""A cache in a directory on a local or shared file system.
 
-One idea: a file is written whole, made durable, and appears under its name at once and only if
-nothing has that name, or it does not appear. Everything above relies on this and on nothing else:
-no locks, no appends, no renames over finished files. `DirectoryStorage` is here, buckets are in
-`bucket.py`.
+One idea: a file is built in staging, made durable, and linked to its name; no link below the root
+is ever followed, so nothing outside is read or emptied. What of it may fail is in `Disk`.
 """
 
 import contextlib
@@ -15,79 +13,14 @@ import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Protocol
 
 from stillroom.cache_schemas import layout
-from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
+from stillroom.cache_schemas.errors import CacheError
+from stillroom.pipeline.cache.storage.protocol import Claim, cut_short
 
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 PATHS_CHECKED = 1 << 16
 """How many names are known not to be reached through a link."""
-
-
-class Storage(Protocol):
-    """Named bytes under one root. Names are relative and come from `cache_schemas.layout`."""
-
-    location: str
-    """The root, for messages; never holds credentials."""
-
-    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """A file, or exactly `length` bytes of it from `start`.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ShardCorrupt: the file ends too early.
-        """
-        ...
-
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
-        ...
-
-    def list(self, folder: str) -> dict[str, int]:
-        """Names (with the folder) and sizes of the files directly in a folder."""
-        ...
-
-    def create(self, name: str, source: bytes | Path) -> bool:
-        """Write a file durably unless the name is taken; False if it is."""
-        ...
-
-    def replace(self, name: str, data: bytes) -> None:
-        """Write a small file durably, over an older one if there is one."""
-        ...
-
-    def delete(self, name: str) -> None:
-        """Remove a file; nothing happens where there is none."""
-        ...
-
-    def staging(self) -> contextlib.AbstractContextManager[Path]:
-        """An empty local directory to build files in, removed afterwards."""
-        ...
-
-    def sweep(self) -> None:
-        """Remove what writers that were killed left in their staging directories."""
-        ...
-
-    def claim(self, name: str) -> "Claim | None":
-        """Hold a name until it is released or this process ends; None if another process does.
-
-        Where the storage cannot tell the living from the dead, everyone gets a claim: it saves
-        double work and guards nothing.
-        """
-        ...
-
-
-class Claim:
-    """A name that is held; see `Storage.claim`."""
-
-    def __init__(self, path: Path | None = None, file: IO | None = None):
-        self._path, self._file = path, file
-
-    def release(self) -> None:
-        """Give it up."""
-        if self._path is not None and self._file is not None:
-            self._path.unlink(missing_ok=True)
-            self._file.close()
 
 
 class Disk:
@@ -131,16 +64,26 @@ class DirectoryStorage:
         """The file of a name.
 
         Raises:
-            CacheError: a link leads out of the cache.
+            CacheError: the name, or a link on its way, leads out of the cache.
         """
         path = self.root / name
-        if os.path.realpath(path) != os.path.join(os.path.realpath(self.root), name):
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise CacheError("is no name of a cache's file", where=f"{self.location}: {name!r}")
+        found = os.path.realpath(path)
+        if found != os.path.join(os.path.realpath(self.root), name) and not self._is_blob(found):
             raise CacheError(
                 "is reached through a symbolic link",
                 where=str(path),
                 remedy="Put the file itself there.",
             )
         return path
+
+    def _is_blob(self, found: str) -> bool:
+        """Whether a link leads to where the hub's own cache keeps the files of this very snapshot:
+        `snapshots/COMMIT/NAME -> blobs/HASH` of one repository."""
+        above = Path(os.path.realpath(self.root)).parents
+        homes = [place.parent / "blobs" for place in above if place.name == "snapshots"]
+        return Path(found).parent in homes
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         with open(self.path(name), "rb") as file:
@@ -196,13 +139,36 @@ class DirectoryStorage:
                 made.parent.rmdir()
 
     def sweep(self) -> None:
-        parent = self.root / layout.STAGING
+        parent = self._staging_root()
         for left in list(parent.iterdir()) if parent.is_dir() else []:
-            # What belongs to a living writer cannot be locked, and stays.
+            if not layout.is_staged(left.name) or left.is_symlink():
+                continue
             with contextlib.suppress(OSError), _locked(left):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         with contextlib.suppress(OSError):
             parent.rmdir()
+
+    def strangers(self) -> tuple[str, ...]:
+        names = sorted(entry.name for entry in os.scandir(self.root)) if self.root.is_dir() else []
+        staging = self._staging_root()
+        if layout.STAGING in names and staging.is_dir():
+            left = sorted(entry.name for entry in os.scandir(staging))
+            names += [f"{layout.STAGING}/{name}" for name in left if not layout.is_staged(name)]
+            names.remove(layout.STAGING)
+        return tuple(names)
+
+    def _staging_root(self) -> Path:
+        """Raises:
+        CacheError: it is a link, and what it leads to is not ours to empty.
+        """
+        parent = self.root / layout.STAGING
+        if parent.is_symlink():
+            raise CacheError(
+                "is a symbolic link",
+                where=str(parent),
+                remedy="Remove the link; it is only staging.",
+            )
+        return parent
 
     def claim(self, name: str) -> Claim | None:
         path = self.path(name)
@@ -226,8 +192,9 @@ class DirectoryStorage:
         Others take away the folder above when they leave it empty, and what nobody holds yet: then
         it is made again.
         """
+        parent = self._staging_root()
         while True:
-            made = self.root / layout.STAGING / secrets.token_hex(8)
+            made = parent / secrets.token_hex(layout.STAGED_BYTES)
             try:
                 made.mkdir(parents=True)
                 lock = os.open(made, os.O_RDONLY)
@@ -284,13 +251,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def cut_short(where: str, found: int, expected: int) -> None:
-    """Refuse a file that ends too early."""
-    raise ShardCorrupt(
-        f"has {max(found, 0)} bytes left",
-        expected=f"{expected}",
-        where=where,
-        remedy="Get it again.",
-    )

@@ -5,7 +5,8 @@ One idea: this is the only place that looks at a location's form. It opens no ca
 
 from pathlib import Path
 
-from stillroom.pipeline.cache.storage.directory import DirectoryStorage, Storage
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.storage.protocol import Storage
 
 
 def open_storage(root: str | Path | Storage) -> Storage:

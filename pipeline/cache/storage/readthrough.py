@@ -17,7 +17,8 @@ from pathlib import Path
 import xxhash
 
 from stillroom.cache_schemas.errors import CacheError
-from stillroom.pipeline.cache.storage.directory import Claim, Disk, Storage
+from stillroom.pipeline.cache.storage.directory import Disk
+from stillroom.pipeline.cache.storage.protocol import Claim, Storage
 
 CHECKSUM_BYTES = 8
 LOOKS = 16
@@ -83,6 +84,9 @@ class ReadThrough:
 
     def sweep(self) -> None:
         self.behind.sweep()
+
+    def strangers(self) -> tuple[str, ...]:
+        return self.behind.strangers()
 
     def claim(self, name: str) -> Claim | None:
         return self.behind.claim(name)
