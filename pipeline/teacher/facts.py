@@ -13,6 +13,7 @@ from pathlib import Path
 
 from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.teacher.arguments import overridden
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
@@ -58,7 +59,8 @@ def teacher_facts(teacher: Teacher) -> dict:
 
 def model_shape(teacher: Teacher) -> ModelShape:
     """Sizes from the model's config (of its text part, for a multimodal one)."""
-    config = _config(model_directory(teacher))
+    directory = model_directory(teacher)
+    config = overridden(_config(directory), directory, teacher)
     text = config.get_text_config()
     names = getattr(config, "architectures", None) or [type(config).__name__]
     try:

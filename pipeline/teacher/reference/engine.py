@@ -2,9 +2,11 @@
 
 One idea: nothing clever, so that a disagreement with `vllm` has one suspect. The same weights, one
 example per forward, so a record does not depend on what was scored beside it (bit for bit).
+Attention is eager unless the run says otherwise: faster kinds leave out what they do not know.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,12 @@ from stillroom.cache_schemas.signals import hidden_name
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, TeacherRecord
 from stillroom.pipeline.teacher import protocol
+from stillroom.pipeline.teacher.arguments import check_applicable, overridden
 from stillroom.pipeline.teacher.facts import model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.reference.head import WatchedHead
 from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
+from stillroom.pipeline.teacher.reference.parts import BlockOutputs
 from stillroom.pipeline.teacher.rows import RowSpec, draw_key
 from stillroom.pipeline.teacher.sweep.definition import sweep
 
@@ -28,6 +33,7 @@ class ReferenceEngine:
     """A teacher under transformers on the default device."""
 
     def __init__(self, teacher: Teacher, capture: Capture, pictures: Pictures | None = None):
+        check_applicable(teacher)
         self.shape = model_shape(teacher)
         self._capture = capture
         self._spec = RowSpec.of(capture)
@@ -61,7 +67,8 @@ class ReferenceEngine:
         signals = self._row_signals(example, first, logits)
         positions = protocol.hidden_positions(example, self._capture)
         for layer in self._capture.hidden_layers:
-            kept = states[layer][torch.as_tensor(positions, device=self._device, dtype=torch.long)]
+            places = positions - first if layer == "final" else positions
+            kept = states[layer][torch.as_tensor(places, device=self._device, dtype=torch.long)]
             signals[hidden_name(layer)] = kept.float().cpu().numpy()
         return protocol.record_of(example, self._capture, first, signals)
 
@@ -71,16 +78,17 @@ class ReferenceEngine:
         rows = torch.arange(first, ids.shape[1] - 1, device=self._device)
         layers = self._capture.hidden_layers
         blocks = [layer for layer in layers if layer != "final"]
-        with _BlockOutputs(self._model, blocks) as states:
+        with BlockOutputs(self._model, blocks) as states, WatchedHead(self._model) as seen:
             out = self._model(
-                input_ids=ids,
-                logits_to_keep=rows,
-                output_hidden_states="final" in layers,
-                **self._image_inputs(example),
+                input_ids=ids, use_cache=False, **self._keep(rows), **self._image_inputs(example)
             )
         if "final" in layers:
-            states["final"] = out.hidden_states[-1][0]
-        return out.logits[0], states
+            states["final"] = _of_rows(seen.input, rows)
+        return _of_rows(out.logits, rows), states
+
+    def _keep(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        known = inspect.signature(self._model.forward).parameters
+        return {"logits_to_keep": rows} if "logits_to_keep" in known else {}
 
     def _image_inputs(self, example: Example) -> dict[str, torch.Tensor]:
         if not example.images:
@@ -116,38 +124,15 @@ class ReferenceEngine:
         return self._spec.unpack(ints, floats)
 
 
-class _BlockOutputs:
-    """While open, collects the states after chosen decoder blocks (1-based) as layer -> [L, H].
-
-    The state after a block is what the next one reads: Qwen3-VL adds features of the picture
-    between its first blocks.
-    """
-
-    def __init__(self, model, layers: Sequence[int]):
-        self._layers = layers
-        self._blocks = model.get_decoder().layers if layers else []
-        self._handles: list = []
-
-    def __enter__(self) -> dict:
-        states: dict = {}
-        for layer in self._layers:
-            self._handles.append(self._hook(states, layer))
-        return states
-
-    def _hook(self, states: dict, layer: int):
-        def before_next(_module, args, kwargs):
-            states[layer] = (args[0] if args else kwargs["hidden_states"])[0]
-
-        def after_last(_module, _args, output):
-            states[layer] = (output[0] if isinstance(output, tuple) else output)[0]
-
-        if layer == len(self._blocks):
-            return self._blocks[-1].register_forward_hook(after_last)
-        return self._blocks[layer].register_forward_pre_hook(before_next, with_kwargs=True)
-
-    def __exit__(self, *_):
-        for handle in self._handles:
-            handle.remove()
+def _of_rows(values: Any, rows: torch.Tensor) -> torch.Tensor:
+    """[R, ...] of what a model made for these rows [1, R, ...], or for every token."""
+    if values is None:
+        raise TeacherError(
+            "the model makes its logits without its output embedding",
+            where="[capture] hidden_layers",
+            remedy="Leave 'final' out.",
+        )
+    return values[0] if values.shape[1] == len(rows) else values[0][rows]
 
 
 def load_model(teacher: Teacher) -> Any:
@@ -159,11 +144,14 @@ def load_model(teacher: Teacher) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     directory = model_directory(teacher)
-    reads_images = is_image_text(AutoConfig.from_pretrained(directory))
-    loader = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    config = overridden(AutoConfig.from_pretrained(directory), directory, teacher)
+    loader = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
     dtype = teacher.dtype if teacher.dtype == "auto" else getattr(torch, teacher.dtype)
+    attention = "eager" if teacher.attention == "auto" else teacher.attention
     try:
-        return loader.from_pretrained(directory, dtype=dtype)
+        return loader.from_pretrained(
+            directory, config=config, dtype=dtype, attn_implementation=attention
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise TeacherError(
             f"cannot be loaded ({str(error).splitlines()[0]})",
