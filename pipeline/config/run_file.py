@@ -137,6 +137,9 @@ class Capture(Table):
     """Codec profile of the top-k records (see FORMAT.md)."""
     mean_kl: float = Field(default=1e-4, gt=0)
     """Mean KL divergence, nats per row, that profile `small` may add; no row adds thrice it."""
+    check: Literal["auto", "always", "never"] = "auto"
+    """Compare vLLM with the model's definition before the first shard is kept: `auto` in at most
+    two minutes or 1 % of the capture, `always` however long it takes. Not part of the plan."""
     score_images: bool = False
     """Also keep rows at image placeholder positions."""
     examples_per_shard: int = Field(default=16, ge=1)

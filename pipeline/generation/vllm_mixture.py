@@ -28,6 +28,7 @@ from stillroom.pipeline.teacher.facts import model_shape
 from stillroom.pipeline.teacher.rows import draw_key
 from stillroom.pipeline.teacher.sweep.definition import uniforms
 from stillroom.pipeline.teacher.vllm.engine import requests_for, start_vllm
+from stillroom.pipeline.teacher.vllm.failures import step
 from stillroom.pipeline.teacher.vllm.images import with_pictures
 
 IN_FLIGHT_ANSWERS = 512
@@ -135,7 +136,7 @@ class _Model:
         kept = Capture(k=1, temperatures=(self._temperature,), entropy=False)
         self._requests = requests_for(kept, model)
         self._columns = sorted({1.0, self._temperature})
-        arguments = writing_arguments(model, writers) | self._requests.engine_arguments()
+        arguments = writing_arguments(model, writers, self._requests.engine_arguments())
         if torch.cuda.is_available():
             arguments.setdefault("gpu_memory_utilization", MEMORY / 2)
         self._llm: Any = start_vllm(model, arguments)
@@ -151,7 +152,7 @@ class _Model:
     def step(self) -> None:
         """One scheduler step, if anything was asked; tells those whose answer is finished."""
         if self._waiting:
-            for output in self._llm.llm_engine.step():
+            for output in step(self._llm):
                 if output.finished:
                     self._waiting.pop(output.request_id)(output)
 

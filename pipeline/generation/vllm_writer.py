@@ -16,6 +16,7 @@ from stillroom.pipeline.generation.writers import Answer, Writers, answer_key
 from stillroom.pipeline.record import Example
 from stillroom.pipeline.teacher.facts import model_directory, model_shape
 from stillroom.pipeline.teacher.vllm.engine import start_vllm, vllm_arguments
+from stillroom.pipeline.teacher.vllm.failures import step, with_needed
 from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
 
 IN_FLIGHT_REQUESTS = 512
@@ -26,8 +27,8 @@ class VllmGenerator:
 
     def __init__(self, writers: Writers, model: Teacher):
         self._writers = writers
-        arguments = writing_arguments(model, writers)
-        self._llm: Any = start_vllm(model, arguments | {"logprobs_mode": "processed_logprobs"})
+        needed = {"logprobs_mode": "processed_logprobs"}
+        self._llm: Any = start_vllm(model, writing_arguments(model, writers, needed))
         self._finished: dict[str, Any] = {}
         self._num_asked = 0
 
@@ -83,7 +84,7 @@ class VllmGenerator:
 
     def _wait_for(self, request_id: str) -> Answer:
         while request_id not in self._finished:
-            for output in self._llm.llm_engine.step():
+            for output in step(self._llm):
                 if output.finished:
                     self._finished[output.request_id] = output
         (found,) = self._finished.pop(request_id).outputs
@@ -95,14 +96,21 @@ class VllmGenerator:
         return Answer(ids, logprobs, bool(np.isin(ids[-1], self._writers.stop_ids)))
 
 
-def writing_arguments(model: Teacher, writers: Writers) -> dict[str, Any]:
-    """Arguments of an engine that writes."""
+def writing_arguments(model: Teacher, writers: Writers, needed: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an engine that writes.
+
+    Args:
+        model, writers: who writes, and how.
+        needed: those that the caller cannot do without.
+
+    Raises:
+        ConfigError: a person's own say otherwise.
+    """
     arguments = vllm_arguments(model, model_shape(model).context, writers.max_tokens, 1.0)
-    arguments["enable_prefix_caching"] = True
     if not torch.cuda.is_available():
         # A seeded request whose prompt is read in pieces needs what CPU generators do not have.
-        arguments["enable_chunked_prefill"] = False
+        arguments.setdefault("enable_chunked_prefill", False)
     if writers.pictures is not None:
         check_served(model_directory(model))
-        arguments["skip_tokenizer_init"] = False
-    return arguments
+        needed = needed | {"skip_tokenizer_init": False}
+    return with_needed(model, arguments, needed)

@@ -51,7 +51,7 @@ def teacher_facts(teacher: Teacher) -> dict:
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "num_layers": shape.num_layers,
-        "dtype": teacher.dtype if teacher.dtype != "auto" else _stored_dtype(directory),
+        "dtype": teacher.dtype if teacher.dtype != "auto" else stored_dtype(directory),
         "revision": teacher.revision,
         "quantization": teacher.quantization,
     }
@@ -137,15 +137,21 @@ def _config(directory: Path):
         ) from None
 
 
-def _stored_dtype(directory: Path) -> str:
+def stored_dtype(directory: Path) -> str:
+    """Precision that a model's config says its weights have."""
     config = _config(directory)
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return str(dtype or "float32").removeprefix("torch.")
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """Files of weights, in name order."""
+    return sorted(p for pattern in WEIGHT_PATTERNS for p in directory.glob(pattern))
+
+
 def weights_sha256(directory: Path) -> str:
     """sha256 over the name and sha256 of every weight file, in name order."""
-    files = sorted(p for pattern in WEIGHT_PATTERNS for p in directory.glob(pattern))
+    files = weight_files(directory)
     if not files:
         raise TeacherError(
             f"no weights ({', '.join(WEIGHT_PATTERNS)})",

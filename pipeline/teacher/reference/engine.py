@@ -6,7 +6,7 @@ Attention is eager unless the run says otherwise: faster kinds leave out what th
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,16 +30,24 @@ ROW_BLOCK_BYTES = 64 << 20
 
 
 class ReferenceEngine:
-    """A teacher under transformers on the default device."""
+    """A teacher under transformers, on the default device or by transformers' own `placement`."""
 
-    def __init__(self, teacher: Teacher, capture: Capture, pictures: Pictures | None = None):
+    def __init__(
+        self,
+        teacher: Teacher,
+        capture: Capture,
+        pictures: Pictures | None = None,
+        placement: Mapping[str, Any] | None = None,
+    ):
         check_applicable(teacher)
         self.shape = model_shape(teacher)
         self._capture = capture
         self._spec = RowSpec.of(capture)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model: Any = load_model(teacher)
-        self._model.to(self._device).eval()
+        self._model: Any = load_model(teacher, placement)
+        if not placement:
+            self._model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._model.eval()
+        self._device = "cpu" if placement else self._model.device
         self._context = self.shape.context or 1 << 30
         self._images = None
         if pictures is not None and is_image_text(self._model.config):
@@ -135,8 +143,12 @@ def _of_rows(values: Any, rows: torch.Tensor) -> torch.Tensor:
     return values[0] if values.shape[1] == len(rows) else values[0][rows]
 
 
-def load_model(teacher: Teacher) -> Any:
+def load_model(teacher: Teacher, placement: Mapping[str, Any] | None = None) -> Any:
     """The model of a directory, with a head that writes text.
+
+    Args:
+        teacher: which, and how.
+        placement: of its weights, as `from_pretrained` takes it (`device_map` and the like).
 
     Raises:
         TeacherError: it cannot be loaded.
@@ -150,7 +162,11 @@ def load_model(teacher: Teacher) -> Any:
     attention = "eager" if teacher.attention == "auto" else teacher.attention
     try:
         return loader.from_pretrained(
-            directory, config=config, dtype=dtype, attn_implementation=attention
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            **placement or {},
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise TeacherError(

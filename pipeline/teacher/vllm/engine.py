@@ -26,6 +26,13 @@ from stillroom.pipeline.teacher import protocol
 from stillroom.pipeline.teacher.facts import model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.vllm import plugin
+from stillroom.pipeline.teacher.vllm.failures import (
+    is_out_of_memory,
+    out_of_memory,
+    step,
+    telling,
+    with_needed,
+)
 from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
 from stillroom.pipeline.teacher.vllm.requests import MarkedRequests, PublicRequests
 from stillroom.pipeline.teacher.vllm.self_test import self_test
@@ -58,10 +65,12 @@ class VllmEngine:
         self._capture, self._pictures = capture, pictures
         self._requests = requests_for(capture, teacher)
         arguments = vllm_arguments(teacher, self.shape.context, max_tokens, batch_scale)
+        needed: dict[str, Any] = {"enable_prefix_caching": False}
         if pictures is not None:
             check_served(model_directory(teacher))
-            arguments["skip_tokenizer_init"] = False  # vLLM's image processors ask for it
-        self._llm: Any = start_vllm(teacher, arguments | self._requests.engine_arguments())
+            needed["skip_tokenizer_init"] = False
+        needed |= self._requests.engine_arguments()
+        self._llm: Any = start_vllm(teacher, with_needed(teacher, arguments, needed))
         self._context = self._llm.model_config.max_model_len - 1
         self._num_asked = 0
         self._finished: dict[str, object] = {}
@@ -120,7 +129,7 @@ class VllmEngine:
     def _wait_for(self, item: _Asked):
         """vLLM's output for one request; those that finish before it are kept."""
         while item.request_id and item.request_id not in self._finished:
-            for output in _step(self._llm.llm_engine):
+            for output in step(self._llm):
                 if output.finished:
                     self._finished[output.request_id] = output
         return self._finished.pop(item.request_id, None)
@@ -161,43 +170,12 @@ def requests_for(capture: Capture, teacher: Teacher) -> MarkedRequests | PublicR
     return PublicRequests(capture)
 
 
-def _step(llm_engine) -> list:
-    """One scheduler step.
-
-    Raises:
-        OutOfMemory: the step did not fit.
-    """
-    try:
-        return llm_engine.step()
-    except (RuntimeError, MemoryError) as error:
-        if _is_out_of_memory(error):
-            raise _out_of_memory(error) from error
-        raise
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    marks = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(m in text for m in marks)
-
-
-def _out_of_memory(error: BaseException) -> protocol.OutOfMemory:
-    return protocol.OutOfMemory(
-        f"vLLM ran out of memory ({str(error).strip().splitlines()[0][:200]})",
-        remedy=(
-            "Set max_num_batched_tokens, gpu_memory_utilization or tensor_parallel_size under "
-            "[teacher.engine_args] (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB)."
-        ),
-    )
-
-
 def vllm_arguments(teacher: Teacher, context: int, max_tokens: int, batch_scale: float) -> dict:
     """vLLM's engine arguments; those of [teacher.engine_args] win."""
     arguments = {
         "model": str(model_directory(teacher)),
         "dtype": teacher.dtype,
         "quantization": teacher.quantization or None,
-        "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
     }
@@ -226,21 +204,13 @@ def start_vllm(teacher: Teacher, arguments: dict):
         with _processors_shared(_num_ranks(arguments)):
             return _import_vllm().LLM(**arguments)
     except Exception as error:
-        if _is_out_of_memory(error) or "kv cache" in str(error).lower():
-            raise _out_of_memory(error) from error
-        reason = str(error).strip().splitlines()
+        if is_out_of_memory(error) or "kv cache" in str(error).lower():
+            raise out_of_memory(error) from error
         raise TeacherError(
-            f"vLLM cannot serve this model ({_telling(reason) or type(error).__name__})",
+            f"vLLM cannot serve this model ({telling(error)})",
             where=teacher.model,
             remedy="`--engine reference` runs whatever transformers can load.",
         ) from error
-
-
-def _telling(lines: list[str]) -> str:
-    """The line of an exception that says most: pydantic puts it second."""
-    if len(lines) > 1 and "validation error" in lines[0]:
-        return lines[1].strip().removeprefix("Value error, ").split(" [type=")[0]
-    return lines[0] if lines else ""
 
 
 def _set_environment() -> None:
