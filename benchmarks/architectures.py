@@ -155,7 +155,9 @@ def _reference(case: _Case, row: dict) -> list:
     furthest = 0.0
     for text, record, logits in zip(case.texts, said, _live(case), strict=True):
         true = logits[range(len(logits)), text.token_ids[1:]]
-        furthest = max(furthest, float((record.signals["token_logprob"] - true).abs().max()))
+        furthest = max(
+            furthest, float(np.abs(record.signals["token_logprob"] - true.numpy()).max())
+        )
     row["definition_difference"] = furthest
     return said
 

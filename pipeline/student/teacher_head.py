@@ -7,6 +7,7 @@ must belong together.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -106,8 +107,9 @@ def check_head(head: Head, record: TeacherRecord, plan: Plan, where: str) -> Non
     known = torch.as_tensor(said["topk_logprobs"][rows]).float()
     vocab_size = plan.facts["teacher"]["vocab_size"]
     made = head.logits(states)[:, :vocab_size].log_softmax(1).gather(1, ids.clamp_min(0))
-    capture = plan.facts["capture"]
-    share = STATE_ERROR.get(capture["hidden_codec"], capture["hidden_step"])
+    capture: dict[str, Any] = plan.facts["capture"]
+    codec = capture["hidden_codec"]
+    share = STATE_ERROR[codec] if codec in STATE_ERROR else float(capture["hidden_step"])
     words = abs(head.scale) * head.weight.float().norm(dim=1)[ids.clamp_min(0)]
     rms = states.square().mean(dim=1, keepdim=True).sqrt()
     noise = (share * rms * words).square() + LOGPROB_ERROR**2

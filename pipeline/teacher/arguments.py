@@ -96,8 +96,10 @@ def _is_heard(config: Any, directory: Path, key: str, value: Any) -> bool:
 
     Keys that a class does not know become attributes of the config, which say nothing.
     """
-    alone = type(config).from_dict(_merged(_written(directory), {key: value}))
-    before, after = config.to_dict(), alone.to_dict()
+    written = _written(directory)
+    before, after = (
+        type(config).from_dict(_merged(written, change)).to_dict() for change in ({}, {key: value})
+    )
     changed = {name for name in after if after[name] != before.get(name)}
     return before.get(key) == value or bool(changed - ({key} - before.keys()))
 
