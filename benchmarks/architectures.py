@@ -13,9 +13,10 @@ value; `definition_difference`: the reference against plain eager transformers, 
 """
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -44,15 +45,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(ZOO), help="labels of models")
     parser.add_argument("--table", action="store_true", help="print kept rows as Markdown")
     parser.add_argument("--cells", type=Path, default=CELLS, help="where rows are kept")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--layers", choices=LAYERS, default="all", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print("\n" + json.dumps(_row(arguments.one, arguments.layers)))
-        return
     if arguments.table:
         print(_table([_kept(arguments.cells, label) for label in arguments.only]))
         return
+    if any(not (arguments.cells / f"{label}.json").exists() for label in arguments.only):
+        _load_libraries()
     rows = [_cell(arguments.cells, label) for label in arguments.only]
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS}
     publish("architectures", {"bound": BOUND, "counts": counts, "rows": rows}, arguments.json)
@@ -84,17 +82,43 @@ def _cell(cells: Path, label: str) -> dict[str, Any]:
 
 
 def _measured(label: str, layers: str) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", __spec__.name, "--one", label]
-    command += ["--layers", layers]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return _empty(label) | {"verdict": "wrong", "reason": f"no answer in {SECONDS} s"}
-    try:
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        return _empty(label) | {"verdict": "wrong", "reason": f"exit {done.returncode}: {last}"}
+    """A row, by a process that ends with it; it starts with the libraries that were loaded here."""
+    fork = multiprocessing.get_context("fork")
+    receive, send = fork.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile("r") as log:
+        child = fork.Process(target=_child, args=(send, log.name, label, layers))
+        child.start()
+        send.close()
+        try:
+            if receive.poll(SECONDS):
+                return receive.recv()
+            reason = f"no answer in {SECONDS} s"
+        except EOFError:
+            child.join()
+            last = (Path(log.name).read_text().strip().splitlines() or ["nothing"])[-1]
+            reason = f"exit {child.exitcode}: {last}"
+        finally:
+            child.kill()
+            child.join()
+    return _empty(label) | {"verdict": "wrong", "reason": reason}
+
+
+def _child(send: Any, log: str, label: str, layers: str) -> None:
+    handle = os.open(log, os.O_WRONLY)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    send.send(_row(label, layers))
+
+
+def _load_libraries() -> None:
+    """What every row would import, once."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import stillroom.pipeline  # noqa: F401  (repairs wheels before transformers is imported)
+
+    for name in ("transformers", "vllm", "stillroom.pipeline.teacher.vllm.engine"):
+        importlib.import_module(name)
 
 
 def _empty(label: str) -> dict[str, Any]:
@@ -115,9 +139,6 @@ class _Case:
 
 def _row(label: str, layers: str) -> dict[str, Any]:
     """Measure one model in this process."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    import stillroom.pipeline  # noqa: F401  (repairs wheels before transformers is imported)
     from stillroom.cache_schemas.errors import StillroomError
     from stillroom.pipeline.config import Capture, Teacher
 

@@ -127,7 +127,8 @@ class Capture(Table):
     moments: bool = False
     """Logit mean, standard deviation and z-score log-sum-exp (LLaVADI's `norm_logits`)."""
     hidden_layers: tuple[int | Literal["final"], ...] = ()
-    """Blocks (1-based) whose output is kept; "final" is the state after the final norm."""
+    """Blocks (1-based) whose output is kept; "final" is what the LM head's
+    matrix is multiplied with."""
     hidden_rows: Literal["all", "answer"] = "all"
     hidden_stride: int = Field(default=1, ge=1)
     hidden_codec: Literal["bf16", "fp16", "int8", "fp8", "step"] = "step"

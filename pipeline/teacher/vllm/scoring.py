@@ -27,7 +27,7 @@ class Settings:
     Attributes:
         spec: signals of a row.
         layers: blocks (1-based) whose output is kept, then whether the final state is kept too.
-        final: keep the state after the final norm.
+        final: keep the state that the LM head reads.
         block_rows: rows to score at a time.
     """
 
