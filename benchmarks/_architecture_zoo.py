@@ -24,19 +24,19 @@ SHAPE = {
     "pad_token_id": 2,
     "tie_word_embeddings": True,
 }
+BROAD = {"head_dim": None, "num_attention_heads": 2, "num_key_value_heads": 2}
+"""Configs that divide their width by their heads: heads of 32, which CPUs can serve."""
 GPT = {
+    **BROAD,
     "n_embd": 64,
     "n_layer": 3,
     "n_head": 2,
     "n_positions": 512,
     "n_inner": 128,
-    "head_dim": None,
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
-BROAD = {"head_dim": None, "num_attention_heads": 2, "num_key_value_heads": 2}
-"""Configs that divide their width by their heads: heads of 32, which CPUs can serve."""
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MLA = {
     "num_key_value_heads": 4,
@@ -205,7 +205,7 @@ ZOO: dict[str, Kind] = {
         {**BROAD, "tie_word_embeddings": False},
     ),
     "gpt-bigcode": Kind("GPTBigCodeForCausalLM", "one key and value head", GPT),
-    "bloom": Kind("BloomForCausalLM", "ALiBi", {"n_layer": 3, "n_head": 2, "head_dim": None}),
+    "bloom": Kind("BloomForCausalLM", "ALiBi", {**BROAD, "n_layer": 3, "n_head": 2}),
     "falcon": Kind(
         "FalconForCausalLM",
         "parallel residual, one key and value head",
@@ -222,7 +222,7 @@ ZOO: dict[str, Kind] = {
             "alibi": False,
         },
     ),
-    "mpt": Kind("MptForCausalLM", "ALiBi", {"d_model": 64, "n_heads": 2, "n_layers": 3}),
+    "mpt": Kind("MptForCausalLM", "ALiBi", {**BROAD, "d_model": 64, "n_heads": 2, "n_layers": 3}),
     "opt": Kind(
         "OPTForCausalLM",
         "offset positions, post projection",
@@ -421,6 +421,8 @@ ZOO: dict[str, Kind] = {
         "DbrxForCausalLM",
         "MoE, clipped q, k, v",
         {
+            **BROAD,
+            "tie_word_embeddings": False,
             "d_model": 64,
             "n_heads": 2,
             "n_layers": 3,
@@ -443,7 +445,14 @@ ZOO: dict[str, Kind] = {
     "xglm": Kind(
         "XGLMForCausalLM",
         "sinusoidal positions, scaled embeddings",
-        {"d_model": 64, "ffn_dim": 128, "num_layers": 3, "attention_heads": 2, "dropout": 0.0},
+        {
+            **BROAD,
+            "d_model": 64,
+            "ffn_dim": 128,
+            "num_layers": 3,
+            "attention_heads": 2,
+            "dropout": 0.0,
+        },
     ),
     "paligemma": Kind("PaliGemmaForConditionalGeneration", "prefix seen both ways"),
     "llava": Kind("LlavaForConditionalGeneration", "pictures before text"),

@@ -125,7 +125,8 @@ class WatchedHead:
             handle.remove()
 
     def _after_decoder(self, _module, _args, output) -> None:
-        self.state = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        made = output[0] if isinstance(output, tuple) else output
+        self.state = made if isinstance(made, Tensor) else getattr(made, "last_hidden_state", None)
 
     def _after_head(self, _module, args, product) -> Tensor | None:
         self.input = args[0]

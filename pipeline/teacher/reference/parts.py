@@ -9,21 +9,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from stillroom.cache_schemas.errors import TeacherError
 
 
 def decoder_of(model: Any) -> Any:
-    """The part that turns tokens into final hidden states."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    """The part that turns tokens into final hidden states; it does not hold the head."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if found is not model or not isinstance(model, PreTrainedModel):
+        return found
+    blocks = _list_in(model)  # Llama 4 does not know its decoder's name
+    return next((part for part in model.modules() if blocks in part.children()), found)
 
 
 def find_blocks(model: Any) -> nn.ModuleList | None:
     """The decoder's blocks, found by their number; None where there is no such list."""
-    depth = model.config.get_text_config().num_hidden_layers
-    parts = decoder_of(model).modules()
-    lists = (part for part in parts if isinstance(part, nn.ModuleList) and len(part) == depth)
-    return next(lists, None)
+    return _list_in(decoder_of(model), model.config)
+
+
+def _list_in(model: Any, config: Any = None) -> nn.ModuleList | None:
+    depth = (config or model.config).get_text_config().num_hidden_layers
+    lists = (part for part in model.modules() if isinstance(part, nn.ModuleList))
+    return next((part for part in lists if len(part) == depth), None)
 
 
 class BlockOutputs:
