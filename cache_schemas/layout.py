@@ -8,6 +8,7 @@ chunk folder of a Zarr array, whose names Zarr fixes.
 PLAN = "plan.json"
 CODEC = "codec.json"
 MANIFEST = "manifest.json"
+DEFINITION = "definition.json"
 SIGNATURE = "manifest.sig"
 STAGING = "tmp"
 SHARDS_PER_FOLDER = 1000
