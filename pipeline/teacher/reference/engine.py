@@ -168,7 +168,7 @@ def load_model(teacher: Teacher, placement: Mapping[str, Any] | None = None) -> 
             attn_implementation=attention,
             **placement or {},
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise TeacherError(
             f"cannot be loaded ({str(error).splitlines()[0]})",
             where=str(directory),
