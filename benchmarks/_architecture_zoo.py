@@ -40,12 +40,12 @@ GPT = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MLA = {
     "num_key_value_heads": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
     "v_head_dim": 32,
-    "head_dim": 16,
+    "head_dim": 32,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
@@ -111,16 +111,16 @@ ZOO: dict[str, Kind] = {
     "mistral": Kind("MistralForCausalLM", "sliding window", {"sliding_window": 32}),
     "ministral": Kind("MinistralForCausalLM", "sliding window by layer", {"sliding_window": 32}),
     "mixtral": Kind("MixtralForCausalLM", "MoE", {"num_local_experts": 4}),
-    "qwen2": Kind("Qwen2ForCausalLM", "biased q, k, v"),
+    "qwen2": Kind("Qwen2ForCausalLM", "biased q, k, v", BROAD),
     "qwen2-sliding": Kind(
         "Qwen2ForCausalLM",
         "sliding window in some layers",
-        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
+        {**BROAD, "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
     ),
     "qwen2-moe": Kind(
         "Qwen2MoeForCausalLM",
         "MoE with a shared expert",
-        {**EXPERTS, "shared_expert_intermediate_size": 64},
+        {**BROAD, **EXPERTS, "shared_expert_intermediate_size": 64},
     ),
     "qwen3": Kind("Qwen3ForCausalLM", "q and k norms, untied", {"tie_word_embeddings": False}),
     "qwen3-moe": Kind("Qwen3MoeForCausalLM", "MoE, normed weights", EXPERTS),
@@ -260,6 +260,7 @@ ZOO: dict[str, Kind] = {
         "GraniteMoeForCausalLM",
         "MoE, divided logits",
         {
+            **BROAD,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "logits_scaling": 4.0,
@@ -270,6 +271,7 @@ ZOO: dict[str, Kind] = {
         "GraniteMoeHybridForCausalLM",
         "hybrid: Mamba 2 and attention, divided logits",
         {
+            **BROAD,
             **STATE,
             "mamba_n_heads": 4,
             "mamba_d_head": 32,
@@ -288,7 +290,9 @@ ZOO: dict[str, Kind] = {
     ),
     "smollm3": Kind("SmolLM3ForCausalLM", "layers without rope", {"no_rope_layers": [1, 1, 0]}),
     "deepseek-v2": Kind("DeepseekV2ForCausalLM", "MLA, MoE", MLA),
-    "deepseek-v3": Kind("DeepseekV3ForCausalLM", "MLA, MoE by sigmoid", MLA),
+    "deepseek-v3": Kind(
+        "DeepseekV3ForCausalLM", "MLA, MoE by sigmoid", {**MLA, "topk_method": "noaux_tc"}
+    ),
     "minicpm3": Kind(
         "MiniCPM3ForCausalLM",
         "MLA, divided states, scaled embeddings",

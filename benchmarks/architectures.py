@@ -130,32 +130,49 @@ def _empty(label: str) -> dict[str, Any]:
 
 @dataclass
 class _Case:
-    """What is measured of one model."""
+    """What is measured of one model.
+
+    Attributes:
+        live: [L - 1, V] log-probabilities of each text by plain eager transformers.
+        head: the teacher's, as it is kept beside a student.
+    """
 
     teacher: Any
     capture: Any
     texts: list
+    live: list
+    head: Any
 
 
 def _row(label: str, layers: str) -> dict[str, Any]:
-    """Measure one model in this process."""
+    """Measure one model in this process: vLLM last, which changes transformers' classes."""
     from stillroom.cache_schemas.errors import StillroomError
-    from stillroom.pipeline.config import Capture, Teacher
 
     row = _empty(label)
     with tempfile.TemporaryDirectory() as scratch:
-        teacher = Teacher(model=str(save(label, Path(scratch) / "model")), dtype="float32")
-        capture = Capture(k=32, temperatures=(0.5,), hidden_layers=LAYERS[layers])
-        case = _Case(teacher, capture, [_text(length) for length in LENGTHS])
         try:
+            case = _case(label, layers, Path(scratch))
             truth = _reference(case, row)
             said = _vllm(case, label)
         except StillroomError as error:
             return row | {"verdict": "refused", "reason": str(error).replace(scratch, "")}
-        _compare(case, said, truth, row, Path(scratch))
+        _compare(case, said, truth, row)
     numbers = [row[name] for name in row if name.endswith("difference") and row[name] is not None]
     good = max(numbers) <= BOUND and (row["full_vocabulary_kl"] or 0) <= BOUND
     return row | {"verdict": "equal" if good else "wrong", "reason": ""}
+
+
+def _case(label: str, layers: str, scratch: Path) -> _Case:
+    from stillroom.pipeline.config import Capture, Teacher
+    from stillroom.pipeline.student.teacher_head import keep_teacher_head, read_teacher_head
+    from stillroom.pipeline.teacher.facts import teacher_facts
+
+    teacher = Teacher(model=str(save(label, scratch / "model")), dtype="float32")
+    capture = Capture(k=32, temperatures=(0.5,), hidden_layers=LAYERS[layers])
+    sha256 = teacher_facts(teacher)["weights_sha256"]
+    head = read_teacher_head(keep_teacher_head(teacher, sha256, scratch / "head.safetensors"))
+    texts = [_text(length) for length in LENGTHS]
+    return _Case(teacher, capture, texts, _live(teacher, texts), head)
 
 
 def _text(length: int) -> Any:
@@ -166,6 +183,19 @@ def _text(length: int) -> Any:
     return Example(content_id(ids, mask), "text", "random", ids, mask)
 
 
+def _live(teacher: Any, texts: list) -> list:
+    import torch
+    import transformers
+
+    name = json.loads(Path(teacher.model, "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(
+        teacher.model, attn_implementation="eager", dtype=torch.float32
+    )
+    with torch.no_grad():
+        ids = [torch.tensor(text.token_ids)[None].long() for text in texts]
+        return [model.eval()(input_ids=each).logits[0, :-1].log_softmax(-1) for each in ids]
+
+
 def _reference(case: _Case, row: dict) -> list:
     """The reference's answers; their distance from plain transformers goes into the row."""
     from stillroom.pipeline.teacher.opening import open_engine
@@ -174,27 +204,11 @@ def _reference(case: _Case, row: dict) -> list:
     said = list(reference.score(case.texts))
     reference.close()
     furthest = 0.0
-    for text, record, logits in zip(case.texts, said, _live(case), strict=True):
-        true = logits[range(len(logits)), text.token_ids[1:]]
-        furthest = max(
-            furthest, float(np.abs(record.signals["token_logprob"] - true.numpy()).max())
-        )
+    for text, record, logprobs in zip(case.texts, said, case.live, strict=True):
+        true = logprobs[range(len(logprobs)), text.token_ids[1:]].numpy()
+        furthest = max(furthest, float(np.abs(record.signals["token_logprob"] - true).max()))
     row["definition_difference"] = furthest
     return said
-
-
-def _live(case: _Case) -> list:
-    """[L - 1, V] log-probabilities of each text by plain eager transformers."""
-    import torch
-    import transformers
-
-    name = json.loads(Path(case.teacher.model, "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, name).from_pretrained(
-        case.teacher.model, attn_implementation="eager", dtype=torch.float32
-    )
-    with torch.no_grad():
-        ids = [torch.tensor(text.token_ids)[None].long() for text in case.texts]
-        return [model.eval()(input_ids=each).logits[0, :-1].log_softmax(-1) for each in ids]
 
 
 def _vllm(case: _Case, label: str) -> list:
@@ -212,28 +226,23 @@ def _vllm(case: _Case, label: str) -> list:
     return list(engine.score(case.texts))
 
 
-def _compare(case: _Case, said: list, truth: list, row: dict, scratch: Path) -> None:
+def _compare(case: _Case, said: list, truth: list, row: dict) -> None:
     from stillroom.pipeline.teacher.agreement import gap_between
 
     gap = gap_between(said, truth)
     row["engine_difference"] = gap.logprob
     if gap.hidden:
         row["hidden_difference"] = gap.furthest_hidden
-        row["full_vocabulary_kl"] = _kl_of_head(case, said, scratch)
+        row["full_vocabulary_kl"] = _kl_of_head(case, said)
 
 
-def _kl_of_head(case: _Case, said: list, scratch: Path) -> float:
+def _kl_of_head(case: _Case, said: list) -> float:
     """Largest KL of a row between live logits and those rebuilt from captured final states."""
     import torch
 
-    from stillroom.pipeline.student.teacher_head import keep_teacher_head, read_teacher_head
-    from stillroom.pipeline.teacher.facts import teacher_facts
-
-    sha256 = teacher_facts(case.teacher)["weights_sha256"]
-    head = read_teacher_head(keep_teacher_head(case.teacher, sha256, scratch / "head.safetensors"))
     furthest = 0.0
-    for record, live in zip(said, _live(case), strict=True):
-        made = head.logits(torch.tensor(record.signals["hidden.final"]))[:, : live.shape[1]]
+    for record, live in zip(said, case.live, strict=True):
+        made = case.head.logits(torch.tensor(record.signals["hidden.final"]))[:, : live.shape[1]]
         kl = (live.exp() * (live - made.log_softmax(-1))).sum(-1)
         furthest = max(furthest, float(kl.max()))
     return furthest

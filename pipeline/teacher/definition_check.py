@@ -3,8 +3,8 @@
 One idea: an engine with faults of its own is found by asking another: the shortest and the longest
 text of the corpus, and one with images, are also read by transformers, eagerly, in float32. In
 half precision an engine cannot be as near as that, so it may be as far as transformers itself in
-the same precision, and some. The reference runs on the processor, beside vLLM's accelerator; blocks
-that do not fit into memory stay on disk until they are needed.
+the same precision, and some. The reference runs in a process of its own, on the processor, beside
+vLLM's accelerator; blocks that do not fit into memory stay on disk until they are needed.
 """
 
 import os
@@ -26,7 +26,7 @@ from stillroom.pipeline.teacher.facts import dtype_of, model_config, model_direc
 from stillroom.pipeline.teacher.identity import stored_dtype, weight_files
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.protocol import RejectedExample, TeacherEngine
-from stillroom.pipeline.teacher.reference.engine import ReferenceEngine
+from stillroom.pipeline.teacher.reference.apart import answers_apart
 
 SECONDS, SHARE = 120.0, 0.01
 """What `auto` may take: so long, or this share of the capture, whichever is more."""
@@ -123,11 +123,12 @@ def _compare(
 ) -> DefinitionCheck:
     dtype = dtype_of(asked.teacher)
     within, left_out = _within(asked, chosen, limit, runs=1 if dtype == "float32" else 2)
-    truth = _answers(asked, within, "float32")
+    seconds = None if asked.capture.check == "always" else limit
+    truth = _answers(asked, within, "float32", seconds)
     gaps = {name: gap_between(said[name], truth[name]) for name in within}
     noise = Gap()
     if dtype != "float32":
-        own = _answers(asked, within, dtype)
+        own = _answers(asked, within, dtype, seconds)
         for name in within:
             noise.add(gap_between(own[name], truth[name]))
     for name, gap in gaps.items():
@@ -242,15 +243,22 @@ def _products_per_second() -> float:
 
 
 def _answers(
-    asked: Question, chosen: dict[str, Example], dtype: str
+    asked: Question, chosen: dict[str, Example], dtype: str, seconds: float | None
 ) -> dict[str, list[TeacherRecord]]:
     teacher = asked.teacher.model_copy(update={"dtype": dtype})
     try:
         with _room(teacher) as placement:
-            reference = ReferenceEngine(teacher, asked.capture, asked.pictures, placement)
-            return {name: list(reference.score([text])) for name, text in chosen.items()}
-    except StillroomError as error:
+            records = answers_apart(
+                teacher,
+                asked.capture,
+                list(chosen.values()),
+                asked.pictures,
+                placement=placement,
+                seconds=seconds,
+            )
+    except (StillroomError, TimeoutError) as error:
         raise _NotDone(f"transformers: {error}") from error
+    return {name: [record] for name, record in zip(chosen, records, strict=True)}
 
 
 @contextmanager
@@ -263,7 +271,7 @@ def _room(teacher: Teacher) -> Iterator[dict[str, Any]]:
         size = sum(path.stat().st_size for path in weight_files(directory)) * width / stored
         free = SPARE * _free_bytes()
         if size <= free:
-            yield {"device_map": "cpu"} if torch.cuda.is_available() else {}
+            yield {}
             return
         try:
             import accelerate  # noqa: F401

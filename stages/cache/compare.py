@@ -56,6 +56,7 @@ def audit(
     from stillroom.pipeline.corpus.preparing import Corpus
     from stillroom.pipeline.teacher.facts import teacher_facts
     from stillroom.pipeline.teacher.opening import open_engine
+    from stillroom.pipeline.teacher.reference.apart import answers_apart
 
     run = config.load(run_file)
     teacher = config.require(run.teacher, "teacher", str(run_file))
@@ -70,11 +71,7 @@ def audit(
     def otherwise(examples):
         running.close()  # an accelerator has room for one of them
         table = teacher.model_copy(update={"dtype": precision})
-        reference = open_engine("reference", table, capture, pictures=pictures)
-        try:
-            return list(reference.score(examples))
-        finally:
-            reference.close()
+        return answers_apart(table, capture, examples, pictures, accelerator=True)
 
     try:
         result = audit(opened, running.score, sample, otherwise if precision else None)

@@ -20,6 +20,8 @@ from stillroom.pipeline.teacher import definition_check
 from stillroom.pipeline.teacher.definition_check import Question, check_definition, choose
 from stillroom.pipeline.teacher.opening import open_engine
 from stillroom.pipeline.teacher.protocol import OutOfMemory
+from stillroom.pipeline.teacher.reference.apart import answers_apart
+from stillroom.pipeline.teacher.reference.engine import ReferenceEngine
 from stillroom.pipeline.teacher.vllm.failures import step, with_needed
 
 TABLE = Capture(k=16, hidden_layers=(1, 3, "final"), examples_per_shard=4, check="always")
@@ -68,6 +70,17 @@ def test_the_corpus_own_lengths_are_compared():
     assert lengths == {"shortest": 9, "longest": 150, "with images": 60}
 
 
+@pytest.fixture
+def beside(monkeypatch):
+    """The definition in this process, where no vLLM runs: a second, not a process's ten."""
+
+    def answers(teacher, capture, examples, pictures=None, *, placement=None, **_):
+        engine = ReferenceEngine(teacher, capture, pictures, placement)
+        return list(engine.score(examples))
+
+    monkeypatch.setattr(definition_check, "answers_apart", answers)
+
+
 @pytest.mark.vllm
 def test_vllm_is_compared_and_the_cache_says_so(gemma2):
     engine = open_engine("vllm", gemma2, TABLE, max_tokens=150)
@@ -105,12 +118,12 @@ def _eighth(record):
         (_shift("lse", np.nan), r"up to inf nats"),
     ],
 )
-def test_small_faults_are_found(gemma2, bend, message):
+def test_small_faults_are_found(gemma2, beside, bend, message):
     with pytest.raises(TeacherError, match=message + r".*engine reference"):
         check_definition(Bent(gemma2, bend), asked(gemma2))
 
 
-def test_half_precision_is_judged_by_the_definitions_own_noise(gemma2):
+def test_half_precision_is_judged_by_the_definitions_own_noise(gemma2, beside):
     half = gemma2.model_copy(update={"dtype": "bfloat16"})
     found = check_definition(Bent(gemma2, dtype="bfloat16"), asked(half))
     assert found.noise == pytest.approx(found.logprob)
@@ -119,7 +132,7 @@ def test_half_precision_is_judged_by_the_definitions_own_noise(gemma2):
         check_definition(Bent(gemma2, _shift("lse", 10 * found.noise), "bfloat16"), asked(half))
 
 
-def test_a_model_that_is_too_slow_or_unwanted_says_why(gemma2, monkeypatch):
+def test_a_model_that_is_too_slow_or_unwanted_says_why(gemma2, beside, monkeypatch):
     assert check_definition(Bent(gemma2), asked(gemma2, check="never")).reason.endswith('"never"')
     monkeypatch.setattr(definition_check, "_products_per_second", lambda: 1.0)
     found = check_definition(Bent(gemma2), asked(gemma2, check="auto"))
@@ -130,7 +143,7 @@ def test_a_model_that_is_too_slow_or_unwanted_says_why(gemma2, monkeypatch):
         check_definition(Bent(gemma2), asked(unknown))
 
 
-def test_blocks_that_do_not_fit_into_memory_stay_on_disk(gemma2, monkeypatch):
+def test_blocks_that_do_not_fit_into_memory_stay_on_disk(gemma2, beside, monkeypatch):
     pytest.importorskip("accelerate")
     monkeypatch.setattr(definition_check, "_free_bytes", lambda: 3e5)
     found = check_definition(Bent(gemma2), asked(gemma2))
@@ -148,11 +161,26 @@ def run(tiny_llama, tmp_path):
     return Run(name="run", directory=str(tmp_path), teacher=teacher, capture=TABLE)
 
 
+def test_a_process_apart_says_the_same_refuses_and_is_stopped_in_time(gemma2):
+    here = list(ReferenceEngine(gemma2, TABLE).score(TEXTS[:2]))
+    for mine, theirs in zip(answers_apart(gemma2, TABLE, TEXTS[:2]), here, strict=True):
+        assert mine.example is theirs.example
+        assert (mine.hidden_positions == theirs.hidden_positions).all()
+        assert mine.signals.keys() == theirs.signals.keys()
+        for name, array in theirs.signals.items():
+            np.testing.assert_array_equal(mine.signals[name], array)
+    outside = replace(text(9), token_ids=np.full(9, 600, dtype=np.int32))
+    with pytest.raises(TeacherError, match="token id 600 is outside"):
+        answers_apart(gemma2, TABLE, [outside])
+    with pytest.raises(TimeoutError, match="not done after 0 s"):
+        answers_apart(gemma2, TABLE, TEXTS, seconds=0.01)
+
+
 def _with_engine(monkeypatch, engine):
     monkeypatch.setattr(job, "open_named_engine", lambda *_, **__: engine)
 
 
-def test_a_capture_keeps_nothing_where_they_differ(run, monkeypatch):
+def test_a_capture_keeps_nothing_where_they_differ(run, beside, monkeypatch):
     engine = Bent(run.teacher, _shift("token_logprob", 0.01))
     _with_engine(monkeypatch, engine)
     with pytest.raises(TeacherError, match=r"differ by up to 0\.01 nats.*Nothing was captured"):
@@ -161,7 +189,7 @@ def test_a_capture_keeps_nothing_where_they_differ(run, monkeypatch):
     assert overview(DirectoryStorage(run.path("cache"))).shards_done == 0
 
 
-def test_the_result_is_in_the_manifest_and_asked_for_once(run, monkeypatch):
+def test_the_result_is_in_the_manifest_and_asked_for_once(run, beside, monkeypatch):
     _with_engine(monkeypatch, Bent(run.teacher))
     manifest = job.capture(run, engine="vllm")
     assert manifest is not None
