@@ -20,8 +20,8 @@ def decoder_of(model: Any) -> Any:
     if found is not model or not isinstance(model, PreTrainedModel):
         return found
     blocks = _list_in(model)  # Llama 4 does not know its decoder's name
-    parts = (part for part in model.modules() if blocks is not None and blocks in part.children())
-    return next(parts, found)
+    owners = (part for part in model.modules() if any(own is blocks for own in part.children()))
+    return next(owners, found)
 
 
 def find_blocks(model: Any) -> nn.ModuleList | None:
