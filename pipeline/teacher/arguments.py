@@ -151,7 +151,7 @@ def overridden(config: Any, directory: Path, teacher: Teacher) -> Any:
         teacher: with the engine arguments.
 
     Raises:
-        ConfigError: an override says nothing to transformers.
+        ConfigError: an override says nothing to transformers, or is none that it takes.
     """
     overrides = teacher.engine_args.get("hf_overrides") or {}
     if not overrides:
@@ -165,7 +165,7 @@ def overridden(config: Any, directory: Path, teacher: Teacher) -> Any:
                 where=f"{WHERE} hf_overrides",
                 remedy="Use the key as the model's config.json has it (rope: `rope_parameters`).",
             )
-    return type(config).from_dict(_merged(_written(directory), overrides))
+    return _with(config, directory, overrides)
 
 
 def _is_heard(config: Any, directory: Path, key: str, value: Any) -> bool:
@@ -173,16 +173,22 @@ def _is_heard(config: Any, directory: Path, key: str, value: Any) -> bool:
 
     Keys that a class does not know become attributes of the config, which say nothing.
     """
-    written = _written(directory)
-    before, after = (
-        type(config).from_dict(_merged(written, change)).to_dict() for change in ({}, {key: value})
-    )
+    before, after = (_with(config, directory, each).to_dict() for each in ({}, {key: value}))
     changed = {name for name in after if after[name] != before.get(name)}
     return before.get(key) == value or bool(changed - ({key} - before.keys()))
 
 
-def _written(directory: Path) -> dict:
-    return json.loads((directory / "config.json").read_text())
+def _with(config: Any, directory: Path, overrides: dict) -> Any:
+    written = json.loads((directory / "config.json").read_text())
+    try:
+        return type(config).from_dict(_merged(written, overrides))
+    except Exception as error:  # whatever a class raises at values that it does not take
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{type(config).__name__} does not take these ({reason})",
+            where=f"{WHERE} hf_overrides",
+            remedy="Use keys and values as the model's config.json has them.",
+        ) from None
 
 
 def _merged(written: dict, overrides: dict) -> dict:
