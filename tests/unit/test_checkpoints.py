@@ -140,9 +140,12 @@ def test_a_kept_head_belongs_to_model_and_adapter(tiny_llama, tmp_path):
         keep_teacher_head(None, teacher_facts(Teacher(model=str(tiny_llama))), path)
 
 
-def test_a_teacher_with_an_adapted_head_is_evaluated(tiny_llama, tmp_path):
-    lora = tiny_models.save_adapter(tmp_path / "lora", tiny_llama, targets=("lm_head", "q_proj"))
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_one_of_two_tied_matrices_is_adapted(target, tiny_llama, tmp_path):
+    lora = tiny_models.save_adapter(tmp_path / "lora", tiny_llama, targets=(target, "q_proj"))
     teacher = Teacher(model=str(tiny_llama), adapter=str(lora))
+    student = load(initial_student(Student(keep_every=1), teacher, tmp_path / "student"))
+    assert (logits_of(student) - logits_of(load_model(teacher))).abs().max() < 1e-3
     (record,) = open_engine("reference", teacher, Capture(k=4)).score([EXAMPLE])
     found = measure(teacher, {}, [EXAMPLE])["teacher"].perplexity
     assert found == pytest.approx(np.exp(-record.signals["token_logprob"].mean()), rel=1e-4)
