@@ -325,6 +325,7 @@ ZOO: dict[str, Kind] = {
         "JambaForCausalLM",
         "hybrid: Mamba, attention, MoE",
         {
+            **BROAD,
             **STATE,
             "mamba_dt_rank": 4,
             "attn_layer_period": 2,
@@ -371,7 +372,11 @@ ZOO: dict[str, Kind] = {
     "lfm2": Kind(
         "Lfm2ForCausalLM",
         "hybrid: short convolutions",
-        {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+        {
+            "layer_types": ["conv", "full_attention", "conv"],
+            "block_auto_adjust_ff_dim": False,
+            "conv_dim": 64,
+        },
     ),
     "nemotron": Kind("NemotronForCausalLM", "squared ReLU, LayerNorm + 1, partial rope"),
     "exaone4": Kind(

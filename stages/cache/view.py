@@ -65,7 +65,8 @@ def _definition(found: DefinitionCheck | None) -> str:
     hidden = "".join(f", {name} {value:.2g}" for name, value in found.hidden.items())
     noise = f" (its own precision: {found.noise:.2g})" if found.noise else ""
     more = f"; {found.reason}" if found.reason else ""
-    return f"log p within {found.logprob:.2g} nats{noise}{hidden}, {found.tokens} tokens{more}"
+    how = f"{found.tokens} tokens, {found.seconds:.0f} s"
+    return f"log p within {found.logprob:.2g} nats{noise}{hidden} ({how}){more}"
 
 
 def guesses_table(storage: Storage, number: int, rows: int, guesses: int, tokenizer: str) -> None:
