@@ -198,7 +198,11 @@ ZOO: dict[str, Kind] = {
         {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
     ),
     "gpt2": Kind("GPT2LMHeadModel", "learned positions", GPT),
-    "gptj": Kind("GPTJForCausalLM", "partial rope, biased head", {**GPT, "rotary_dim": 8}),
+    "gptj": Kind(
+        "GPTJForCausalLM",
+        "partial rope, biased head",
+        {**GPT, "rotary_dim": 8, "tie_word_embeddings": False},
+    ),
     "gpt-neox": Kind(
         "GPTNeoXForCausalLM",
         "parallel residual, partial rope",

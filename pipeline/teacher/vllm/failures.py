@@ -4,6 +4,7 @@ One idea: whatever vLLM raises is told in its own most telling line, with what a
 person's engine arguments win over ours; one that would break the work is refused with the reason.
 """
 
+import traceback
 from typing import Any
 
 import torch
@@ -45,13 +46,18 @@ def step(llm: Any) -> list:
 
 
 def telling(error: BaseException) -> str:
-    """The line of an exception that says most: pydantic puts it second."""
+    """The line of an exception that says most: pydantic puts it second; a bare `assert` says it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and "validation error" in lines[0]:
         return lines[1].removeprefix("Value error, ").split(" [type=")[0]
-    said = lines[0][:300] if lines else ""
+    said = lines[0][:300] if lines else _failing_line(error)
     plain = isinstance(error, RuntimeError | ValueError | NotImplementedError)
     return said if said and plain else f"{type(error).__name__}: {said}".rstrip(": ")
+
+
+def _failing_line(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return (frames[-1].line or "") if frames else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
