@@ -22,8 +22,9 @@ from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
 from benchmarks.capture import EVERYTHING, _Bench, real_prompts
 from stillroom.pipeline.config import Teacher
-from stillroom.pipeline.teacher.vllm.engine import VllmEngine, start_vllm, vllm_arguments
+from stillroom.pipeline.teacher.vllm.engine import VllmEngine, vllm_arguments
 from stillroom.pipeline.teacher.vllm.requests import one_pass
+from stillroom.pipeline.teacher.vllm.starting import start_vllm
 
 LAYERS = (10, 20)
 MOST_STEPS = 1000
@@ -125,6 +126,7 @@ def _serve(teacher: Teacher, num_tokens: int, pipe: Any) -> None:
 class _ConnectorEngine:
     def __init__(self, teacher: Teacher, num_tokens: int):
         arguments = vllm_arguments(teacher, 0, num_tokens + 1, 1.0)
+        arguments["enable_prefix_caching"] = False  # every state is asked for
         arguments["speculative_config"] = {
             "method": "extract_hidden_states",
             "num_speculative_tokens": 1,

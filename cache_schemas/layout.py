@@ -10,6 +10,7 @@ import re
 PLAN = "plan.json"
 CODEC = "codec.json"
 MANIFEST = "manifest.json"
+DEFINITION = "definition.json"
 SIGNATURE = "manifest.sig"
 STAGING = "tmp"
 STAGED_BYTES = 8

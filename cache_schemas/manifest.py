@@ -22,6 +22,7 @@ from stillroom.cache_schemas.plan import FORMAT_VERSION, Plan, check_version, si
 
 __all__ = [
     "FORMAT_VERSION",
+    "DefinitionCheck",
     "FileEntry",
     "Manifest",
     "Plan",
@@ -155,6 +156,30 @@ class StoredError(Document):
     largest: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+class DefinitionCheck(Document):
+    """How far the engine was from the model's definition when the capture began.
+
+    Attributes:
+        done: False where they were not compared.
+        reason: why not, or what was left out.
+        tokens: of the texts compared.
+        logprob: largest difference of a log-probability, nats.
+        hidden: dense signal -> largest difference over the largest value.
+        noise: what the definition itself differs by in the engine's precision, nats.
+        seconds: that it took.
+    """
+
+    done: bool
+    reason: str = ""
+    tokens: Count = 0
+    logprob: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    hidden: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict
+    )
+    noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
 class Manifest(Document):
     """A sealed cache: everything a reader needs before it opens its first shard."""
 
@@ -167,12 +192,16 @@ class Manifest(Document):
     stored_error: dict[str, StoredError] = Field(default_factory=dict)
     """Dense signal -> what it lost; only in caches that measured it (signal `image_error`)."""
 
+    definition: DefinitionCheck | None = None
+    """How far vLLM was from the model's definition; None where nothing was noted."""
+
     @model_serializer(mode="wrap")
     def _without_empty(self, serialise: Any) -> dict[str, Any]:
         """Caches that measured nothing have no such key, as in the first caches of version 1."""
         made = serialise(self)
-        if not made["stored_error"]:
-            del made["stored_error"]
+        for name in ("stored_error", "definition"):
+            if not made[name]:
+                del made[name]
         return made
 
     @property

@@ -87,7 +87,6 @@ def _scores(base: "Run", students: dict[str, str]) -> dict[str, list[str]]:
     from stillroom.pipeline.config.training import Evaluate
     from stillroom.pipeline.corpus.preparing import Corpus
     from stillroom.pipeline.evaluation.held_out import measure
-    from stillroom.pipeline.teacher.facts import model_directory
 
     settings = base.evaluate or Evaluate()
     if base.recommender is not None:
@@ -97,8 +96,8 @@ def _scores(base: "Run", students: dict[str, str]) -> dict[str, list[str]]:
     examples = list(Corpus.open(base.path("corpus")).split("heldout"))[: settings.examples or None]
     if not examples:
         return {}
-    teacher = str(model_directory(base.teacher))
-    found = measure(teacher, students, examples, settings.precision)
+    attention = settings.attention
+    found = measure(base.teacher, students, examples, settings.precision, attention=attention)
     return {
         name: [f"{s.kl:.4f} ± {s.kl_standard_error:.4f}", f"{s.top1:.3f}", f"{s.perplexity:,.1f}"]
         for name, s in found.items()

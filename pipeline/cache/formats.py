@@ -9,7 +9,7 @@ import io
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -123,6 +123,19 @@ class Format:
         record = TeacherRecord(example, values["first_row"], said | whole, positions)
         _check_shapes(record, said)
         return record
+
+    def stored(self, record: TeacherRecord) -> TeacherRecord:
+        """A record as a reader would get it back, had it been written."""
+        tokens = np.asarray(record.example.token_ids, dtype=np.int32)
+        said = {name: record.signals[name] for name in self.plan.row_signals}
+        if not self.portable:
+            payload = self.codec.encode({TOKENS: tokens} | said)
+            said = dict(self.codec.decode(payload, list(said)))
+        where = f"example {record.example.example_id}"
+        for name, array in self.dense.items():
+            values = record.signals[name]
+            said[name] = array.decode(array.encode(values), len(values), where)
+        return replace(record, signals=said)
 
     def dense_lengths(self, values: Mapping[str, Any]) -> dict[str, int]:
         """Positions that one example uses of each dense signal."""

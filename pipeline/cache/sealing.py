@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import PlanMismatch, ShardCorrupt
 from stillroom.cache_schemas.manifest import (
+    DefinitionCheck,
     Manifest,
     ShardReceipt,
     ShardTable,
@@ -74,6 +75,7 @@ def seal(storage: Storage, form: Format) -> Manifest:
         files=files,
         shards=ShardTable(**table),
         stored_error=stored_errors(storage, form),
+        definition=noted_definition(storage),
     )
     storage.create(README, card(form.plan))  # a person's own stays
     storage.replace(layout.MANIFEST, manifest.to_bytes())  # last: now it can be read
@@ -82,6 +84,15 @@ def seal(storage: Storage, form: Format) -> Manifest:
 
 
 PARQUET = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": ["source"]}
+
+
+def noted_definition(storage: Storage) -> DefinitionCheck | None:
+    """What was found when the engine was compared with the model's definition, if it was."""
+    try:
+        data = storage.read(layout.DEFINITION)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return read(DefinitionCheck, data, f"{storage.location}/{layout.DEFINITION}")
 
 
 def stored_errors(storage: Storage, form: Format) -> dict[str, StoredError]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch, ShardCorrupt
-from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from stillroom.cache_schemas.manifest import DefinitionCheck, Manifest, Plan, ShardReceipt, read
 from stillroom.cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
 from stillroom.pipeline.cache import sealing, shard
 from stillroom.pipeline.cache.formats import (
@@ -89,6 +89,15 @@ class CacheWriter:
     def use_codec(self, codec: RowCodec) -> None:
         """Publish a codec, or take the one that another worker published before."""
         self._form = Format(self.plan, publish_codec(self.storage, self.plan, codec))
+
+    @property
+    def definition(self) -> DefinitionCheck | None:
+        """How far the engine was from the model's definition, if some worker has noted it."""
+        return sealing.noted_definition(self.storage)
+
+    def note_definition(self, found: DefinitionCheck) -> None:
+        """Keep that for the manifest, unless another worker has."""
+        self.storage.create(layout.DEFINITION, found.to_bytes())
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Shards without a receipt in one worker's share, a contiguous run of shards.

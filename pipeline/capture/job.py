@@ -31,9 +31,16 @@ from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.corpus.preparing import Corpus
 from stillroom.pipeline.corpus.preview import text_preview
 from stillroom.pipeline.record import Example, TeacherRecord
+from stillroom.pipeline.teacher.definition_check import Question, check_definition
 from stillroom.pipeline.teacher.facts import model_directory
 from stillroom.pipeline.teacher.opening import open_engine as open_named_engine
-from stillroom.pipeline.teacher.protocol import Engine, EngineName, OutOfMemory, RejectedExample
+from stillroom.pipeline.teacher.protocol import (
+    Engine,
+    EngineName,
+    OutOfMemory,
+    RejectedExample,
+    TeacherEngine,
+)
 
 OnError = Literal["stop", "quarantine"]
 OpenEngine = Callable[[float], Engine]
@@ -105,17 +112,33 @@ class Task:
         preview = text_preview(str(model_directory(teacher)), teacher.trust_remote_code)
         writer = CacheWriter.open(location or str(run.path("cache")), plan, preview)
 
+        examples, pictures = corpus.split(split), pictures_of(corpus)
+
         def start(scale: float) -> Engine:
-            return open_named_engine(
+            opened = open_named_engine(
                 engine,
                 teacher,
                 table,
                 max_tokens=longest(corpus),
                 batch_scale=scale,
-                pictures=pictures_of(corpus),
+                pictures=pictures,
             )
+            if engine != "reference" and writer.definition is None:
+                tokens = corpus.facts["counts"][split]["tokens"]
+                question = Question(teacher, table, examples, pictures, tokens)
+                _compare(writer, opened, question)
+            return opened
 
-        return cls(writer, corpus.split(split), start)
+        return cls(writer, examples, start)
+
+
+def _compare(writer: CacheWriter, opened: TeacherEngine, question: Question) -> None:
+    """Note how far an engine is from its model's definition; close it where that is too far."""
+    try:
+        writer.note_definition(check_definition(opened, question))
+    except BaseException:
+        opened.close()
+        raise
 
 
 def fill(

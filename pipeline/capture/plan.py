@@ -30,11 +30,15 @@ def make_plan(
     num_examples: int = 0,
 ) -> Plan:
     """The plan of one engine over one split of one corpus; `num_examples` only for a sample."""
-    capture = table.model_dump(mode="json") | {"temperatures": list(kept_temperatures(table))}
+    capture = table.model_dump(mode="json", exclude={"check"}) | {
+        "temperatures": list(kept_temperatures(table))
+    }
     if not table.nucleus:
         # Caches made before there was such a key have the same plan.
         del capture["nucleus"]
     facts = teacher_facts(teacher)
+    if engine == "reference" and teacher.attention != "auto":
+        facts["attention"] = teacher.attention
     return Plan.make(
         teacher=facts,
         engine=engine_facts(engine),

@@ -16,7 +16,7 @@ from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config.preparation import Prepare
 from stillroom.pipeline.config.recommending import Candidates, Items, Recommender
 from stillroom.pipeline.config.strict import Table, validate
-from stillroom.pipeline.config.training import Evaluate, Objective, Student, Train
+from stillroom.pipeline.config.training import Attention, Evaluate, Objective, Student, Train
 from stillroom.pipeline.config.vision import Vision
 
 
@@ -60,7 +60,12 @@ class Teacher(Table):
     trust_remote_code: bool = False
     """Run Python code that comes with the model's directory. Read it first: it may do anything."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    """Any further vLLM engine argument, passed on as it stands."""
+    """Any further vLLM engine argument, passed on as it stands; `hf_overrides` also holds where
+    transformers runs the teacher."""
+    attention: Attention = "auto"
+    """Wherever transformers runs the teacher: `auto` takes eager, which computes all that its
+    config says; sdpa needs less memory and leaves out what it does not know
+    (Gemma 2's soft cap)."""
     scratch_mib: int = Field(default=256, ge=1)
     """MiB beside the model that logits may take while a prompt is scored; not part of the plan."""
 
@@ -96,7 +101,8 @@ class Capture(Table):
     moments: bool = False
     """Logit mean, standard deviation and z-score log-sum-exp (LLaVADI's `norm_logits`)."""
     hidden_layers: tuple[int | Literal["final"], ...] = ()
-    """Blocks (1-based) whose output is kept; "final" is the state after the final norm."""
+    """Blocks (1-based) whose output is kept; "final" is what the LM head's
+    matrix is multiplied with."""
     hidden_rows: Literal["all", "answer"] = "all"
     hidden_stride: int = Field(default=1, ge=1)
     hidden_codec: Literal["bf16", "fp16", "int8", "fp8", "step"] = "step"
@@ -106,6 +112,9 @@ class Capture(Table):
     """Codec profile of the top-k records (see FORMAT.md)."""
     mean_kl: float = Field(default=1e-4, gt=0)
     """Mean KL divergence, nats per row, that profile `small` may add; no row adds thrice it."""
+    check: Literal["auto", "always", "never"] = "auto"
+    """Compare vLLM with the model's definition before the first shard is kept: `auto` in at most
+    two minutes or 1 % of the capture, `always` however long it takes. Not part of the plan."""
     score_images: bool = False
     """Also keep rows at image placeholder positions."""
     examples_per_shard: int = Field(default=16, ge=1)

@@ -10,6 +10,8 @@ from pydantic import Field
 
 from stillroom.pipeline.config.strict import Table
 
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
+
 
 class Student(Table):
     """Where the student's first weights come from."""
@@ -147,3 +149,6 @@ class Evaluate(Table):
     """Held-out examples to use; 0 takes all."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward passes; log-probabilities are always fp32."""
+    attention: Attention = "auto"
+    """Of every model that is measured; `auto` takes `[teacher] attention` for the teacher, and
+    eager for students."""

@@ -18,11 +18,11 @@ from torch import nn
 
 from stillroom.cache_schemas.errors import CorpusError, StudentError
 from stillroom.pipeline.config import Run, Teacher, require
-from stillroom.pipeline.config.training import Evaluate
+from stillroom.pipeline.config.training import Attention, Evaluate
 from stillroom.pipeline.record import Example
 from stillroom.pipeline.student.model import load
 from stillroom.pipeline.student.states import StudentStates, forward_states
-from stillroom.pipeline.teacher.facts import model_directory
+from stillroom.pipeline.teacher.reference.engine import load_merged
 from stillroom.pipeline.training.checkpoint import write_durably
 
 RESULT = "evaluation.json"
@@ -104,7 +104,7 @@ def evaluate(
     teacher: Teacher = require(run.teacher, "teacher", run.name)
     start = time.perf_counter()
     found = measure(
-        str(model_directory(teacher)), students_of(run), chosen, settings.precision, on_progress
+        teacher, students_of(run), chosen, settings.precision, on_progress, settings.attention
     )
     _write(run, found, chosen, time.perf_counter() - start)
     return found
@@ -129,26 +129,29 @@ def students_of(run: Run) -> dict[str, str]:
 
 
 def measure(
-    teacher: str,
+    teacher: Teacher | str,
     students: Mapping[str, str],
     examples: Sequence[Example],
     precision: str = "float32",
     on_progress: Callable[[EvaluateProgress], None] | None = None,
+    attention: Attention = "auto",
 ) -> dict[str, Scores]:
     """Compare students with a live teacher on given examples.
 
     Args:
-        teacher: HF directory or hub id.
+        teacher: loaded in float32, with its own attention and `hf_overrides`; or the directory or
+            hub id of one.
         students: label -> HF directory or hub id.
         examples: text; rows that predict tokens under the loss mask count.
         precision: of the forward passes.
         on_progress: called after every example.
+        attention: see `[evaluate]`.
 
     Returns:
         "teacher" and every label -> scores.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = {"teacher": load(teacher)} | {label: load(path) for label, path in students.items()}
+    models = _load(teacher, students, attention)
     models = {label: model.to(device).eval() for label, model in models.items()}
     vocabulary = _common_vocabulary(models)
     sums = {label: _Sums(_size(model)) for label, model in models.items()}
@@ -159,6 +162,18 @@ def measure(
             means = {label: sum(s.kl) / sum(s.rows) for label, s in sums.items()}
             on_progress(EvaluateProgress(number + 1, len(examples), means))
     return {label: value.scores() for label, value in sums.items()}
+
+
+def _load(
+    teacher: Teacher | str, students: Mapping[str, str], attention: Attention
+) -> dict[str, Any]:
+    teacher = Teacher(model=teacher) if isinstance(teacher, str) else teacher
+    chosen: dict[str, Any] = {"dtype": "float32"}
+    if attention != "auto":
+        chosen["attention"] = attention
+    loaded = {"teacher": load_merged(teacher.model_copy(update=chosen))}
+    own = "eager" if attention == "auto" else attention
+    return loaded | {label: load(path, own) for label, path in students.items()}
 
 
 def _measure_one(models, sums, example: Example, device, vocabulary: int) -> None:

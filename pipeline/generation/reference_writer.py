@@ -2,7 +2,9 @@
 
 One idea: one prompt at a time, its answers side by side in one batch that shares the prompt's keys
 and values; at every step both models say their next-token logits, one mixture is drawn from, and
-both read the same token. Slow and plain: it is what other engines are compared with.
+both read the same token. Models that remember in another way than by keys and values (Mamba, short
+convolutions, linear attention) read each whole text again for every token. Slow and plain: it is
+what other engines are compared with.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,7 @@ from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.generation.writers import Answer, Writers, answer_key, draw, mixture
 from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.arguments import check_applicable
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.reference.engine import load_model
 from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
@@ -73,8 +76,10 @@ class _Reader:
 
     def __init__(self, model: Teacher, pictures: Pictures | None):
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        check_applicable(model)
         self._model: Any = load_model(model).to(self._device).eval()
         self._past: Any = None
+        self._texts = torch.empty(0, 0, dtype=torch.long)
         self._images = None
         self._name = model.model
         if pictures is not None and is_image_text(self._model.config):
@@ -92,14 +97,24 @@ class _Reader:
         out = self._model(
             input_ids=ids, use_cache=True, logits_to_keep=1, **self._image_inputs(prompt)
         )
-        self._past = out.past_key_values
-        self._past.batch_repeat_interleave(copies)  # read once, kept for every answer
+        past: Any = getattr(out, "past_key_values", None)
+        if _is_keys_and_values(past):
+            past.batch_repeat_interleave(copies)
+        elif prompt.images:
+            raise TeacherError("does not write about images", where=self._name)
+        self._past = past if _is_keys_and_values(past) else None
+        self._texts = ids.repeat(copies, 1)
         return out.logits[:, -1].expand(copies, -1)
 
     def go_on(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read one more token of every answer: next-token logits [N, V]."""
+        read = tokens[:, None].to(self._device)
+        if self._past is None:
+            self._texts = torch.cat([self._texts, read], dim=1)
+            again = [self._model(input_ids=text[None], use_cache=False) for text in self._texts]
+            return torch.cat([out.logits[:, -1] for out in again])
         out = self._model(
-            input_ids=tokens[:, None].to(self._device),
+            input_ids=read,
             past_key_values=self._past,
             use_cache=True,
             logits_to_keep=1,
@@ -112,3 +127,13 @@ class _Reader:
         if self._images is None:
             raise TeacherError("reads no images and the prompts have some", where=self._name)
         return self._images.for_model(prompt, self._model)
+
+
+def _is_keys_and_values(past: Any) -> bool:
+    """Whether a model's memory is nothing but keys and values, which can be repeated."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = getattr(past, "layers", ())
+    return bool(layers) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
+    )

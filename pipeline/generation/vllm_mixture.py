@@ -133,10 +133,10 @@ class _Model:
         kept = Capture(k=1, temperatures=(self._temperature,), entropy=False)
         self._requests = requests_for(kept, model)
         self._columns = sorted({1.0, self._temperature})
-        more = self._requests.engine_arguments()
+        needed = self._requests.engine_arguments()
         if torch.cuda.is_available() and "gpu_memory_utilization" not in model.engine_args:
-            more["gpu_memory_utilization"] = MEMORY / 2  # two engines, one device
-        self._served = ServedWriter(model, writers, more)
+            needed["gpu_memory_utilization"] = MEMORY / 2  # two engines, one device
+        self._served = ServedWriter(model, writers, needed)
         self._waiting: dict[str, Callable[[Any], None]] = {}
 
     def close(self) -> None:

@@ -12,8 +12,10 @@ from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.generation.writers import Writers
 from stillroom.pipeline.record import Example
 from stillroom.pipeline.teacher.facts import model_shape
-from stillroom.pipeline.teacher.vllm.engine import start_vllm, vllm_arguments
+from stillroom.pipeline.teacher.vllm.engine import LOADING, vllm_arguments
+from stillroom.pipeline.teacher.vllm.failures import step, with_needed
 from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
+from stillroom.pipeline.teacher.vllm.starting import start_vllm
 
 
 class ServedWriter:
@@ -22,12 +24,15 @@ class ServedWriter:
     Args:
         model: which.
         writers: longest text, pictures, the tokens that end an answer.
-        more: engine arguments beside those of every engine that writes.
+        needed: engine arguments that its caller cannot do without.
+
+    Raises:
+        ConfigError: a person's own say otherwise.
     """
 
-    def __init__(self, model: Teacher, writers: Writers, more: dict[str, Any]):
+    def __init__(self, model: Teacher, writers: Writers, needed: dict[str, Any]):
         self._writers = writers
-        self._llm: Any = start_vllm(model, _arguments(model, writers) | more)
+        self._llm: Any = start_vllm(model, _arguments(model, writers, needed))
         self._num_asked = 0
 
     def ask(self, text: Example, sampling: Any) -> str:
@@ -42,7 +47,7 @@ class ServedWriter:
 
     def step(self) -> list[Any]:
         """One scheduler step; the outputs that it finished."""
-        return [output for output in self._llm.llm_engine.step() if output.finished]
+        return [output for output in step(self._llm) if output.finished]
 
     def sampling(self, max_tokens: int, seed: int, **more: Any) -> Any:
         """`SamplingParams` of at most `max_tokens` tokens at the writers' temperature."""
@@ -66,14 +71,14 @@ class ServedWriter:
             self._llm = None
 
 
-def _arguments(model: Teacher, writers: Writers) -> dict[str, Any]:
+def _arguments(model: Teacher, writers: Writers, needed: dict[str, Any]) -> dict[str, Any]:
     """Arguments of an engine that writes."""
     arguments = vllm_arguments(model, model_shape(model).context, writers.max_tokens, 1.0)
-    arguments["enable_prefix_caching"] = True
     if not torch.cuda.is_available():
         # A seeded request whose prompt is read in pieces needs what CPU generators do not have.
-        arguments["enable_chunked_prefill"] = False
+        arguments.setdefault("enable_chunked_prefill", False)
+    needed = LOADING | needed
     if writers.pictures is not None:
         check_served(model)
-        arguments["skip_tokenizer_init"] = False
-    return arguments
+        needed["skip_tokenizer_init"] = False
+    return with_needed(model, arguments, needed)

@@ -27,6 +27,7 @@ from stillroom.pipeline.objectives.weighting import (
     unit_weights,
 )
 from stillroom.pipeline.student.states import blocks_of, forward_states
+from stillroom.pipeline.teacher.reference.head import Head
 
 
 def terms_of(objectives: Sequence[Objective], caches: Mapping[str, CacheFacts]) -> list[Term]:
@@ -114,7 +115,7 @@ class Distiller(nn.Module):
         model: Any,
         terms: Sequence[Term],
         kernel: str = "chunked",
-        teacher_head: torch.Tensor | None = None,
+        teacher_head: Head | None = None,
         task_tokens: torch.Tensor | None = None,
     ):
         super().__init__()

@@ -14,6 +14,7 @@ from stillroom.pipeline.data.batch import DistillBatch, Teacher
 from stillroom.pipeline.kernels.divergences import DivergenceName
 from stillroom.pipeline.kernels.linear_divergence import linear_divergence
 from stillroom.pipeline.objectives.registry import Context, Needs, Spec, register
+from stillroom.pipeline.teacher.reference.head import Head
 
 FINAL = hidden_name("final")
 
@@ -32,13 +33,14 @@ class FullVocabularyOptions(Table):
 def _full_vocabulary(context: Context) -> torch.Tensor:
     options: FullVocabularyOptions = context.options
     rows, head = context.batch.rows.flat, context.states.head
+    teacher: Head = context.teacher_head
     place, found = _places(context.positions.flat, rows)
     states = context.teacher[FINAL][place] * found[:, None]  # [N, D_t]; rows without one weigh 0
     return linear_divergence(
         context.states.at(rows),
         head.weight,
-        states,
-        context.teacher_head,
+        states if teacher.scale == 1.0 else states * teacher.scale,
+        teacher.weight,
         divergence=options.divergence,
         beta=options.beta,
         alpha=options.alpha,
@@ -48,6 +50,8 @@ def _full_vocabulary(context: Context) -> torch.Tensor:
         weights=context.weights,
         bias=head.bias,
         softcap=head.softcap,
+        teacher_bias=teacher.bias,
+        teacher_softcap=teacher.softcap,
         valid_vocab=context.cache.vocab_size,
         impl=context.kernel,
     )

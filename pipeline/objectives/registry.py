@@ -77,7 +77,7 @@ class Context:
         cache: facts of its cache.
         projector: trained with the student and dropped at export; None where there is none.
         kernel: implementation of the divergences.
-        teacher_head: [V, D_t], where an objective needs it.
+        teacher_head: the teacher's LM head, where an objective needs it.
         sums: numbers that an objective leaves to be added up over microbatches and ranks.
         cache_name: of this objective's cache; key of `ImageBatch.targets` for image targets.
         task_tokens: columns of this objective's own task tokens behind every image.

@@ -22,7 +22,7 @@ from stillroom.pipeline.student.pruning import prune_layers, prune_width
 from stillroom.pipeline.student.states import blocks_of
 from stillroom.pipeline.teacher.adapter import merged
 from stillroom.pipeline.teacher.checkpoint import load_whole, unloadable
-from stillroom.pipeline.teacher.facts import model_directory, teacher_facts
+from stillroom.pipeline.teacher.facts import model_config, model_directory, teacher_facts
 
 RECEIPT = "student.json"
 TOKENIZER_FILES = (
@@ -74,8 +74,16 @@ def load(
     attention: str = "sdpa",
     dtype: torch.dtype = torch.float32,
     trusts_code: bool = False,
+    config: Any = None,
 ) -> Any:
     """A causal LM or image-text model from an HF directory, in training precision.
+
+    Args:
+        directory: HF directory or hub id.
+        attention: as transformers names its kinds.
+        dtype: of the weights.
+        trusts_code: whether Python code of the directory may be run.
+        config: in place of the directory's own.
 
     Raises:
         StudentError: the directory is missing, is not a model that transformers knows, or lacks
@@ -84,23 +92,25 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
+        config = config or AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
     except Exception as error:  # whatever a broken config makes the library raise
         raise unloadable(directory, error, StudentError) from None
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    options = {"dtype": dtype, "attn_implementation": attention}
+    options = {"config": config, "dtype": dtype, "attn_implementation": attention}
     return load_whole(kind, directory, error=StudentError, trusts_code=trusts_code, **options)
 
 
 def load_teacher(teacher: Teacher) -> Any:
-    """A teacher's own weights, fp32, its adapter added to them: what students are cut from.
+    """A teacher's own weights, fp32, its adapter added to them, under its config with the
+    overrides of [teacher]: what students are cut from.
 
     Raises:
         StudentError: as for `load`.
         TeacherError: the adapter does not fit.
     """
-    trusts_code = teacher.trust_remote_code
-    return merged(load(model_directory(teacher), trusts_code=trusts_code), teacher)
+    config, trusts_code = model_config(teacher), teacher.trust_remote_code
+    model = load(model_directory(teacher), trusts_code=trusts_code, config=config)
+    return merged(model, teacher)
 
 
 def export(

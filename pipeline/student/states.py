@@ -1,7 +1,8 @@
 """What a forward pass of a student gives the objectives: hidden states and the head, no logits.
 
 One idea: any decoder of transformers is a list of blocks, a final norm and a linear head; this
-module finds them and runs all but the head. It neither makes nor saves students.
+module runs all but the head, whose formula was measured on the model (`teacher.reference.head`).
+It neither makes nor saves students.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,23 +15,8 @@ from torch import nn
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.data.images import ImageBatch
 from stillroom.pipeline.student.llava import WideStates, embed, insert_behind_images, with_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The LM head: logits = softcap(scale * hidden @ weight.T + bias).
-
-    Attributes:
-        weight: [V, D].
-        bias: [V] or None.
-        softcap: c of c * tanh(z / c), or None.
-        scale: factor that some architectures put on the product.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    softcap: float | None
-    scale: float = 1.0
+from stillroom.pipeline.teacher.reference.head import Head, form_of, head_of
+from stillroom.pipeline.teacher.reference.parts import decoder_of, find_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +24,7 @@ class StudentStates:
     """What one forward pass of a student gives the objectives.
 
     Attributes:
-        final: [B * S, D], after the final norm.
+        final: [B * S, D], what the head's matrix is multiplied with.
         head: the LM head.
         blocks: block number (1-based) -> [B * S, D], the block's output.
         wide: the same with task tokens in the sequence; None where there are none.
@@ -57,32 +43,14 @@ class StudentStates:
 
 def blocks_of(model: Any) -> nn.ModuleList:
     """The decoder's blocks, found by their number, so that any architecture will do."""
-    depth = model.config.get_text_config().num_hidden_layers
-    found = [
-        module
-        for module in decoder_of(model).modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    ]
-    if not found:
+    found = find_blocks(model)
+    if found is None:
+        depth = model.config.get_text_config().num_hidden_layers
         raise StudentError(
             f"no list of {depth} blocks in {type(model).__name__}",
             remedy="Use a decoder-only architecture.",
         )
-    return found[0]
-
-
-def decoder_of(model: Any) -> Any:
-    """The part that turns tokens into final hidden states."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-
-
-def head_of(model: Any) -> Head:
-    """The LM head and what the architecture does to its logits."""
-    head, text = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite divides
-    softcap = getattr(text, "final_logit_softcapping", None)
-    return Head(head.weight, getattr(head, "bias", None), softcap, scale)
+    return found
 
 
 def forward_states(
@@ -121,11 +89,27 @@ def forward_states(
     finally:
         for hook in hooks:
             hook.remove()
-    final, head = found.last_hidden_state.flatten(0, 1), head_of(model)  # [B * S', D]
+    final, head = _read_by_head(model, found.last_hidden_state).flatten(0, 1), head_of(model)
     if layout is None:
         return StudentStates(final, head, outputs)
     kept = {number: states[layout.kept] for number, states in outputs.items()}
     return StudentStates(final[layout.kept], head, kept, WideStates(layout, outputs))
+
+
+def _read_by_head(model: Any, state: torch.Tensor) -> torch.Tensor:
+    """What the LM head's matrix is multiplied with: the last state, or a factor times that.
+
+    Raises:
+        StudentError: the model does something else to it first.
+    """
+    factor = form_of(model).state
+    if factor is None:
+        raise StudentError(
+            f"{type(model).__name__} changes its last state before its head reads it",
+            expected="a head that reads the decoder's last state, or a factor times that",
+            remedy="Use another architecture.",
+        )
+    return state if factor == 1.0 else state * factor
 
 
 def check_documents_are_isolated(model: Any, vocab_size: int) -> None:

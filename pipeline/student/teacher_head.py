@@ -1,7 +1,9 @@
 """The teacher's LM head, kept once beside the student for objectives that rebuild its logits.
 
-One idea: one tensor in one safetensors file, with the hash of the weights it came from; after it is
-there the teacher's files may go.
+One idea: the head's matrix, bias, factor and soft cap, as they were measured on the teacher, in one
+safetensors file with the hash of the weights they came from; after it is there the teacher's files
+may go. Before it is used, it is held against the cache: states and log-probabilities of one record
+must belong together.
 """
 
 from collections.abc import Mapping
@@ -13,12 +15,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from stillroom.cache_schemas.errors import PlanMismatch, StudentError
+from stillroom.cache_schemas.manifest import Plan
+from stillroom.cache_schemas.signals import hidden_name
 from stillroom.pipeline.config import Teacher
-from stillroom.pipeline.student.model import load_teacher
+from stillroom.pipeline.record import TeacherRecord
 from stillroom.pipeline.teacher.facts import teacher_facts
 from stillroom.pipeline.teacher.identity import weights_named
+from stillroom.pipeline.teacher.reference.engine import load_merged
+from stillroom.pipeline.teacher.reference.head import Head, head_of
 
 FILE = "teacher-head.safetensors"
+FINAL = hidden_name("final")
+STATE_ERROR = {"bf16": 2**-8, "fp16": 2**-8, "int8": 2**-5, "fp8": 2**-3}
+"""Error of a stored state's number, as a share of the row's root mean square; codec `step` has its
+own. The states of a bfloat16 teacher have no more than 8 bits before they are stored."""
+LOGPROB_ERROR = 0.1
+"""Nats: what storing and half precision may do to a listed log-probability."""
+MOST_SURPRISE = 4.0
 
 
 def keep_teacher_head(teacher: Teacher | None, facts: Mapping[str, Any], path: Path) -> Path:
@@ -33,11 +46,14 @@ def keep_teacher_head(teacher: Teacher | None, facts: Mapping[str, Any], path: P
         StudentError: it has to be made and there is no [teacher].
         PlanMismatch: it is another teacher's.
     """
-    if not path.exists():
+    if not _is_whole(path):
         if teacher is None:
             raise StudentError(
-                "the teacher's head is not there and there is no [teacher] to take it from",
+                "the teacher's head is not there"
+                + " whole (it was kept without its factor)" * path.exists()
+                + " and there is no [teacher] to take it from",
                 where=str(path),
+                remedy="Name the cache's teacher under [teacher].",
             )
         _write(teacher, path)
     with safe_open(path, "pt") as file:
@@ -52,25 +68,76 @@ def keep_teacher_head(teacher: Teacher | None, facts: Mapping[str, Any], path: P
     return path
 
 
-def read_teacher_head(path: Path) -> torch.Tensor:
-    """The head, float32 [V, D]."""
+def _is_whole(path: Path) -> bool:
+    """Whether it is there, and says what happens to its product (earlier releases did not)."""
+    if not path.exists():
+        return False
     with safe_open(path, "pt") as file:
-        return file.get_tensor("head")
+        return "scale" in file.metadata()
+
+
+def read_teacher_head(path: Path) -> Head:
+    """The head, float32."""
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+        bias = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118
+        softcap = float(said["softcap"]) if "softcap" in said else None
+        return Head(file.get_tensor("head"), bias, softcap, float(said["scale"]))
+
+
+def check_head(head: Head, record: TeacherRecord, plan: Plan, where: str) -> None:
+    """Refuse a head that does not make a cached record's log-probabilities of its final states.
+
+    Each log-probability is judged by what rounding the states can do to it: a state is stored with
+    an error of at most some share of its norm, and a logit follows it by the norm of its word.
+
+    Args:
+        head: of the teacher.
+        record: with `hidden.final` and top-k lists, if the cache has both.
+        plan: of its cache.
+        where: the cache, for the error.
+
+    Raises:
+        StudentError: states and head do not belong together.
+    """
+    said = record.signals
+    rows = record.hidden_positions - record.first_row
+    if FINAL not in said or "topk_ids" not in said or not len(rows) or not said["topk_ids"].size:
+        return
+    states = torch.as_tensor(said[FINAL]).float()
+    ids = torch.as_tensor(said["topk_ids"][rows]).long()
+    known = torch.as_tensor(said["topk_logprobs"][rows]).float()
+    vocab_size = plan.facts["teacher"]["vocab_size"]
+    made = head.logits(states)[:, :vocab_size].log_softmax(1).gather(1, ids.clamp_min(0))
+    capture: dict[str, Any] = plan.facts["capture"]
+    codec = capture["hidden_codec"]
+    share = STATE_ERROR[codec] if codec in STATE_ERROR else float(capture["hidden_step"])
+    words = abs(head.scale) * head.weight.float().norm(dim=1)[ids.clamp_min(0)]
+    rms = states.square().mean(dim=1, keepdim=True).sqrt()
+    noise = (share * rms * words).square() + LOGPROB_ERROR**2
+    surprise = ((made - known).square() / noise)[ids >= 0].mean().sqrt()
+    if not surprise <= MOST_SURPRISE:
+        gap = float((made - known)[ids >= 0].abs().mean())
+        raise StudentError(
+            f"the teacher's head and the cached final states make log-probabilities {gap:.3g} nats"
+            " from the cached ones",
+            expected="the same but for rounding",
+            where=where,
+            remedy="The cache's final state is not what this head reads (caches of earlier releases"
+            " kept another one of some architectures): capture again, or use the divergences on"
+            " cached top-k logits.",
+        )
 
 
 def _write(teacher: Teacher, path: Path) -> None:
-    model = load_teacher(teacher)
-    head = model.get_output_embeddings()
-    text = model.config.get_text_config()
-    capped = getattr(text, "final_logit_softcapping", None)
-    if getattr(head, "bias", None) is not None or capped:
-        raise StudentError(
-            "a head with a bias or a soft cap cannot be rebuilt from its matrix",
-            where=teacher.model,
-            remedy="Use the divergences on cached top-k logits.",
-        )
-    metadata = {"weights_sha256": weights_named(teacher_facts(teacher))}
+    head = head_of(load_merged(teacher.model_copy(update={"dtype": "float32"})))
+    tensors = {"head": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+    sha256 = weights_named(teacher_facts(teacher))
+    metadata = {"weights_sha256": sha256, "scale": repr(head.scale)}
+    if head.softcap is not None:
+        metadata["softcap"] = repr(head.softcap)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_suffix(".part")
-    save_file({"head": head.weight.detach().contiguous().clone()}, staging, metadata)  # [V, D]
+    kept = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(kept, staging, metadata)
     staging.replace(path)

@@ -78,7 +78,28 @@ def merged(model: Any, teacher: Teacher) -> Any:
     Raises:
         TeacherError: as for `with_adapter`.
     """
-    return _applied(model, teacher).merge_and_unload() if teacher.adapter else model
+    if not teacher.adapter:
+        return model
+    plain = _embeddings(model)
+    made = _applied(model, teacher)
+    if plain[0].weight is plain[1].weight and _embeddings(made.get_base_model()) != plain:
+        _untie(model, plain[1])
+    return made.merge_and_unload()
+
+
+def _embeddings(model: Any) -> tuple[Any, Any]:
+    """The layers that read a token and write one."""
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def _untie(model: Any, head: Any) -> None:
+    """Give the head a matrix of its own: an adapter changes one of the two, or each apart, and
+    adding it to a shared matrix would change the other too."""
+    from torch import nn
+
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def _applied(model: Any, teacher: Teacher) -> Any:

@@ -14,7 +14,7 @@ from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.adapter import CONFIG as ADAPTER_CONFIG
 from stillroom.pipeline.teacher.adapter import adapter_facts
-from stillroom.pipeline.teacher.arguments import meaningful
+from stillroom.pipeline.teacher.arguments import meaningful, overridden
 from stillroom.pipeline.teacher.identity import directory_facts, stored_dtype
 
 
@@ -131,9 +131,10 @@ def _with_config(path: Path) -> Path:
 
 
 def model_config(teacher: Teacher) -> Any:
-    """The transformers config of a model.
+    """The transformers config of a model, with the `hf_overrides` of [teacher].
 
     Raises:
+        ConfigError: an override says nothing to transformers.
         TeacherError: it cannot be understood, or only by code that is not to be run.
     """
     from transformers import AutoConfig
@@ -141,7 +142,7 @@ def model_config(teacher: Teacher) -> Any:
     directory = model_directory(teacher)
     trusted = teacher.trust_remote_code
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
     except Exception as error:  # whatever a broken or foreign config makes the library raise
         if "trust_remote_code" in str(error) and not trusted:
             raise _not_trusted(directory) from None
@@ -151,6 +152,7 @@ def model_config(teacher: Teacher) -> Any:
             where=str(directory),
             remedy="Check the directory, or install a transformers that knows this model.",
         ) from None
+    return overridden(config, directory, teacher)
 
 
 def _not_trusted(directory: Path) -> TeacherError:

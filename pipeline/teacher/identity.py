@@ -103,9 +103,14 @@ def _code_sha256(directory: Path, config: dict[str, Any]) -> str:
     return _combined(sorted(directory.rglob("*.py")))
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """Files of weights, in name order."""
+    return sorted(p for pattern in WEIGHT_PATTERNS for p in directory.glob(pattern))
+
+
 def weights_sha256(directory: Path) -> str:
     """sha256 over the name and sha256 of every weight file, in name order."""
-    files = sorted(p for pattern in WEIGHT_PATTERNS for p in directory.glob(pattern))
+    files = weight_files(directory)
     if not files:
         raise TeacherError(
             f"no weights ({', '.join(WEIGHT_PATTERNS)})",

@@ -26,7 +26,7 @@ class Pictures:
     """
 
     def __init__(self, read: ReadImage, arguments: Mapping[str, Any] | None = None):
-        self._read, self.arguments = read, dict(arguments or {})
+        self.read, self.arguments = read, dict(arguments or {})
 
     def of(self, example: Example) -> list[Any]:
         """PIL images of an example, in order.
@@ -38,7 +38,7 @@ class Pictures:
 
     def _picture(self, example: Example, sha256: str) -> Any:
         try:
-            return decode_image(self._read(sha256), f"image {sha256[:12]}")
+            return decode_image(self.read(sha256), f"image {sha256[:12]}")
         except FileNotFoundError:
             raise RejectedExample(
                 example, f"image {sha256[:12]} is missing", remedy="Prepare the corpus again."

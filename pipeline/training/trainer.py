@@ -25,7 +25,8 @@ from stillroom.pipeline.student.lora import adapt
 from stillroom.pipeline.student.model import export, initial_student, load
 from stillroom.pipeline.student.states import blocks_of, check_documents_are_isolated
 from stillroom.pipeline.student.teacher_head import FILE as HEAD_FILE
-from stillroom.pipeline.student.teacher_head import keep_teacher_head, read_teacher_head
+from stillroom.pipeline.student.teacher_head import check_head, keep_teacher_head, read_teacher_head
+from stillroom.pipeline.teacher.reference.head import Head
 from stillroom.pipeline.training.checkpoint import (
     Checkpoints,
     TrainingState,
@@ -202,7 +203,7 @@ class Training:
             pictures=pictures_of(run, settings, self.initial, self.image_caches, signals),
         )
 
-    def _teacher_head(self) -> torch.Tensor | None:
+    def _teacher_head(self) -> Head | None:
         if not any(term.needs.teacher_head for term in self.terms):
             return None
         path, teacher = self.settings_run.path(HEAD_FILE), self.settings_run.teacher
@@ -210,7 +211,9 @@ class Training:
         if self.parallel.is_main:
             keep_teacher_head(teacher, wanted, path)
         self.parallel.barrier()
-        return read_teacher_head(path).to(self.parallel.device)
+        head, cache = read_teacher_head(path), self.caches[""]
+        check_head(head, cache.read(0), cache.plan, str(path))
+        return head.to(self.parallel.device)
 
     def _heldout(self, step: int) -> dict[str, float]:
         """Means of the objectives on the held-out cache, when it is time for them."""

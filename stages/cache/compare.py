@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from stillroom.cache_schemas.errors import CacheError, PlanMismatch
+from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.plain_text import plain
 from stillroom.stages.arguments import Engine, EngineChoice
 from stillroom.stages.cache.arguments import Cache, location
@@ -55,6 +56,7 @@ def audit(
     from stillroom.pipeline.corpus.preparing import Corpus
     from stillroom.pipeline.teacher.facts import teacher_facts
     from stillroom.pipeline.teacher.opening import open_engine
+    from stillroom.pipeline.teacher.reference.apart import answers_apart
 
     run = config.load(run_file)
     teacher = config.require(run.teacher, "teacher", str(run_file))
@@ -64,19 +66,46 @@ def audit(
     images = opened.plan.facts["images"]
     pictures = pictures_of(Corpus.open(run.path("corpus"))) if images else None
     running = open_engine(engine.value, teacher, capture, pictures=pictures)
+    precision = other_precision(opened.plan.facts, engine.value, teacher)
+
+    def otherwise(examples):
+        running.close()  # an accelerator has room for one of them
+        table = teacher.model_copy(update={"dtype": precision})
+        return answers_apart(table, capture, examples, pictures, accelerator=True)
+
     try:
-        result = audit(opened, running.score, sample)
+        result = audit(opened, running.score, sample, otherwise if precision else None)
     finally:
         running.close()
-    rows = [_row("live || cache", result.cached), _row("live || live again", result.live)]
+    rows = [
+        _row("live || cache", result.cached),
+        _row("live || live again", result.live),
+        _row("live || live, stored", result.stored),
+    ]
+    if result.other is not None:
+        rows.append(_row(f"live || live in {precision}", result.other))
     table(f"{result.cached.examples} examples", COLUMNS, rows)
     if not result.passed:
         raise CacheError(
             f"mean KL {result.cached.kl_mean:.3g} nats from the live teacher",
-            expected=f"at most {result.allowed:.3g}: its own noise, and what storing may add",
+            expected=f"at most {result.allowed:.3g}: its own noise, and what storing it costs",
             where=opened.storage.location,
             remedy="Capture again: this is not the teacher that made it, or not run as it was.",
         )
+
+
+def other_precision(plan: dict, engine: str, teacher: Teacher) -> str:
+    """In which precision noise is to be measured too; "" where engine and dtype are the cache's.
+
+    A float32 cache under another engine in float32 needs none: both round alike.
+    """
+    from stillroom.pipeline.teacher.facts import teacher_facts
+
+    made, live = plan["teacher"].get("dtype", "float32"), teacher_facts(teacher)["dtype"]
+    if made != live:
+        return made
+    other_engine = plan.get("engine", {}).get("name") != engine
+    return "float32" if other_engine and live != "float32" else ""
 
 
 COLUMNS = ["", "mean KL", "max KL", "top-1", "max |dlogp|", "dense"]

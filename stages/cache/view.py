@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stillroom.cache_schemas.manifest import DefinitionCheck
 from stillroom.pipeline.cache.care.overview import Overview
 from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.plain_text import plain
@@ -40,6 +41,7 @@ def facts_table(seen: Overview) -> None:
         ("plan", seen.plan.digest[:16]),
         ("teacher", seen.teacher),
         ("engine", " ".join(str(value) for value in facts.get("engine", {}).values())),
+        ("against definition", _definition(seen.definition)),
         ("tokenizer", str(facts["tokenizer"].get("sha256", ""))[:16]),
         ("corpus", str(facts["corpus"].get("digest", ""))[:16]),
         ("profile", f"{capture.get('profile')}, k = {capture.get('k')}"),
@@ -55,6 +57,18 @@ def facts_table(seen: Overview) -> None:
         ("bytes/token", per_token),
     ]
     table(plain(seen.location), ["", "value"], [[name, plain(value)] for name, value in rows])
+
+
+def _definition(found: DefinitionCheck | None) -> str:
+    if found is None:
+        return "not noted"
+    if not found.done:
+        return f"not compared: {found.reason}"
+    hidden = "".join(f", {name} {value:.2g}" for name, value in found.hidden.items())
+    noise = f" (its own precision: {found.noise:.2g})" if found.noise else ""
+    more = f"; {found.reason}" if found.reason else ""
+    how = f"{found.tokens} tokens, {found.seconds:.0f} s"
+    return f"log p within {found.logprob:.2g} nats{noise}{hidden} ({how}){more}"
 
 
 def guesses_table(storage: Storage, number: int, rows: int, guesses: int, tokenizer: str) -> None:

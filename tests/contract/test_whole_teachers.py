@@ -10,7 +10,8 @@ from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, content_id
 from stillroom.pipeline.teacher.opening import open_engine
-from stillroom.pipeline.teacher.vllm import engine as vllm_engine
+from stillroom.pipeline.teacher.vllm import starting
+from stillroom.pipeline.teacher.vllm.engine import vllm_arguments
 from tests import tiny_models
 from tests.unit.test_checkpoints import LACKING, quantised_copy, without
 
@@ -36,7 +37,7 @@ def start(model: Path, **settings):
 def test_a_checkpoint_that_lacks_weights_is_refused_before_vllm_starts(
     kind, tiny_llama, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(vllm_engine, "_set_environment", lambda: pytest.fail("vLLM was started"))
+    monkeypatch.setattr(starting, "_set_environment", lambda: pytest.fail("vLLM was started"))
     pattern, message = LACKING[kind]
     with pytest.raises(TeacherError, match=message):
         start(without(tiny_llama, tmp_path / "broken", pattern))
@@ -44,7 +45,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused_before_vllm_starts(
 
 def test_what_vllm_did_not_load_is_found_in_its_own_memory(tiny_qwen3, tmp_path, monkeypatch):
     """Fused with two that are there, and left out of vLLM's own list of loaded names."""
-    monkeypatch.setattr(vllm_engine, "read_names", lambda _: None)
+    monkeypatch.setattr(starting, "read_names", lambda _: None)
     broken = without(tiny_qwen3, tmp_path / "broken", r"layers\.1\.self_attn\.k_proj")
     with pytest.raises(TeacherError, match=r"first model\.layers\.1\.self_attn\.qkv_proj\.weight"):
         start(broken)
@@ -64,9 +65,7 @@ def test_a_quantised_directory_that_vllm_cannot_run_here_is_one_message(
 
 def test_a_float32_checkpoint_is_float32_under_both_engines(tiny_llama):
     """vLLM's own "auto" would take 16 bits."""
-    assert vllm_engine.vllm_arguments(Teacher(model=str(tiny_llama)), 512, 64, 1.0)["dtype"] == (
-        "float32"
-    )
+    assert vllm_arguments(Teacher(model=str(tiny_llama)), 512, 64, 1.0)["dtype"] == ("float32")
 
 
 ADAPTERS = {

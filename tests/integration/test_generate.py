@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks._architecture_zoo import save
 from stillroom.cache_schemas.errors import ConfigError, CorpusError, PlanMismatch
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.capture.job import capture
@@ -142,6 +143,21 @@ def test_greedy_answers_are_the_most_probable_tokens(tiny_llama, tmp_path):
             logits = model(torch.tensor(example.token_ids.copy())[None].long()).logits[0]
         assert (logits.argmax(-1)[first - 1 : -1].numpy() == example.token_ids[first:]).all()
         assert (example.behaviour_logprob == 0).all()
+
+
+@pytest.mark.parametrize("label", ["lfm2", "mamba", "qwen3-next"])
+def test_models_that_remember_otherwise_write_too(label, tmp_path):
+    """Short convolutions, a state space, linear attention: each text is read again."""
+    model = save(label, tmp_path / "model")
+    tiny_models.save_tokenizer(model, 512)
+    source = chats(tmp_path / "prompts", QUESTIONS[:1])
+    corpus = written(run_in(tmp_path / "run", model, source, temperature=0, max_tokens=3, n=2))
+    (example,) = corpus.split("train")
+    assert example.weight == 2
+    first = int(np.argmax(example.loss_mask))
+    for place in range(first, len(example.token_ids)):
+        said = next_logits(model, example.token_ids[:place].copy())
+        assert int(said.argmax()) == example.token_ids[place]
 
 
 def test_interruption_workers_and_repetition_do_not_change_what_is_written(

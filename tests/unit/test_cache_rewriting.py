@@ -13,7 +13,12 @@ from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.sharing.copying import copy
 from stillroom.pipeline.cache.sharing.rewriting import Selection, merge, reshard, subset
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.config import Capture, Teacher
+from stillroom.pipeline.teacher.reference.engine import ReferenceEngine
+from stillroom.stages.cache.compare import other_precision
+from tests import memory_cache
 from tests.synthetic_records import assert_same_record, make_plan, make_record, write_cache
+from tests.tiny_models import save_llama
 
 
 def cache_at(root, plan, seed=0):
@@ -187,6 +192,44 @@ def test_audit_passes_the_teacher_itself_and_fails_another(kept, tmp_path):
     other = audit(cache, lambda examples: [answer(cache, e, seed=1) for e in examples])
     assert not other.passed
     assert other.live.kl_max == 0
+
+
+@pytest.mark.parametrize("mean_kl", [1e-4, 5e-3])
+def test_audit_passes_a_copy_of_whatever_profile(tmp_path, mean_kl):
+    """What a lossy profile costs is measured on the rows, not looked up."""
+    cache = cache_at(tmp_path / "first", make_plan(profile="small", mean_kl=mean_kl))
+    found = audit(cache, lambda examples: [answer(cache, e, seed=0) for e in examples])
+    assert found.passed
+    assert found.cached.kl_mean == pytest.approx(found.stored.kl_mean, rel=1e-6)
+    assert found.cached.kl_mean > 0
+
+
+def test_audit_knows_another_precision_from_another_teacher(tiny_llama, tmp_path):
+    texts = memory_cache.examples(4)
+
+    def score(dtype, model=tiny_llama):
+        def answers(examples):
+            teacher = Teacher(model=str(model), dtype=dtype)
+            return list(ReferenceEngine(teacher, Capture(k=16)).score(examples))
+
+        return answers
+
+    kept = memory_cache.captured(tiny_llama, texts)
+    half = dataclasses.replace(kept, records=tuple(score("bfloat16")(texts)))
+    cache = TeacherCache.open(half.write(tmp_path / "half"))
+    assert not audit(cache, score("float32")).passed
+    found = audit(cache, score("float32"), other=score("bfloat16"))
+    assert found.passed
+    assert found.other.kl_mean > 10 * found.live.kl_mean
+    other = save_llama(tmp_path / "other", seed=5)
+    assert not audit(cache, score("float32", other), other=score("bfloat16", other)).passed
+    plan = {"teacher": {"dtype": "bfloat16"}, "engine": {"name": "vllm"}}
+    asked = {
+        dtype: Teacher(model=str(tiny_llama), dtype=dtype) for dtype in ("float32", "bfloat16")
+    }
+    assert other_precision(plan, "vllm", asked["bfloat16"]) == ""
+    assert other_precision(plan, "reference", asked["bfloat16"]) == "float32"
+    assert other_precision(plan, "vllm", asked["float32"]) == "bfloat16"
 
 
 def answer(cache, example, seed):

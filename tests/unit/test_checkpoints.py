@@ -16,6 +16,7 @@ from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.config.training import Student
 from stillroom.pipeline.config.vision import Encoder
 from stillroom.pipeline.encoders.frozen import open_encoder
+from stillroom.pipeline.evaluation.held_out import measure
 from stillroom.pipeline.record import Example, content_id
 from stillroom.pipeline.student.llava_parts import assemble
 from stillroom.pipeline.student.model import initial_student, load, load_teacher
@@ -134,9 +135,33 @@ def test_a_kept_head_belongs_to_model_and_adapter(tiny_llama, tmp_path):
     lora = tiny_models.save_adapter(tmp_path / "lora", tiny_llama, modules_to_save=["lm_head"])
     path, teacher = tmp_path / "head.safetensors", Teacher(model=str(tiny_llama), adapter=str(lora))
     keep_teacher_head(teacher, teacher_facts(teacher), path)
-    assert read_teacher_head(path).shape == (768, 64)
+    assert read_teacher_head(path).weight.shape == (768, 64)
     with pytest.raises(PlanMismatch, match="is the head of teacher"):
         keep_teacher_head(None, teacher_facts(Teacher(model=str(tiny_llama))), path)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_one_of_two_tied_matrices_is_adapted(target, tiny_llama, tmp_path):
+    lora = tiny_models.save_adapter(tmp_path / "lora", tiny_llama, targets=(target, "q_proj"))
+    teacher = Teacher(model=str(tiny_llama), adapter=str(lora))
+    student = load(initial_student(Student(keep_every=1), teacher, tmp_path / "student"))
+    assert (logits_of(student) - logits_of(load_model(teacher))).abs().max() < 1e-3
+    (record,) = open_engine("reference", teacher, Capture(k=4)).score([EXAMPLE])
+    found = measure(teacher, {}, [EXAMPLE])["teacher"].perplexity
+    assert found == pytest.approx(np.exp(-record.signals["token_logprob"].mean()), rel=1e-4)
+
+
+def test_students_are_cut_from_the_teacher_with_its_overrides(tiny_llama, tmp_path):
+    arguments = {"hf_overrides": {"rope_parameters": {"rope_theta": 50.0}}, "max_model_len": 64}
+    teacher = Teacher(model=str(tiny_llama), engine_args=arguments)
+    whole = load(initial_student(Student(keep_every=1), teacher, tmp_path / "student"))
+    assert whole.config.rope_parameters["rope_theta"] == 50.0
+    difference = (logits_of(whole) - logits_of(load_model(teacher))).abs().max()
+    assert difference < 1e-3
+    assert read_names(teacher).config.rope_parameters["rope_theta"] == 50.0
+    wrong = {"hf_overrides": {"num_hidden_layers": "many"}}
+    with pytest.raises(ConfigError, match=r"LlamaConfig does not take these"):
+        load_model(Teacher(model=str(tiny_llama), engine_args=wrong))
 
 
 def change_adapter(adapter: Path, directory: Path, change) -> Path:

@@ -34,8 +34,10 @@ class World:
         self.hidden = torch.randn(ROWS, WIDTH, **double, requires_grad=True)
         self.head = torch.randn(VOCABULARY, WIDTH, **double, requires_grad=True)
         self.teacher_states = torch.randn(ROWS, TEACHER_WIDTH, **double)
-        self.teacher_head = torch.randn(VOCABULARY, TEACHER_WIDTH, **double)
-        self.teacher_logits = self.teacher_states @ self.teacher_head.T
+        bias = torch.randn(VOCABULARY, **double)
+        matrix = torch.randn(VOCABULARY, TEACHER_WIDTH, **double)
+        self.teacher_head = Head(matrix, bias, softcap=7.0, scale=1.5)
+        self.teacher_logits = self.teacher_head.logits(self.teacher_states)
         self.labels = torch.randint(0, VOCABULARY, (ROWS,))
         self.example = torch.arange(ROWS) // 4
         self.signals = self._signals(k, draws)

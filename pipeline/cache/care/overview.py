@@ -10,8 +10,8 @@ from typing import Any
 
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, StillroomError
-from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
-from stillroom.pipeline.cache.sealing import committed
+from stillroom.cache_schemas.manifest import DefinitionCheck, Manifest, Plan, ShardReceipt, read
+from stillroom.pipeline.cache.sealing import committed, noted_definition
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.storage.protocol import Storage
 
@@ -29,6 +29,7 @@ class Overview:
         shards_done: shards with a receipt.
         num_tokens, num_bytes: of a sealed cache; of the receipts looked at otherwise.
         bytes_per_token: kind of data (`rows` or a dense signal) -> bytes, from some receipts.
+        definition: how far the engine was from the model's definition, if it was noted.
     """
 
     location: str
@@ -38,6 +39,7 @@ class Overview:
     num_tokens: int
     num_bytes: int
     bytes_per_token: dict[str, float]
+    definition: DefinitionCheck | None = None
 
     @property
     def teacher(self) -> str:
@@ -70,6 +72,7 @@ def overview(storage: Storage) -> Overview:
         num_tokens=manifest.num_tokens if manifest else tokens,
         num_bytes=manifest.num_bytes if manifest else sum(r.num_bytes for r in receipts),
         bytes_per_token=_by_kind(receipts, max(tokens, 1)),
+        definition=manifest.definition if manifest else noted_definition(storage),
     )
 
 

@@ -2,25 +2,31 @@
 
 One idea: nothing clever, so that a disagreement with `teacher.vllm` has one suspect. The same
 weights, one example per forward, so a record does not depend on what was scored beside it (bit for
-bit).
+bit). Attention is eager unless the run says otherwise: faster kinds leave out what they do not
+know.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from stillroom.cache_schemas.errors import TeacherError
 from stillroom.cache_schemas.signals import hidden_name
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, TeacherRecord
 from stillroom.pipeline.teacher import protocol
-from stillroom.pipeline.teacher.adapter import with_adapter
+from stillroom.pipeline.teacher.adapter import merged, with_adapter
+from stillroom.pipeline.teacher.arguments import check_applicable
 from stillroom.pipeline.teacher.checkpoint import check_report, load_whole, load_with_report
 from stillroom.pipeline.teacher.facts import dtype_of, model_config, model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.quantised import check_as_written, method_of, try_forward
+from stillroom.pipeline.teacher.reference.head import WatchedHead
 from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
+from stillroom.pipeline.teacher.reference.parts import BlockOutputs
 from stillroom.pipeline.teacher.rows import RowSpec, draw_key
 from stillroom.pipeline.teacher.sweep.definition import sweep
 
@@ -28,16 +34,25 @@ ROW_BLOCK_BYTES = 64 << 20
 
 
 class ReferenceEngine:
-    """A teacher under transformers on the default device."""
+    """A teacher under transformers, on the default device or by transformers' own `placement`."""
 
-    def __init__(self, teacher: Teacher, capture: Capture, pictures: Pictures | None = None):
+    def __init__(
+        self,
+        teacher: Teacher,
+        capture: Capture,
+        pictures: Pictures | None = None,
+        placement: Mapping[str, Any] | None = None,
+    ):
+        check_applicable(teacher)
         self.shape = model_shape(teacher)
         self._capture = capture
         self._spec = RowSpec.of(capture)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model: Any = load_model(teacher)
-        self._model.to(self._device).eval()
+        self._model: Any = load_model(teacher, placement)
+        if not placement:
+            self._model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._model.eval()
         try_forward(self._model, model_directory(teacher))
+        self._device = "cpu" if placement else self._model.device
         self._context = self.shape.context or 1 << 30
         self._images = None
         if pictures is not None and is_image_text(self._model.config):
@@ -65,7 +80,8 @@ class ReferenceEngine:
         signals = self._row_signals(example, first, logits)
         positions = protocol.hidden_positions(example, self._capture)
         for layer in self._capture.hidden_layers:
-            kept = states[layer][torch.as_tensor(positions, device=self._device, dtype=torch.long)]
+            places = positions - first if layer == "final" else positions
+            kept = states[layer][torch.as_tensor(places, device=self._device, dtype=torch.long)]
             signals[hidden_name(layer)] = kept.float().cpu().numpy()
         return protocol.record_of(example, self._capture, first, signals)
 
@@ -76,16 +92,17 @@ class ReferenceEngine:
         rows = torch.arange(first, ids.shape[1] - 1, device=self._device)
         layers = self._capture.hidden_layers
         blocks = [layer for layer in layers if layer != "final"]
-        with _BlockOutputs(self._model, blocks) as states:
+        with BlockOutputs(self._model, blocks) as states, WatchedHead(self._model) as seen:
             out = self._model(
-                input_ids=ids,
-                logits_to_keep=rows,  # the head reads these positions alone
-                output_hidden_states="final" in layers,
-                **self._image_inputs(example),
+                input_ids=ids, use_cache=False, **self._keep(rows), **self._image_inputs(example)
             )
         if "final" in layers:
-            states["final"] = out.hidden_states[-1][0]  # after the final norm
-        return out.logits[0], states
+            states["final"] = _of_rows(seen.input, rows)
+        return _of_rows(out.logits, rows), states
+
+    def _keep(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        known = inspect.signature(self._model.forward).parameters
+        return {"logits_to_keep": rows} if "logits_to_keep" in known else {}
 
     def _image_inputs(self, example: Example) -> dict[str, torch.Tensor]:
         if not example.images:
@@ -119,66 +136,61 @@ class ReferenceEngine:
         return self._spec.unpack(ints, floats)
 
 
-class _BlockOutputs:
-    """While open, collects the states after chosen decoder blocks (1-based) as layer -> [L, H].
-
-    The state after a block is what the next one reads: Qwen3-VL adds features of the picture
-    between its first blocks.
-    """
-
-    def __init__(self, model, layers: Sequence[int]):
-        self._layers = layers
-        self._blocks = model.get_decoder().layers if layers else []
-        self._handles: list = []
-
-    def __enter__(self) -> dict:
-        states: dict = {}
-        for layer in self._layers:
-            self._handles.append(self._hook(states, layer))
-        return states
-
-    def _hook(self, states: dict, layer: int):
-        def before_next(_module, args, kwargs):
-            states[layer] = (args[0] if args else kwargs["hidden_states"])[0]
-
-        def after_last(_module, _args, output):
-            states[layer] = (output[0] if isinstance(output, tuple) else output)[0]
-
-        if layer == len(self._blocks):
-            return self._blocks[-1].register_forward_hook(after_last)
-        return self._blocks[layer].register_forward_pre_hook(before_next, with_kwargs=True)
-
-    def __exit__(self, *_):
-        for handle in self._handles:
-            handle.remove()
+def _of_rows(values: Any, rows: torch.Tensor) -> torch.Tensor:
+    """[R, ...] of what a model made for these rows [1, R, ...], or for every token."""
+    if values is None:
+        raise TeacherError(
+            "the model makes its logits without its output embedding",
+            where="[capture] hidden_layers",
+            remedy="Leave 'final' out.",
+        )
+    return values[0] if values.shape[1] == len(rows) else values[0][rows]
 
 
-def load_model(teacher: Teacher) -> Any:
+def load_model(teacher: Teacher, placement: Mapping[str, Any] | None = None) -> Any:
     """The model of a directory, with a head that writes text and its adapter, if it has one.
+
+    Args:
+        teacher: which, and how.
+        placement: of its weights, as `from_pretrained` takes it (`device_map` and the like).
 
     Raises:
         TeacherError: it cannot be loaded, or its checkpoint lacks weights.
     """
     directory = model_directory(teacher)
+    options: dict[str, Any] = {
+        "config": model_config(teacher),
+        "dtype": getattr(torch, dtype_of(teacher)),
+        "attn_implementation": "eager" if teacher.attention == "auto" else teacher.attention,
+        **(placement or {}),
+    }
     trusts_code = teacher.trust_remote_code
-    dtype = getattr(torch, dtype_of(teacher))
-    model = load_whole(_loader(teacher), directory, trusts_code=trusts_code, dtype=dtype)
+    model = load_whole(_loader(teacher), directory, trusts_code=trusts_code, **options)
     check_as_written(model, directory)
     return with_adapter(model, teacher)
+
+
+def load_merged(teacher: Teacher) -> Any:
+    """The same with its adapter added to its weights, for what reads its matrices."""
+    return merged(load_model(teacher.model_copy(update={"adapter": ""})), teacher)
 
 
 def read_names(teacher: Teacher) -> Any:
     """The model without its weights, for a look at the names in its checkpoint before another
     engine loads it; None where transformers cannot build it (or builds it otherwise: quantised
-    weights, another config), where the engine's own measurement is all there is.
+    weights), where the engine's own measurement is all there is.
 
     Raises:
         TeacherError: the checkpoint lacks weights of the model, or the adapter does not fit.
     """
     loader, directory = _loader(teacher), model_directory(teacher)
-    if method_of(directory) or "hf_overrides" in teacher.engine_args:
+    if method_of(directory):
         return None
-    options = {"device_map": "meta", "trust_remote_code": teacher.trust_remote_code}
+    options = {
+        "config": model_config(teacher),
+        "device_map": "meta",
+        "trust_remote_code": teacher.trust_remote_code,
+    }
     try:
         model, found = load_with_report(loader, directory, **options)
     except Exception:  # a model that transformers does not know, or only on a device

@@ -17,6 +17,7 @@ from stillroom.pipeline.teacher.adapter import (
     tensor_names,
 )
 from stillroom.pipeline.teacher.checkpoint import first_line
+from stillroom.pipeline.teacher.reference.parts import decoder_of
 
 
 def adapter_arguments(teacher: Teacher) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def check_adapted(model: Any, teacher: Teacher) -> None:
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    inside = {id(module) for module in model.get_decoder().modules()}
+    inside = {id(module) for module in decoder_of(model).modules()}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and id(module) not in inside:
             raise _refused(teacher, f"it changes {name}, outside the decoder")

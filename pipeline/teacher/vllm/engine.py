@@ -8,38 +8,30 @@ The alignment shift happens where row t meets token t+1, in `vllm.scoring`. Pref
 position served from it has no logits.
 """
 
-import math
-import os
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from stillroom.cache_schemas.errors import StillroomError, TeacherError
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, TeacherRecord
 from stillroom.pipeline.teacher import protocol
 from stillroom.pipeline.teacher.facts import dtype_of, model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
-from stillroom.pipeline.teacher.quantised import cannot_run, method_of
-from stillroom.pipeline.teacher.reference.engine import read_names
-from stillroom.pipeline.teacher.vllm import plugin
-from stillroom.pipeline.teacher.vllm.adapter import (
-    adapter_arguments,
-    check_adapted,
-    speak_through_adapter,
-)
+from stillroom.pipeline.teacher.vllm.adapter import adapter_arguments
+from stillroom.pipeline.teacher.vllm.failures import step, with_needed
 from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
 from stillroom.pipeline.teacher.vllm.requests import MarkedRequests, PublicRequests
 from stillroom.pipeline.teacher.vllm.self_test import self_test
+from stillroom.pipeline.teacher.vllm.starting import import_vllm, start_vllm
 
 VLLM_VERSION = "0.32.0"
 USUAL_STEP_TOKENS = 8192
-LOADING = "stillroom.pipeline.teacher.vllm.loading.WorkerExtension"
+LOADING = {"worker_extension_cls": "stillroom.pipeline.teacher.vllm.loading.WorkerExtension"}
+"""What every engine is started with, so that weights which nothing was loaded into are found."""
 
 
 @dataclass(slots=True)
@@ -66,10 +58,12 @@ class VllmEngine:
         self._capture, self._pictures = capture, pictures
         self._requests = requests_for(capture, teacher)
         arguments = vllm_arguments(teacher, self.shape.context, max_tokens, batch_scale)
+        needed: dict[str, Any] = LOADING | {"enable_prefix_caching": False}
         if pictures is not None:
             check_served(teacher)
-            arguments["skip_tokenizer_init"] = False  # vLLM's image processors ask for it
-        self._llm: Any = start_vllm(teacher, arguments | self._requests.engine_arguments())
+            needed["skip_tokenizer_init"] = False
+        needed |= self._requests.engine_arguments()
+        self._llm: Any = start_vllm(teacher, with_needed(teacher, arguments, needed))
         self._context = self._llm.model_config.max_model_len - 1  # one place is the sampled token's
         self._num_asked = 0
         self._finished: dict[str, object] = {}
@@ -128,8 +122,9 @@ class VllmEngine:
     def _wait_for(self, item: _Asked):
         """vLLM's output for one request; those that finish before it are kept."""
         while item.request_id and item.request_id not in self._finished:
-            for output in finished_outputs(self._llm.llm_engine):
-                self._finished[output.request_id] = output
+            for output in step(self._llm):
+                if output.finished:
+                    self._finished[output.request_id] = output
         return self._finished.pop(item.request_id, None)
 
     def _record(self, item: _Asked, output, reject: protocol.Reject) -> TeacherRecord:
@@ -156,7 +151,7 @@ class VllmEngine:
 
 def requests_for(capture: Capture, teacher: Teacher) -> MarkedRequests | PublicRequests:
     """Our hooks on the release they were written for; the public API, with a warning, elsewhere."""
-    found = _import_vllm().__version__
+    found = import_vllm().__version__
     if found.split("+")[0] == VLLM_VERSION:
         return MarkedRequests(capture, teacher.scratch_mib << 20)
     warnings.warn(
@@ -168,36 +163,6 @@ def requests_for(capture: Capture, teacher: Teacher) -> MarkedRequests | PublicR
     return PublicRequests(capture)
 
 
-def finished_outputs(llm_engine) -> list:
-    """What one scheduler step has finished.
-
-    Raises:
-        OutOfMemory: the step did not fit.
-    """
-    try:
-        return [output for output in llm_engine.step() if output.finished]
-    except (RuntimeError, MemoryError) as error:
-        if _is_out_of_memory(error):
-            raise _out_of_memory(error) from error
-        raise
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    marks = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(m in text for m in marks)
-
-
-def _out_of_memory(error: BaseException) -> protocol.OutOfMemory:
-    return protocol.OutOfMemory(
-        f"vLLM ran out of memory ({str(error).strip().splitlines()[0][:200]})",
-        remedy=(
-            "Set max_num_batched_tokens, gpu_memory_utilization or tensor_parallel_size under "
-            "[teacher.engine_args] (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB)."
-        ),
-    )
-
-
 def vllm_arguments(teacher: Teacher, context: int, max_tokens: int, batch_scale: float) -> dict:
     """vLLM's engine arguments; those of [teacher.engine_args] win."""
     arguments = {
@@ -205,8 +170,6 @@ def vllm_arguments(teacher: Teacher, context: int, max_tokens: int, batch_scale:
         "dtype": dtype_of(teacher),  # "auto" is another dtype to vLLM than to transformers
         "quantization": teacher.quantization or None,
         "trust_remote_code": teacher.trust_remote_code,
-        "worker_extension_cls": LOADING,
-        "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
         **adapter_arguments(teacher),
@@ -223,98 +186,3 @@ def vllm_arguments(teacher: Teacher, context: int, max_tokens: int, batch_scale:
         # vLLM refuses more sequences than tokens in a step.
         arguments["max_num_seqs"] = min(seqs, arguments["max_num_batched_tokens"])
     return arguments
-
-
-def start_vllm(teacher: Teacher, arguments: dict):
-    """Start vLLM.
-
-    Raises:
-        TeacherError: it cannot serve this model, or the checkpoint lacks weights.
-    """
-    check_adapted(read_names(teacher), teacher)
-    _set_environment()
-    plugin.register()
-    try:
-        with _processors_shared(_num_ranks(arguments)):
-            llm = _import_vllm().LLM(**arguments)
-    except TeacherError:
-        raise
-    except Exception as error:
-        if _is_out_of_memory(error) or "kv cache" in str(error).lower():
-            raise _out_of_memory(error) from error
-        raise _not_served(teacher, error) from error
-    speak_through_adapter(llm, teacher)
-    return llm
-
-
-def _not_served(teacher: Teacher, error: Exception) -> StillroomError:
-    reason = _telling(str(error).strip().splitlines()) or type(error).__name__
-    method = teacher.quantization or method_of(model_directory(teacher))
-    if method:
-        return cannot_run(teacher.model, method, "vLLM", reason, TeacherError)
-    return TeacherError(
-        f"vLLM cannot serve this model ({reason})",
-        where=teacher.model,
-        remedy="`--engine reference` runs whatever transformers can load.",
-    )
-
-
-def _telling(lines: list[str]) -> str:
-    """The line of an exception that says most: pydantic puts it second."""
-    if len(lines) > 1 and "validation error" in lines[0]:
-        return lines[1].strip().removeprefix("Value error, ").split(" [type=")[0]
-    return lines[0] if lines else ""
-
-
-def _set_environment() -> None:
-    """Settings that vLLM reads from the environment only; a person's own values win."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # tensors stay in this process
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    # The hooks have not been run on a GPU under the newer runner: use the one that was tested.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-
-
-def _num_ranks(arguments: dict) -> int:
-    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
-    return math.prod(int(arguments.get(name, 1)) for name in sizes)
-
-
-@contextmanager
-def _processors_shared(num_ranks: int) -> Iterator[None]:
-    """On a CPU, an equal share of this program's processors for each rank, while vLLM starts.
-
-    vLLM itself wants a memory node for each. A person's own setting wins.
-    """
-    name = "VLLM_CPU_OMP_THREADS_BIND"
-    if num_ranks == 1 or torch.cuda.is_available() or name in os.environ:
-        yield
-        return
-    cpus = sorted(os.sched_getaffinity(0))
-    share = len(cpus) // num_ranks
-    lists = [cpus[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
-    os.environ[name] = "|".join(",".join(map(str, own)) for own in lists) if share else "nobind"
-    from vllm import envs
-
-    forget = getattr(envs, "disable_envs_cache", lambda: None)
-    forget()  # an engine started before in this process
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        forget()
-
-
-def _import_vllm():
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        import vllm
-    except ImportError as error:
-        raise TeacherError(
-            f"vLLM cannot be imported ({error})",
-            remedy="Install it with pip install 'stillroom[cpu]' or 'stillroom[gpu]'.",
-        ) from None
-    return vllm

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stillroom.pipeline.teacher.vllm.engine import VllmEngine, finished_outputs
+from stillroom.pipeline.teacher.vllm.engine import VllmEngine
+from stillroom.pipeline.teacher.vllm.failures import step
 
 
 class GreedyVllm(VllmEngine):
@@ -32,7 +33,7 @@ class GreedyVllm(VllmEngine):
         asked = [self._ask_to_write(prompt, sampling) for prompt in prompts]
         found = {}
         while len(found) < len(asked):
-            for output in finished_outputs(self._llm.llm_engine):
+            for output in step(self._llm):
                 found[output.request_id] = output.outputs[0].token_ids
         return [np.asarray(found[request], dtype=np.int32) for request in asked]
 

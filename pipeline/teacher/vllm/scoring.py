@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import reserve_aux_interm
 
 from stillroom.pipeline.teacher.rows import MARK, RowSpec
 from stillroom.pipeline.teacher.sweep.blocks import check_sweep, rows_within, score_block
+from stillroom.pipeline.teacher.vllm.block_states import BlockStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Settings:
     Attributes:
         spec: signals of a row.
         layers: blocks (1-based) whose output is kept, then whether the final state is kept too.
-        final: keep the state after the final norm.
+        final: keep the state that the LM head reads.
         block_rows: rows to score at a time.
     """
 
@@ -134,17 +135,20 @@ def mark_of(sampling_params) -> dict | None:
     return extra.get(MARK) if extra else None
 
 
-def ask_for_blocks(model: Any, layers: tuple[int, ...]) -> None:
-    """Make a model return the outputs of these blocks beside its last states.
+def ask_for_blocks(model: Any, layers: tuple[int, ...], vllm_config: Any) -> BlockStates | None:
+    """Make a model give the outputs of these blocks: beside its last states, or by hooks.
 
     Idefics3 and others do not offer it themselves, but hand on whatever their decoder returns.
+
+    Returns:
+        What collects the states; None where the model returns them.
 
     Raises:
         RuntimeError: vLLM's model does not give them, or its pipeline stages lose them.
     """
     decoders = [part for part in model.modules() if isinstance(part, EagleModelMixin)]
     if not decoders:
-        raise RuntimeError(f"{type(model).__name__} does not give its hidden layers in vLLM")
+        return BlockStates(model, layers, vllm_config)
     stages = get_pp_group().world_size
     if stages > 2 or (stages == 2 and not decoders[0].supports_aux_hidden_states_over_pp):
         raise RuntimeError(
@@ -156,3 +160,4 @@ def ask_for_blocks(model: Any, layers: tuple[int, ...]) -> None:
     else:
         decoders[0]._set_aux_hidden_state_layers(layers)
     reserve_aux_intermediate_tensor_slots(model)
+    return None

@@ -76,18 +76,21 @@ def _score_request(self, req_id: str, mark: dict, hidden_states, num_scheduled_t
 def _setup(self) -> None:
     """V1 runner, after the model is loaded and before it is compiled: ask it for block outputs."""
     self.stillroom_settings = settings = Settings.checked(self.vllm_config, self.device)
-    self.stillroom_states = None
+    self.stillroom_states = self.stillroom_blocks = None
     if settings is None or not settings.layers:
         _their_setup(self)
         return
-    ask_for_blocks(self.get_model(), settings.layers)
-    self.use_aux_hidden_state_outputs = get_pp_group().is_last_rank
+    self.stillroom_blocks = ask_for_blocks(self.get_model(), settings.layers, self.vllm_config)
+    returned = self.stillroom_blocks is None
+    self.use_aux_hidden_state_outputs = returned and get_pp_group().is_last_rank
 
 
 def _sample_tokens(self, grammar_output):
     """V1 runner: keep this step's block outputs at hand for `_prompt_logprobs`."""
     if self.execute_model_state is not None:
-        self.stillroom_states = self.execute_model_state.aux_hidden_states
+        blocks = self.stillroom_blocks
+        theirs = self.execute_model_state.aux_hidden_states
+        self.stillroom_states = theirs if blocks is None else blocks.states()
     try:
         return _their_sample_tokens(self, grammar_output)
     finally:

@@ -45,8 +45,9 @@ def _loading(theirs):
         theirs(self, *args, **kwargs)
         settings = Settings.checked(self.vllm_config, self.device)
         if settings is not None and settings.layers:
-            ask_for_blocks(self.model, settings.layers)
-            self.use_aux_hidden_state_outputs = get_pp_group().is_last_rank
+            blocks = ask_for_blocks(self.model, settings.layers, self.vllm_config)
+            self.stillroom_blocks = blocks
+            self.use_aux_hidden_state_outputs = blocks is None and get_pp_group().is_last_rank
 
     return load_model
 
@@ -56,7 +57,9 @@ def _sampling(theirs):
         if self.prompt_logprobs_worker is not None and self.execute_model_state is not None:
             worker = self.prompt_logprobs_worker
             worker.stillroom_settings = Settings.of(self.vllm_config)
-            worker.stillroom_states = self.execute_model_state.aux_hidden_states
+            blocks = getattr(self, "stillroom_blocks", None)
+            theirs = self.execute_model_state.aux_hidden_states
+            worker.stillroom_states = theirs if blocks is None else blocks.states()
         return theirs(self, *args, **kwargs)
 
     return sample_tokens
