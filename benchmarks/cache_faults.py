@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline.cache.reader import TeacherCache
 from tests import cache_trials as trials
@@ -118,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.manifest import Manifest, Plan, Records, ShardReceipt, ShardTable
@@ -163,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

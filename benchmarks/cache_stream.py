@@ -24,6 +24,7 @@ from queue import Empty
 
 import numpy as np
 
+from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
 from stillroom.cache_schemas.manifest import Plan
 from stillroom.pipeline.cache.formats import Encoded
@@ -238,4 +239,4 @@ def _answer(queue, child) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

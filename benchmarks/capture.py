@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, content_id
@@ -44,7 +45,7 @@ BIG_VOCABULARY, LONG_PROMPT = 151_936, 4_096
 def main() -> None:
     """Measure, write `benchmarks/results/`, print."""
     parser = asking(__doc__)
-    parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct")
+    parser.add_argument("--model", default=needs.MODEL)
     parser.add_argument("--prompts", type=int, default=6, help="prompts of one round")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of one prompt")
     parser.add_argument("--rounds", type=int, default=5)
@@ -53,7 +54,8 @@ def main() -> None:
     if arguments.memory:
         print(_extra_peak_bytes())
         return
-    figures = run(arguments.model, arguments.prompts, arguments.tokens, arguments.rounds)
+    model = needs.model(arguments.model)
+    figures = run(model, arguments.prompts, arguments.tokens, arguments.rounds)
     publish("capture", figures, arguments.json)
 
 
@@ -232,4 +234,4 @@ def _extra_peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
 from stillroom.cache_schemas.signals import hidden_name
 from stillroom.pipeline import config
 from stillroom.pipeline.record import Example, TeacherRecord
 from stillroom.pipeline.student.model import load
 
-MODEL = ".cache/models/SmolLM2-135M-Instruct"
 WINDOW, DOCUMENTS, TEMPERATURES = 512, 6, (1.0, 2.0)
 CODECS: tuple[tuple[str, float], ...] = (
     ("bf16", 0.0),
@@ -40,11 +40,12 @@ CODECS: tuple[tuple[str, float], ...] = (
 def main() -> None:
     """Measure, write `benchmarks/results/`, print."""
     parser = asking(__doc__)
-    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--model", default=needs.MODEL)
     parser.add_argument("--windows", type=int, default=6)
     arguments = parser.parse_args()
+    model = needs.model(arguments.model)
     with tempfile.TemporaryDirectory() as directory:
-        rows = list(measure(arguments.model, Path(directory), arguments.windows))
+        rows = list(measure(model, Path(directory), arguments.windows))
     publish("full_vocabulary", {"windows": arguments.windows, "rows": rows}, arguments.json)
 
 
@@ -162,4 +163,4 @@ def _kl(live: torch.Tensor, own: torch.Tensor, head: torch.Tensor, t: float) -> 
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

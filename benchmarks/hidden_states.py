@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
 from benchmarks.capture import EVERYTHING, _Bench, real_prompts
 from stillroom.pipeline.config import Teacher
@@ -31,12 +32,13 @@ MOST_STEPS = 1000
 def main() -> None:
     """Measure, write `benchmarks/results/`, print."""
     parser = asking(__doc__)
-    parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct")
+    parser.add_argument("--model", default=needs.MODEL)
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    figures = run(arguments.model, arguments.prompts, arguments.tokens, arguments.rounds)
+    model = needs.model(arguments.model)
+    figures = run(model, arguments.prompts, arguments.tokens, arguments.rounds)
     publish("hidden_states", figures, arguments.json)
 
 
@@ -158,4 +160,4 @@ class _ConnectorEngine:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+from benchmarks import needs
 from benchmarks._students_report import report
 from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline import config
 from stillroom.pipeline.training.checkpoint import write_durably
 
-MODEL = ".cache/models/SmolLM2-135M-Instruct"
 WINDOW, BATCH_TOKENS, HELDOUT = 512, 2048, 24
 SEEDS = (1, 2, 3, 4, 5)
 
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--grid", choices=sorted(GRIDS), default="tail")
     parser.add_argument("--work", type=Path, default=Path("runs/students"))
     parser.add_argument("--cells", type=Path, default=Path("benchmarks/results/students"))
-    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--model", default=needs.MODEL)
     parser.add_argument("--report", action="store_true", help="only report what has been run")
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
@@ -125,7 +125,8 @@ def main() -> None:
         publish(f"students-{arguments.grid}", report(arguments.cells, arguments.grid), True)
         return
     arms = [a for a in GRIDS[arguments.grid] if not arguments.arms or a.name in arguments.arms]
-    experiment = Experiment(arguments.work, arguments.cells / arguments.grid, arguments.model)
+    model = needs.model(arguments.model)
+    experiment = Experiment(arguments.work, arguments.cells / arguments.grid, model)
     cells = [(arm, seed) for seed in arguments.seeds for arm in arms]
     worker, workers = map(int, arguments.worker.split("/"))
     for arm, seed in cells[worker::workers]:
@@ -262,4 +263,4 @@ def _bytes_per_token(cache: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

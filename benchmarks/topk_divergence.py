@@ -8,7 +8,7 @@ memory that is there already. Extra memory is the peak above the inputs: on a CP
 high-water mark in a process of its own, on a GPU the allocator's.
 
 It needs torch, Triton (on a GPU) and numpy, and pytest and hypothesis for the contract; peers that
-are not installed are rows marked `failed` on a GPU.
+are not installed, or fail, are rows marked `failed` with the reason.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import _divergence_contenders as contenders
+from benchmarks import needs
 from benchmarks._divergence_contenders import Contender, Problem
 from benchmarks.cache_trial import asking, keep, machine
 
@@ -61,6 +62,7 @@ def main() -> None:
     if cuda:
         result = measure_cuda(arguments.rounds, not arguments.no_contract)
     else:
+        torch.set_num_threads(1)
         result = measure_cpu(arguments.rounds)
     result = result | surroundings(cuda)
     if not arguments.no_write:
@@ -69,21 +71,29 @@ def main() -> None:
 
 
 def measure_cpu(rounds: int) -> dict[str, Any]:
-    """One thread: process CPU time is then the work done, whoever else is on the machine."""
-    torch.set_num_threads(1)
+    """In one thread process CPU time is the work done, whoever else is on the machine."""
     problem = Problem.make(**CPU_PROBLEM, dtype=torch.float32, device="cpu")
     entrants = contenders.on_cpu()
-    floor = floor_of(problem)
-    calls = [floor, *(step_of(entrant, problem) for entrant in entrants)]
-    clocks = best_of(rounds, calls, lambda: None)
-    rows = []
-    for place, (entrant, (seconds, cpu_seconds)) in enumerate(zip(entrants, clocks[1:])):
-        row = describe(entrant, CPU_PROBLEM, "cpu", "float32")
-        row |= {"seconds": seconds, "cpu_seconds": cpu_seconds}
-        row["extra_peak_bytes"] = _extra_peak_in_a_process(place)
-        row["grad_error"] = gradient_error(entrant, problem)
-        rows.append(row)
-    return {"rows": rows, "floor_seconds": clocks[0][0], "floor_cpu_seconds": clocks[0][1]}
+    rows = [describe(entrant, CPU_PROBLEM, "cpu", "float32") for entrant in entrants]
+    for row, entrant in zip(rows, entrants):
+        row |= _failure(entrant, problem)
+    places = [place for place, row in enumerate(rows) if "failed" not in row]
+    steps = [step_of(entrants[place], problem) for place in places]
+    floor, *clocks = best_of(rounds, [floor_of(problem), *steps], lambda: None)
+    for place, (seconds, cpu_seconds) in zip(places, clocks):
+        rows[place] |= {"seconds": seconds, "cpu_seconds": cpu_seconds}
+        rows[place]["extra_peak_bytes"] = _extra_peak_in_a_process(place)
+        rows[place]["grad_error"] = gradient_error(entrants[place], problem)
+    return {"rows": rows, "floor_seconds": floor[0], "floor_cpu_seconds": floor[1]}
+
+
+def _failure(entrant: Contender, problem: Problem) -> dict[str, str]:
+    """`failed` and the reason, where a first step ends in an error; else nothing."""
+    try:
+        step_of(entrant, problem)()
+    except Exception as error:  # Whatever a peer raises, the others are still measured.
+        return {"failed": needs.why_not(error)}
+    return {}
 
 
 def measure_cuda(rounds: int, contract: bool = True) -> dict[str, Any]:
@@ -120,7 +130,7 @@ def _row_on_cuda(
         _free()
         row["grad_error"] = gradient_error(entrant, problem.rows(ROWS_JUDGED))
     except Exception as error:  # Whatever a peer raises, the others are still measured.
-        row["failed"] = f"{type(error).__name__}: {error}"[:300]
+        row["failed"] = needs.why_not(error)
     problem.dense = problem.hidden.grad = problem.head.grad = None
     _truths.clear()
     _free()
@@ -295,6 +305,7 @@ def _version(name: str) -> str:
 def table(result: dict[str, Any]) -> str:
     """The rows, each against the floor."""
     floor = result["floor_cpu_seconds" if result["rows"][0]["device"] == "cpu" else "floor_seconds"]
+    failed = [row for row in result["rows"] if "failed" in row]
     lines = [f"{'':34}{'divergence':16}{'tail':10}{'CPU s':>8}{'x floor':>9}{'MB':>8}{'error':>9}"]
     for row in (row for row in result["rows"] if "failed" not in row):
         seconds = row["cpu_seconds" if row["device"] == "cpu" else "seconds"]
@@ -302,8 +313,9 @@ def table(result: dict[str, Any]) -> str:
             f"{row['impl']:34}{row['divergence']:16}{row['tail']:10}{seconds:8.3f}"
             f"{seconds / floor:9.2f}{row['extra_peak_bytes'] / 1e6:8.1f}{row['grad_error']:9.1e}"
         )
-    return "\n".join([*lines, f"floor (three matrix products): {floor:.3f} s"])
+    lines.append(f"floor (three matrix products): {floor:.3f} s")
+    return "\n".join([*lines, *(f"not measured: {row['impl']}: {row['failed']}" for row in failed)])
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

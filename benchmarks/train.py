@@ -29,20 +29,20 @@ from typing import Any
 import torch
 
 import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline import config
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.student.model import load
 
 ARMS = ("cache", "ce", "ce_fused", "online")
-MODEL = ".cache/models/SmolLM2-135M-Instruct"
 WINDOW = 512
 
 
 def main() -> None:
     """Measure, write `benchmarks/results/`, print."""
     parser = asking(__doc__)
-    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--model", default=needs.MODEL)
     parser.add_argument("--rows", type=int, default=4, help=f"rows of {WINDOW} tokens in a step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
@@ -51,8 +51,9 @@ def main() -> None:
     if arguments.arm:
         serve(arguments.arm, arguments.run)
         return
+    model = needs.model(arguments.model)
     with tempfile.TemporaryDirectory() as directory:
-        run = make_run(arguments.model, Path(directory), arguments.rows)
+        run = make_run(model, Path(directory), arguments.rows)
         publish("train", measure(run, arguments.rounds), arguments.json)
 
 
@@ -255,4 +256,4 @@ def _online_loss(student: Any, teacher: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline.capture.images import Images, MeasuringWriter, make_plan
 from stillroom.pipeline.config.vision import Encoder, Vision
@@ -110,4 +111,4 @@ def _files():
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

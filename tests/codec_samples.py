@@ -135,6 +135,25 @@ def assert_same(found: dict, expected: dict, names=NAMES) -> None:
             np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
 
 
+LOGGED = ("topk_logprobs", "tail_logprob", "token_logprob", "entropy")
+"""Decoded through the C library's exponential and logarithm."""
+
+
+def assert_decoded(found: dict, expected: dict) -> None:
+    """What another machine decoded; a name may have a path before it.
+
+    Bit for bit, but for what went through a row's shift: a logarithm below 1 in size, whose last
+    bit in float32 (2^-24) a C library may choose.
+    """
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        if name.split("/")[-1] in LOGGED:
+            close = {"rtol": 2.0**-23, "atol": 2.0**-24}
+            np.testing.assert_allclose(found[name], array, **close, err_msg=name)
+        else:
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
 def assert_draws(found: dict, expected: dict) -> None:
     for ids, times, given_ids, given_times in zip(
         found["draw_ids"], found["draw_counts"], expected["draw_ids"], expected["draw_counts"]

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from stillroom.pipeline.kernels import autocasting, products
 from stillroom.pipeline.kernels.divergences import Objective
+from stillroom.pipeline.kernels.precision import wide
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 COLUMN_MULTIPLE = 16
@@ -64,7 +65,7 @@ class Plan:
     @property
     def loss_dtype(self) -> torch.dtype:
         """fp32, or fp64 where the inputs are."""
-        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+        return wide(self.compute_dtype)
 
 
 class Gradients(NamedTuple):

@@ -21,6 +21,7 @@ from stillroom.pipeline.kernels.divergences import (
     outcome_gradient,
     terms,
 )
+from stillroom.pipeline.kernels.precision import widened
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 CPU_BLOCK = 2**19
@@ -88,8 +89,7 @@ def teacher_logits(targets: DenseTargets, words: int) -> Tensor:
 
 def soft_capped(logits: Tensor, softcap: float) -> Tensor:
     """softcap tanh(logits / softcap), in at least fp32."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return softcap * torch.tanh(logits / softcap)
+    return softcap * torch.tanh(widened(logits) / softcap)
 
 
 def head_shares(
@@ -98,7 +98,7 @@ def head_shares(
     """AKL's w_h [C] in fp32, for raw logits of both sides [C, words + spare], [C, words]."""
     size = max(1, CUDA_BLOCK // (4 * words))
     shares = [
-        _head_shares(z.float(), y.float(), targets.softcap, objective)
+        _head_shares(widened(z), widened(y), targets.softcap, objective)
         for z, y in zip(logits[:, :words].split(size), teacher.split(size))
     ]
     return torch.cat(shares)

@@ -12,6 +12,7 @@ from torch import Tensor
 from stillroom.pipeline.kernels.dense_sweep import DenseTargets, dense_outcomes, teacher_logits
 from stillroom.pipeline.kernels.divergences import LOG_ZERO, Objective, teacher_outcomes, terms
 from stillroom.pipeline.kernels.packed_topk import PackedTargets
+from stillroom.pipeline.kernels.precision import widened
 from stillroom.pipeline.kernels.targets import Targets
 from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW
 
@@ -54,8 +55,7 @@ def head_logits(
 ) -> Tensor:
     """Logits [N, words] in at least fp32, after the soft cap: cap * tanh(logits / cap)."""
     bias = None if bias is None else bias[:words]
-    logits = F.linear(hidden, unembedding[:words], bias)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = widened(F.linear(hidden, unembedding[:words], bias))
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

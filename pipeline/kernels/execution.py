@@ -16,6 +16,7 @@ from torch._compile import _disable_dynamo
 from stillroom.pipeline.kernels import autocasting, dense_sweep, torch_sweep
 from stillroom.pipeline.kernels.chunked import Plan, Sweep
 from stillroom.pipeline.kernels.divergences import Objective
+from stillroom.pipeline.kernels.precision import wide
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 Implementation = Literal["eager", "chunked", "triton"]
@@ -69,15 +70,14 @@ def plan(
         teacher_itemsize: bytes of each of the teacher's logits, where a chunk has them too.
     """
     compute = autocasting.dtype_of(hidden)
-    wide = torch.float64 if compute == torch.float64 else torch.float32
     return Plan(
         sweep=sweep,
-        sweep_dtype=compute if triton else wide,
+        sweep_dtype=compute if triton else wide(compute),
         targets=targets,
         objective=objective,
         shard=shard,
         compute_dtype=compute,
-        sum_dtype=wide if accumulate_fp32 else unembedding.dtype,
+        sum_dtype=wide(compute) if accumulate_fp32 else unembedding.dtype,
         budget=budget or _budget(unembedding, compute, teacher_itemsize > 0),
         teacher_itemsize=teacher_itemsize,
         scale_=_triton("sweep").scale_ if triton else Tensor.mul_,

@@ -60,6 +60,7 @@ from stillroom.pipeline.kernels import argument_checks, chunked, eager, executio
 from stillroom.pipeline.kernels.divergences import DivergenceName, Objective, TailName
 from stillroom.pipeline.kernels.execution import Implementation
 from stillroom.pipeline.kernels.packed_topk import PackedTargets, PackedTopk
+from stillroom.pipeline.kernels.precision import wide
 from stillroom.pipeline.kernels.targets import Targets
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
@@ -147,8 +148,9 @@ def topk_divergence(
         argument_checks.check_lists(lists.ids, lists.logprobs, tail_ids, tail_weights, shard.total)
         argument_checks.check_row_values(labels, weights, shard.total)
     if tail_ids is not None and tail_weights is not None:
-        targets = _with_draws(targets.unpack(), tail_ids, tail_weights)
-        objective = replace(objective, tail="truncate")  # the draws are the tail: see the module
+        dtype = wide(hidden.dtype)
+        targets = _with_draws(targets.unpack(), tail_ids, tail_weights, dtype)
+        objective = replace(objective, tail="truncate")
     return _run(
         impl, hidden, unembedding, bias, targets, objective, shard, memory_budget, accumulate_fp32
     )
@@ -170,11 +172,13 @@ def _targets(
     return Targets(ids, logprobs.detach(), labels, weights)
 
 
-def _with_draws(targets: Targets, tail_ids: Tensor, tail_weights: Tensor) -> Targets:
+def _with_draws(
+    targets: Targets, tail_ids: Tensor, tail_weights: Tensor, dtype: torch.dtype
+) -> Targets:
     """The tail's draws as further words of the support."""
     ids = torch.cat([targets.ids, tail_ids.to(targets.ids.dtype)], 1)
-    # A draw stands in the list with its weight in place of a probability.
-    logprobs = torch.cat([targets.logprobs.float(), tail_weights.detach().float().log()], 1)
+    drawn = tail_weights.detach().to(dtype).log()
+    logprobs = torch.cat([targets.logprobs.to(dtype), drawn], 1)
     return replace(targets, ids=ids, logprobs=logprobs)
 
 

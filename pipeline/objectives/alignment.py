@@ -16,6 +16,7 @@ from stillroom.cache_schemas.errors import StudentError
 from stillroom.cache_schemas.signals import hidden_name
 from stillroom.pipeline.config.strict import Table
 from stillroom.pipeline.data.batch import DistillBatch, Teacher, Units
+from stillroom.pipeline.kernels.precision import widened
 from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
 
 Layer = int | Literal["final"]
@@ -53,9 +54,10 @@ def distance(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.T
         kind: `mse` and `smooth_l1` are means over the D channels; `cosine` is 1 - cos.
 
     Returns:
-        float32 [P].
+        float32 [P], or float64 as the student's states are.
     """
-    student, teacher = student.float(), teacher.float()
+    student = widened(student)
+    teacher = teacher.to(student.dtype)
     if kind == "cosine":
         return 1 - F.cosine_similarity(student, teacher, dim=-1)
     if kind == "smooth_l1":
@@ -71,9 +73,9 @@ def affinity(states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) ->
         rows, columns: bool [P].
 
     Returns:
-        float32 [rows, columns].
+        float32 [rows, columns], or float64 as the states are.
     """
-    unit = F.normalize(states.float(), dim=-1)
+    unit = F.normalize(widened(states), dim=-1)
     return unit[rows] @ unit[columns].T
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from stillroom.cache_schemas.errors import ConfigError, StudentError
 from stillroom.pipeline.config.training import Objective
 from stillroom.pipeline.data.batch import NO_TEACHER, DistillBatch
+from stillroom.pipeline.kernels.precision import widened
 from stillroom.pipeline.objectives import registry
 from stillroom.pipeline.objectives.embedding_predictor import TaskTokens
 from stillroom.pipeline.objectives.presets import expand
@@ -161,7 +162,7 @@ class Distiller(nn.Module):
             progress: share of the run that is done.
 
         Returns:
-            float32 [objectives].
+            float32 [objectives], or float64 where the student is.
         """
         states = forward_states(
             self.model,
@@ -176,7 +177,7 @@ class Distiller(nn.Module):
             context = self._context(number, term, states, batch, weight)
             if term.table.curriculum.endswith("gap_first"):
                 context = admit_by_gap(context, term.table.curriculum, progress)
-            values.append(term.spec.compute(context).float().sum())
+            values.append(widened(term.spec.compute(context)).sum())
             self._keep_sums(term.label, context.sums)
         return torch.stack(values)  # [objectives]
 

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config.strict import Table
 from stillroom.pipeline.kernels.divergences import DivergenceName
+from stillroom.pipeline.kernels.precision import widened
 from stillroom.pipeline.kernels.topk_divergence import topk_divergence
 from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
 
@@ -124,10 +125,10 @@ def logit_spread(hidden: torch.Tensor, unembedding: torch.Tensor) -> torch.Tenso
     Returns:
         float32 [N].
     """
-    head = unembedding.float()
-    centred = head - head.mean(dim=0)  # [V, D]
-    covariance = centred.T @ centred / len(head)  # [D, D]
-    states = hidden.float()
+    head = widened(unembedding)
+    centred = head - head.mean(dim=0)
+    covariance = centred.T @ centred / len(head)
+    states = widened(hidden)
     return ((states @ covariance) * states).sum(dim=-1).clamp_min(0.0).sqrt()
 
 
@@ -135,9 +136,9 @@ def sampled_tail(signals: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.
     """Tail ids and their weights: each draw carries tail mass / draws, so that they sum to it.
 
     Returns:
-        ids int [N, draws], -1 pads; weights float32 [N, draws].
+        ids int [N, draws], -1 pads; weights [N, draws] in the tail's dtype.
     """
-    counts = signals["draw_counts"].float()  # [N, draws]
+    counts = signals["draw_counts"].to(signals["tail_logprob"].dtype)
     total = counts.sum(dim=-1, keepdim=True).clamp_min(1.0)
     return signals["draw_ids"], counts / total * signals["tail_logprob"].exp()[:, None]
 

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.cache_schemas.signals import IMAGE_PREFIX
 from stillroom.pipeline.config.strict import Table
+from stillroom.pipeline.kernels.precision import wide
 from stillroom.pipeline.objectives.embedding_predictor import TaskPredictor, inverse_temperature
 from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
 
@@ -120,15 +121,15 @@ def _compute(context: Context) -> torch.Tensor:
     if images is None or context.states.wide is None:
         return context.weights
     answers = images.targets[context.cache_name]
-    there = answers.present.nonzero()[:, 0]  # int64 [I], images with a target
-    target = answers.signals[options.signal][there].float()  # [I, positions, width]
+    there = answers.present.nonzero()[:, 0]
+    target = answers.signals[options.signal][there].to(wide(context.states.final.dtype))
     everyone, first = gather(target)
     keys, _ = gather(images.keys[there])  # [G]
     own = first + torch.arange(len(there), device=target.device)  # [I]
     same = images.keys[there][:, None] == keys  # [I, G]
     same[torch.arange(len(there), device=target.device), own] = False
     seen = context.states.wide.about(there, context.task_tokens)
-    value = torch.zeros(len(there), device=target.device)  # [I]
+    value = target.new_zeros(len(there))
     for layer in options.supervised:
         predicted = predictor.predict(layer, *seen.at(layer))
         value = value + smooth_l1(predicted, target)

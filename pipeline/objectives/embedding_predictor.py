@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.kernels.precision import widened
 
 HEADS, HEAD_WIDTH = 4, 32
 FIRST_SCALE = 2.0
@@ -134,13 +135,13 @@ class TaskPredictor(nn.Module):
             own: [I, seek, D], the states at this task's tokens.
 
         Returns:
-            float32 [I, positions, width].
+            float32 [I, positions, width], or float64 as the states are.
         """
         if self.grid:
             latents = self.queries.expand(len(states), -1, -1).to(states.dtype)  # [I, positions, D]
         else:
-            latents = own.mean(dim=1, keepdim=True)  # [I, 1, D]
-        return self.layers[str(layer)](states, latents, present).float()
+            latents = own.mean(dim=1, keepdim=True)
+        return widened(self.layers[str(layer)](states, latents, present))
 
 
 class TaskTokens:

@@ -60,14 +60,14 @@ def returns(
     """Discounted sums of later rewards, per row, within each example.
 
     Args:
-        rewards: float32 [N], rows of an example in order and side by side.
+        rewards: [N], rows of an example in order and side by side.
         example: int64 [N].
         discount: gamma.
         include_own: the sum starts at the row's own reward.
         length_normalise: divide by the number of rewards summed.
 
     Returns:
-        float32 [N].
+        [N], in the dtype of the rewards.
     """
     found = torch.zeros_like(rewards)
     for length, start in zip(*_runs(example)):
@@ -84,7 +84,7 @@ def returns(
             counts = (counts - 1).clamp_min(1)
         if length_normalise:
             sums = sums / counts
-        found[start : start + length] = sums.flip(0).float()
+        found[start : start + length] = sums.flip(0)
     return found
 
 

@@ -1,7 +1,9 @@
-"""Rows for the divergence's contract, and the judge: no worse than naive in the same dtype.
+"""Rows for the divergence's contract, and its two judges.
 
 The truth is eager in fp64 on the very inputs (a bf16 tensor is an exact fp64 one). An
 implementation may miss it by as much as eager in the inputs' own dtype does, plus `TOLERANCE`.
+Two ways to the same value are computed in fp64 where the implementation can, and differ by
+`ROUNDING`.
 """
 
 import os
@@ -19,6 +21,17 @@ DEVICE = os.environ.get("STILLROOM_TEST_DEVICE", "cpu")
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 """Relative (Frobenius) error allowed beyond the naive computation's: half an eps of the dtype for
 the rounding of the logits' gradient before its matrix products, some eps of fp32 for row sums."""
+
+ROUNDING = {torch.float64: 1e-12, torch.float32: 32 * 2.0**-24}
+"""Relative (Frobenius) difference of two ways to one value. A logit of size 8 is off by two or so
+roundings (2^-24 of it in fp32); that is the relative error of its probability, and so of the
+gradients, which sum probabilities; both ways have it: 2 x 8 x 2 roundings. fp64's are 5e8 times
+smaller, and 1e-12 leaves a hundred of them for what cancels."""
+
+
+def judged(impl: str) -> torch.dtype:
+    """The dtype in which an implementation's ways to one value are compared."""
+    return torch.float32 if impl == "triton" else torch.float64
 
 
 @dataclass
@@ -121,6 +134,11 @@ def error(found: Tensor, truth: Tensor) -> float:
     """|found - truth| / |truth|, and infinity where either is not finite."""
     difference = (found.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-12)
     return difference.item() if bool(difference.isfinite()) else float("inf")
+
+
+def assert_same(found: Tensor, expected: Tensor, what: Any = "") -> None:
+    """Two ways to one value differ by the roundings of the dtype that was found."""
+    assert error(found, expected) < ROUNDING[found.dtype], what
 
 
 def assert_no_worse_than_naive(case: Case, impl: str, **options: Any) -> None:

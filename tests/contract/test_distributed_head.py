@@ -21,7 +21,7 @@ from stillroom.pipeline.kernels.distributed_head import (
     sharded_topk_divergence,
 )
 from stillroom.pipeline.kernels.topk_divergence import topk_divergence
-from tests.contract.divergence_cases import error, make_case
+from tests.contract.divergence_cases import assert_same, judged, make_case
 from tests.ranks import leave
 
 RANKS = 2
@@ -65,9 +65,9 @@ def _outcome(check):
     return "passed"
 
 
-def case_of(options):
+def case_of(options, impl):
     labels = {"labels": LABELS} if "ce_weight" in options else {}
-    return make_case(words=131, **options, **labels)
+    return make_case(words=131, dtype=judged(impl), **options, **labels)
 
 
 def sharded(case, impl, valid_vocab=None, **options):
@@ -86,43 +86,42 @@ def sharded(case, impl, valid_vocab=None, **options):
     return {"loss": loss} | {name: leaf.grad.full_tensor() for name, leaf in leaves.items()}
 
 
-def assert_same(found, plain, what):
+def assert_all_same(found, plain, what):
     for name in found:
-        assert error(found[name], plain[name]) < 2e-6, (what, name)
+        assert_same(found[name], plain[name], (what, name))
 
 
 def check_sharded_over_words():
     for impl, options in product(IMPLS, OPTIONS.values()):
-        case = case_of(options)
-        assert_same(sharded(case, impl, memory_budget=4000), case.run("chunked"), (impl, options))
-        case.unembedding = torch.cat([case.unembedding, torch.ones(1, 24)])
-        case.bias = torch.cat([case.bias, torch.ones(1)])
+        case, what = case_of(options, impl), (impl, options)
+        assert_all_same(sharded(case, impl, memory_budget=4000), case.run("chunked"), what)
+        case.unembedding = torch.cat([case.unembedding, case.unembedding.new_ones(1, 24)])
+        case.bias = torch.cat([case.bias, case.bias.new_ones(1)])
         plain = case.run("chunked", valid_vocab=131)
-        assert_same(sharded(case, impl, 131, memory_budget=4000), plain, (impl, options))
+        assert_all_same(sharded(case, impl, 131, memory_budget=4000), plain, what)
 
 
 def check_a_rank_without_words():
     """Three rows of head on two ranks of which one is past the vocabulary."""
-    case = make_case(words=3, k=2, padding=False, with_bias=False)
-    case.unembedding = torch.cat([case.unembedding, torch.zeros(3, 24)])
-    head = distribute_tensor(case.unembedding, init_device_mesh("cpu", (RANKS,)), [Shard(0)])
-    assert shard_of(head, 3).width == (3 if dist.get_rank() == 0 else 0)
     for impl in IMPLS:
-        assert_same(sharded(case, impl, 3), case.run("chunked", valid_vocab=3), impl)
+        case = make_case(words=3, k=2, padding=False, with_bias=False, dtype=judged(impl))
+        case.unembedding = torch.cat([case.unembedding, case.unembedding.new_zeros(3, 24)])
+        head = distribute_tensor(case.unembedding, init_device_mesh("cpu", (RANKS,)), [Shard(0)])
+        assert shard_of(head, 3).width == (3 if dist.get_rank() == 0 else 0)
+        assert_all_same(sharded(case, impl, 3), case.run("chunked", valid_vocab=3), impl)
 
 
 def check_no_gradient_only_the_loss():
-    case = case_of(OPTIONS["tempered"])
     mesh = init_device_mesh("cpu", (RANKS,))
-    hidden = distribute_tensor(case.hidden, mesh, [Replicate()])
-    head = distribute_tensor(case.unembedding, mesh, [Shard(0)])
-    bias = distribute_tensor(case.bias, mesh, [Shard(0)])
-    plain = case.run("chunked")["loss"]
     for impl in IMPLS:
+        case = case_of(OPTIONS["tempered"], impl)
+        hidden = distribute_tensor(case.hidden, mesh, [Replicate()])
+        head = distribute_tensor(case.unembedding, mesh, [Shard(0)])
+        bias = distribute_tensor(case.bias, mesh, [Shard(0)])
         loss = sharded_topk_divergence(
             hidden, head, case.ids, case.logprobs, bias=bias, impl=impl, **case.options
         )
-        assert error(loss, plain) < 1e-6
+        assert_same(loss, case.run("chunked")["loss"], impl)
 
 
 def check_three_all_reduces():
@@ -141,7 +140,7 @@ def check_three_all_reduces():
 
 def check_fsdp_head():
     """Each rank has rows of its own; FSDP2 averages gradients over ranks."""
-    case = make_case(12, with_bias=False)
+    case = make_case(12, with_bias=False, dtype=torch.float64)
     plain = case.run("chunked")
     linear = nn.Linear(24, 131, bias=False)
     linear.weight = nn.Parameter(case.unembedding.clone())
@@ -150,8 +149,8 @@ def check_fsdp_head():
     for _ in range(2):
         loss = head(case.hidden[mine], case.ids[mine], case.logprobs[mine])
         loss.sum().backward()
-    assert error(loss, plain["loss"][mine]) < 1e-6
-    assert error(head.weight.grad.full_tensor(), 2 * plain["unembedding"] / RANKS) < 1e-6
+    assert_same(loss, plain["loss"][mine])
+    assert_same(head.weight.grad.full_tensor(), 2 * plain["unembedding"] / RANKS)
 
 
 def check_ambiguous_placements_are_refused():

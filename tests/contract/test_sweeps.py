@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.cache_schemas.errors import ConfigError, TeacherError
-from stillroom.pipeline.teacher.rows import RowSpec, draw_key
+from stillroom.pipeline.teacher.rows import ROUNDING, RowSpec, draw_key
 from stillroom.pipeline.teacher.sweep import blocks
 from stillroom.pipeline.teacher.sweep.blocks import (
     CPU_ROWS,
@@ -24,7 +24,7 @@ from stillroom.pipeline.teacher.sweep.blocks import (
     sweep_name,
     sweep_of,
 )
-from stillroom.pipeline.teacher.sweep.definition import sweep
+from stillroom.pipeline.teacher.sweep.definition import sweep, uniforms
 
 NAMES = os.environ.get("STILLROOM_TEST_SWEEPS", "sweep sweep_cpu").split()
 DEVICE = os.environ.get("STILLROOM_TEST_DEVICE", "cpu")
@@ -35,9 +35,10 @@ FAST = [
     if name != "sweep"
 ]
 SWEEPS = pytest.mark.parametrize("run", [sweep] * ("sweep" in NAMES) + FAST)
-FAST_SWEEPS = pytest.mark.parametrize("run", FAST)
 KEPT = pytest.mark.parametrize("k", [8, 0])
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
+SLACK = 2.0**-20
+"""Relative error of fp32 exponentials and their sums: that of an exponent of size 16, rounded."""
 
 
 def rows_of(num_rows: int, vocab_size: int, dtype=torch.float32, scale: float = 3.0, seed: int = 0):
@@ -192,14 +193,22 @@ def test_draws_do_not_depend_on_the_batch(run):
 
 
 @KEPT
-@FAST_SWEEPS
-def test_a_fast_sweep_draws_what_the_definition_draws(run, k):
+@SWEEPS
+def test_a_draw_is_the_id_at_its_point(run, k):
+    """Every point of a row lies in its id's stretch of the tail's running sum, so that all sweeps
+    draw the same, but for points within rounding of a boundary."""
     spec = RowSpec(k, 32, (1.0,), False, False, 0)
     logits, targets, positions = rows_of(20, 5000)
-    plain = said(sweep, logits, targets, positions, spec)
-    fast = said(run, logits, targets, positions, spec)
-    differing = (plain["draw_ids"] != fast["draw_ids"]).any(axis=1)
-    assert differing.mean() <= 0.05  # a point within rounding of a boundary may fall either way
+    found = said(run, logits, targets, positions, spec)
+    share = torch.softmax(logits.double(), 1).numpy()
+    np.put_along_axis(share, found["topk_ids"].astype(int), 0.0, axis=1)
+    share /= share.sum(axis=1, keepdims=True)
+    reached, first = share.cumsum(axis=1), uniforms(positions, 99).numpy()
+    for row, (ids, counts) in enumerate(zip(found["draw_ids"], found["draw_counts"])):
+        drawn = np.repeat(np.maximum(ids, 0), counts)
+        points = (first[row] + np.arange(len(drawn))) / len(drawn)
+        assert (points <= reached[row, drawn] + SLACK).all()
+        assert (points >= reached[row, drawn] - share[row, drawn] - SLACK).all()
 
 
 @KEPT
@@ -214,7 +223,7 @@ def test_draws_are_distinct_rising_ids_of_the_tail(run, k):
         assert not np.isin(kept, top).any()
         assert (ids[counts == 0] == -1).all()
     mass = np.exp(found["tail_logprob"].astype(float))
-    np.testing.assert_array_equal(found["draw_counts"].sum(axis=1), np.ceil(50 * mass))
+    np.testing.assert_array_equal(found["draw_counts"].sum(axis=1), np.ceil(50 * mass - ROUNDING))
 
 
 @KEPT
@@ -231,7 +240,7 @@ def test_an_id_is_drawn_its_share_rounded_up_or_down(run, k):
     ):
         drawn = np.zeros(len(expected))
         drawn[ids[counts > 0]] = counts[counts > 0]
-        assert (np.abs(drawn - expected) < 1 + 1e-6).all()
+        assert (np.abs(drawn - expected) < 1 + 64 * SLACK).all()
 
 
 @SWEEPS
@@ -298,14 +307,16 @@ def _estimates(run, logits: torch.Tensor, spec: RowSpec, num_seeds: int) -> np.n
 
 
 def test_blocks_change_nothing():
+    """The head's product is in float64: in float32 its sums would depend on the rows in a block."""
     spec = RowSpec(8, 4, TEMPERATURES, True, True, 0)
     generator = torch.Generator().manual_seed(0)
-    head = torch.randn(300, 16, generator=generator)
-    hidden = torch.randn(50, 16, generator=generator)
+    head = torch.randn(300, 16, generator=generator).double()
+    hidden = torch.randn(50, 16, generator=generator).double()
     targets = torch.randint(0, 300, (50,), generator=generator)
 
     def scored(block_rows: int) -> dict[str, np.ndarray]:
-        ints, floats = score_block(spec, 1, hidden, targets, 9, lambda h: h @ head.T, block_rows)
+        logits = lambda h: (h @ head.T).float()  # noqa: E731
+        ints, floats = score_block(spec, 1, hidden, targets, 9, logits, block_rows)
         return spec.unpack(ints.numpy(), floats.numpy())
 
     whole, pieces = scored(50), scored(7)

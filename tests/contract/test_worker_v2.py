@@ -49,7 +49,9 @@ HEAD = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 def head(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden @ HEAD.T
+    """In float64: the two runners give it other numbers of rows at a time, which float32 sums feel,
+    and a draw may then fall to the next id."""
+    return (hidden.double() @ HEAD.double().T).float()
 
 
 def steps_of(prompts: list[Prompt], budget: int):

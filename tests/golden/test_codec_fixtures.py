@@ -7,12 +7,9 @@ import pytest
 
 from stillroom.cache_schemas import dense_codec, row_scaling
 from stillroom.cache_schemas.record_codec import RowCodec
-from tests.codec_samples import assert_same, assert_within_bounds
+from tests.codec_samples import assert_decoded, assert_same, assert_within_bounds
 from tests.golden import mini_record_reader
 from tests.golden.make_codec_fixtures import DIRECTORY, STEP, hidden, sample
-
-LOGPROBS = ("topk_logprobs", "tail_logprob", "token_logprob", "entropy")
-"""Decoded through a logarithm, whose last bit a C library may choose."""
 
 
 def codec_of(profile: str) -> RowCodec:
@@ -26,12 +23,7 @@ def codec_of(profile: str) -> RowCodec:
 def test_records_of_version_1(profile, seed):
     found = codec_of(profile).decode((DIRECTORY / f"{profile}-{seed}.record").read_bytes())
     with np.load(DIRECTORY / f"{profile}-{seed}.npz") as expected:
-        assert found.keys() == set(expected.files)
-        for name in found:
-            if name in LOGPROBS:
-                np.testing.assert_allclose(found[name], expected[name], rtol=3e-7, err_msg=name)
-            else:
-                np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+        assert_decoded(found, expected)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -18,6 +18,7 @@ from stillroom.pipeline.student.model import load
 from stillroom.pipeline.training.metrics import read_metrics
 from stillroom.pipeline.training.trainer import train
 from tests import memory_cache, tiny_models
+from tests.in_float64 import assert_same_losses, in_float64
 from tests.integration.test_training import losses, make_run, weights_digest
 
 LENGTH = 24
@@ -206,9 +207,10 @@ def test_checkpointed_activations_change_nothing(tmp_path, teacher, cache):
         make_run(tmp_path / str(flag), teacher, steps=2, activation_checkpointing=flag)
         for flag in (False, True)
     ]
-    for run in runs:
-        train(run, caches={"": cache})
-    np.testing.assert_allclose(losses(runs[0]), losses(runs[1]), rtol=1e-6)
+    with in_float64():
+        for run in runs:
+            train(run, caches={"": cache})
+    assert_same_losses(losses(runs[0]), losses(runs[1]))
 
 
 def test_measured_on_a_heldout_cache_while_training(tmp_path, teacher, cache, texts):
@@ -241,9 +243,10 @@ def test_two_teachers_at_once(tmp_path, teacher, cache, texts):
 def test_compiled_blocks_train_to_the_same_losses(tmp_path, teacher, cache):
     plain = make_run(tmp_path / "plain", teacher, steps=2)
     compiled = make_run(tmp_path / "compiled", teacher, steps=2, compile=True)
-    for run in (plain, compiled):
-        train(run, caches={"": cache})
-    np.testing.assert_allclose(losses(compiled), losses(plain), rtol=1e-5)
+    with in_float64():
+        for run in (plain, compiled):
+            train(run, caches={"": cache})
+    assert_same_losses(losses(compiled), losses(plain))
 
 
 def test_a_second_cache_must_hold_the_same_examples(tmp_path, teacher, cache, texts):

@@ -369,18 +369,23 @@ def test_vllm_writes_what_it_says_it_writes(tiny_llama, tmp_path):
     assert corpora[0].digest == corpora[1].digest
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model, judged = AutoModelForCausalLM.from_pretrained(tiny_llama), 0
     for example in corpora[0].split("train"):
         first = int(np.argmax(example.loss_mask))
         with torch.inference_mode():
             logits = model(torch.tensor(example.token_ids.copy())[None].long()).logits[0].double()
         b = (logits[first - 1 : -1] / 0.8).softmax(-1)
         falling, ids = b.sort(dim=1, descending=True)
-        inside = falling.cumsum(1) - falling < 0.7
-        b = torch.zeros_like(b).scatter(1, ids, falling * inside)
+        before = falling.cumsum(1) - falling
+        b = torch.zeros_like(b).scatter(1, ids, falling * (before < 0.7))
         b = b / b.sum(1, keepdim=True)
         drawn = b.gather(1, torch.tensor(example.token_ids[first:].copy()).long()[:, None])[:, 0]
-        np.testing.assert_allclose(example.behaviour_logprob[first:], drawn.log(), atol=1e-4)
+        # Where the running sum meets 0.7 to within rounding, the last word may be in or out.
+        clear = ((before - 0.7).abs() > 1e-4).all(1)
+        written = example.behaviour_logprob[first:][clear.numpy()]
+        np.testing.assert_allclose(written, drawn[clear].log(), atol=1e-4)
+        judged += len(written)
+    assert judged > 100
 
 
 @pytest.mark.vllm

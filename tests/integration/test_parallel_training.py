@@ -1,4 +1,4 @@
-"""Several ranks take the same steps as one: gloo on the CPU, DDP and FSDP2."""
+"""Several ranks take the same steps as one: gloo on the CPU, DDP and FSDP2, judged in float64."""
 
 import json
 import os
@@ -15,18 +15,21 @@ from safetensors.numpy import load_file
 from stillroom.pipeline.training.metrics import read_metrics
 from stillroom.pipeline.training.trainer import Interrupted, train
 from tests import memory_cache
+from tests.in_float64 import assert_same_losses, assert_same_weights, in_float64
 from tests.integration.test_training import make_run
 
 CHILD = """
 import json, sys
 from stillroom.pipeline.training.trainer import Interrupted, train
 from stillroom.stages.__main__ import leave_group
+from tests.in_float64 import in_float64
 from tests.integration.test_training import make_run
 
 directory, teacher, changes, stop_after = json.loads(sys.argv[1])
 asked = iter(range(1000))
 try:
-    train(make_run(directory, teacher, **changes), stop=lambda: next(asked) >= stop_after)
+    with in_float64():
+        train(make_run(directory, teacher, **changes), stop=lambda: next(asked) >= stop_after)
 except Interrupted as error:
     leave_group(error.exit_code)
 leave_group(0)
@@ -35,6 +38,12 @@ leave_group(0)
 
 # Bits depend on the number of threads, so children use as many as this process.
 THREADS = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def judged_in_float64():
+    with in_float64():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +95,8 @@ def weights(directory) -> dict[str, np.ndarray]:
 
 
 def assert_same_training(one, other):
-    np.testing.assert_allclose(losses(one), losses(other), rtol=1e-6)
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    for name, array in ours.items():
-        np.testing.assert_allclose(array, theirs[name], atol=1e-6, err_msg=name)
+    assert_same_losses(losses(one), losses(other))
+    assert_same_weights(weights(one), weights(other))
 
 
 OBJECTIVES = [
@@ -157,6 +163,7 @@ SIGTERM_CHILD = """
 import os, signal, sys
 from stillroom.pipeline.training import trainer
 from stillroom.stages import __main__ as console
+from tests.in_float64 import in_float64
 
 # The first step waits for the signal: the test decides when it comes, not the machine's speed.
 first = trainer.Stepper.step
@@ -171,7 +178,8 @@ def step(self, number, batches, stop):
     return done
 trainer.Stepper.step = step
 sys.argv = ["stillroom", "train", sys.argv[1]]
-console.main()
+with in_float64():
+    console.main()
 """
 
 

@@ -160,16 +160,14 @@ def test_z_scored_logits_give_llavadis_normalised_loss():
 
     p, log_q = scored(world.teacher_logits).softmax(-1), scored(world.logits).log_softmax(-1)
     found = world.rows("forward_kl", normalise_logits=True)
-    expected = live("forward_kl", p, log_q)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    ours, theirs = world.gradients(found), world.gradients(expected)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert_same(world, found, live("forward_kl", p, log_q))
 
 
 def test_the_spread_of_logits_needs_no_logits():
     world = World()
-    expected = world.logits.std(-1, unbiased=False).float()
-    torch.testing.assert_close(logit_spread(world.hidden, world.head), expected)
+    expected = world.logits.std(-1, unbiased=False)
+    found = logit_spread(world.hidden, world.head)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_cross_entropies_are_those_of_torch():
@@ -209,7 +207,7 @@ def test_a_sampled_tail_that_is_the_tail_gives_the_live_loss():
     torch.testing.assert_close(weights.double(), tail, rtol=1e-5, atol=1e-9)
     found = world.rows("forward_kl", tail="sampled")
     expected = live("forward_kl", world.teacher_logits.softmax(-1), world.logits.log_softmax(-1))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_same(world, found, expected)
     assert ids.shape == weights.shape
 
 
@@ -231,7 +229,7 @@ def test_draws_of_the_whole_distribution_need_no_exact_ids():
     rows = world.rows("forward_kl", tail="sampled")
     found = world.gradients(rows)
     expected = world.gradients(live("forward_kl", p, world.logits.log_softmax(-1)))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_ids_that_a_smaller_student_lacks_join_the_tail():
@@ -276,7 +274,7 @@ def test_hidden_states_are_compared_through_a_projector(kind):
     holder.pairs = torch.nn.ModuleList([projector])
     spec, context = world.context("hidden", projector=holder, distance=kind)
     found = spec.compute(context)
-    ours, theirs = projector(world.hidden).float(), world.teacher_states.float()
+    ours, theirs = projector(world.hidden), world.teacher_states
     if kind == "mse":
         expected = ((ours - theirs) ** 2).mean(-1)
     elif kind == "cosine":
@@ -284,8 +282,8 @@ def test_hidden_states_are_compared_through_a_projector(kind):
     else:
         gap = (ours - theirs).abs()
         expected = torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean(-1)
-    torch.testing.assert_close(found.float(), expected)
-    assert distance(theirs, theirs, kind).abs().max() < 1e-6
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert distance(theirs, theirs, kind).abs().max() < 1e-12
 
 
 def test_affinity_compares_cosines_within_each_example():
@@ -295,13 +293,13 @@ def test_affinity_compares_cosines_within_each_example():
     found = spec.compute(context)
 
     def cosines(states):
-        unit = states.float() / states.float().norm(dim=-1, keepdim=True)
+        unit = states / states.norm(dim=-1, keepdim=True)
         return unit @ unit.T
 
     for number in range(2):
         here = world.example == number
         gap = cosines(world.hidden[here]) - cosines(world.teacher_states[here])
-        torch.testing.assert_close(found[number].float(), gap.square().mean())
+        torch.testing.assert_close(found[number], gap.square().mean(), rtol=1e-12, atol=1e-12)
     assert found[2] == 0
 
 
@@ -349,9 +347,7 @@ def test_policy_gradient_equals_the_live_estimator():
     )
     ratio = (log_q - log_p).exp()
     expected = -torch.minimum(ratio * advantage, ratio.clamp(0.5, 1.5) * advantage)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    ours, theirs = world.gradients(found), world.gradients(expected)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert_same(world, found, expected)
 
 
 def test_effective_sample_share_counts_who_carries_the_weight():

@@ -18,11 +18,13 @@ from stillroom.pipeline.student.states import (
 )
 from stillroom.pipeline.training.optimization import rate
 from tests import memory_cache
+from tests.in_float64 import ROUNDING, norms_in_float64
 
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_qwen3"])
 def model(request):
-    return load(request.getfixturevalue(request.param)).eval()
+    with norms_in_float64():
+        yield load(request.getfixturevalue(request.param), dtype=torch.float64).eval()
 
 
 def packed(*documents):
@@ -40,7 +42,7 @@ def test_a_document_does_not_see_the_one_before_it(model):
     ]
     alone = forward_states(model, *packed(second)).final
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
-    torch.testing.assert_close(states[0], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states[0], alone, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_a_model_that_looks_across_documents_is_refused(model):
@@ -70,8 +72,9 @@ def test_final_states_and_head_give_the_models_logits(model):
     states, head = forward_states(model, ids, places, blocks=[1, 2]), head_of(model)
     found = states.at(torch.arange(6)) @ head.weight.T
     truth = model(input_ids=ids, output_hidden_states=True)
-    torch.testing.assert_close(found, truth.logits[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(states.blocks[1], truth.hidden_states[1][0])
+    torch.testing.assert_close(found, truth.logits[0], rtol=ROUNDING, atol=ROUNDING)
+    block = truth.hidden_states[1][0]
+    torch.testing.assert_close(states.blocks[1], block, rtol=ROUNDING, atol=ROUNDING)
     assert len(blocks_of(model)) == model.config.num_hidden_layers
 
 
