@@ -9,7 +9,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from stillroom.pipeline.data.loader import DistillLoader, RecordSource
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.objectives.combine import Distiller, signals_needed, terms_of
 from stillroom.pipeline.student.llava import load_task_tokens
-from stillroom.pipeline.student.lora import adapt
-from stillroom.pipeline.student.model import export, initial_student, load
+from stillroom.pipeline.student.model import initial_student, load
 from stillroom.pipeline.student.states import blocks_of, check_documents_are_isolated
 from stillroom.pipeline.student.teacher_head import FILE as HEAD_FILE
 from stillroom.pipeline.student.teacher_head import keep_teacher_head, read_teacher_head
@@ -35,6 +35,7 @@ from stillroom.pipeline.training.checkpoint import (
     trainable,
     write_durably,
 )
+from stillroom.pipeline.training.exporting import Export, Losses, adapted, form_of, rehearse
 from stillroom.pipeline.training.metrics import MetricsLog
 from stillroom.pipeline.training.optimization import optimizer_of
 from stillroom.pipeline.training.parallel import Parallel, whole
@@ -71,6 +72,7 @@ class TrainResult:
         final_loss: loss of the last step.
         tokens: trained on in all, on all ranks, without padding.
         seconds: of this process, this time; 0 when the run was finished before.
+        check: one batch's loss in training and of the exported student (see `exporting.Losses`).
     """
 
     student: str
@@ -79,6 +81,7 @@ class TrainResult:
     final_loss: float
     tokens: int
     seconds: float
+    check: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -142,6 +145,8 @@ class Training:
         start = time.perf_counter()
         self.build()
         state = self._resume()
+        if state.step == 0 and self.parallel.is_main:
+            rehearse(self.initial, self.settings)
         log = None
         if self.parallel.is_main:
             name, tracker = self.settings_run.name, self.settings.tracker
@@ -163,11 +168,10 @@ class Training:
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         freeze(model, settings.freeze)
-        adapt(model, settings.lora)
-        task_tokens = load_task_tokens(self.initial)
-        self.distiller = Distiller(
-            model, self.terms, settings.kernel, self._teacher_head(), task_tokens
-        ).to(parallel.device)
+        head, tokens = self._teacher_head(), load_task_tokens(self.initial)
+        self.make = lambda student: Distiller(student, self.terms, settings.kernel, head, tokens)
+        adapted(model, settings)
+        self.distiller = self.make(model).to(parallel.device)
         if settings.compile:
             for block in blocks_of(model):
                 block.compile()
@@ -268,6 +272,8 @@ class Training:
             return None
         facts = json.loads(path.read_text())
         check_identity(facts.pop("identity"), self.identity, str(path))
+        if facts.pop("export", {"form": "merged", "dtype": "float32"}) != form_of(self.settings):
+            return None
         return TrainResult(**facts | {"seconds": 0.0})
 
     def _finish(self, state: TrainingState, seconds: float) -> TrainResult:
@@ -280,24 +286,19 @@ class Training:
             str(student), str(self.initial), state.step, loss, state.tokens, seconds
         )
         if self.parallel.is_main:
-            model = self._assembled(full)
-            tokens = self.distiller.task_tokens.embeddings()
-            tokens = None if tokens is None else whole(tokens.detach()).cpu()
-            export(model, student, self.initial, {"identity": self.identity}, tokens)
+            result = replace(result, check=asdict(self._export(student, full)))
             facts = {name: getattr(result, name) for name in TrainResult.__slots__}
-            text = json.dumps(facts | {"identity": self.identity}, indent=2) + "\n"
-            write_durably(self.settings_run.path(RESULT), text)
+            facts |= {"identity": self.identity, "export": form_of(self.settings)}
+            write_durably(self.settings_run.path(RESULT), json.dumps(facts, indent=2) + "\n")
         self.parallel.barrier()
         return result
 
-    def _assembled(self, full: dict[str, torch.Tensor]) -> Any:
-        """A plain model on the CPU with the trained weights, adapters merged."""
-        model = load(self.initial)
-        merge = adapt(model, self.settings.lora)
-        named = dict(model.named_parameters())
-        prefix = "model."
-        with torch.no_grad():
-            for name, tensor in full.items():
-                if name.startswith(prefix):
-                    named[name.removeprefix(prefix)].copy_(tensor)
-        return merge()
+    def _export(self, student: Path, weights: dict[str, torch.Tensor]) -> Losses:
+        """Write the student, checked on the first batch of held-out text, or of the caches."""
+        settings, device = self.settings, self.parallel.device
+        far = open_heldout(settings, self.caches[""]) if settings.heldout_cache else self.caches
+        batches, _ = next(self.make_loader(far, 0).steps(Position(), 1))
+        leaving = Export(self.initial, settings, weights, self.make, batches, device)
+        whole_and_last = settings.parallel != "fsdp" and not self.ema
+        live = self.distiller if whole_and_last else None
+        return leaving.write(student, {"identity": self.identity}, live)
