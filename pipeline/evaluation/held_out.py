@@ -20,7 +20,7 @@ from stillroom.cache_schemas.errors import CorpusError, StudentError
 from stillroom.pipeline.config import Run, Teacher, require
 from stillroom.pipeline.config.training import Evaluate
 from stillroom.pipeline.record import Example
-from stillroom.pipeline.student.model import load
+from stillroom.pipeline.student.loading import is_model, load
 from stillroom.pipeline.student.states import StudentStates, forward_states
 from stillroom.pipeline.teacher.facts import model_directory
 from stillroom.pipeline.training.checkpoint import write_durably
@@ -119,7 +119,7 @@ def students_of(run: Run) -> dict[str, str]:
     named = {"before": str(run.path("student-initial")), "after": str(run.path("student"))}
     named |= (run.evaluate or Evaluate()).students
     for label, directory in named.items():
-        if not (Path(directory) / "config.json").exists():
+        if not is_model(Path(directory)):
             raise StudentError(
                 f"student '{label}' is not there",
                 where=directory,

@@ -17,6 +17,11 @@ ADAPTER = "adapter_config.json"
 """File by which PEFT and transformers know an adapter."""
 
 
+def is_model(directory: Path) -> bool:
+    """True where `load` finds a model or an adapter."""
+    return any((directory / name).is_file() for name in ("config.json", ADAPTER))
+
+
 def load(directory: str | Path, attention: str = "", dtype=torch.float32) -> Any:
     """A causal LM or image-text model from an HF directory, in training precision.
 

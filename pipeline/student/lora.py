@@ -95,8 +95,9 @@ def _ties(model: Any) -> list[Any]:
 
 def _untie(model: Any) -> None:
     head = model.get_output_embeddings()
-    plain = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-    plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
+    if not isinstance(head, ModulesToSaveWrapper):  # that one is a copy already
+        plain = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
     for config in _ties(model):
         config.tie_word_embeddings = False
 

@@ -15,6 +15,7 @@ import torch
 from stillroom.cache_schemas.errors import PlanMismatch, StudentError
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.training import Student
+from stillroom.pipeline.corpus.tokenizer import vocabulary
 from stillroom.pipeline.student.llava import load_task_tokens
 from stillroom.pipeline.student.llava_parts import assemble
 from stillroom.pipeline.student.loading import load
@@ -137,19 +138,19 @@ def _model(student: Student, teacher: Teacher) -> Any:
 
 
 def _check_tokenizer(model: str, teacher: Teacher) -> None:
-    """The vocabulary must be the teacher's; the chat template is taken from the teacher."""
-    from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
-
-    own, theirs = tokenizer_facts(model), tokenizer_facts(teacher.model)
-    for key in ("vocab_size", "sha256"):
-        if own[key] != theirs[key]:
-            raise StudentError(
-                f"tokenizer {key} is {own[key]}",
-                expected=f"{theirs[key]} as the teacher's",
-                where=model,
-                remedy="Take a student of the teacher's tokenizer: init = 'prune_layers', "
-                "'prune_width' or 'config'; projection across tokenizers does not exist here.",
-            )
+    """Every id must be the teacher's token; how text is cut is then the teacher's tokenizer's, which
+    the student keeps."""
+    own, theirs = vocabulary(model), vocabulary(teacher.model)
+    if own == theirs:
+        return
+    differing = [token for token in own | theirs if own.get(token) != theirs.get(token)]
+    raise StudentError(
+        f"the tokenizer of {len(own)} tokens has {differing[0]!r} at {own.get(differing[0])}",
+        expected=f"{theirs.get(differing[0])}, as the teacher's {len(theirs)}",
+        where=model,
+        remedy="Take a student of the teacher's tokenizer: init = 'prune_layers', "
+        "'prune_width' or 'config'; projection across tokenizers does not exist here.",
+    )
 
 
 def _parts(student: Student, teacher: Teacher) -> Any:

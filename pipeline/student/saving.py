@@ -15,7 +15,7 @@ import torch
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.student.llava import TASK_TOKENS
 from stillroom.pipeline.student.llava_parts import name_for_vllm
-from stillroom.pipeline.student.loading import ADAPTER, reason
+from stillroom.pipeline.student.loading import reason
 from stillroom.pipeline.student.tokenizer_files import keep_tokenizer
 
 RECEIPT = "student.json"
@@ -47,10 +47,7 @@ def export(
     staging = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
     _write_model(model, staging)
-    if (staging / ADAPTER).exists():
-        model.config.save_pretrained(staging)
-    else:
-        name_for_vllm(staging)
+    name_for_vllm(staging)
     if task_tokens is not None:
         save_file({"task_tokens": task_tokens.contiguous()}, staging / TASK_TOKENS)
     keep_tokenizer(tokenizer_from, staging)

@@ -29,6 +29,15 @@ PLAIN_CLASS = "TokenizersBackend"
 """The class that reads `tokenizer.json` and adds nothing of its own."""
 READ_BY_OTHERS = ("vocab.*", "merges.txt", "*.model")
 """Files from which an architecture's own class would build another tokenizer."""
+CODE = "tokenizer_kept.py"
+_CODE = """# tokenizer.json as it is: the class that transformers has for this model's type ignores parts of
+# it. Loaded with trust_remote_code=True this is used; without, transformers' plain class is.
+from transformers import PreTrainedTokenizerFast
+
+
+class KeptTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
 
 
 def keep_tokenizer(source: Path, directory: Path) -> None:
@@ -43,26 +52,41 @@ def keep_tokenizer(source: Path, directory: Path) -> None:
     if not any(path.name.startswith("tokenizer") for path in copied):
         return
     wanted = tokenizer_facts(str(source))
-    if tokenizer_facts(str(directory)) == wanted:
-        return
-    _write_as_it_is(source, directory)
-    found = tokenizer_facts(str(directory))
-    for key, value in wanted.items():
-        if found[key] != value:
-            raise StudentError(
-                f"beside this student transformers makes another tokenizer: {key} {found[key]}",
-                expected=f"{value} as the teacher's",
-                where=str(directory),
-                remedy="Take a student of the teacher's architecture (init = 'prune_layers').",
-            )
+    for mend in (_leave, _write_plain, _name_a_class):
+        mend(source, directory)
+        found = tokenizer_facts(str(directory))
+        if found == wanted:
+            return
+    key = next(key for key in wanted if found[key] != wanted[key])
+    raise StudentError(
+        f"beside this student transformers makes another tokenizer: {key} is {found[key]}",
+        expected=f"{wanted[key]} as the teacher's",
+        where=str(directory),
+        remedy="Take a student of the teacher's architecture, for example init = 'prune_layers'.",
+    )
 
 
-def _write_as_it_is(source: Path, directory: Path) -> None:
+def _leave(_source: Path, _directory: Path) -> None:
+    """The files as they were copied."""
+
+
+def _write_plain(source: Path, directory: Path) -> None:
+    """What the teacher's tokenizer does, as one file, for the class that takes it as it is."""
     from transformers import AutoTokenizer
 
     for path in [path for pattern in READ_BY_OTHERS for path in directory.glob(pattern)]:
         path.unlink()
     AutoTokenizer.from_pretrained(source).save_pretrained(directory)
-    settings = json.loads((directory / SETTINGS).read_text())
-    settings["tokenizer_class"] = PLAIN_CLASS
+    _set(directory, {"tokenizer_class": PLAIN_CLASS})
+
+
+def _name_a_class(_source: Path, directory: Path) -> None:
+    """Some model types override the class that is named (transformers holds what the hub has to be
+    wrong), but not where the directory brings a class of its own."""
+    (directory / CODE).write_text(_CODE)
+    _set(directory, {"auto_map": {"AutoTokenizer": [None, f"{Path(CODE).stem}.KeptTokenizer"]}})
+
+
+def _set(directory: Path, changes: dict) -> None:
+    settings = json.loads((directory / SETTINGS).read_text()) | changes
     (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")

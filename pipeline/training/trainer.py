@@ -22,7 +22,8 @@ from stillroom.pipeline.data.loader import DistillLoader, RecordSource
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.objectives.combine import Distiller, signals_needed, terms_of
 from stillroom.pipeline.student.llava import load_task_tokens
-from stillroom.pipeline.student.model import initial_student, load
+from stillroom.pipeline.student.loading import is_model, load
+from stillroom.pipeline.student.model import initial_student
 from stillroom.pipeline.student.states import blocks_of, check_documents_are_isolated
 from stillroom.pipeline.student.teacher_head import FILE as HEAD_FILE
 from stillroom.pipeline.student.teacher_head import keep_teacher_head, read_teacher_head
@@ -268,7 +269,7 @@ class Training:
 
     def _finished(self) -> TrainResult | None:
         path = self.settings_run.path(RESULT)
-        if not path.exists() or not self.settings_run.path("student", "config.json").exists():
+        if not path.exists() or not is_model(self.settings_run.path("student")):
             return None
         facts = json.loads(path.read_text())
         check_identity(facts.pop("identity"), self.identity, str(path))
