@@ -25,7 +25,8 @@ def is_model(directory: Path) -> bool:
 def load(directory: str | Path, attention: str = "", dtype=torch.float32) -> Any:
     """A causal LM or image-text model from an HF directory, in training precision.
 
-    With no `attention` transformers takes the best that the architecture has. An adapter (`[train.lora] export = "adapter"`) comes merged into the model that it names.
+    With no `attention` transformers takes the best that the architecture has. An adapter
+    (`[train.lora] export = "adapter"`) comes merged into the model that it names.
 
     Raises:
         StudentError: the directory is missing or is not a model that transformers knows.

@@ -138,7 +138,7 @@ def _model(student: Student, teacher: Teacher) -> Any:
 
 
 def _check_tokenizer(model: str, teacher: Teacher) -> None:
-    """Every id must be the teacher's token; how text is cut is then the teacher's tokenizer's, which
+    """Every id must be the teacher's token; how text is cut is up to the teacher's tokenizer, which
     the student keeps."""
     own, theirs = vocabulary(model), vocabulary(teacher.model)
     if own == theirs:

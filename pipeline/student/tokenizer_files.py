@@ -30,8 +30,8 @@ PLAIN_CLASS = "TokenizersBackend"
 READ_BY_OTHERS = ("vocab.*", "merges.txt", "*.model")
 """Files from which an architecture's own class would build another tokenizer."""
 CODE = "tokenizer_kept.py"
-_CODE = """# tokenizer.json as it is: the class that transformers has for this model's type ignores parts of
-# it. Loaded with trust_remote_code=True this is used; without, transformers' plain class is.
+_CODE = """# tokenizer.json as it is: the class that transformers has for this model's type ignores
+# parts of it. Loaded with trust_remote_code=True this is used; else transformers' plain class.
 from transformers import PreTrainedTokenizerFast
 
 
