@@ -19,6 +19,7 @@ from stillroom.pipeline.corpus.tokenizer import vocabulary
 from stillroom.pipeline.student.llava import load_task_tokens
 from stillroom.pipeline.student.llava_parts import assemble
 from stillroom.pipeline.student.loading import load
+from stillroom.pipeline.student.memory import FP32, check_room, numbers_in
 from stillroom.pipeline.student.pruning import prune_layers, prune_width
 from stillroom.pipeline.student.sameness import Expected, check_saved, expected_of
 from stillroom.pipeline.student.saving import RECEIPT, export
@@ -107,7 +108,14 @@ def _origin(student: Student, teacher: Teacher) -> dict:
 
 def _source(student: Student, teacher: Teacher) -> Any:
     named = teacher.model_copy(update={"model": student.model}) if student.model else teacher
-    return load(model_directory(named), dtype=torch.float32)
+    directory = model_directory(named)
+    needed = {"weights in fp32": FP32 * sum(numbers_in(directory).values())}
+    remedy = (
+        "Make it on a machine with more memory: `stillroom student` needs no GPU, and training "
+    )
+    remedy += "needs only the directory that it leaves."
+    check_room(needed, torch.device("cpu"), str(directory), remedy)
+    return load(directory, dtype=torch.float32)
 
 
 def _from_config(student: Student, _teacher: Teacher) -> Any:

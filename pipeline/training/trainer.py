@@ -37,6 +37,7 @@ from stillroom.pipeline.training.checkpoint import (
     write_durably,
 )
 from stillroom.pipeline.training.exporting import Export, Losses, adapted, form_of, rehearse
+from stillroom.pipeline.training.memory import check_memory
 from stillroom.pipeline.training.metrics import MetricsLog
 from stillroom.pipeline.training.optimization import optimizer_of
 from stillroom.pipeline.training.parallel import Parallel, whole
@@ -163,6 +164,7 @@ class Training:
     def build(self) -> None:
         """Load the student and everything that trains it; the weights are the initial ones."""
         settings, parallel = self.settings, self.parallel
+        check_memory(self.initial, settings, parallel)
         torch.manual_seed(settings.seed)
         model = load(self.initial, settings.attention).to(parallel.device).train()
         check_documents_are_isolated(model, self.facts[""].vocab_size)
