@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from stillroom.cache_schemas.errors import StudentError
-from stillroom.pipeline.student.loading import load
+from stillroom.pipeline.student.loading import load, reason
 from stillroom.pipeline.student.states import blocks_of
 
 TOLERANCE = 1e-4
@@ -67,11 +67,22 @@ def probe(model: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """float32 logits [B, L, V] by the model's own forward pass, without dropout."""
+    """float32 logits [B, L, V] by the model's own forward pass, without dropout.
+
+    Raises:
+        StudentError: it has none, as a model may that was cut where it cannot be.
+    """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    logits = model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+    try:
+        logits = model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+    except Exception as error:  # whatever another library's forward pass raises
+        raise StudentError(
+            f"{type(model).__name__} cannot run here ({type(error).__name__}: {reason(error)})",
+            expected="a decoder that gives logits for ids alone",
+            where="[student]",
+        ) from None
     model.train(training)
     return logits
 
@@ -129,5 +140,5 @@ def _skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _hand_on(_module, given, named, output):
-    hidden = given[0] if given else named["hidden_states"]
+    hidden = given[0] if given else next(iter(named.values()))
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -133,7 +133,7 @@ class Export:
         model = load(self.initial, self.settings.attention)
         wrapped = adapted(model, self.settings)
         self._fill(model, MODEL)
-        in_training = self._loss(live or self._distiller(model))
+        in_training = self._loss(live) if live else self._loss_of(model)
         leaving = _leaving(wrapped, self.settings, self.initial)
         plain = leaving.get_base_model() if _is_adapter(leaving) else leaving
         self._agree("adapters merged into weights", in_training, self._loss_of(plain))
@@ -146,8 +146,7 @@ class Export:
             reloaded.append(self._loss_of(load(written, self.settings.attention)))
             self._agree("the student, loaded again by transformers,", saved, reloaded[0])
 
-        tokens = self._distiller(plain).task_tokens.embeddings()
-        tokens = None if tokens is None else tokens.detach().cpu()
+        tokens = self._task_tokens(plain)
         export(leaving, directory, self.initial, facts, tokens, check)
         return Losses(in_training, saved, reloaded[0])
 
@@ -157,7 +156,15 @@ class Export:
         return made
 
     def _loss_of(self, model: Any) -> float:
-        return self._loss(self._distiller(model))
+        """Of a model that is on the device only for as long as it is measured."""
+        loss = self._loss(self._distiller(model))
+        model.to("cpu")
+        return loss
+
+    def _task_tokens(self, model: Any) -> torch.Tensor | None:
+        found = self._distiller(model).task_tokens.embeddings()
+        model.to("cpu")
+        return None if found is None else found.detach().cpu()
 
     @torch.no_grad()
     def _fill(self, module: nn.Module, prefix: str) -> None:

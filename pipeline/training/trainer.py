@@ -282,6 +282,7 @@ class Training:
     def _finish(self, state: TrainingState, seconds: float) -> TrainResult:
         """Export the student and say so; files are written by the main process."""
         student = self.settings_run.path("student")
+        self.optimizer.state.clear()  # it is in the checkpoint; its room is for the export's check
         weights = self.ema or {name: p.detach() for name, p in trainable(self.distiller)}
         full = {name: whole(tensor) for name, tensor in weights.items()}
         loss = math.nan if state.loss is None else state.loss

@@ -1,4 +1,4 @@
-"""What cannot fit is refused with numbers before it is loaded; what is reckoned is what there is."""
+"""What cannot fit is refused with numbers before it is loaded."""
 
 import pytest
 import torch
