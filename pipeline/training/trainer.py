@@ -5,7 +5,6 @@ checkpoint is those tensors and three integers, and any number of ranks takes th
 `accumulate` microbatches over all of them, divided by the global count of each objective.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,11 +17,12 @@ import torch
 from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, StillroomError
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.data.batch import DistillBatch
 from stillroom.pipeline.data.loader import DistillLoader, RecordSource
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.objectives.combine import Distiller, signals_needed, terms_of
 from stillroom.pipeline.student.llava import load_task_tokens
-from stillroom.pipeline.student.loading import is_model, load
+from stillroom.pipeline.student.loading import load
 from stillroom.pipeline.student.model import initial_student
 from stillroom.pipeline.student.states import blocks_of, check_documents_are_isolated
 from stillroom.pipeline.student.teacher_head import FILE as HEAD_FILE
@@ -34,13 +34,13 @@ from stillroom.pipeline.training.checkpoint import (
     set_optimizer_step,
     tensors_of,
     trainable,
-    write_durably,
 )
 from stillroom.pipeline.training.exporting import Export, Losses, adapted, form_of, rehearse
 from stillroom.pipeline.training.memory import check_memory
 from stillroom.pipeline.training.metrics import MetricsLog
 from stillroom.pipeline.training.optimization import optimizer_of
 from stillroom.pipeline.training.parallel import Parallel, whole
+from stillroom.pipeline.training.result import TrainResult, finished, keep
 from stillroom.pipeline.training.run import (
     check_fit,
     facts_of,
@@ -54,36 +54,11 @@ from stillroom.pipeline.training.run import (
 )
 from stillroom.pipeline.training.stepping import Progress, Stepper
 
-RESULT = "train.json"
-
 
 class Interrupted(StillroomError):
     """Training was asked to stop; it goes on from its checkpoint when started again."""
 
     exit_code = EXIT_INCOMPLETE
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """A finished run.
-
-    Attributes:
-        student: HF directory of the trained student.
-        initial: HF directory of the untrained one.
-        steps: steps taken in all.
-        final_loss: loss of the last step.
-        tokens: trained on in all, on all ranks, without padding.
-        seconds: of this process, this time; 0 when the run was finished before.
-        check: one batch's loss in training and of the exported student (see `exporting.Losses`).
-    """
-
-    student: str
-    initial: str
-    steps: int
-    final_loss: float
-    tokens: int
-    seconds: float
-    check: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -141,7 +116,7 @@ class Training:
 
     def run(self, on_progress, stop) -> TrainResult:
         """From wherever the run stands to its end."""
-        done = self._finished()
+        done = finished(self.settings_run, self.identity, form_of(self.settings))
         if done is not None:
             return done
         start = time.perf_counter()
@@ -193,6 +168,7 @@ class Training:
             settings.async_checkpoint,
         )
         self.loader = self.make_loader(self.caches, settings.workers)
+        self.proof = self._held_out_batches() if parallel.is_main else []
 
     def make_loader(self, caches: Mapping[str, RecordSource], workers: int) -> DistillLoader:
         """A loader over caches that hold what the objectives need."""
@@ -208,6 +184,14 @@ class Training:
             pin_memory=self.parallel.device.type == "cuda",
             pictures=pictures_of(run, settings, self.initial, self.image_caches, signals),
         )
+
+    def _held_out_batches(self) -> list[DistillBatch]:
+        """What the export is checked on, read before the first step: one step of held-out text, or
+        of the training text where there is none for every cache."""
+        settings = self.settings
+        far = open_heldout(settings, self.caches[""]) if settings.heldout_cache else {}
+        caches = far if far.keys() == self.caches.keys() else self.caches
+        return next(self.make_loader(caches, 0).steps(Position(), 1))[0]
 
     def _teacher_head(self) -> torch.Tensor | None:
         if not any(term.needs.teacher_head for term in self.terms):
@@ -269,16 +253,6 @@ class Training:
     def _save(self, state: TrainingState) -> None:
         self.checkpoints.save(state, tensors_of(self.distiller, self.optimizer, self.ema))
 
-    def _finished(self) -> TrainResult | None:
-        path = self.settings_run.path(RESULT)
-        if not path.exists() or not is_model(self.settings_run.path("student")):
-            return None
-        facts = json.loads(path.read_text())
-        check_identity(facts.pop("identity"), self.identity, str(path))
-        if facts.pop("export", {"form": "merged", "dtype": "float32"}) != form_of(self.settings):
-            return None
-        return TrainResult(**facts | {"seconds": 0.0})
-
     def _finish(self, state: TrainingState, seconds: float) -> TrainResult:
         """Export the student and say so; files are written by the main process."""
         student = self.settings_run.path("student")
@@ -291,18 +265,13 @@ class Training:
         )
         if self.parallel.is_main:
             result = replace(result, check=asdict(self._export(student, full)))
-            facts = {name: getattr(result, name) for name in TrainResult.__slots__}
-            facts |= {"identity": self.identity, "export": form_of(self.settings)}
-            write_durably(self.settings_run.path(RESULT), json.dumps(facts, indent=2) + "\n")
+            keep(self.settings_run, result, self.identity, form_of(self.settings))
         self.parallel.barrier()
         return result
 
     def _export(self, student: Path, weights: dict[str, torch.Tensor]) -> Losses:
-        """Write the student, checked on the first batch of held-out text, or of the caches."""
         settings, device = self.settings, self.parallel.device
-        far = open_heldout(settings, self.caches[""]) if settings.heldout_cache else self.caches
-        batches, _ = next(self.make_loader(far, 0).steps(Position(), 1))
-        leaving = Export(self.initial, settings, weights, self.make, batches, device)
+        leaving = Export(self.initial, settings, weights, self.make, self.proof, device)
         whole_and_last = settings.parallel != "fsdp" and not self.ema
         live = self.distiller if whole_and_last else None
         return leaving.write(student, {"identity": self.identity}, live)
