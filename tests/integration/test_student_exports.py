@@ -140,6 +140,23 @@ def test_an_export_that_would_not_be_what_is_trained_is_refused_before_the_first
     train(again, caches={"": cache})
 
 
+def test_an_adapter_that_would_not_load_is_refused_and_goes_merged(
+    tmp_path, teacher, cache, heldout, monkeypatch
+):
+    from stillroom.pipeline.student import loading
+
+    def without(directory, attention, dtype):
+        return load(
+            json.loads((directory / loading.ADAPTER).read_text())["base_model_name_or_path"]
+        )
+
+    monkeypatch.setattr(loading, "_with_adapter", without)
+    run = make_run(tmp_path, teacher, heldout, lora={"export": "adapter"})
+    with pytest.raises(ConfigError, match=r"exported as 'adapter'.*Set export = 'merged'"):
+        train(run, caches={"": cache})
+    train(make_run(tmp_path, teacher, heldout, lora={"export": "merged"}), caches={"": cache})
+
+
 def test_an_export_with_another_loss_is_not_put_in_place(
     tmp_path, teacher, cache, heldout, monkeypatch
 ):
@@ -191,7 +208,7 @@ def test_averages_are_what_is_exported_and_checked(tmp_path, teacher, cache, hel
     assert abs(own_loss(load(result.student)) - reported) > 1e-4
 
 
-def test_a_head_that_the_model_scales_is_exported_as_trained(tmp_path, cache, heldout, teacher):
+def test_frozen_weights_are_exported_as_they_were(tmp_path, cache, heldout, teacher):
     run = make_run(tmp_path, teacher, heldout, freeze=["*embed_tokens*"])
     result = train(run, caches={"": cache})
     assert result.check["reloaded"] == pytest.approx(result.check["in_training"], abs=1e-5)
