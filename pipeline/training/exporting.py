@@ -77,7 +77,7 @@ def rehearse(initial: Path, settings: Train) -> None:
     """
     if settings.lora is None:
         return
-    model = load(initial, settings.attention)
+    model = load(initial)
     wrapped = adapted(model, settings)
     _shake(model)
     expected = expected_of(model)
@@ -135,20 +135,26 @@ class Export:
         self._fill(model, MODEL)
         in_training = self._loss(live) if live else self._loss_of(model)
         leaving = _leaving(wrapped, self.settings, self.initial)
-        plain = leaving.get_base_model() if _is_adapter(leaving) else leaving
-        self._agree("adapters merged into weights", in_training, self._loss_of(plain))
-        _round(leaving, getattr(torch, self.settings.export_dtype))
-        saved = self._loss_of(plain)
-        _narrow(leaving, getattr(torch, self.settings.export_dtype))
+        saved = self._as_written(leaving, in_training)
         reloaded: list[float] = []
 
         def check(written: Path) -> None:
             reloaded.append(self._loss_of(load(written, self.settings.attention)))
             self._agree("the student, loaded again by transformers,", saved, reloaded[0])
 
-        tokens = self._task_tokens(plain)
-        export(leaving, directory, self.initial, facts, tokens, check)
+        export(leaving, directory, self.initial, facts, self._task_tokens(leaving), check)
         return Losses(in_training, saved, reloaded[0])
+
+    def _as_written(self, leaving: Any, in_training: float) -> float:
+        """Loss of what leaves, after its weights were given the type that they are written in."""
+        plain, dtype = _plain(leaving), getattr(torch, self.settings.export_dtype)
+        self._agree(
+            "the student in the form that it is written in", in_training, self._loss_of(plain)
+        )
+        _round(leaving, dtype)
+        saved = self._loss_of(plain)
+        _narrow(leaving, dtype)
+        return saved
 
     def _distiller(self, model: Any) -> Distiller:
         made = self.make(model).to(self.device)
@@ -161,9 +167,9 @@ class Export:
         model.to("cpu")
         return loss
 
-    def _task_tokens(self, model: Any) -> torch.Tensor | None:
-        found = self._distiller(model).task_tokens.embeddings()
-        model.to("cpu")
+    def _task_tokens(self, leaving: Any) -> torch.Tensor | None:
+        found = self._distiller(_plain(leaving)).task_tokens.embeddings()
+        leaving.to("cpu")
         return None if found is None else found.detach().cpu()
 
     @torch.no_grad()
@@ -218,6 +224,11 @@ def _leaving(wrapped: Any, settings: Train, initial: Path) -> Any:
     from stillroom.pipeline.student.lora import merged
 
     return merged(wrapped)
+
+
+def _plain(leaving: Any) -> Any:
+    """The model of transformers that leaves, or in which the adapter is that does."""
+    return leaving.get_base_model() if _is_adapter(leaving) else leaving
 
 
 def _is_adapter(leaving: Any) -> bool:
