@@ -29,7 +29,7 @@ class AdaptedHead(LoraLinear):
     @property
     def weight(self) -> torch.Tensor:
         """[V, D]."""
-        found = self.get_base_layer().weight
+        found: Any = self.get_base_layer().weight
         for name in self.active_adapters:
             if name in self.lora_A and not self.merged:
                 found = found + self.get_delta_weight(name).to(found.dtype)
@@ -69,12 +69,12 @@ def adapt(model: Any, lora: Lora) -> PeftModel:
     return adapted
 
 
-def merged(adapted: PeftModel) -> Any:
+def merged(adapted: Any) -> Any:
     """The plain model with its adapters added to its weights.
 
     Where embeddings and head share a matrix and one of them was adapted, they share it no more.
     """
-    model: Any = adapted.get_base_model()
+    model = adapted.get_base_model()
     if _adapts_a_tied_matrix(model):
         _untie(model)
     return adapted.merge_and_unload()
@@ -93,9 +93,9 @@ def _ties(model: Any) -> list[Any]:
 
 
 def _untie(model: Any) -> None:
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if not isinstance(head, ModulesToSaveWrapper):  # that one is a copy already
-        plain = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        plain: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
     for config in _ties(model):
         config.tie_word_embeddings = False

@@ -6,7 +6,7 @@ with those parts switched off, which the saved student must say too. Nothing is 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -71,31 +71,31 @@ def prune_width(
         StudentError: the architecture is not an MLP of `up_proj` and `down_proj`, with or without
             a gate, beside q/k/v/o projections.
     """
-    text = model.config.get_text_config()
+    text, layers = model.config.get_text_config(), cast("list[Any]", list(blocks))
     heads = text.num_attention_heads
     groups = getattr(text, "num_key_value_heads", None) or heads
     kept_groups = max(1, round(groups * keep_heads))
     try:
         inner = max(1, round(text.intermediate_size * keep_intermediate))
-        units = [_best_units(block.mlp, inner) for block in blocks]
-        sets = [_best_groups(block.self_attn, groups, kept_groups) for block in blocks]
+        units = [_best_units(block.mlp, inner) for block in layers]
+        sets = [_best_groups(block.self_attn, groups, kept_groups) for block in layers]
     except (AttributeError, TypeError, RuntimeError) as error:
         raise StudentError(
             f"{type(blocks[0]).__name__} cannot be pruned in width ({error})",
             expected="mlp.{up,down}_proj and self_attn.{q,k,v,o}_proj",
             remedy="Use init = 'prune_layers'.",
         ) from None
-    for block, own_units, own_groups in zip(blocks, units, sets):
+    for block, own_units, own_groups in zip(layers, units, sets):
         _silence(block.mlp.down_proj, own_units)
         output = block.self_attn.o_proj
         _silence(output, _expand(own_groups, output.in_features, groups))
     expected = expected_of(model)
-    for block, own_units, own_groups in zip(blocks, units, sets):
+    for block, own_units, own_groups in zip(layers, units, sets):
         _cut_mlp(block.mlp, own_units)
         _cut_attention(block.self_attn, own_groups, groups)
     text.intermediate_size = inner
     if kept_groups != groups:
-        text.head_dim = blocks[0].self_attn.k_proj.out_features // kept_groups
+        text.head_dim = layers[0].self_attn.k_proj.out_features // kept_groups
         text.num_key_value_heads = kept_groups
         text.num_attention_heads = heads // groups * kept_groups
     return expected
@@ -109,7 +109,8 @@ def _best_units(mlp: Any, count: int) -> torch.Tensor:
 
 
 def _best_groups(attention: Any, groups: int, count: int) -> torch.Tensor:
-    attention.q_proj, attention.k_proj  # noqa: B018  (an AttributeError here is the refusal)
+    for name in ("q_proj", "k_proj"):
+        getattr(attention, name)  # an AttributeError here is the refusal
     values = attention.v_proj.weight.unflatten(0, (groups, -1)).norm(dim=(1, 2))
     outputs = attention.o_proj.weight.unflatten(1, (groups, -1)).norm(dim=(0, 2))
     return _largest(values * outputs, count)
