@@ -11,6 +11,7 @@ One idea: the second loss shares no code with the first but transformers' own.
 
 import argparse
 import json
+import re
 import shutil
 import traceback
 from dataclasses import dataclass
@@ -229,7 +230,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _shown(row: dict[str, Any], reasons: dict[str, int]) -> str:
     if row["verdict"] == "equal":
         return f"{row['difference']:.0e}" if row["difference"] else "0"
-    reason = row["reason"].split("; expected")[0]
+    reason = row["reason"].removeprefix("[student]: ").split("; expected")[0].split(". ")[0]
+    reason = re.sub(r"'?[A-Z]\w*[a-z]\w*'? (attends|cannot be pruned|object has)", r"\1", reason)
     if row["verdict"] == "wrong":
         return f"**wrong**: {reason or row['difference']}"
     return f"refused ({reasons.setdefault(reason, len(reasons) + 1)})"

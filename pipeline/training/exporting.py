@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from stillroom.cache_schemas.errors import ConfigError, StudentError
-from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.config.training import Lora, Train
 from stillroom.pipeline.data.batch import DistillBatch
 from stillroom.pipeline.objectives.combine import Distiller
 from stillroom.pipeline.student.loading import load
@@ -80,9 +80,9 @@ def rehearse(initial: Path, settings: Train) -> None:
     model = load(initial)
     wrapped = adapted(model, settings)
     _shake(model)
-    expected = expected_of(model)
     trial = initial.with_name("student-rehearsal")
     try:
+        expected = expected_of(model)
         leaving = _leaving(wrapped, settings, initial)
         export(leaving, trial, initial, {}, check=lambda saved: check_saved(saved, expected))
     except StudentError as error:
@@ -90,12 +90,18 @@ def rehearse(initial: Path, settings: Train) -> None:
             f"adapters on these targets cannot be exported as '{settings.lora.export}': "
             f"{error.found}",
             where="[train.lora]",
-            remedy="Set export = 'merged'."
-            if settings.lora.export == "adapter"
-            else "Set targets = 'all-linear' and no modules_to_save.",
+            remedy=_way_out(settings.lora),
         ) from None
     finally:
         shutil.rmtree(trial, ignore_errors=True)
+
+
+def _way_out(lora: Lora) -> str:
+    if lora.export == "adapter":
+        return "Set export = 'merged'."
+    if lora.targets != "all-linear" or lora.modules_to_save:
+        return "Set targets = 'all-linear' and no modules_to_save."
+    return "Name the targets, such as targets = ['q_proj', 'v_proj']; some layer is no plain one."
 
 
 @dataclass

@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 
 from stillroom.cache_schemas.errors import ConfigError, StudentError
 from stillroom.pipeline.config import parse
+from stillroom.pipeline.config.training import Student
 from stillroom.pipeline.evaluation.held_out import measure
 from stillroom.pipeline.student.loading import load
 from stillroom.pipeline.student.saving import export
 from stillroom.pipeline.training.metrics import read_metrics
 from stillroom.pipeline.training.trainer import train
-from tests import memory_cache, tiny_models
+from tests import memory_cache, student_architectures, tiny_models
 
 STEPS = 8
 
@@ -138,6 +139,22 @@ def test_an_export_that_would_not_be_what_is_trained_is_refused_before_the_first
     assert not run.path("student-rehearsal").exists()
     again = make_run(tmp_path, teacher, heldout, lora={"targets": "all-linear"}, steps=1)
     train(again, caches={"": cache})
+
+
+def test_layers_that_take_no_adapter_are_refused_with_a_way_out(tmp_path, teacher, cache, heldout):
+    tiny_models.save_tokenizer(tmp_path / "tokenizer")
+    own = student_architectures.save_model(
+        "llama4_text", tmp_path / "model", tmp_path / "tokenizer", 768
+    )
+
+    def run(name, **lora):
+        made = make_run(tmp_path / name, teacher, heldout, lora=lora, steps=1)
+        student = Student(init="model", model=str(own))
+        return made.model_copy(update={"student": student})
+
+    with pytest.raises(ConfigError, match=r"Name the targets, such as targets = \['q_proj'"):
+        train(run("a"), caches={"": cache})
+    train(run("b", targets=("q_proj", "v_proj")), caches={"": cache})
 
 
 def test_an_adapter_that_would_not_load_is_refused_and_goes_merged(
