@@ -35,12 +35,18 @@ class Student(Table):
 
 
 class Lora(Table):
-    """Low-rank adapters in place of full training (PEFT); merged into the result."""
+    """Low-rank adapters in place of full training (PEFT)."""
 
     rank: int = Field(default=16, ge=1)
     alpha: float = 32.0
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of modules, embeddings and head among them; `all-linear` leaves the head out."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside the adapters."""
+    export: Literal["merged", "adapter"] = "merged"
+    """`merged`: a plain model. `adapter`: PEFT's files, which name `<directory>/student-initial` as
+    the model that they belong to."""
 
 
 class Objective(Table):
@@ -111,6 +117,8 @@ class Train(Table):
     betas: tuple[float, float] = (0.9, 0.95)
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16`: autocast over fp32 master weights."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in the trained student's directory."""
     lora: Lora | None = None
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of an average of the weights, which is then what is exported; 0 keeps none."""

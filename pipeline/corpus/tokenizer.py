@@ -39,6 +39,15 @@ def tokenizer_facts(model: str) -> dict[str, Any]:
     return _facts(_load(_directory(model, "")))
 
 
+def vocabulary(model: str) -> dict[str, int]:
+    """Token -> id of a model's tokenizer.
+
+    Raises:
+        CorpusError: no tokenizer is there, or it cannot be loaded.
+    """
+    return _load(_directory(model, "")).get_vocab()
+
+
 @dataclass(frozen=True)
 class CorpusTokenizer:
     """A loaded tokenizer with what preparing needs to know of its model.

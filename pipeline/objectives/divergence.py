@@ -20,6 +20,7 @@ from stillroom.pipeline.config.strict import Table
 from stillroom.pipeline.kernels.divergences import DivergenceName
 from stillroom.pipeline.kernels.precision import widened
 from stillroom.pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.pipeline.objectives.padding import off_padding, pushes_by_itself
 from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
 
 DIVERGENCES = get_args(DivergenceName)
@@ -196,7 +197,8 @@ def sweep(context: Context, hidden, ids, logprobs, **options) -> torch.Tensor:
         float32 [N], each row's loss times its weight.
     """
     head = context.states.head
-    return topk_divergence(
+    alone = pushes_by_itself(options["divergence"], options["tail"])
+    values = topk_divergence(
         hidden,
         head.weight,
         ids,
@@ -204,10 +206,12 @@ def sweep(context: Context, hidden, ids, logprobs, **options) -> torch.Tensor:
         weights=context.weights,
         bias=head.bias,
         softcap=head.softcap,
-        valid_vocab=context.cache.vocab_size,
+        valid_vocab=head.weight.shape[0] if alone else context.cache.vocab_size,
         impl=context.kernel,
         **options,
     )
+    pushed = 0.0 if alone else off_padding(context)
+    return values + (1 + options.get("ce_weight", 0.0)) * pushed
 
 
 def hard_label(context: Context, labels: torch.Tensor, weights=None) -> torch.Tensor:

@@ -13,6 +13,7 @@ from stillroom.pipeline.config.strict import Table
 from stillroom.pipeline.data.batch import DistillBatch, Teacher
 from stillroom.pipeline.kernels.divergences import DivergenceName
 from stillroom.pipeline.kernels.linear_divergence import linear_divergence
+from stillroom.pipeline.objectives.padding import off_padding
 from stillroom.pipeline.objectives.registry import Context, Needs, Spec, register
 
 FINAL = hidden_name("final")
@@ -33,8 +34,8 @@ def _full_vocabulary(context: Context) -> torch.Tensor:
     options: FullVocabularyOptions = context.options
     rows, head = context.batch.rows.flat, context.states.head
     place, found = _places(context.positions.flat, rows)
-    states = context.teacher[FINAL][place] * found[:, None]  # [N, D_t]; rows without one weigh 0
-    return linear_divergence(
+    states = context.teacher[FINAL][place] * found[:, None]
+    values = linear_divergence(
         context.states.at(rows),
         head.weight,
         states,
@@ -51,6 +52,7 @@ def _full_vocabulary(context: Context) -> torch.Tensor:
         valid_vocab=context.cache.vocab_size,
         impl=context.kernel,
     )
+    return values + (1 + options.ce_weight) * off_padding(context)
 
 
 def _places(positions: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,7 +73,9 @@ def blocks_of(model: Any) -> nn.ModuleList:
 
 def decoder_of(model: Any) -> Any:
     """The part that turns tokens into final hidden states."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    # Llama 4's text model calls itself its decoder.
+    return getattr(model, "model", model) if found is model else found
 
 
 def head_of(model: Any) -> Head:

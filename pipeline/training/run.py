@@ -37,6 +37,7 @@ HOW_NOT_WHAT = {
     "heldout_cache",
     "tracker",
     "parallel",
+    "export_dtype",
 }
 """Keys of `[train]` that may change between two halves of one run; caches count by their digest."""
 
@@ -198,5 +199,13 @@ def identity_of(run: Run, settings: Train, caches: Mapping[str, Any], initial: P
             identity[f"objective[{number}].{key}"] = value
     for key, value in settings.model_dump(mode="json").items():
         if key not in HOW_NOT_WHAT:
-            identity[f"train.{key}"] = value
+            identity[f"train.{key}"] = _what(value) if key == "lora" else value
     return identity
+
+
+def _what(lora: dict | None) -> dict | None:
+    """Adapters without what does not change what is learned; runs of before named no modules."""
+    if lora is None:
+        return None
+    left_out = {"export"} | ({"modules_to_save"} if not lora["modules_to_save"] else set())
+    return {key: value for key, value in lora.items() if key not in left_out}

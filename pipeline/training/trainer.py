@@ -5,11 +5,11 @@ checkpoint is those tensors and three integers, and any number of ranks takes th
 `accumulate` microbatches over all of them, divided by the global count of each objective.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ import torch
 from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, StillroomError
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.data.batch import DistillBatch
 from stillroom.pipeline.data.loader import DistillLoader, RecordSource
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.objectives.combine import Distiller, signals_needed, terms_of
 from stillroom.pipeline.student.llava import load_task_tokens
-from stillroom.pipeline.student.lora import adapt
-from stillroom.pipeline.student.model import export, initial_student, load
+from stillroom.pipeline.student.loading import load
+from stillroom.pipeline.student.model import initial_student
 from stillroom.pipeline.student.states import blocks_of, check_documents_are_isolated
 from stillroom.pipeline.student.teacher_head import FILE as HEAD_FILE
 from stillroom.pipeline.student.teacher_head import keep_teacher_head, read_teacher_head
@@ -33,11 +34,13 @@ from stillroom.pipeline.training.checkpoint import (
     set_optimizer_step,
     tensors_of,
     trainable,
-    write_durably,
 )
+from stillroom.pipeline.training.exporting import Export, Losses, adapted, form_of, rehearse
+from stillroom.pipeline.training.memory import check_memory
 from stillroom.pipeline.training.metrics import MetricsLog
 from stillroom.pipeline.training.optimization import optimizer_of
 from stillroom.pipeline.training.parallel import Parallel, whole
+from stillroom.pipeline.training.result import TrainResult, finished, keep
 from stillroom.pipeline.training.run import (
     check_fit,
     facts_of,
@@ -51,34 +54,11 @@ from stillroom.pipeline.training.run import (
 )
 from stillroom.pipeline.training.stepping import Progress, Stepper
 
-RESULT = "train.json"
-
 
 class Interrupted(StillroomError):
     """Training was asked to stop; it goes on from its checkpoint when started again."""
 
     exit_code = EXIT_INCOMPLETE
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """A finished run.
-
-    Attributes:
-        student: HF directory of the trained student.
-        initial: HF directory of the untrained one.
-        steps: steps taken in all.
-        final_loss: loss of the last step.
-        tokens: trained on in all, on all ranks, without padding.
-        seconds: of this process, this time; 0 when the run was finished before.
-    """
-
-    student: str
-    initial: str
-    steps: int
-    final_loss: float
-    tokens: int
-    seconds: float
 
 
 def train(
@@ -136,12 +116,14 @@ class Training:
 
     def run(self, on_progress, stop) -> TrainResult:
         """From wherever the run stands to its end."""
-        done = self._finished()
+        done = finished(self.settings_run, self.identity, form_of(self.settings))
         if done is not None:
             return done
         start = time.perf_counter()
         self.build()
         state = self._resume()
+        if state.step == 0 and self.parallel.is_main:
+            rehearse(self.initial, self.settings)
         log = None
         if self.parallel.is_main:
             name, tracker = self.settings_run.name, self.settings.tracker
@@ -157,17 +139,17 @@ class Training:
     def build(self) -> None:
         """Load the student and everything that trains it; the weights are the initial ones."""
         settings, parallel = self.settings, self.parallel
+        check_memory(self.initial, settings, parallel)
         torch.manual_seed(settings.seed)
         model = load(self.initial, settings.attention).to(parallel.device).train()
         check_documents_are_isolated(model, self.facts[""].vocab_size)
         if settings.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         freeze(model, settings.freeze)
-        adapt(model, settings.lora)
-        task_tokens = load_task_tokens(self.initial)
-        self.distiller = Distiller(
-            model, self.terms, settings.kernel, self._teacher_head(), task_tokens
-        ).to(parallel.device)
+        head, tokens = self._teacher_head(), load_task_tokens(self.initial)
+        self.make = lambda student: Distiller(student, self.terms, settings.kernel, head, tokens)
+        adapted(model, settings)
+        self.distiller = self.make(model).to(parallel.device)
         if settings.compile:
             for block in blocks_of(model):
                 block.compile()
@@ -186,6 +168,7 @@ class Training:
             settings.async_checkpoint,
         )
         self.loader = self.make_loader(self.caches, settings.workers)
+        self.proof = self._held_out_batches() if parallel.is_main else []
 
     def make_loader(self, caches: Mapping[str, RecordSource], workers: int) -> DistillLoader:
         """A loader over caches that hold what the objectives need."""
@@ -201,6 +184,14 @@ class Training:
             pin_memory=self.parallel.device.type == "cuda",
             pictures=pictures_of(run, settings, self.initial, self.image_caches, signals),
         )
+
+    def _held_out_batches(self) -> list[DistillBatch]:
+        """What the export is checked on, read before the first step: one step of held-out text, or
+        of the training text where there is none for every cache."""
+        settings = self.settings
+        far = open_heldout(settings, self.caches[""]) if settings.heldout_cache else {}
+        caches = far if far.keys() == self.caches.keys() else self.caches
+        return next(self.make_loader(caches, 0).steps(Position(), 1))[0]
 
     def _teacher_head(self) -> torch.Tensor | None:
         if not any(term.needs.teacher_head for term in self.terms):
@@ -262,17 +253,10 @@ class Training:
     def _save(self, state: TrainingState) -> None:
         self.checkpoints.save(state, tensors_of(self.distiller, self.optimizer, self.ema))
 
-    def _finished(self) -> TrainResult | None:
-        path = self.settings_run.path(RESULT)
-        if not path.exists() or not self.settings_run.path("student", "config.json").exists():
-            return None
-        facts = json.loads(path.read_text())
-        check_identity(facts.pop("identity"), self.identity, str(path))
-        return TrainResult(**facts | {"seconds": 0.0})
-
     def _finish(self, state: TrainingState, seconds: float) -> TrainResult:
         """Export the student and say so; files are written by the main process."""
         student = self.settings_run.path("student")
+        self.optimizer.state.clear()  # it is in the checkpoint; its room is for the export's check
         weights = self.ema or {name: p.detach() for name, p in trainable(self.distiller)}
         full = {name: whole(tensor) for name, tensor in weights.items()}
         loss = math.nan if state.loss is None else state.loss
@@ -280,24 +264,14 @@ class Training:
             str(student), str(self.initial), state.step, loss, state.tokens, seconds
         )
         if self.parallel.is_main:
-            model = self._assembled(full)
-            tokens = self.distiller.task_tokens.embeddings()
-            tokens = None if tokens is None else whole(tokens.detach()).cpu()
-            export(model, student, self.initial, {"identity": self.identity}, tokens)
-            facts = {name: getattr(result, name) for name in TrainResult.__slots__}
-            text = json.dumps(facts | {"identity": self.identity}, indent=2) + "\n"
-            write_durably(self.settings_run.path(RESULT), text)
+            result = replace(result, check=asdict(self._export(student, full)))
+            keep(self.settings_run, result, self.identity, form_of(self.settings))
         self.parallel.barrier()
         return result
 
-    def _assembled(self, full: dict[str, torch.Tensor]) -> Any:
-        """A plain model on the CPU with the trained weights, adapters merged."""
-        model = load(self.initial)
-        merge = adapt(model, self.settings.lora)
-        named = dict(model.named_parameters())
-        prefix = "model."
-        with torch.no_grad():
-            for name, tensor in full.items():
-                if name.startswith(prefix):  # projectors and task queries stay behind
-                    named[name.removeprefix(prefix)].copy_(tensor)
-        return merge()
+    def _export(self, student: Path, weights: dict[str, torch.Tensor]) -> Losses:
+        settings, device = self.settings, self.parallel.device
+        leaving = Export(self.initial, settings, weights, self.make, self.proof, device)
+        whole_and_last = settings.parallel != "fsdp" and not self.ema
+        live = self.distiller if whole_and_last else None
+        return leaving.write(student, {"identity": self.identity}, live)

@@ -126,6 +126,19 @@ def test_two_ranks_are_two_microbatches(tmp_path, teacher, cache, alone, kind):
     assert_same_training(tmp_path, alone)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_train_an_adapter_on_the_head(tmp_path, teacher, cache, kind):
+    lora = {"rank": 4, "targets": ["lm_head"]}
+    changes = {"cache": cache, "batch_tokens": 96, "accumulate": 2, "lora": lora} | COMMON
+    changes |= {"objective": OBJECTIVES[:1], "learning_rate": 1e-2}
+    train(make_run(tmp_path / "one", teacher, **changes))
+    launch(2, tmp_path / "two", teacher, parallel=kind, **changes)
+    assert_same_training(tmp_path / "two", tmp_path / "one")
+    before = load_file(tmp_path / "two" / "student-initial" / "model.safetensors")
+    head = weights(tmp_path / "two")["lm_head.weight"]
+    assert np.abs(head - before["model.embed_tokens.weight"]).max() > 1e-4
+
+
 def test_a_run_goes_on_with_other_ranks(tmp_path, teacher, cache, alone):
     changes = {"cache": cache, "batch_tokens": 96, "accumulate": 2} | COMMON
     assert launch(2, tmp_path, teacher, stop_after=1, parallel="fsdp", **changes) == 3
