@@ -30,6 +30,7 @@ class Needs:
         blocks: student blocks (1-based) whose outputs must be kept.
         teacher_head: the teacher's LM head must be kept beside the student.
         exact_ids: the cache must hold exact ids, not draws alone.
+        routers: the student must have experts and hand out its routers' logits.
     """
 
     signals: tuple[str, ...] = ()
@@ -37,6 +38,7 @@ class Needs:
     blocks: tuple[int, ...] = ()
     teacher_head: bool = False
     exact_ids: bool = False
+    routers: bool = False
 
 
 @dataclass(frozen=True, slots=True)

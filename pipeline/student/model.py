@@ -67,23 +67,30 @@ def initial_student(student: Student, teacher: Teacher | None, directory: Path) 
     return directory
 
 
-def load(directory: str | Path, attention: str = "sdpa", dtype=torch.float32) -> Any:
+def load(directory: str | Path, attention: str = "auto", dtype=torch.float32) -> Any:
     """A causal LM or image-text model from an HF directory, in training precision.
+
+    Args:
+        directory: the model's.
+        attention: transformers' name of an implementation, or `auto` for its own choice.
+        dtype: of the weights.
 
     Raises:
         StudentError: the directory is missing or is not a model that transformers knows.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    chosen = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         sees = hasattr(AutoConfig.from_pretrained(directory), "vision_config")
         kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        return kind.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
+        return kind.from_pretrained(directory, dtype=dtype, **chosen)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise StudentError(
             f"cannot be loaded ({str(error).splitlines()[0]})",
             expected="an HF causal language model",
             where=str(directory),
+            remedy="Set [train] attention = 'auto'." if chosen else "",
         ) from None
 
 

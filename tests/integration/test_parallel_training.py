@@ -155,11 +155,11 @@ def test_sigterm_makes_a_checkpoint_and_exits_with_3(tmp_path, teacher, cache, a
 
 SIGTERM_CHILD = """
 import os, signal, sys
-from stillroom.pipeline.training import trainer
+from stillroom.pipeline.training.stepping import Stepper
 from stillroom.stages import __main__ as console
 
 # The first step waits for the signal: the test decides when it comes, not the machine's speed.
-first = trainer.Stepper.step
+first = Stepper.step
 def step(self, number, batches, stop):
     done = first(self, number, batches, stop)
     if number == 0:
@@ -169,7 +169,7 @@ def step(self, number, batches, stop):
         print(1, flush=True)
         os.read(told, 1)
     return done
-trainer.Stepper.step = step
+Stepper.step = step
 sys.argv = ["stillroom", "train", sys.argv[1]]
 console.main()
 """
