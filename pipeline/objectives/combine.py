@@ -66,7 +66,8 @@ def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts], on: s
     ranked = CURRICULUM_SIGNALS[table.curriculum]
     needs = replace(needs, signals=(*needs.signals, *ranked))
     _check_needs(needs, facts, f"{where} '{table.name}'")
-    label = f"{number + 1}.{table.name}" + (f"@{table.cache}" if table.cache else "")
+    label = f"{number + 1}.{table.name}{spec.suffix(options)}"
+    label += f"@{table.cache}" if table.cache else ""
     return Term(label, table, spec, options, needs, facts)
 
 
@@ -243,7 +244,7 @@ class Distiller(nn.Module):
     def _keep_sums(self, label: str, sums: dict[str, torch.Tensor]) -> None:
         mine = self.sums.setdefault(label, {}) if sums else {}
         for name, value in sums.items():
-            mine[name] = mine.get(name, 0) + value.detach().double().cpu()
+            mine[name] = mine.get(name, 0) + value.detach().double()
 
 
 def _within(term: Term, head_rows: int) -> Term:

@@ -13,6 +13,7 @@ from stillroom.pipeline.config.strict import Table
 from stillroom.pipeline.data.batch import DistillBatch, Teacher
 from stillroom.pipeline.kernels.divergences import DivergenceName
 from stillroom.pipeline.kernels.linear_divergence import linear_divergence
+from stillroom.pipeline.objectives.parts import keep_parts, labelled, parts
 from stillroom.pipeline.objectives.registry import Context, Needs, Spec, register
 
 FINAL = hidden_name("final")
@@ -34,7 +35,8 @@ def _full_vocabulary(context: Context) -> torch.Tensor:
     rows, head = context.batch.rows.flat, context.states.head
     place, found = _places(context.positions.flat, rows)
     states = context.teacher[FINAL][place] * found[:, None]
-    return linear_divergence(
+    given = labelled(context, options.ce_weight)
+    value = linear_divergence(
         context.states.at(rows),
         head.weight,
         states,
@@ -43,14 +45,14 @@ def _full_vocabulary(context: Context) -> torch.Tensor:
         beta=options.beta,
         alpha=options.alpha,
         temperature=options.temperature,
-        labels=context.batch.labels if options.ce_weight else None,
-        ce_weight=options.ce_weight,
         weights=context.weights,
         bias=head.bias,
         softcap=head.softcap,
         valid_vocab=context.cache.vocab_size,
         impl=context.kernel,
+        **given,
     )
+    return keep_parts(context, value, given)
 
 
 def _places(positions: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,5 +79,6 @@ register(
         _full_vocabulary,
         lambda _: Needs((FINAL,), teacher_head=True),
         applies=_applies,
+        report=parts,
     )
 )

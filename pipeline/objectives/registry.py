@@ -115,6 +115,7 @@ class Spec:
         report: `Context.sums`, added up -> numbers to log.
         warn: those numbers -> a warning, or nothing.
         settle: (options, CacheFacts) -> options, with what depends on the cache decided.
+        suffix: options -> what the label says beside the name, where the value is another.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Spec:
     report: Callable[[dict[str, float]], dict[str, float]] | None = None
     warn: Callable[[dict[str, float]], str] | None = None
     settle: Callable[[Any, CacheFacts], Any] = lambda options, _: options
+    suffix: Callable[[Any], str] = lambda _: ""
 
 
 OBJECTIVES: dict[str, Spec] = {}

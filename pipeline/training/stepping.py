@@ -170,11 +170,13 @@ class Stepper:
                 with _autocast(self.parallel.device, self.settings.precision):
                     values = self.module(batch.to(self.parallel.device), weights)
                 found.append(torch.stack([values.double().cpu(), own * counts]))
+            reports, _ = self._reports()
         self.module.train()
-        distiller.sums.clear()
         values, totals = self.parallel.sum(torch.stack(found).sum(dim=0))
         means = (values / totals.clamp_min(1e-30)).tolist()
-        return {f"{heldout.prefix}{term.label}": mean for term, mean in zip(heldout.terms, means)}
+        labels = [term.label for term in heldout.terms]
+        measured = dict(zip(labels, means)) | reports
+        return {heldout.prefix + name: value for name, value in measured.items()}
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -270,7 +272,7 @@ class Stepper:
             own = self.distiller.sums.pop(term.label, None)
             if own is None or term.spec.report is None:
                 continue
-            shared = self.parallel.sum(torch.stack(list(own.values()))).tolist()
+            shared = self.parallel.sum(torch.stack(list(own.values())).cpu()).tolist()
             found = term.spec.report(dict(zip(own, shared)))
             reports |= {f"{term.label}/{name}": value for name, value in found.items()}
             warning = term.spec.warn(found) if term.spec.warn else ""
