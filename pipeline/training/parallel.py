@@ -98,10 +98,10 @@ class Parallel:
             dist.destroy_process_group()
 
     def check_kind(self, train: Train) -> None:
-        """Refuse what one process cannot do, and kernels that this device has not.
+        """Refuse what one process cannot do.
 
         Raises:
-            ConfigError: `parallel` or `kernel` cannot be had here.
+            ConfigError: `parallel` needs peers.
         """
         if train.parallel == "fsdp" and not dist.is_initialized():
             raise ConfigError(
@@ -110,6 +110,13 @@ class Parallel:
                 remedy="Start with torchrun --nproc-per-node N -m stillroom.stages train ..., "
                 "or use 'ddp'.",
             )
+
+    def check_kernel(self, train: Train) -> None:
+        """Refuse kernels that this device has not.
+
+        Raises:
+            ConfigError: `kernel` cannot be had here.
+        """
         if train.kernel == "triton" and not triton_runs_on(self.device):
             raise ConfigError(
                 f"kernel = 'triton' on {self.device.type}",

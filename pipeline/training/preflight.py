@@ -101,20 +101,23 @@ def look_up(
     found = Findings()
     found.of(require, run.student, "student", run.name)
     found.of(parallel.check_kind, settings)
+    found.of(parallel.check_kernel, settings)
     found.of(_check_tracker, settings)
-    caches = given or _open(found, cache_locations(run, settings), settings)
+    places = cache_locations(run, settings)
+    caches = given or _open(found, places, settings)
     images = _open(found, settings.images, settings)
     found.of(_check_names, caches, images)
     facts = {name: facts_of(cache) for name, cache in {**caches, **images}.items()}
-    # An objective is asked of caches that are there; without one of them it would be blamed.
-    terms = None if found.errors else found.of(terms_of, run.objective, facts)
     sets = _open_heldout(found, settings)
+    terms, heldout = None, []
+    # An objective is asked of caches that are there; without one of them it would be blamed.
+    if len(images) == len(settings.images) and (given or len(caches) == len(places)):
+        terms = found.of(terms_of, run.objective, facts)
     if terms is not None:
         heldout = _judged(found, run, sets, caches, images, terms)
         _check_content(found, settings, parallel, caches, images, terms, heldout)
-        found.of(_check_best, settings, heldout)
-    else:
-        heldout = []
+        if len(heldout) == len(sets):
+            found.of(_check_best, settings, heldout)
     everything = [*caches.values(), *(c for one in sets.values() for c in one.values())]
     longest = max((longest_of(cache) for cache in everything), default=2)
     notes = found.of(_check_student, run, settings, longest)
