@@ -45,7 +45,7 @@ def train(
                 warned.add(warning)
                 say(f"warning: {warning}")
 
-        result = train_student(run, on_progress=show, stop=stop)
+        result = train_student(run, on_progress=show, stop=stop, on_note=say)
     if not is_main_process():
         return
     config.dump(run, run.path("train.config.json"))
@@ -70,14 +70,23 @@ def _sweep(sweep_file: Path) -> None:
 
         results = sweeps.run_sweep(sweep_file, show, stop)
     picture = draw_curves({name: run.path() for name, run in arms.items()}, base.path("sweep.png"))
-    scores = _scores(base, {name: result.student for name, result in results.items()})
+    failed = {n: r.failed for n, r in results.items() if isinstance(r, sweeps.FailedArm)}
+    trained = {n: r for n, r in results.items() if not isinstance(r, sweeps.FailedArm)}
+    scores = _scores(base, {name: result.student for name, result in trained.items()})
     rows = [
         [name, f"{result.final_loss:.4f}", f"{result.tokens:,}", *scores.get(name, ["", "", ""])]
-        for name, result in results.items()
+        for name, result in trained.items()
     ]
+    rows += [[name, "failed", "", "", "", ""] for name in failed]
     columns = ["arm", "last loss", "tokens", "KL to teacher", "top-1 agreement", "perplexity"]
     table(f"sweep of {base.name}", columns, rows)
     out.print(str(picture))
+    if failed:
+        reasons = "".join(f"\n- {name}: {reason}" for name, reason in failed.items())
+        raise sweeps.SweepIncomplete(
+            f"{len(failed)} of {len(results)} arms failed{reasons}",
+            remedy="\nPut them right and run the same command again; the others are kept.",
+        )
 
 
 def _scores(base: "Run", students: dict[str, str]) -> dict[str, list[str]]:
@@ -94,6 +103,8 @@ def _scores(base: "Run", students: dict[str, str]) -> dict[str, list[str]]:
     if not examples:
         return {}
     teacher = str(model_directory(base.teacher))
+    if not students:
+        return {}
     found = measure(teacher, students, examples, settings.precision)
     return {
         name: [f"{s.kl:.4f} ± {s.kl_standard_error:.4f}", f"{s.top1:.3f}", f"{s.perplexity:,.1f}"]

@@ -84,6 +84,10 @@ class TeacherCache:
         codec = read_codec(storage, manifest.codec, plan)
         return cls(storage, manifest, Format(plan, codec, present_signals(storage)))
 
+    def __reduce__(self) -> tuple:
+        """As another process makes it anew (a DataLoader's worker): without what was read."""
+        return type(self), (self.storage, self.manifest, self.form)
+
     @property
     def signals(self) -> tuple[str, ...]:
         """Names of the signals every record has."""

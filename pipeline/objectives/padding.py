@@ -3,8 +3,9 @@
 One idea: a student whose head is wider than the teacher's says, in plain transformers, a softmax
 over all of it. With m the mass on the further columns, forward KL over all of them is forward KL
 over the teacher's plus -log(1 - m), because the teacher's p is zero there. Losses that are sums of
-p log q get it by sweeping all columns; others compare what is left and have the term added. It
-knows nothing of tokens: columns that the teacher has too are learned from the teacher.
+p log q get it by sweeping all columns; others compare what is left and have the term added, once
+for each softmax in them. It knows nothing of tokens: columns that the teacher has too are learned
+from the teacher.
 """
 
 from torch import Tensor, zeros
@@ -16,6 +17,30 @@ from stillroom.pipeline.objectives.registry import Context
 def pushes_by_itself(divergence: str, tail: str) -> bool:
     """True for losses whose gradient, swept over all columns, is that of the full forward KL."""
     return divergence == "forward_kl" and tail != "bucket"
+
+
+def push_off(
+    context: Context,
+    values: Tensor,
+    ce_weight: float = 0.0,
+    cross_entropy: Tensor | None = None,
+) -> Tensor:
+    """Rows' losses over the teacher's columns with what moves probability off the others.
+
+    Args:
+        context: of the line.
+        values: [N], weighted losses.
+        ce_weight: of a cross-entropy within them, which has a softmax of its own.
+        cross_entropy: [N], unweighted, of the teacher's columns; becomes that of all columns.
+
+    Returns:
+        [N], weighted.
+    """
+    pushed = off_padding(context)
+    if cross_entropy is not None and isinstance(pushed, Tensor):
+        weights = context.weights.to(pushed)
+        cross_entropy += (pushed.detach() / weights).where(weights > 0, 0.0)
+    return values + (1 + ce_weight) * pushed
 
 
 def off_padding(context: Context) -> Tensor | float:

@@ -13,7 +13,8 @@ from stillroom.pipeline.config.strict import Table
 from stillroom.pipeline.data.batch import DistillBatch, Teacher
 from stillroom.pipeline.kernels.divergences import DivergenceName
 from stillroom.pipeline.kernels.linear_divergence import linear_divergence
-from stillroom.pipeline.objectives.padding import off_padding
+from stillroom.pipeline.objectives.padding import push_off
+from stillroom.pipeline.objectives.parts import keep_parts, labelled, parts
 from stillroom.pipeline.objectives.registry import Context, Needs, Spec, register
 
 FINAL = hidden_name("final")
@@ -35,7 +36,8 @@ def _full_vocabulary(context: Context) -> torch.Tensor:
     rows, head = context.batch.rows.flat, context.states.head
     place, found = _places(context.positions.flat, rows)
     states = context.teacher[FINAL][place] * found[:, None]
-    values = linear_divergence(
+    given = labelled(context, options.ce_weight)
+    value = linear_divergence(
         context.states.at(rows),
         head.weight,
         states,
@@ -44,15 +46,15 @@ def _full_vocabulary(context: Context) -> torch.Tensor:
         beta=options.beta,
         alpha=options.alpha,
         temperature=options.temperature,
-        labels=context.batch.labels if options.ce_weight else None,
-        ce_weight=options.ce_weight,
         weights=context.weights,
         bias=head.bias,
         softcap=head.softcap,
         valid_vocab=context.cache.vocab_size,
         impl=context.kernel,
+        **given,
     )
-    return values + (1 + options.ce_weight) * off_padding(context)
+    value = push_off(context, value, options.ce_weight, given.get("cross_entropy"))
+    return keep_parts(context, value, given)
 
 
 def _places(positions: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,5 +81,6 @@ register(
         _full_vocabulary,
         lambda _: Needs((FINAL,), teacher_head=True),
         applies=_applies,
+        report=parts,
     )
 )

@@ -22,17 +22,32 @@ def is_model(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("config.json", ADAPTER))
 
 
-def load(directory: str | Path, attention: str = "", dtype=torch.float32) -> Any:
+def plain_model(directory: str | Path) -> str:
+    """Where the config lies: in the directory, or in that of the model that its adapter names."""
+    if not _is_adapter(directory):
+        return str(directory)
+    return json.loads((Path(directory) / ADAPTER).read_text())["base_model_name_or_path"]
+
+
+def _is_adapter(directory: str | Path) -> bool:
+    return (Path(directory) / ADAPTER).is_file()
+
+
+def load(directory: str | Path, attention: str = "auto", dtype=torch.float32) -> Any:
     """A causal LM or image-text model from an HF directory, in training precision.
 
-    With no `attention` transformers takes the best that the architecture has. An adapter
-    (`[train.lora] export = "adapter"`) comes merged into the model that it names.
+    An adapter (`[train.lora] export = "adapter"`) comes merged into the model that it names.
+
+    Args:
+        directory: the model's, or the adapter's.
+        attention: transformers' name of an implementation, or `auto` for its own choice.
+        dtype: of the weights.
 
     Raises:
         StudentError: the directory is missing or is not a model that transformers knows.
     """
     try:
-        if (Path(directory) / ADAPTER).is_file():
+        if _is_adapter(directory):
             return _with_adapter(Path(directory), attention, dtype)
         return _plain(directory, attention, dtype)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
@@ -40,6 +55,7 @@ def load(directory: str | Path, attention: str = "", dtype=torch.float32) -> Any
             f"cannot be loaded ({reason(error)})",
             expected="an HF causal language model",
             where=str(directory),
+            remedy="" if attention == "auto" else "Set [train] attention = 'auto'.",
         ) from None
 
 
@@ -54,9 +70,10 @@ def reason(error: BaseException) -> str:
 def _plain(directory: str | Path, attention: str, dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    chosen = {} if attention == "auto" else {"attn_implementation": attention}
     sees = hasattr(AutoConfig.from_pretrained(directory), "vision_config")
     kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    return kind.from_pretrained(directory, dtype=dtype, attn_implementation=attention or None)
+    return kind.from_pretrained(directory, dtype=dtype, **chosen)
 
 
 def _with_adapter(directory: Path, attention: str, dtype) -> Any:
@@ -64,5 +81,5 @@ def _with_adapter(directory: Path, attention: str, dtype) -> Any:
 
     from stillroom.pipeline.student.lora import merged
 
-    named = json.loads((directory / ADAPTER).read_text())["base_model_name_or_path"]
-    return merged(PeftModel.from_pretrained(_plain(named, attention, dtype), str(directory)))
+    plain = _plain(plain_model(directory), attention, dtype)
+    return merged(PeftModel.from_pretrained(plain, str(directory)))

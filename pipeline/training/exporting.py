@@ -19,6 +19,7 @@ from stillroom.cache_schemas.errors import ConfigError, StudentError
 from stillroom.pipeline.config.training import Lora, Train
 from stillroom.pipeline.data.batch import DistillBatch
 from stillroom.pipeline.objectives.combine import Distiller
+from stillroom.pipeline.objectives.weighting import Term
 from stillroom.pipeline.student.loading import load
 from stillroom.pipeline.student.sameness import check_saved, expected_of
 from stillroom.pipeline.student.saving import export
@@ -27,6 +28,19 @@ TOLERANCE = 1e-5
 """Largest difference of the two losses, or share of a loss above 1: fp32 sums in another order."""
 MODEL = "model."
 """What the distiller puts before the names of the student's weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What an export is checked on.
+
+    Attributes:
+        batches: of held-out text, or of training text where there is none.
+        terms: the objectives with the facts of the caches that the batches are of.
+    """
+
+    batches: Sequence[DistillBatch]
+    terms: Sequence[Term]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +127,7 @@ class Export:
         settings: the [train] table.
         weights: trained weights by their name in the distiller, whole.
         make: puts a model into a distiller of this run.
-        batches: of held-out text.
+        proof: what the losses are measured on.
         device: where batches are measured.
     """
 
@@ -121,7 +135,7 @@ class Export:
     settings: Train
     weights: Mapping[str, torch.Tensor]
     make: Callable[[Any], Distiller]
-    batches: Sequence[DistillBatch]
+    proof: Proof
     device: torch.device
 
     def write(self, directory: Path, facts: dict, live: Distiller | None) -> Losses:
@@ -190,15 +204,15 @@ class Export:
     def _loss(self, distiller: Distiller) -> float:
         distiller.eval()
         sums = []
-        for batch in self.batches:
-            weights, totals = distiller.weigh(batch, 1.0)
-            with _arithmetic(self.device, self.settings):
+        with distiller.judged_by(self.proof.terms), _arithmetic(self.device, self.settings):
+            for batch in self.proof.batches:
+                weights, totals = distiller.weigh(batch, 1.0)
                 values = distiller(batch.to(self.device), weights)
-            sums.append(torch.stack([values.double().cpu(), totals]))
+                sums.append(torch.stack([values.double().cpu(), totals]))
         distiller.sums.clear()
         values, totals = torch.stack(sums).sum(dim=0)
         means = (values / totals.clamp_min(1e-30)).tolist()
-        return sum(term.weight(1.0) * mean for term, mean in zip(distiller.terms, means))
+        return sum(term.weight(1.0) * mean for term, mean in zip(self.proof.terms, means))
 
     def _agree(self, what: str, wanted: float, found: float) -> None:
         if abs(found - wanted) <= TOLERANCE * max(1.0, abs(wanted)):
@@ -214,7 +228,7 @@ class Export:
 
 def _arithmetic(device: torch.device, settings: Train) -> Any:
     """fp32; flash attention has none and keeps what it was trained in."""
-    if settings.attention != "flash_attention_2" or settings.precision == "float32":
+    if not settings.attention.startswith("flash_attention") or settings.precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
