@@ -77,6 +77,24 @@ def test_divergence_and_cross_entropy_are_told_apart(name):
         assert told[part] == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "full_vocabulary"])
+def test_the_parts_of_a_wider_head_are_of_all_its_columns(name):
+    world = World(k=4)
+    further = torch.randn(5, world.head.shape[1], dtype=torch.float64)
+    world.head = torch.cat([world.head.detach(), further]).requires_grad_()
+    weights = torch.linspace(0.0, 1.0, len(world.labels), dtype=torch.float64)
+    spec, context = world.context(name, weights=weights, ce_weight=0.3)
+    both = spec.compute(context).detach().sum()
+    told = parts({key: float(value) for key, value in context.sums.items()})
+    log_q = world.logits.detach().log_softmax(-1)
+    surprise = -log_q.gather(1, world.labels[:, None])[:, 0]
+    wanted = float((weights * surprise).sum() / weights.sum())
+    assert told["cross_entropy"] == pytest.approx(wanted, rel=1e-6)
+    alone = world.rows(name, weights=weights).detach().sum()
+    assert told["divergence"] == pytest.approx(float(alone / weights.sum()), rel=1e-6)
+    assert float(both) == pytest.approx(float(alone + 0.3 * wanted * weights.sum()), rel=1e-6)
+
+
 def test_no_cross_entropy_leaves_no_parts():
     spec, context = World(k=4).context("forward_kl")
     spec.compute(context)
