@@ -71,7 +71,8 @@ def finished(run: Run, steps: int, identity: dict, form: dict) -> TrainResult | 
     planned = facts.pop("planned", facts["steps"])
     if planned != steps or facts.pop("export", FORM_OF_BEFORE) != form:
         return None
-    return TrainResult(**facts | {"seconds": 0.0})
+    facts["seconds"] = 0.0
+    return TrainResult(**facts)
 
 
 def keep(run: Run, result: TrainResult, steps: int, identity: dict, form: dict) -> None:
