@@ -136,6 +136,11 @@ def test_patience_ends_a_run_and_it_stays_ended(tmp_path, teacher, cache, heldou
     assert any("stopped" in note for note in notes)
     again = train(run, caches={"": cache}, stop=lambda: pytest.fail("trained again"))
     assert (again.steps, again.best_step) == (result.steps, result.best_step)
+    changes = run.train.model_dump(mode="json") | {"export_dtype": "bfloat16"}
+    narrow = train(make_run(tmp_path, teacher, **changes), caches={"": cache})
+    assert (narrow.steps, narrow.best_step) == (result.steps, result.best_step)
+    kept = load_file(run.path("student", "model.safetensors"))
+    assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
 
 
 def test_a_stopped_run_remembers_its_best(tmp_path, teacher, cache, heldout, overshooting):

@@ -218,11 +218,14 @@ def test_a_finished_run_is_exported_again_in_another_form(tmp_path, teacher, cac
 
 
 def test_averages_are_what_is_exported_and_checked(tmp_path, teacher, cache, heldout):
-    run = make_run(tmp_path, teacher, heldout, ema=0.5)
+    run = make_run(tmp_path / "averaged", teacher, heldout, ema=0.5)
     result = train(run, caches={"": cache})
     assert result.check["reloaded"] == pytest.approx(result.check["in_training"], abs=1e-5)
     reported = read_metrics(run.path())[-1]["heldout/2.cross_entropy"]
-    assert abs(own_loss(load(result.student)) - reported) > 1e-4
+    averaged = own_loss(load(result.student))
+    assert averaged == pytest.approx(reported, abs=1e-5)
+    last = train(make_run(tmp_path / "last", teacher, heldout), caches={"": cache})
+    assert abs(own_loss(load(last.student)) - averaged) > 1e-4
 
 
 def test_frozen_weights_are_exported_as_they_were(tmp_path, cache, heldout, teacher):
