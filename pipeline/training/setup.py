@@ -28,7 +28,7 @@ from stillroom.pipeline.student.states import (
 from stillroom.pipeline.student.teacher_head import FILE as HEAD_FILE
 from stillroom.pipeline.student.teacher_head import keep_teacher_head, read_teacher_head
 from stillroom.pipeline.training.checkpoint import Checkpoints, trainable
-from stillroom.pipeline.training.exporting import Proof, adapted
+from stillroom.pipeline.training.exporting import Proof, adapted, rehearse
 from stillroom.pipeline.training.heldout import HeldOut
 from stillroom.pipeline.training.identity import identity_of
 from stillroom.pipeline.training.memory import check_memory
@@ -84,6 +84,15 @@ class Setup:
         """Load the student and everything that trains it; the weights are the initial ones."""
         settings, parallel = self.settings, self.parallel
         check_memory(self.initial, settings, parallel)
+        self.checkpoints = Checkpoints(
+            self.settings_run.path("checkpoints"),
+            parallel,
+            settings.keep_last,
+            settings.async_checkpoint,
+        )
+        if self.checkpoints.latest() is None:
+            # Before the objectives see the student: adapters may break what they ask of it.
+            parallel.together(lambda: rehearse(self.initial, settings))
         torch.manual_seed(settings.seed)
         model = load(self.initial, settings.attention).to(parallel.device).train()
         self._measure_student(model)
@@ -107,12 +116,6 @@ class Setup:
             self.ema = {name: p.detach().clone() for name, p in trainable(self.distiller)}
         self.stepper = Stepper(
             settings, parallel, self.distiller, self.module, self.optimizer, list(self.ema.values())
-        )
-        self.checkpoints = Checkpoints(
-            self.settings_run.path("checkpoints"),
-            parallel,
-            settings.keep_last,
-            settings.async_checkpoint,
         )
         self.loader = self.make_loader(self.caches, settings.workers)
         for heldout in self.named.heldout:

@@ -24,7 +24,7 @@ from stillroom.pipeline.training.checkpoint import (
     tensors_of,
     trainable,
 )
-from stillroom.pipeline.training.exporting import Export, form_of, rehearse
+from stillroom.pipeline.training.exporting import Export, form_of
 from stillroom.pipeline.training.identity import check_identity, check_not_fewer
 from stillroom.pipeline.training.lock import exclusive
 from stillroom.pipeline.training.metrics import MetricsLog
@@ -83,8 +83,6 @@ class Training(Setup):
         start = time.perf_counter()
         self.build()
         state = self._resume()
-        if state.step == 0:
-            self.parallel.together(lambda: rehearse(self.initial, self.settings))
         log = None
         if self.parallel.is_main:
             run, tracker = self.settings_run, self.settings.tracker
