@@ -34,6 +34,7 @@ check: setup  ## Lint, format and types
 	@$(BIN)/pyright
 
 bench: setup  ## Run every benchmark; each prints one JSON object
+	@$(BIN)/stillroom teacher fetch smollm2
 	@for name in $$(grep -l __main__ benchmarks/*.py | xargs -n1 basename -s .py); do \
 		echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name --json || exit 1; \
 	done

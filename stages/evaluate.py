@@ -34,11 +34,13 @@ def evaluate(run_file: RunFile) -> None:
             f"{scores.kl:.4f} ± {scores.kl_standard_error:.4f}",
             f"{scores.top1:.3f}",
             f"{scores.perplexity:,.1f}",
+            f"{scores.no_token:.2%}",
             f"{scores.parameters / 1e6:,.1f}",
         ]
         for label, scores in found.items()
     ]
-    columns = ["model", "KL to teacher", "top-1 agreement", "perplexity", "parameters (M)"]
+    columns = ["model", "KL to teacher", "top-1 agreement", "perplexity", "on no token"]
+    columns += ["parameters (M)"]
     table(f"held-out text, {run.name}", columns, rows)
     out.print(str(run.path("evaluation.json")))
 

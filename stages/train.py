@@ -45,7 +45,7 @@ def train(
                 warned.add(warning)
                 say(f"warning: {warning}")
 
-        result = train_student(run, on_progress=show, stop=stop)
+        result = train_student(run, on_progress=show, stop=stop, on_note=say)
     if not is_main_process():
         return
     config.dump(run, run.path("train.config.json"))
@@ -70,16 +70,25 @@ def _sweep(sweep_file: Path) -> None:
 
         results = sweeps.run_sweep(sweep_file, show, stop)
     picture = draw_curves({name: run.path() for name, run in arms.items()}, base.path("sweep.png"))
-    scores = _scores(base, {name: result.student for name, result in results.items()})
+    failed = {n: r.failed for n, r in results.items() if isinstance(r, sweeps.FailedArm)}
+    trained = {n: r for n, r in results.items() if not isinstance(r, sweeps.FailedArm)}
+    scores = _scores(base, {name: result.student for name, result in trained.items()})
     rows = [
         [name, f"{result.final_loss:.4f}", f"{result.tokens:,}", *scores.get(name, ["", "", ""])]
-        for name, result in results.items()
+        for name, result in trained.items()
     ]
+    rows += [[name, "failed", "", "", "", ""] for name in failed]
     columns = ["arm", "last loss", "tokens", "KL to teacher", "top-1 agreement", "perplexity"]
     if base.recommender is not None:
         columns = ["arm", "last loss", "histories", "validation", "weights", ""]
     table(f"sweep of {base.name}", columns, rows)
     out.print(str(picture))
+    if failed:
+        reasons = "".join(f"\n- {name}: {reason}" for name, reason in failed.items())
+        raise sweeps.SweepIncomplete(
+            f"{len(failed)} of {len(results)} arms failed{reasons}",
+            remedy="\nPut them right and run the same command again; the others are kept.",
+        )
 
 
 def _scores(base: "Run", students: dict[str, str]) -> dict[str, list[str]]:
@@ -95,6 +104,8 @@ def _scores(base: "Run", students: dict[str, str]) -> dict[str, list[str]]:
         return {}
     examples = list(Corpus.open(base.path("corpus")).split("heldout"))[: settings.examples or None]
     if not examples:
+        return {}
+    if not students:
         return {}
     attention = settings.attention
     found = measure(base.teacher, students, examples, settings.precision, attention=attention)

@@ -17,7 +17,7 @@ import torch
 import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
 from stillroom.pipeline.objectives.combine import Distiller
 from stillroom.pipeline.student.model import load
-from stillroom.pipeline.training import trainer
+from stillroom.pipeline.training import exporting, setup
 
 ROUNDING = 1e-12
 """Sums of some thousand float64 terms of order one, over a few steps: 1e-13; wrong ones are off by
@@ -28,8 +28,12 @@ a share of a learning rate."""
 def in_float64() -> Iterator[None]:
     """What is trained inside, in this process, is trained in float64; Llama's and Qwen's shapes."""
     with pytest.MonkeyPatch.context() as patch, norms_in_float64():
-        patch.setattr(trainer, "load", partial(load, dtype=torch.float64))
-        patch.setattr(trainer, "Distiller", lambda *parts: Distiller(*parts).double())
+        for file in (setup, exporting):
+            patch.setattr(file, "load", partial(load, dtype=torch.float64))
+        patch.setattr(setup, "Distiller", lambda *parts: Distiller(*parts).double())
+        # An export has at most float32: here it keeps what it is given.
+        for narrows in ("_round", "_narrow"):
+            patch.setattr(exporting, narrows, lambda _leaving, _dtype: None)
         yield
 
 

@@ -38,6 +38,7 @@ class MemoryCache:
         return pa.table(
             {
                 "example_id": [r.example.example_id for r in self.records],
+                "source": [r.example.source for r in self.records],
                 "num_tokens": [len(r.example.token_ids) for r in self.records],
             }
         )

@@ -87,6 +87,10 @@ class TeacherCache:
         check_files(manifest, form, where)
         return cls(storage, manifest, form)
 
+    def __reduce__(self) -> tuple:
+        """As another process makes it anew (a DataLoader's worker): without what was read."""
+        return type(self), (self.storage, self.manifest, self.form)
+
     @property
     def signals(self) -> tuple[str, ...]:
         """Names of the signals every record has."""

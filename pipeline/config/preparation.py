@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from stillroom.pipeline.config.recommending import Interactions
-from stillroom.pipeline.config.strict import Table
+from stillroom.pipeline.config.strict import PathText, Table
 
 
 class Source(Table):
@@ -30,7 +30,7 @@ class Source(Table):
         "interactions",
     ] = "files"
     """`files` takes what the files' names say; `images`: pictures with captions beside them."""
-    path: str = ""
+    path: PathText = ""
     """File, glob or directory, or hub data set (`hub`)."""
     split: str = "train"
     """`hub`, and directories of several splits: which of them to read."""
@@ -66,7 +66,7 @@ class Prepare(Table):
     """Corpus: tokenised, windowed, split by document."""
 
     source: tuple[Source, ...]
-    tokenizer: str = ""
+    tokenizer: PathText = ""
     """HF directory or hub id; empty takes the teacher's."""
     window: int = Field(default=512, ge=2)
     """Tokens in one example, at most."""

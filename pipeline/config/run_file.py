@@ -15,7 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config.preparation import Prepare
 from stillroom.pipeline.config.recommending import Candidates, Items, Recommender
-from stillroom.pipeline.config.strict import Table, validate
+from stillroom.pipeline.config.strict import PathText, Table, validate
 from stillroom.pipeline.config.training import Attention, Evaluate, Objective, Student, Train
 from stillroom.pipeline.config.vision import Vision
 
@@ -33,7 +33,7 @@ class Generate(Table):
     teacher_share: float = Field(default=1.0, ge=0, le=1)
     """Share of the teacher in the mixture a * teacher + (1 - a) * student that every token is drawn
     from (MiniLLM's alpha; they take 0.2). 1 needs no student."""
-    student: str = ""
+    student: PathText = ""
     """HF directory or hub id of the mixture's student; same tokenizer as the teacher."""
     turns: Literal["last", "each"] = "last"
     """Conversations: ask for the last answer only, or for every answer anew, each after what the
@@ -50,7 +50,7 @@ class Generate(Table):
 class Teacher(Table):
     """The model that is run once."""
 
-    model: str
+    model: PathText
     """HF directory or hub id."""
     revision: str = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -146,7 +146,7 @@ class Run(Table):
     """A whole TOML file. Stages read the tables they need; all tables are checked by all stages."""
 
     name: str
-    directory: str
+    directory: PathText
     """Where results go, relative to the working directory."""
     prepare: Prepare | None = None
     generate: Generate | None = None
@@ -172,7 +172,7 @@ def load(path: str | Path) -> Run:
     Raises:
         ConfigError: the file is missing, is not TOML, or has a key or value that is not allowed.
     """
-    return parse(_read_toml(Path(path)), where=str(path))
+    return parse(read_toml(Path(path)), where=str(path))
 
 
 def parse(data: dict[str, Any], where: str) -> Run:
@@ -196,9 +196,14 @@ def dump(run: Table, path: str | Path) -> None:
     Path(path).write_text(text + "\n")
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as plain data, with or without the byte order mark that some editors write.
+
+    Raises:
+        ConfigError: it is missing, cannot be read, or is not TOML.
+    """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError("no such file", where=str(path), remedy="Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -5,12 +5,26 @@ says where it is and what was probably meant. This module knows no table of its 
 """
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from stillroom.cache_schemas.errors import ConfigError
+
+
+def _expanded(path: str) -> str:
+    """`~` and `$VARIABLES` as the shell would read them."""
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if left := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise ValueError(f"the environment has no variable {left[0]}")
+    return expanded
+
+
+PathText = Annotated[str, AfterValidator(_expanded)]
+"""A path, URL or hub id in a run file."""
 
 
 class Table(BaseModel):

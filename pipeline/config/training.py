@@ -8,19 +8,28 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from stillroom.pipeline.config.strict import Table
+from stillroom.pipeline.config.strict import PathText, Table
 
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
+Attention = Literal[
+    "auto",
+    "sdpa",
+    "eager",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+]
+"""Names of transformers 5."""
 
 
 class Student(Table):
     """Where the student's first weights come from."""
 
     init: Literal["prune_layers", "prune_width", "config", "model", "parts"] = "prune_layers"
-    model: str = ""
+    model: PathText = ""
     """HF directory or hub id for `model`, JSON config for `config`; empty takes the teacher.
     `parts`: the language model."""
-    vision_model: str = ""
+    vision_model: PathText = ""
     """`parts`: HF directory of the vision tower; both are joined by a fresh projector."""
     vision_layer: int = -2
     """`parts`: the tower's layer that the projector reads; LLaVA takes the last but one."""
@@ -37,12 +46,18 @@ class Student(Table):
 
 
 class Lora(Table):
-    """Low-rank adapters in place of full training (PEFT); merged into the result."""
+    """Low-rank adapters in place of full training (PEFT)."""
 
     rank: int = Field(default=16, ge=1)
     alpha: float = 32.0
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of modules, embeddings and head among them; `all-linear` leaves the head out."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside the adapters."""
+    export: Literal["merged", "adapter"] = "merged"
+    """`merged`: a plain model. `adapter`: PEFT's files, which name `<directory>/student-initial` as
+    the model that they belong to."""
 
 
 class Objective(Table):
@@ -71,26 +86,37 @@ class Objective(Table):
     """Options of this objective; see the runbook on objectives."""
 
 
+class HeldOutCaches(Table):
+    """One held-out set, `[train.heldout.NAME]`: text that no step trains on."""
+
+    cache: PathText
+    """What stands for `train.cache` on held-out text."""
+    caches: dict[str, PathText] = Field(default_factory=dict)
+    """What stands for each of `[train.caches]`, by the same names."""
+
+
 class Train(Table):
     """The student's training."""
 
-    cache: str = ""
+    cache: PathText = ""
     """Directory or URL of the cache; empty takes `<directory>/cache`."""
-    local_copy: str = ""
+    local_copy: PathText = ""
     """Directory that keeps what was read of caches behind a URL, so that a second epoch and other
     runs read it from disk; empty keeps nothing."""
     local_copy_gigabytes: float = Field(default=16, gt=0)
     """What `local_copy` may hold; what was used longest ago goes first."""
-    caches: dict[str, str] = Field(default_factory=dict)
+    caches: dict[str, PathText] = Field(default_factory=dict)
     """Further caches of the same corpus, by name: other teachers, other signals."""
-    images: dict[str, str] = Field(default_factory=dict)
+    images: dict[str, PathText] = Field(default_factory=dict)
     """Caches of vision targets, by name; joined by image, whatever corpus they were made from."""
-    corpus: str = ""
+    corpus: PathText = ""
     """Directory of the prepared corpus that holds the image files; empty takes
     `<directory>/corpus`. Read only for a student with a vision tower."""
     freeze: tuple[str, ...] = ()
     """Patterns (as in file names, `*vision_tower*`) of student weights that stay as they are."""
     steps: int = Field(default=100, ge=1)
+    """May grow between two calls, after the end too: steps that were taken stay, and rate, weights
+    and curricula follow the new number of steps from there."""
     batch_tokens: int = Field(default=2048, ge=2)
     """Tokens of one microbatch, padding included."""
     accumulate: int = Field(default=1, ge=1)
@@ -111,17 +137,27 @@ class Train(Table):
     clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     betas: tuple[float, float] = (0.9, 0.95)
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16`: autocast over fp32 master weights."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`bfloat16`: autocast over fp32 master weights; `auto` is that on CUDA and fp32 elsewhere."""
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in the trained student's directory."""
     lora: Lora | None = None
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of an average of the weights, which is then what is exported; 0 keeps none."""
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """`flash_attention_2` trains padding-free: rows are laid end to end without padding."""
+    attention: Attention = "auto"
+    """`auto` is what transformers takes for the architecture (sdpa where it has that). The
+    `flash_attention`s train padding-free: rows are laid end to end without padding."""
+    packing: Literal["auto", "never"] = "auto"
+    """`auto` puts several examples into a row where the student keeps them apart, which is
+    measured; `never` (and `auto` elsewhere) one example."""
+    load_balancing: bool = True
+    """Add the router's load-balancing loss, times the config's `router_aux_loss_coef`, where the
+    student has experts and a coefficient."""
     activation_checkpointing: bool = False
     compile: bool = False
-    kernel: Literal["chunked", "eager", "triton"] = "chunked"
-    """Implementation of the divergences; one that cannot run here is an error."""
+    kernel: Literal["auto", "chunked", "eager", "triton"] = "auto"
+    """Implementation of the divergences: `auto` is triton on CUDA and chunked elsewhere; one that
+    is named and cannot run here is an error."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several ranks share the work."""
     workers: int = Field(default=1, ge=0)
@@ -134,8 +170,15 @@ class Train(Table):
     log_every: int = Field(default=1, ge=1)
     evaluate_every: int = Field(default=0, ge=0)
     """Steps between measurements on `heldout_cache`; 0 measures only with `stillroom evaluate`."""
-    heldout_cache: str = ""
+    heldout_cache: PathText = ""
     """Cache of the held-out split, for measurement during training."""
+    heldout: dict[str, HeldOutCaches] = Field(default_factory=dict)
+    """Further held-out sets by name; their measures are `heldout/NAME/...`."""
+    keep_best: str = ""
+    """A held-out measure, such as `1.forward_kl` or `NAME/1.forward_kl`: the student of its lowest
+    value is exported, not that of the last step."""
+    patience: int = Field(default=0, ge=0)
+    """Stop after this many measurements without a new best of `keep_best`; 0 takes all steps."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
     """A second place for the curves, beside TensorBoard."""
 
@@ -143,7 +186,7 @@ class Train(Table):
 class Evaluate(Table):
     """Held-out measurement."""
 
-    students: dict[str, str] = Field(default_factory=dict)
+    students: dict[str, PathText] = Field(default_factory=dict)
     """Label -> HF directory, beside this run's student before and after training."""
     examples: int = Field(default=0, ge=0)
     """Held-out examples to use; 0 takes all."""

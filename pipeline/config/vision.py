@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from stillroom.pipeline.config.strict import Table
+from stillroom.pipeline.config.strict import PathText, Table
 
 Kind = Literal[
     "dinov2",
@@ -30,7 +30,7 @@ class Encoder(Table):
     name: Name
     """The target is the signal `image.<name>`."""
     kind: Kind
-    model: str = ""
+    model: PathText = ""
     """HF directory or hub id; `teacher_tower` takes the teacher's when it is empty."""
     revision: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -47,6 +47,19 @@ def tokenizer_facts(model: str, trusts_code: bool = False) -> dict[str, Any]:
     return _facts(_load(_directory(model, ""), trusts_code))
 
 
+def vocabulary(model: str, trusts_code: bool = False) -> dict[str, int]:
+    """Token -> id of a model's tokenizer.
+
+    Args:
+        model: HF directory or hub id.
+        trusts_code: whether Python code of the directory may be run.
+
+    Raises:
+        CorpusError: no tokenizer is there, or it cannot be loaded.
+    """
+    return _load(_directory(model, ""), trusts_code).get_vocab()
+
+
 @dataclass(frozen=True)
 class CorpusTokenizer:
     """A loaded tokenizer with what preparing needs to know of its model.

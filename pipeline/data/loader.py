@@ -46,6 +46,7 @@ class Geometry:
         rank: this process.
         world_size: processes.
         padding_free: see `stillroom.pipeline.data.batch.collate`.
+        packed: several examples may share a row.
     """
 
     capacity: int
@@ -54,6 +55,7 @@ class Geometry:
     rank: int = 0
     world_size: int = 1
     padding_free: bool = False
+    packed: bool = True
 
     def __post_init__(self):
         if self.accumulate % self.world_size:
@@ -98,10 +100,11 @@ class DistillLoader:
     ):
         main = sources[""]
         shards = np.fromiter((main.shard_of(i) for i in range(len(main))), dtype=np.int64)
-        self.plan = RowPlan(lengths_of(main), shards, geometry.capacity, seed, shuffle_shards)
+        self.plan = RowPlan(
+            lengths_of(main), shards, geometry.capacity, seed, shuffle_shards, geometry.packed
+        )
         self._sources, self._signals = dict(sources), dict(signals)
-        # int64 [examples] each: where the main cache's examples are in the others.
-        self._others = {name: _match(main, cache, name) for name, cache in sources.items() if name}
+        self._others = {name: matched(main, cache, name) for name, cache in sources.items() if name}
         self.geometry, self._workers, self._pin_memory = geometry, workers, pin_memory
         self._pictures = pictures
 
@@ -118,6 +121,18 @@ class DistillLoader:
             yield from self._ahead(pool, self._tasks(position, count))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def once(self) -> Iterator[tuple[DistillBatch, bool]]:
+        """This rank's microbatches of one epoch, every example once over all ranks.
+
+        Every rank gets as many; False stands beside one that another rank counts.
+        """
+        size, world_size = self.geometry.rows, self.geometry.world_size
+        rows = self.plan.epoch(0)
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        for first in range(0, len(parts), world_size):
+            own = first + self.geometry.rank
+            yield self._batch(parts[own if own < len(parts) else first]), own < len(parts)
 
     def _ahead(self, pool: ThreadPoolExecutor, tasks) -> Iterator:
         """Keep the next `STEPS_AHEAD` steps being decoded."""
@@ -159,8 +174,12 @@ def lengths_of(cache: RecordSource) -> np.ndarray:
     return np.asarray(cache.index(["num_tokens"]).column("num_tokens"), dtype=np.int64)
 
 
-def _match(main: RecordSource, other: RecordSource, name: str) -> np.ndarray:
-    """For each example of the main cache, its number in another cache."""
+def matched(main: RecordSource, other: RecordSource, name: str) -> np.ndarray:
+    """int64 [examples]: for each example of the main cache, its number in another cache.
+
+    Raises:
+        StudentError: the other one lacks an example.
+    """
     where = {example_id: number for number, example_id in enumerate(_ids(other))}
     wanted = _ids(main)
     missing = [example_id for example_id in wanted if example_id not in where]

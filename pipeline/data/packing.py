@@ -34,6 +34,7 @@ class RowPlan:
         seed: of the order.
         window: shards that are shuffled together. Examples of different windows never share a
             row, so at most `window` shards are in use at a time.
+        packed: several examples may share a row; otherwise each has its own.
     """
 
     lengths: np.ndarray
@@ -41,6 +42,7 @@ class RowPlan:
     capacity: int
     seed: int = 0
     window: int = 16
+    packed: bool = True
     _epochs: dict[int, list[tuple[int, ...]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -83,7 +85,10 @@ class RowPlan:
         for start in range(0, len(shards), self.window):
             together = np.isin(self.shards, shards[start : start + self.window])  # bool [examples]
             order = random.permutation(np.flatnonzero(together))
-            rows += pack(order.tolist(), self.lengths[order].tolist(), self.capacity)
+            if self.packed:
+                rows += pack(order.tolist(), self.lengths[order].tolist(), self.capacity)
+            else:
+                rows += [(number,) for number in order.tolist()]
         return rows
 
 

@@ -19,8 +19,9 @@ from torch import nn
 from stillroom.cache_schemas.errors import CorpusError, StudentError
 from stillroom.pipeline.config import Run, Teacher, require
 from stillroom.pipeline.config.training import Attention, Evaluate
+from stillroom.pipeline.corpus.tokenizer import vocabulary
 from stillroom.pipeline.record import Example
-from stillroom.pipeline.student.model import load
+from stillroom.pipeline.student.loading import is_model, load
 from stillroom.pipeline.student.states import StudentStates, forward_states
 from stillroom.pipeline.teacher.reference.engine import load_merged
 from stillroom.pipeline.training.checkpoint import write_durably
@@ -39,6 +40,7 @@ class Scores:
         top1: share of rows where the most probable token is the teacher's.
         perplexity: exp of the mean -log p of the text's own tokens.
         parameters: of the model.
+        no_token: probability on ids that no token has, mean over rows.
     """
 
     kl: float
@@ -46,6 +48,7 @@ class Scores:
     top1: float
     perplexity: float
     parameters: int
+    no_token: float
 
 
 @dataclass
@@ -57,8 +60,10 @@ class _Sums:
     rows: list[int] = field(default_factory=list)
     hits: int = 0
     nll: float = 0.0
+    no_token: float = 0.0
 
-    def add(self, kl: torch.Tensor, hits: torch.Tensor, nll: torch.Tensor) -> None:
+    def add(self, kl: torch.Tensor, hits: torch.Tensor, nll: torch.Tensor, no_token) -> None:
+        self.no_token += float(no_token.double().sum())
         self.kl.append(float(kl.double().sum()))
         self.rows.append(len(kl))
         self.hits += int(hits.sum())
@@ -71,7 +76,8 @@ class _Sums:
         # Ratio estimator: the examples are the independent units, of unequal size.
         spread = float(((sums - mean * rows) ** 2).sum().sqrt() / total)
         perplexity = float(torch.tensor(self.nll / total, dtype=torch.float64).exp())
-        return Scores(mean, spread, self.hits / total, perplexity, self.parameters)
+        rates = self.hits / total, perplexity, self.parameters, self.no_token / total
+        return Scores(mean, spread, *rates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +125,7 @@ def students_of(run: Run) -> dict[str, str]:
     named = {"before": str(run.path("student-initial")), "after": str(run.path("student"))}
     named |= (run.evaluate or Evaluate()).students
     for label, directory in named.items():
-        if not (Path(directory) / "config.json").exists():
+        if not is_model(Path(directory)):
             raise StudentError(
                 f"student '{label}' is not there",
                 where=directory,
@@ -151,23 +157,22 @@ def measure(
         "teacher" and every label -> scores.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = Teacher(model=teacher) if isinstance(teacher, str) else teacher
     models = _load(teacher, students, attention)
     models = {label: model.to(device).eval() for label, model in models.items()}
-    vocabulary = _common_vocabulary(models)
+    tokens = _tokens_of(teacher, models).to(device)
+    _check_vocabularies(models, tokens)
     sums = {label: _Sums(_size(model)) for label, model in models.items()}
     for number, example in enumerate(examples):
         with torch.inference_mode(), _autocast(device, precision):
-            _measure_one(models, sums, example, device, vocabulary)
+            _measure_one(models, sums, example, device, tokens)
         if on_progress is not None:
             means = {label: sum(s.kl) / sum(s.rows) for label, s in sums.items()}
             on_progress(EvaluateProgress(number + 1, len(examples), means))
     return {label: value.scores() for label, value in sums.items()}
 
 
-def _load(
-    teacher: Teacher | str, students: Mapping[str, str], attention: Attention
-) -> dict[str, Any]:
-    teacher = Teacher(model=teacher) if isinstance(teacher, str) else teacher
+def _load(teacher: Teacher, students: Mapping[str, str], attention: Attention) -> dict[str, Any]:
     chosen: dict[str, Any] = {"dtype": "float32"}
     if attention != "auto":
         chosen["attention"] = attention
@@ -176,7 +181,7 @@ def _load(
     return loaded | {label: load(path, own) for label, path in students.items()}
 
 
-def _measure_one(models, sums, example: Example, device, vocabulary: int) -> None:
+def _measure_one(models, sums, example: Example, device, tokens: torch.Tensor) -> None:
     ids = torch.as_tensor(example.token_ids, dtype=torch.long, device=device)
     # Row t predicts token t + 1.
     rows = torch.as_tensor(example.loss_mask[1:].nonzero()[0], device=device)
@@ -185,39 +190,63 @@ def _measure_one(models, sums, example: Example, device, vocabulary: int) -> Non
     parts: dict[str, list] = {label: [] for label in models}
     for chunk in rows.split(ROWS_PER_CHUNK):
         target = ids[chunk + 1]
-        truth = _logprobs(states["teacher"], chunk, vocabulary)  # [rows, V]
+        truth = _logprobs(states["teacher"], chunk)
         for label in models:
-            own = truth if label == "teacher" else _logprobs(states[label], chunk, vocabulary)
-            parts[label].append(_compare(truth, own, target))
+            own = truth if label == "teacher" else _logprobs(states[label], chunk)
+            parts[label].append(_compare(truth, own, target, tokens))
     for label, found in parts.items():
         sums[label].add(*(torch.cat(column) for column in zip(*found)))
 
 
-def _logprobs(states: StudentStates, rows: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """fp32 log-softmax [rows, vocabulary] of chosen rows."""
+def _logprobs(states: StudentStates, rows: torch.Tensor) -> torch.Tensor:
+    """fp32 log-softmax [rows, V] of chosen rows over the whole head, as transformers has it."""
     head = states.head
-    bias = None if head.bias is None else head.bias[:vocabulary]
-    logits = nn.functional.linear(states.at(rows), head.weight[:vocabulary], bias).float()
+    logits = nn.functional.linear(states.at(rows), head.weight, head.bias).float()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     return logits.log_softmax(dim=-1)
 
 
-def _compare(truth: torch.Tensor, own: torch.Tensor, target: torch.Tensor) -> tuple:
-    """Per row: KL(truth || own), whether the first choices agree, -log own(target)."""
-    kl = (truth.exp() * (truth - own)).sum(dim=-1)  # nats
-    return kl, truth.argmax(-1) == own.argmax(-1), -own.gather(1, target[:, None])[:, 0]
+def _compare(truth: torch.Tensor, own: torch.Tensor, target, tokens: torch.Tensor) -> tuple:
+    """Per row: KL(truth || own), whether the first choices agree, -log own(target), and own mass on
+    ids that no token has.
+
+    The teacher has no mass on columns that only the student has; what the student counts there it
+    has lost. Columns that only the teacher has are padding, and are left out of its softmax.
+    """
+    width = own.shape[1]
+    if truth.shape[1] > width:
+        truth = truth[:, :width].log_softmax(dim=-1)
+    shared = own[:, : truth.shape[1]]
+    kl = (truth.exp() * (truth - shared)).sum(dim=-1)
+    no_token = own.exp()[:, ~tokens[:width]].sum(dim=-1)
+    hits = truth.argmax(-1) == own.argmax(-1)
+    return kl, hits, -own.gather(1, target[:, None])[:, 0], no_token
 
 
-def _common_vocabulary(models: Mapping[str, Any]) -> int:
-    """Columns that all heads have; padding beyond them carries no token."""
-    sizes = {label: m.get_output_embeddings().weight.shape[0] for label, m in models.items()}
-    smallest = min(sizes.values())
-    if max(sizes.values()) - smallest > max(1024, smallest // 50):
+def _tokens_of(teacher: Teacher, models: Mapping[str, Any]) -> torch.Tensor:
+    """bool [widest head]: which ids are tokens of the teacher's tokenizer."""
+    width = max(_head_rows(model) for model in models.values())
+    tokens = torch.zeros(width, dtype=torch.bool)
+    known = vocabulary(teacher.model, teacher.trust_remote_code)
+    tokens[[number for number in known.values() if number < width]] = True
+    return tokens
+
+
+def _head_rows(model: Any) -> int:
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def _check_vocabularies(models: Mapping[str, Any], tokens: torch.Tensor) -> None:
+    """Heads may differ by padding, not by tokens."""
+    needed = int(tokens.nonzero().max()) + 1
+    sizes = {label: _head_rows(model) for label, model in models.items()}
+    if min(sizes.values()) < needed:
         raise StudentError(
-            f"vocabularies differ: {sizes}", remedy="Compare students of one tokenizer."
+            f"vocabularies differ: {sizes}",
+            expected=f"at least {needed}, the ids of the teacher's tokenizer",
+            remedy="Compare students of one tokenizer.",
         )
-    return smallest
 
 
 def _size(model: Any) -> int:

@@ -178,8 +178,11 @@ def _sweep_some(
     keep: Tensor,
 ) -> tuple[Tensor, Gradients]:
     keep = keep.to(hidden.device, non_blocking=True)
+    told = plan.targets.cross_entropy
     plan = replace(plan, targets=plan.targets[keep])
     loss, gradients = _sweep_chunks(hidden[keep], unembedding, bias, plan, needed)
+    if told is not None:
+        told.zero_().index_copy_(0, keep, plan.targets.cross_entropy)
     loss = loss.new_zeros(len(hidden)).index_copy_(0, keep, loss)
     if gradients.hidden is not None:
         rows = torch.zeros_like(hidden).index_copy_(0, keep, gradients.hidden)

@@ -38,7 +38,7 @@ class DenseTargets:
         unembedding: [V', D'] its head; rows beyond the student's words are not read.
         bias: [V'] or None.
         softcap: soft cap of its logits, or None.
-        labels, weights: as in `targets.Targets`.
+        labels, weights, cross_entropy: as in `targets.Targets`.
     """
 
     hidden: Tensor
@@ -47,11 +47,14 @@ class DenseTargets:
     softcap: float | None
     labels: Tensor | None
     weights: Tensor | None
+    cross_entropy: Tensor | None = None
 
     def __getitem__(self, rows: slice | Tensor) -> "DenseTargets":
         labels = None if self.labels is None else self.labels[rows]
         weights = None if self.weights is None else self.weights[rows]
-        return replace(self, hidden=self.hidden[rows], labels=labels, weights=weights)
+        part = None if self.cross_entropy is None else self.cross_entropy[rows]
+        hidden = self.hidden[rows]
+        return replace(self, hidden=hidden, labels=labels, weights=weights, cross_entropy=part)
 
 
 def sweep(
@@ -129,7 +132,10 @@ def _sweep_block(
     loss = objective.temperature**2 * values.sum(1)
     log_plain = log_q if objective.temperature == 1 else logits.log_softmax(1)
     hard, label = _hard(targets, objective, logits)
-    loss -= hard[:, 0] * log_plain.gather(1, label)[:, 0]
+    surprise = -log_plain.gather(1, label)[:, 0]
+    if targets.cross_entropy is not None:
+        targets.cross_entropy.copy_(surprise.where(hard[:, 0] > 0, 0))
+    loss += hard[:, 0] * surprise
     if with_gradient:
         gradient = outcome_gradient(slopes, q)
         torch.mul(gradient, objective.temperature, out=logits)

@@ -31,7 +31,7 @@ def topk_divergence(
     teacher = teacher_outcomes(targets.ids, targets.logprobs, objective.tail, words, logits.dtype)
     log_q = student_outcomes(logits / objective.temperature, targets.ids)  # [N, k + 1]
     soft = terms(objective, teacher, log_q).value.sum(1)
-    return total(soft, logits, targets.labels, targets.weights, objective)
+    return total(soft, logits, targets, objective)
 
 
 def linear_divergence(
@@ -47,7 +47,7 @@ def linear_divergence(
     teacher = dense_outcomes(teacher_logits(targets, words).to(logits.dtype), objective.temperature)
     log_q = (logits / objective.temperature).log_softmax(1).clamp(min=LOG_ZERO)  # [N, V]
     soft = terms(objective, teacher, log_q).value.sum(1)
-    return total(soft, logits, targets.labels, targets.weights, objective)
+    return total(soft, logits, targets, objective)
 
 
 def head_logits(
@@ -60,18 +60,17 @@ def head_logits(
 
 
 def total(
-    soft: Tensor,
-    logits: Tensor,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    objective: Objective,
+    soft: Tensor, logits: Tensor, targets: Targets | DenseTargets, objective: Objective
 ) -> Tensor:
     """temperature^2 * soft + ce_weight * cross-entropy, times the weights."""
+    labels, weights = targets.labels, targets.weights
     loss = objective.temperature**2 * soft
     if objective.ce_weight and labels is not None:
         labels = labels.clamp(min=-1).long()
         hard = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
         loss = loss + objective.ce_weight * hard
+        if targets.cross_entropy is not None:
+            targets.cross_entropy.copy_(hard.detach())
     return loss if weights is None else loss * weights.to(loss)
 
 

@@ -120,6 +120,14 @@ def dense_teacher_sweep(impl: Implementation, hidden: Tensor) -> Sweep:
     return _triton("dense_sweep").sweep
 
 
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether the Triton sweeps run on a device (or, on a CPU, under their interpreter)."""
+    try:
+        return bool(_triton("rows").available(device))
+    except RuntimeError:
+        return False
+
+
 def _require_triton(hidden: Tensor) -> None:
     if not _triton("rows").available(hidden.device):
         raise RuntimeError(f"impl: 'triton' needs a CUDA device; hidden is on {hidden.device}")

@@ -27,6 +27,7 @@ def linear_divergence(
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
     weights: Tensor | None = None,
+    cross_entropy: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     teacher_bias: Tensor | None = None,
@@ -50,8 +51,9 @@ def linear_divergence(
         teacher_softcap: cap of its tanh soft-capped logits.
         impl: `eager` (the truth), `chunked` (torch, any device) or `triton` (CUDA).
         debug: check the values of labels and weights; see `topk_divergence`.
-        hidden, unembedding, divergence, beta, alpha, temperature, labels, ce_weight, weights, bias,
-        softcap, valid_vocab, memory_budget, accumulate_fp32: see `topk_divergence`.
+        hidden, unembedding, divergence, beta, alpha, temperature, labels, ce_weight, weights,
+        cross_entropy, bias, softcap, valid_vocab, memory_budget, accumulate_fp32: see
+        `topk_divergence`.
 
     Returns:
         fp32 [N] (fp64 for fp64 inputs); reduce it with `.sum()`.
@@ -79,6 +81,7 @@ def linear_divergence(
         teacher_softcap,
         labels,
         weights,
+        cross_entropy,
     )
     if impl == "eager":
         return eager.linear_divergence(hidden, unembedding, bias, targets, objective, shard.total)

@@ -157,15 +157,17 @@ class PackedTargets:
     lists: PackedTopk
     labels: Tensor | None
     weights: Tensor | None
+    cross_entropy: Tensor | None = None
 
     def __getitem__(self, rows: slice | Tensor) -> "PackedTargets":
         labels = None if self.labels is None else self.labels[rows]
         weights = None if self.weights is None else self.weights[rows]
-        return PackedTargets(self.lists[rows], labels, weights)
+        part = None if self.cross_entropy is None else self.cross_entropy[rows]
+        return PackedTargets(self.lists[rows], labels, weights, part)
 
     def unpack(self) -> Targets:
         """The same with plain lists."""
-        return Targets(*self.lists.unpack(), self.labels, self.weights)
+        return Targets(*self.lists.unpack(), self.labels, self.weights, self.cross_entropy)
 
 
 def _signed(ranks: np.ndarray) -> np.ndarray:

@@ -17,17 +17,20 @@ class Targets:
         logprobs: [N, k] teacher log-probabilities at the objective's temperature.
         labels: [N] or None; negative is no label.
         weights: [N] or None.
+        cross_entropy: fp32 [N] that the sweep fills with -log q(label), or None.
     """
 
     ids: Tensor
     logprobs: Tensor
     labels: Tensor | None
     weights: Tensor | None
+    cross_entropy: Tensor | None = None
 
     def __getitem__(self, rows: slice | Tensor) -> "Targets":
         labels = None if self.labels is None else self.labels[rows]
         weights = None if self.weights is None else self.weights[rows]
-        return Targets(self.ids[rows], self.logprobs[rows], labels, weights)
+        part = None if self.cross_entropy is None else self.cross_entropy[rows]
+        return Targets(self.ids[rows], self.logprobs[rows], labels, weights, part)
 
     def unpack(self) -> "Targets":
         """Itself: these lists are plain."""

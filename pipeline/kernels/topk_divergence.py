@@ -82,6 +82,7 @@ def topk_divergence(
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
     weights: Tensor | None = None,
+    cross_entropy: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     valid_vocab: int | None = None,
@@ -114,6 +115,9 @@ def topk_divergence(
         ce_weight: weight of the cross-entropy (temperature 1, not multiplied by T^2).
         weights: [N] factors of the rows. On the CPU (wherever hidden is), rows of weight 0 are
             left out before the first matrix product; on a device they only count 0.
+        cross_entropy: fp32 [N] to be filled with each row's own cross-entropy at temperature 1,
+            before its weight; 0 without a label and where weights on the CPU are 0. Needs
+            `ce_weight`; nothing is differentiated through it.
         bias: [V] of the head.
         softcap: cap of tanh soft-capped logits.
         valid_vocab: number of real words; head rows from there on are padding.
@@ -140,7 +144,7 @@ def topk_divergence(
     shard = argument_checks.check_words(unembedding, valid_vocab, shard, impl)
     argument_checks.check_rows(hidden, labels=labels, weights=weights, ce_weight=ce_weight)
     argument_checks.check_how(impl, memory_budget)
-    targets = _targets(hidden, ids, logprobs, labels, weights)
+    targets = replace(_targets(hidden, ids, logprobs, labels, weights), cross_entropy=cross_entropy)
     if tail_ids is not None and tail_weights is not None:
         argument_checks.check_sparse(hidden, "tail_ids", tail_ids, "tail_weights", tail_weights)
     if execution.debugging(debug, hidden):

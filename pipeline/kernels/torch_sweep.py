@@ -87,8 +87,10 @@ def judge(targets: Targets, objective: Objective, shard: Shard, local: ShardStat
     values, slopes = terms(objective, teacher, student.log_q)
     hard = _hard_weight(objective, targets, student.log_q)
     # 0 * -inf: a row without a label may have any number here.
-    surprise = torch.where(hard > 0, hard * -student.label_logprob, 0)
-    loss = objective.temperature**2 * values.sum(1) + surprise[:, 0]
+    surprise = torch.where(hard > 0, -student.label_logprob, 0)
+    if targets.cross_entropy is not None:
+        targets.cross_entropy.copy_(surprise[:, 0])
+    loss = objective.temperature**2 * values.sum(1) + (hard * surprise)[:, 0]
     q = student.log_q.exp()
     outcomes = outcome_gradient(slopes, q) * objective.temperature  # [C, k + 1]
     if local.plain_peak is None:

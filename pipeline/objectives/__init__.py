@@ -2,6 +2,7 @@
 
 from stillroom.pipeline.objectives import (  # noqa: F401
     alignment,
+    balancing,
     divergence,
     embedding,
     policy,

@@ -5,7 +5,8 @@ and their total for one microbatch; totals are summed over microbatches and rank
 pass then returns contributions that add up, over microbatches and ranks, to the step's means.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from stillroom.cache_schemas.errors import ConfigError, StudentError
 from stillroom.pipeline.config.training import Objective
 from stillroom.pipeline.data.batch import NO_TEACHER, DistillBatch
 from stillroom.pipeline.kernels.precision import widened
-from stillroom.pipeline.objectives import registry
+from stillroom.pipeline.objectives import balancing, registry
 from stillroom.pipeline.objectives.embedding_predictor import TaskTokens
 from stillroom.pipeline.objectives.presets import expand
 from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs
@@ -26,12 +27,19 @@ from stillroom.pipeline.objectives.weighting import (
     admit_by_gap,
     unit_weights,
 )
-from stillroom.pipeline.student.states import blocks_of, forward_states
+from stillroom.pipeline.student.states import blocks_of, forward_states, tells_its_routing
 from stillroom.pipeline.teacher.reference.head import Head
 
 
-def terms_of(objectives: Sequence[Objective], caches: Mapping[str, CacheFacts]) -> list[Term]:
+def terms_of(
+    objectives: Sequence[Objective], caches: Mapping[str, CacheFacts], on: str = ""
+) -> list[Term]:
     """Check every objective against the caches before anything is trained.
+
+    Args:
+        objectives: the `[[objective]]` tables.
+        caches: name -> facts; "" is the main one.
+        on: what the caches are, for messages; empty for those that are trained on.
 
     Raises:
         ConfigError: no objective; an unknown name, option or cache.
@@ -41,11 +49,11 @@ def terms_of(objectives: Sequence[Objective], caches: Mapping[str, CacheFacts]) 
     if not objectives:
         raise ConfigError("no [[objective]]", remedy="Add one, for example name = 'forward_kl'.")
     lines = [line for table in objectives for line in expand(table)]
-    return [_term(number, table, caches) for number, table in enumerate(lines)]
+    return [_term(number, table, caches, on) for number, table in enumerate(lines)]
 
 
-def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts]) -> Term:
-    where = f"[[objective]] {number + 1}"
+def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts], on: str) -> Term:
+    where = f"{on} [[objective]] {number + 1}".lstrip()
     spec, options = registry.find(table.name, table.options, where)
     if table.cache not in caches:
         raise ConfigError(
@@ -60,9 +68,15 @@ def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts]) -> Te
     ranked = CURRICULUM_SIGNALS[table.curriculum]
     needs = replace(needs, signals=(*needs.signals, *ranked))
     _check_needs(needs, facts, f"{where} '{table.name}'")
-    # Numbered, because two lines may name one objective.
-    label = f"{number + 1}.{table.name}" + (f"@{table.cache}" if table.cache else "")
+    label = f"{number + 1}.{table.name}{spec.suffix(options)}"
+    label += f"@{table.cache}" if table.cache else ""
     return Term(label, table, spec, options, needs, facts)
+
+
+def balancing_term(terms: Sequence[Term], weight: float, caches: Mapping[str, CacheFacts]) -> Term:
+    """The load-balancing loss as one more line behind the others."""
+    line = Objective(name=balancing.NAME, weight=weight, mask="all")
+    return _term(len(terms), line, caches, "")
 
 
 def _check_needs(needs: Needs, facts: CacheFacts, where: str) -> None:
@@ -92,7 +106,7 @@ def _check_needs(needs: Needs, facts: CacheFacts, where: str) -> None:
         )
 
 
-def signals_needed(terms: Sequence[Term], caches: Mapping[str, CacheFacts]) -> dict[str, set[str]]:
+def signals_needed(terms: Sequence[Term], caches: Iterable[str]) -> dict[str, set[str]]:
     """Cache name -> signals to read for training; every cache is read, if only for its rows."""
     needed: dict[str, set[str]] = {name: set() for name in caches}
     for term in terms:
@@ -107,6 +121,7 @@ class Distiller(nn.Module):
         model: the student.
         projectors: those of the objectives, by number.
         terms: the checked objectives.
+        packed: rows of a batch hold several documents.
         sums: what the objectives left in the last forward passes, to be added up and reported.
     """
 
@@ -117,12 +132,12 @@ class Distiller(nn.Module):
         kernel: str = "chunked",
         teacher_head: Head | None = None,
         task_tokens: torch.Tensor | None = None,
+        packed: bool = True,
     ):
         super().__init__()
-        self.model, self.kernel = model, kernel
-        self.terms = [
-            _within(term, model.get_output_embeddings().weight.shape[0]) for term in terms
-        ]
+        self.model, self.kernel, self.packed = model, kernel, packed
+        self._head_rows = model.get_output_embeddings().weight.shape[0]
+        self.terms = [_within(term, self._head_rows) for term in terms]
         # Not a buffer: it is never trained, sharded or moved with the student.
         self.teacher_head = teacher_head
         self.projectors = nn.ModuleDict()
@@ -133,7 +148,22 @@ class Distiller(nn.Module):
         self.task_tokens = TaskTokens(self.projectors, task_tokens)
         self.blocks = sorted({block for term in self.terms for block in term.needs.blocks})
         _check_blocks(self.blocks, model)
+        _check_routers(self.terms, model)
         self.sums: dict[str, dict[str, torch.Tensor]] = {}
+
+    @contextmanager
+    def judged_by(self, terms: Sequence[Term]) -> Iterator[None]:
+        """Within it the objectives are computed with the facts of other caches.
+
+        Args:
+            terms: the same lines of the `[[objective]]` table.
+        """
+        before = self.terms
+        self.terms = [_within(term, self._head_rows) for term in terms]
+        try:
+            yield
+        finally:
+            self.terms = before
 
     def weigh(
         self, batch: DistillBatch, progress: float
@@ -152,18 +182,19 @@ class Distiller(nn.Module):
         return weights, torch.stack([w.double().sum() for w in weights])
 
     def forward(
-        self, batch: DistillBatch, weights: list[torch.Tensor], progress: float = 1.0
+        self, batch: DistillBatch, weights: Iterable[torch.Tensor], progress: float = 1.0
     ) -> torch.Tensor:
         """Each objective's contribution to the step's loss.
 
         Args:
             batch: on the student's device.
-            weights: per objective float32 [units] on the CPU, divided by the global totals and
-                multiplied by the objective's weight.
+            weights: per objective float32 [units] on the CPU (see `UnitWeights`), divided by the
+                global totals and multiplied by the objective's weight; by 1 where that is 0.
             progress: share of the run that is done.
 
         Returns:
-            float32 [objectives], or float64 where the student is.
+            float32 [objectives], or float64 where the student is. One of weight 0 has its value
+            and no gradient.
         """
         states = forward_states(
             self.model,
@@ -172,15 +203,29 @@ class Distiller(nn.Module):
             self.blocks,
             batch.images,
             self.task_tokens.embeddings(),
+            self.packed,
+            routed=any(term.needs.routers for term in self.terms),
         )
         values = []
         for number, (term, weight) in enumerate(zip(self.terms, weights, strict=True)):
             context = self._context(number, term, states, batch, weight)
-            if term.table.curriculum.endswith("gap_first"):
-                context = admit_by_gap(context, term.table.curriculum, progress)
-            values.append(widened(term.spec.compute(context)).sum())
-            self._keep_sums(term.label, context.sums)
+            if term.weight(progress):
+                values.append(self._value(term, context, progress))
+                continue
+            # Every weight of the student takes part in every step, as DDP wants it: with zeros.
+            untaught = replace(context, weights=context.weights * 0.0, sums={})
+            value = widened(term.spec.compute(untaught)).sum()
+            with torch.no_grad():
+                shown = self._value(term, context, progress)
+            values.append(value + shown)
         return torch.stack(values)  # [objectives]
+
+    def _value(self, term: Term, context: Context, progress: float) -> torch.Tensor:
+        if term.table.curriculum.endswith("gap_first"):
+            context = admit_by_gap(context, term.table.curriculum, progress)
+        value = widened(term.spec.compute(context)).sum()
+        self._keep_sums(term.label, context.sums)
+        return value
 
     def _context(self, number: int, term: Term, states, batch: DistillBatch, weight) -> Context:
         teacher, key = batch.teachers.get(term.table.cache, NO_TEACHER), str(number)
@@ -202,7 +247,7 @@ class Distiller(nn.Module):
     def _keep_sums(self, label: str, sums: dict[str, torch.Tensor]) -> None:
         mine = self.sums.setdefault(label, {}) if sums else {}
         for name, value in sums.items():
-            mine[name] = mine.get(name, 0) + value.detach().double().cpu()
+            mine[name] = mine.get(name, 0) + value.detach().double()
 
 
 def _within(term: Term, head_rows: int) -> Term:
@@ -210,6 +255,16 @@ def _within(term: Term, head_rows: int) -> Term:
     if term.facts.vocab_size <= head_rows:
         return term
     return replace(term, facts=replace(term.facts, vocab_size=head_rows))
+
+
+def _check_routers(terms: Sequence[Term], model: Any) -> None:
+    asking = [term.label for term in terms if term.needs.routers]
+    if asking and not tells_its_routing(model):
+        raise StudentError(
+            f"objective {asking[0]} needs a student with experts that hands out router logits",
+            where=type(model).__name__,
+            remedy="Leave this [[objective]] out.",
+        )
 
 
 def _check_blocks(blocks: Sequence[int], model: Any) -> None:

@@ -18,13 +18,20 @@ from pydantic import Field, model_validator
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config.strict import Table
 from stillroom.pipeline.kernels.divergences import DivergenceName
-from stillroom.pipeline.kernels.precision import widened
 from stillroom.pipeline.kernels.topk_divergence import topk_divergence
+from stillroom.pipeline.objectives.padding import push_off, pushes_by_itself
+from stillroom.pipeline.objectives.parts import keep_parts, labelled, parts
 from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
+from stillroom.pipeline.objectives.teacher_rows import (
+    MAX_SPREAD,
+    logit_spread,
+    sampled_tail,
+    self_information,
+    teacher_logprobs,
+    zscore_logprobs,
+)
 
 DIVERGENCES = get_args(DivergenceName)
-MAX_SPREAD = 1e-7
-"""LLaVADI's guard of the z-score: (z - mean) / (MAX_SPREAD + std)."""
 
 
 class DivergenceOptions(Table):
@@ -45,6 +52,11 @@ class DivergenceOptions(Table):
     """Adds ce_weight * cross-entropy on the text's own tokens, in the same sweep."""
     normalise_logits: bool = False
     """Compare z-scored logits of teacher and student (LLaVADI's `norm_logits`)."""
+    baseline: Literal["auto", "entropy", "none"] = "auto"
+    """`tail = "sampled"`: what the value is measured from. `entropy`: the teacher's, which the
+    cache holds, so that the value is KL(teacher || student) in expectation. `none`: cross-entropy
+    with the teacher, larger by the teacher's entropy. `auto`: `entropy` where it is cached. The
+    gradient is the same."""
     legacy_unshifted: bool = False
     """`mask = "answer"` as LLaVADI's code has it: rows whose own token is an answer, so that the
     prediction of the first answer token is left out. The row after the last token, which that
@@ -69,80 +81,6 @@ class LabelOptions(Table):
     """Options of the cross-entropies."""
 
 
-def teacher_logprobs(
-    signals: dict[str, torch.Tensor], temperatures: tuple[float, ...], temperature: float
-) -> torch.Tensor:
-    """log p of the cached ids at a temperature: z / T - lse_T with z = log p_1 + lse_1.
-
-    Args:
-        signals: `topk_logprobs` [N, k] and `lse` [N, temperatures].
-        temperatures: those of `lse`.
-        temperature: T.
-
-    Returns:
-        float32 [N, k], of the full softmax at T.
-    """
-    logprobs = signals["topk_logprobs"]
-    if temperature == 1.0:
-        return logprobs
-    lse = signals["lse"]
-    at_one, at_t = (
-        lse[:, temperatures.index(1.0), None],
-        lse[:, temperatures.index(temperature), None],
-    )
-    return at_most_certain((logprobs + at_one) / temperature - at_t)
-
-
-def at_most_certain(logprobs: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [N, k] of rows whose mass is more than 1, scaled to 1.
-
-    What a cache stores is rounded, and a low temperature multiplies the rounding: at 0.25 a row may
-    come to 1.05 where nothing lies outside its list.
-    """
-    return logprobs - logprobs.logsumexp(dim=1, keepdim=True).clamp_min(0.0)
-
-
-def zscore_logprobs(
-    signals: dict[str, torch.Tensor], temperatures: tuple[float, ...]
-) -> torch.Tensor:
-    """log softmax of z-scored teacher logits at the cached ids, float32 [N, k]."""
-    raw = signals["topk_logprobs"] + signals["lse"][:, temperatures.index(1.0), None]  # logits
-    spread = MAX_SPREAD + signals["logit_std"][:, None]
-    scored = (raw - signals["logit_mean"][:, None]) / spread
-    return at_most_certain(scored - signals["zscore_lse"][:, None])
-
-
-def logit_spread(hidden: torch.Tensor, unembedding: torch.Tensor) -> torch.Tensor:
-    """Standard deviation over the vocabulary of each row's logits, without making them.
-
-    With C the covariance [D, D] of the head's rows, var_v(h . w_v) = h' C h. Population variance,
-    differentiable in both arguments.
-
-    Args:
-        hidden: [N, D].
-        unembedding: [V, D], real columns only.
-
-    Returns:
-        float32 [N].
-    """
-    head = widened(unembedding)
-    centred = head - head.mean(dim=0)
-    covariance = centred.T @ centred / len(head)
-    states = widened(hidden)
-    return ((states @ covariance) * states).sum(dim=-1).clamp_min(0.0).sqrt()
-
-
-def sampled_tail(signals: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tail ids and their weights: each draw carries tail mass / draws, so that they sum to it.
-
-    Returns:
-        ids int [N, draws], -1 pads; weights [N, draws] in the tail's dtype.
-    """
-    counts = signals["draw_counts"].to(signals["tail_logprob"].dtype)
-    total = counts.sum(dim=-1, keepdim=True).clamp_min(1.0)
-    return signals["draw_ids"], counts / total * signals["tail_logprob"].exp()[:, None]
-
-
 def _divergence(context: Context, divergence: str) -> torch.Tensor:
     options: DivergenceOptions = context.options
     ids, logprobs = context.teacher["topk_ids"], _logprobs(context)
@@ -159,7 +97,8 @@ def _divergence(context: Context, divergence: str) -> torch.Tensor:
         head = context.states.head.weight[: context.cache.vocab_size]
         # A state divided divides its logits; the mean of a z-score cancels in the softmax.
         hidden = hidden / (MAX_SPREAD + logit_spread(hidden, head))[:, None].to(hidden.dtype)
-    return sweep(
+    given = labelled(context, options.ce_weight)
+    value = sweep(
         context,
         hidden,
         ids[:, :k],
@@ -171,9 +110,22 @@ def _divergence(context: Context, divergence: str) -> torch.Tensor:
         tail_ids=tail_ids,
         tail_weights=tail_weights,
         temperature=options.temperature,
-        labels=context.batch.labels if options.ce_weight else None,
-        ce_weight=options.ce_weight,
+        **given,
     )
+    if tail_weights is not None:
+        value = value - context.weights.to(value) * _own_terms(context, ids, logprobs, tail_weights)
+    return keep_parts(context, value, given)
+
+
+def _own_terms(context: Context, ids, logprobs, tail_weights) -> torch.Tensor:
+    """What a row of a drawn teacher is larger by than what it estimates, float32 [N].
+
+    The sweep's value has sum p log p of the exact ids and of the draws in it. The draws' part is
+    far from the tail's, so the teacher's own entropy takes the place of both: what is left is
+    KL(teacher || student) in expectation over the draws, whatever was drawn.
+    """
+    own = self_information(logprobs, ids >= 0) + self_information(tail_weights.log())
+    return own + context.teacher["entropy"] if context.options.baseline == "entropy" else own
 
 
 def _no_exact_ids(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,7 +148,8 @@ def sweep(context: Context, hidden, ids, logprobs, **options) -> torch.Tensor:
         float32 [N], each row's loss times its weight.
     """
     head = context.states.head
-    return topk_divergence(
+    alone = pushes_by_itself(options["divergence"], options["tail"])
+    values = topk_divergence(
         hidden,
         head.weight,
         ids,
@@ -204,10 +157,14 @@ def sweep(context: Context, hidden, ids, logprobs, **options) -> torch.Tensor:
         weights=context.weights,
         bias=head.bias,
         softcap=head.softcap,
-        valid_vocab=context.cache.vocab_size,
+        valid_vocab=head.weight.shape[0] if alone else context.cache.vocab_size,
         impl=context.kernel,
         **options,
     )
+    if alone:
+        return values
+    told = options.get("ce_weight", 0.0), options.get("cross_entropy")
+    return push_off(context, values, *told)
 
 
 def hard_label(context: Context, labels: torch.Tensor, weights=None) -> torch.Tensor:
@@ -234,12 +191,22 @@ def _teacher_argmax(context: Context) -> torch.Tensor:
 
 
 def _settled(divergence: str, options: DivergenceOptions, cache: CacheFacts) -> DivergenceOptions:
-    """Options with `tail = "auto"` decided for a cache."""
-    if options.tail != "auto":
-        return options
-    drawn = divergence == "forward_kl" and "draw_ids" in cache.signals
-    usable = drawn and not options.why_no_draws()
-    return options.model_copy(update={"tail": "sampled" if usable else "bucket"})
+    """Options with every "auto" decided for a cache."""
+    decided = {}
+    if options.tail == "auto":
+        drawn = divergence == "forward_kl" and "draw_ids" in cache.signals
+        usable = drawn and not options.why_no_draws()
+        decided["tail"] = "sampled" if usable else "bucket"
+    if options.baseline == "auto":
+        held = "entropy" in cache.signals and decided.get("tail", options.tail) == "sampled"
+        decided["baseline"] = "entropy" if held else "none"
+    return options.model_copy(update=decided)
+
+
+def _suffix(options: DivergenceOptions) -> str:
+    """A drawn teacher's value without its entropy taken off is named for what it is."""
+    shifted = options.tail == "sampled" and options.baseline == "none"
+    return "+entropy" if shifted else ""
 
 
 def _divergence_needs(divergence: str, options: DivergenceOptions) -> Needs:
@@ -252,6 +219,7 @@ def _divergence_needs(divergence: str, options: DivergenceOptions) -> Needs:
     signals = ["topk_ids", "topk_logprobs"]
     if options.tail == "sampled":
         signals += ["draw_ids", "draw_counts", "tail_logprob"]
+        signals += ["entropy"] if options.baseline == "entropy" else []
     if options.normalise_logits:
         signals += ["lse", "logit_mean", "logit_std", "zscore_lse"]
     if options.temperature != 1.0:
@@ -267,7 +235,18 @@ def _argmax_needs(_options: LabelOptions) -> Needs:
 def _register_divergence(name: str) -> None:
     compute, needs = partial(_divergence, divergence=name), partial(_divergence_needs, name)
     settle = partial(_settled, name)
-    register(Spec(name, "row", DivergenceOptions, compute, needs, settle=settle))
+    register(
+        Spec(
+            name,
+            "row",
+            DivergenceOptions,
+            compute,
+            needs,
+            report=parts,
+            settle=settle,
+            suffix=_suffix,
+        )
+    )
 
 
 for _name in DIVERGENCES:

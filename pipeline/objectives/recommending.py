@@ -287,6 +287,8 @@ class RankingDistiller(nn.Module):
             key = str(number)
             projector = self.projectors[key] if key in self.projectors else None  # noqa: SIM401
             value = term.spec.compute(context.of(term.options, term.table.cache, projector))
+            # An objective of weight 0 is shown and teaches nothing.
+            value = value if term.weight(progress) else value.detach()
             # A row of weight 0 may have no list at all, and 0 times its value may not be a number.
             kept = torch.where(weight.to(value.device) > 0, value, 0.0)
             values.append((kept * weight.to(value.device)).sum())

@@ -13,6 +13,8 @@ from stillroom.pipeline.config.strict import Table
 from stillroom.pipeline.data.batch import DistillBatch, Teacher
 from stillroom.pipeline.kernels.divergences import DivergenceName
 from stillroom.pipeline.kernels.linear_divergence import linear_divergence
+from stillroom.pipeline.objectives.padding import push_off
+from stillroom.pipeline.objectives.parts import keep_parts, labelled, parts
 from stillroom.pipeline.objectives.registry import Context, Needs, Spec, register
 from stillroom.pipeline.teacher.reference.head import Head
 
@@ -35,8 +37,9 @@ def _full_vocabulary(context: Context) -> torch.Tensor:
     rows, head = context.batch.rows.flat, context.states.head
     teacher: Head = context.teacher_head
     place, found = _places(context.positions.flat, rows)
-    states = context.teacher[FINAL][place] * found[:, None]  # [N, D_t]; rows without one weigh 0
-    return linear_divergence(
+    states = context.teacher[FINAL][place] * found[:, None]
+    given = labelled(context, options.ce_weight)
+    value = linear_divergence(
         context.states.at(rows),
         head.weight,
         states if teacher.scale == 1.0 else states * teacher.scale,
@@ -45,8 +48,6 @@ def _full_vocabulary(context: Context) -> torch.Tensor:
         beta=options.beta,
         alpha=options.alpha,
         temperature=options.temperature,
-        labels=context.batch.labels if options.ce_weight else None,
-        ce_weight=options.ce_weight,
         weights=context.weights,
         bias=head.bias,
         softcap=head.softcap,
@@ -54,7 +55,10 @@ def _full_vocabulary(context: Context) -> torch.Tensor:
         teacher_softcap=teacher.softcap,
         valid_vocab=context.cache.vocab_size,
         impl=context.kernel,
+        **given,
     )
+    value = push_off(context, value, options.ce_weight, given.get("cross_entropy"))
+    return keep_parts(context, value, given)
 
 
 def _places(positions: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,5 +85,6 @@ register(
         _full_vocabulary,
         lambda _: Needs((FINAL,), teacher_head=True),
         applies=_applies,
+        report=parts,
     )
 )

@@ -30,6 +30,7 @@ class Needs:
         blocks: student blocks (1-based) whose outputs must be kept.
         teacher_head: the teacher's LM head must be kept beside the student.
         exact_ids: the cache must hold exact ids, not draws alone.
+        routers: the student must have experts and hand out its routers' logits.
     """
 
     signals: tuple[str, ...] = ()
@@ -37,6 +38,7 @@ class Needs:
     blocks: tuple[int, ...] = ()
     teacher_head: bool = False
     exact_ids: bool = False
+    routers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ class Spec:
         report: `Context.sums`, added up -> numbers to log.
         warn: those numbers -> a warning, or nothing.
         settle: (options, CacheFacts) -> options, with what depends on the cache decided.
+        suffix: options -> what the label says beside the name, where the value is another.
     """
 
     name: str
@@ -126,6 +129,7 @@ class Spec:
     report: Callable[[dict[str, float]], dict[str, float]] | None = None
     warn: Callable[[dict[str, float]], str] | None = None
     settle: Callable[[Any, CacheFacts], Any] = lambda options, _: options
+    suffix: Callable[[Any], str] = lambda _: ""
 
 
 OBJECTIVES: dict[str, Spec] = {}

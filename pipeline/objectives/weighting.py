@@ -5,6 +5,7 @@ student, so totals can be agreed on before the first forward pass. The one excep
 by the gap to the student, keeps the total that was agreed on.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +49,23 @@ class Term:
             if last is None
             else self.table.weight + progress * (last - self.table.weight)
         )
+
+
+class UnitWeights:
+    """The weights of a microbatch's units, out of the reach of what wraps the student.
+
+    FSDP moves every tensor that it finds in a module's arguments to its device. Weights of rows
+    are to stay on the CPU, where the sweep sees which rows it need not compute; so this is no list.
+
+    Args:
+        own: per objective float32 [units].
+    """
+
+    def __init__(self, own: Sequence[torch.Tensor]):
+        self.own = tuple(own)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.own)
 
 
 def unit_weights(term: Term, batch: DistillBatch, progress: float) -> torch.Tensor:

@@ -71,7 +71,8 @@ def name_for_vllm(directory: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    if json.loads((directory / "config.json").read_text()).get("model_type") != "llava":
+    config = directory / "config.json"
+    if not config.is_file() or json.loads(config.read_text()).get("model_type") != "llava":
         return
     for path in directory.glob("*.safetensors"):
         with safe_open(path, "pt") as file:

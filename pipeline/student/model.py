@@ -6,7 +6,6 @@ made; training, resuming and evaluating read it and never the teacher. Losses ar
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,19 @@ import torch
 from stillroom.cache_schemas.errors import PlanMismatch, StudentError
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.training import Student
-from stillroom.pipeline.student.llava import TASK_TOKENS, load_task_tokens
-from stillroom.pipeline.student.llava_parts import assemble, name_for_vllm
+from stillroom.pipeline.corpus.tokenizer import vocabulary
+from stillroom.pipeline.student.llava import load_task_tokens
+from stillroom.pipeline.student.llava_parts import assemble
+from stillroom.pipeline.student.loading import load
+from stillroom.pipeline.student.memory import FP32, check_room, numbers_in
 from stillroom.pipeline.student.pruning import prune_layers, prune_width
+from stillroom.pipeline.student.sameness import Expected, check_saved, expected_of
+from stillroom.pipeline.student.saving import RECEIPT, export
 from stillroom.pipeline.student.states import blocks_of
 from stillroom.pipeline.teacher.adapter import merged
-from stillroom.pipeline.teacher.checkpoint import load_whole, unloadable
 from stillroom.pipeline.teacher.facts import model_config, model_directory, teacher_facts
 
-RECEIPT = "student.json"
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-)
+__all__ = ["export", "initial_student", "load"]
 
 
 def initial_student(student: Student, teacher: Teacher | None, directory: Path) -> Path:
@@ -62,42 +53,11 @@ def initial_student(student: Student, teacher: Teacher | None, directory: Path) 
             where=str(directory),
             remedy="Add the [teacher] table for the first run; later runs do not need it.",
         )
-    model = _MAKERS[student.init](student, teacher)
+    model, expected = _made(student, teacher)
     facts = {"student": settings, "teacher": _origin(student, teacher)}
     tokens = load_task_tokens(Path(student.model)) if student.model else None
-    export(model, directory, model_directory(teacher), facts, tokens)
+    _save(student, model, expected, directory, model_directory(teacher), facts, tokens)
     return directory
-
-
-def load(
-    directory: str | Path,
-    attention: str = "sdpa",
-    dtype: torch.dtype = torch.float32,
-    trusts_code: bool = False,
-    config: Any = None,
-) -> Any:
-    """A causal LM or image-text model from an HF directory, in training precision.
-
-    Args:
-        directory: HF directory or hub id.
-        attention: as transformers names its kinds.
-        dtype: of the weights.
-        trusts_code: whether Python code of the directory may be run.
-        config: in place of the directory's own.
-
-    Raises:
-        StudentError: the directory is missing, is not a model that transformers knows, or lacks
-            weights.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    try:
-        config = config or AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
-    except Exception as error:  # whatever a broken config makes the library raise
-        raise unloadable(directory, error, StudentError) from None
-    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    options = {"config": config, "dtype": dtype, "attn_implementation": attention}
-    return load_whole(kind, directory, error=StudentError, trusts_code=trusts_code, **options)
 
 
 def load_teacher(teacher: Teacher) -> Any:
@@ -113,43 +73,32 @@ def load_teacher(teacher: Teacher) -> Any:
     return merged(model, teacher)
 
 
-def export(
-    model: Any,
-    directory: Path,
-    tokenizer_from: Path,
-    facts: dict,
-    task_tokens: torch.Tensor | None = None,
-) -> None:
-    """Write a plain HF directory in one move: it is there complete, or not at all.
+def _save(student: Student, model: Any, expected: Expected, directory: Path, *rest) -> None:
+    """Save a student that is what was meant; else what was asked for is refused, with a way out."""
+    try:
+        export(model, directory, *rest, check=lambda saved: check_saved(saved, expected))
+    except StudentError as error:
+        raise StudentError(
+            f"init = '{student.init}' cannot be saved: {error.found}",
+            expected=error.expected or "the same as that part of the source",
+            where="[student]",
+            remedy=_WAYS_OUT.get(student.init, error.remedy),
+        ) from None
 
-    Args:
-        model: a transformers model.
-        directory: where it goes; what is there is replaced.
-        tokenizer_from: HF directory whose tokenizer files are copied byte for byte.
-        facts: JSON kept as `student.json`.
-        task_tokens: [count, D], kept beside a student that was trained with them.
-    """
-    from safetensors.torch import save_file
 
-    staging = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    name_for_vllm(staging)
-    if task_tokens is not None:
-        save_file({"task_tokens": task_tokens.contiguous()}, staging / TASK_TOKENS)
-    for pattern in TOKENIZER_FILES:
-        for path in tokenizer_from.glob(pattern):
-            shutil.copyfile(path, staging / path.name)
-    (staging / RECEIPT).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-    # A directory cannot be renamed onto one that holds files: the old one steps aside first.
-    if directory.exists():
-        old = directory.with_name(directory.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-        staging.rename(directory)
-        shutil.rmtree(old)
-    else:
-        staging.rename(directory)
+def _made(student: Student, teacher: Teacher) -> tuple[Any, Expected]:
+    """A student in memory, and what it must say once it is saved."""
+    if student.init == "prune_layers":
+        model = _source(student, teacher)
+        blocks = blocks_of(model)
+        keep = student.keep_layers or tuple(range(0, len(blocks), student.keep_every))
+        return model, prune_layers(model, blocks, keep)
+    if student.init == "prune_width":
+        model = _source(student, teacher)
+        shares = student.keep_intermediate, student.keep_heads
+        return model, prune_width(model, blocks_of(model), *shares)
+    model = _MAKERS[student.init](student, teacher)
+    return model, expected_of(model)
 
 
 def _check_receipt(directory: Path, settings: dict) -> None:
@@ -172,20 +121,15 @@ def _origin(student: Student, teacher: Teacher) -> dict:
 
 
 def _source(student: Student, teacher: Teacher) -> Any:
-    if not student.model:
-        return load_teacher(teacher)
-    return load(model_directory(teacher.model_copy(update={"model": student.model})))
-
-
-def _layer_pruned(student: Student, teacher: Teacher) -> Any:
-    model = _source(student, teacher)
-    keep = student.keep_layers or tuple(range(0, len(blocks_of(model)), student.keep_every))
-    return prune_layers(model, blocks_of(model), keep)
-
-
-def _width_pruned(student: Student, teacher: Teacher) -> Any:
-    model = _source(student, teacher)
-    return prune_width(model, blocks_of(model), student.keep_intermediate, student.keep_heads)
+    named = teacher.model_copy(update={"model": student.model}) if student.model else teacher
+    directory = model_directory(named)
+    needed = {"weights in fp32": FP32 * sum(numbers_in(directory).values())}
+    remedy = (
+        "Make it on a machine with more memory: `stillroom student` needs no GPU, and training "
+    )
+    remedy += "needs only the directory that it leaves."
+    check_room(needed, torch.device("cpu"), str(directory), remedy)
+    return load(directory) if student.model else load_teacher(teacher)
 
 
 def _from_config(student: Student, _teacher: Teacher) -> Any:
@@ -218,20 +162,20 @@ def _model(student: Student, teacher: Teacher) -> Any:
 
 
 def _check_tokenizer(model: str, teacher: Teacher) -> None:
-    """The vocabulary must be the teacher's; the chat template is taken from the teacher."""
-    from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
-
-    theirs = tokenizer_facts(teacher.model, teacher.trust_remote_code)
-    own = tokenizer_facts(model)
-    for key in ("vocab_size", "sha256"):
-        if own[key] != theirs[key]:
-            raise StudentError(
-                f"tokenizer {key} is {own[key]}",
-                expected=f"{theirs[key]} as the teacher's",
-                where=model,
-                remedy="Take a student of the teacher's tokenizer: init = 'prune_layers', "
-                "'prune_width' or 'config'; projection across tokenizers does not exist here.",
-            )
+    """Every id must be the teacher's token; how text is cut is up to the teacher's tokenizer, which
+    the student keeps."""
+    own = vocabulary(model)
+    theirs = vocabulary(teacher.model, teacher.trust_remote_code)
+    if own == theirs:
+        return
+    differing = [token for token in own | theirs if own.get(token) != theirs.get(token)]
+    raise StudentError(
+        f"the tokenizer of {len(own)} tokens has {differing[0]!r} at {own.get(differing[0])}",
+        expected=f"{theirs.get(differing[0])}, as the teacher's {len(theirs)}",
+        where=model,
+        remedy="Take a student of the teacher's tokenizer: init = 'prune_layers', "
+        "'prune_width' or 'config'; projection across tokenizers does not exist here.",
+    )
 
 
 def _parts(student: Student, teacher: Teacher) -> Any:
@@ -246,9 +190,14 @@ def _parts(student: Student, teacher: Teacher) -> Any:
 
 
 _MAKERS: dict[str, Callable[[Student, Teacher], Any]] = {
-    "prune_layers": _layer_pruned,
-    "prune_width": _width_pruned,
     "config": _from_config,
     "model": _model,
     "parts": _parts,
+}
+
+_WAYS_OUT = {
+    "prune_layers": "This architecture ties what a block does to its place: name the first blocks "
+    "without a gap (keep_layers = [0, 1, ...]), or make the student with init = 'config'.",
+    "prune_width": "Parts of this architecture read all heads or units at once: try "
+    "keep_heads = 1.0 or keep_intermediate = 1.0, or take init = 'prune_layers'.",
 }

@@ -1,32 +1,32 @@
 """Students cut out of a bigger model.
 
 One idea: drop whole blocks, or whole inner units and head groups, so that what is left is an
-ordinary model of the same architecture with a smaller config. Nothing is trained here.
+ordinary model of the same architecture with a smaller config; beside it goes what the source says
+with those parts switched off, which the saved student must say too. Nothing is trained here.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.student.layer_lists import keep_layers
+from stillroom.pipeline.student.sameness import Expected, expected_of
 
 
-def prune_layers(model: Any, blocks: nn.ModuleList, keep: Sequence[int]) -> Any:
-    """Keep the blocks `keep` (0-based, in that order) of a model, in place.
+def prune_layers(model: Any, blocks: nn.ModuleList, keep: Sequence[int]) -> Expected:
+    """Keep the blocks `keep` (0-based, rising) of a model, in place.
+
+    Returns:
+        What the model says when the other blocks hand on what they are given.
 
     Raises:
-        StudentError: a block is named that the model does not have.
+        StudentError: a block is named that the model does not have, or not in order.
     """
-    depth = len(blocks)
-    bad = [number for number in keep if not 0 <= number < depth]
-    if bad or not keep:
-        raise StudentError(
-            f"block {bad[0] if bad else '(none)'} cannot be kept",
-            expected=f"blocks 0 to {depth - 1}",
-            where="[student] keep_layers",
-        )
+    _check_keep(keep, len(blocks))
+    expected = expected_of(model, keep)
     kept = [blocks[number] for number in keep]
     del blocks[:]
     blocks.extend(kept)
@@ -35,71 +35,117 @@ def prune_layers(model: Any, blocks: nn.ModuleList, keep: Sequence[int]) -> Any:
             if hasattr(module, "layer_idx"):
                 # Attention finds its part of the key-value cache by this number.
                 setattr(module, "layer_idx", number)  # noqa: B010
-    text = model.config.get_text_config()
-    text.num_hidden_layers = len(kept)
-    if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[number] for number in keep]
-    return model
+    keep_layers(model.config.get_text_config(), keep)
+    return expected
+
+
+def _check_keep(keep: Sequence[int], depth: int) -> None:
+    bad = [number for number in keep if not 0 <= number < depth]
+    if bad or not keep:
+        raise StudentError(
+            f"block {bad[0] if bad else '(none)'} cannot be kept",
+            expected=f"blocks 0 to {depth - 1}",
+            where="[student] keep_layers",
+        )
+    if list(keep) != sorted(set(keep)):
+        raise StudentError(
+            f"blocks {', '.join(map(str, keep))} are out of order",
+            expected="each block once, in the teacher's order",
+            where="[student] keep_layers",
+            remedy=f"Write keep_layers = {sorted(set(keep))}.",
+        )
 
 
 def prune_width(
     model: Any, blocks: nn.ModuleList, keep_intermediate: float, keep_heads: float
-) -> Any:
+) -> Expected:
     """Keep the inner MLP units and key/value head groups of largest weight norm, in place.
 
     The importance of a unit is the product of the norms of what feeds it and of what it feeds
     (magnitude pruning; no data is needed). The residual width stays, so that embeddings, head and
     cached hidden states still fit.
 
+    Returns:
+        What the model says when nothing reads the other units.
+
     Raises:
-        StudentError: the architecture is not a gated MLP with q/k/v/o projections.
+        StudentError: the architecture is not an MLP of `up_proj` and `down_proj`, with or without
+            a gate, beside q/k/v/o projections.
     """
-    text = model.config.get_text_config()
-    inner = max(1, round(text.intermediate_size * keep_intermediate))
-    groups = max(1, round(text.num_key_value_heads * keep_heads))
-    per_group = text.num_attention_heads // text.num_key_value_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    for block in blocks:
-        try:
-            _prune_mlp(block.mlp, inner)
-            _prune_attention(block.self_attn, groups, per_group, head_dim)
-        except AttributeError as error:
-            raise StudentError(
-                f"{type(block).__name__} cannot be pruned in width ({error})",
-                expected="mlp.{gate,up,down}_proj and self_attn.{q,k,v,o}_proj",
-                remedy="Use init = 'prune_layers'.",
-            ) from None
+    text, layers = model.config.get_text_config(), cast("list[Any]", list(blocks))
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    kept_groups = max(1, round(groups * keep_heads))
+    try:
+        inner = max(1, round(text.intermediate_size * keep_intermediate))
+        units = [_best_units(block.mlp, inner) for block in layers]
+        sets = [_best_groups(block.self_attn, groups, kept_groups) for block in layers]
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise StudentError(
+            f"{type(blocks[0]).__name__} cannot be pruned in width ({error})",
+            expected="mlp.{up,down}_proj and self_attn.{q,k,v,o}_proj",
+            remedy="Use init = 'prune_layers'.",
+        ) from None
+    for block, own_units, own_groups in zip(layers, units, sets):
+        _silence(block.mlp.down_proj, own_units)
+        output = block.self_attn.o_proj
+        _silence(output, _expand(own_groups, output.in_features, groups))
+    expected = expected_of(model)
+    for block, own_units, own_groups in zip(layers, units, sets):
+        _cut_mlp(block.mlp, own_units)
+        _cut_attention(block.self_attn, own_groups, groups)
     text.intermediate_size = inner
-    text.num_key_value_heads, text.num_attention_heads = groups, groups * per_group
-    text.head_dim = head_dim
-    return model
+    if kept_groups != groups:
+        text.head_dim = layers[0].self_attn.k_proj.out_features // kept_groups
+        text.num_key_value_heads = kept_groups
+        text.num_attention_heads = heads // groups * kept_groups
+    return expected
 
 
-def _prune_mlp(mlp: Any, inner: int) -> None:
-    feeds = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1)  # [inner]
-    units = _largest(feeds * mlp.down_proj.weight.norm(dim=0), inner)
-    for linear in (mlp.gate_proj, mlp.up_proj):
-        _keep_outputs(linear, units)
+def _best_units(mlp: Any, count: int) -> torch.Tensor:
+    feeds = mlp.up_proj.weight.norm(dim=1)
+    if hasattr(mlp, "gate_proj"):
+        feeds = feeds * mlp.gate_proj.weight.norm(dim=1)
+    return _largest(feeds * mlp.down_proj.weight.norm(dim=0), count)
+
+
+def _best_groups(attention: Any, groups: int, count: int) -> torch.Tensor:
+    for name in ("q_proj", "k_proj"):
+        getattr(attention, name)  # an AttributeError here is the refusal
+    values = attention.v_proj.weight.unflatten(0, (groups, -1)).norm(dim=(1, 2))
+    outputs = attention.o_proj.weight.unflatten(1, (groups, -1)).norm(dim=(0, 2))
+    return _largest(values * outputs, count)
+
+
+def _cut_mlp(mlp: Any, units: torch.Tensor) -> None:
+    for linear in (getattr(mlp, "gate_proj", None), mlp.up_proj):
+        if linear is not None:
+            _keep_outputs(linear, units)
     _keep_inputs(mlp.down_proj, units)
 
 
-def _prune_attention(attention: Any, groups: int, per_group: int, head_dim: int) -> None:
-    values = attention.v_proj.weight.unflatten(0, (-1, head_dim)).norm(dim=(1, 2))  # [groups]
-    outputs = attention.o_proj.weight.unflatten(1, (-1, per_group * head_dim)).norm(dim=(0, 2))
-    kept = _largest(values * outputs, groups)
-    units = _expand(kept, head_dim)  # channels of the kept groups
-    for linear in (attention.k_proj, attention.v_proj):
-        _keep_outputs(linear, units)
-    _keep_outputs(attention.q_proj, _expand(kept, per_group * head_dim))
-    _keep_inputs(attention.o_proj, _expand(kept, per_group * head_dim))
+def _cut_attention(attention: Any, kept: torch.Tensor, groups: int) -> None:
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+        _keep_outputs(linear, _expand(kept, linear.out_features, groups))
+    _keep_inputs(attention.o_proj, _expand(kept, attention.o_proj.in_features, groups))
 
 
 def _largest(importance: torch.Tensor, count: int) -> torch.Tensor:
     return importance.topk(count).indices.sort().values
 
 
-def _expand(groups: torch.Tensor, size: int) -> torch.Tensor:
-    return (groups[:, None] * size + torch.arange(size)).flatten()
+def _expand(kept: torch.Tensor, width: int, groups: int) -> torch.Tensor:
+    """Units of the kept groups, of `width` units in `groups` equal groups."""
+    size = width // groups
+    return (kept[:, None] * size + torch.arange(size)).flatten()
+
+
+@torch.no_grad()
+def _silence(linear: nn.Linear, kept: torch.Tensor) -> None:
+    """Inputs that are not kept count for nothing."""
+    silent = torch.ones(linear.in_features, dtype=torch.bool)
+    silent[kept] = False
+    linear.weight[:, silent] = 0
 
 
 def _keep_outputs(linear: nn.Linear, units: torch.Tensor) -> None:

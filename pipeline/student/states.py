@@ -20,6 +20,21 @@ from stillroom.pipeline.teacher.reference.parts import decoder_of, find_blocks
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """What the routers of a student's experts said.
+
+    Attributes:
+        logits: [B * S, experts] of each block that has experts.
+        experts: number of them.
+        per_token: how many of them a token is sent to.
+    """
+
+    logits: tuple[torch.Tensor, ...]
+    experts: int
+    per_token: int
+
+
+@dataclass(frozen=True, slots=True)
 class StudentStates:
     """What one forward pass of a student gives the objectives.
 
@@ -28,12 +43,14 @@ class StudentStates:
         head: the LM head.
         blocks: block number (1-based) -> [B * S, D], the block's output.
         wide: the same with task tokens in the sequence; None where there are none.
+        routing: what the routers of experts said; None unless it was asked for.
     """
 
     final: torch.Tensor
     head: Head
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)
     wide: WideStates | None = None
+    routing: Routing | None = None
 
     def at(self, rows: torch.Tensor) -> torch.Tensor:
         """[N, D]: what the head multiplies at chosen flat positions."""
@@ -60,6 +77,8 @@ def forward_states(
     blocks: Sequence[int] = (),
     images: ImageBatch | None = None,
     task_tokens: torch.Tensor | None = None,
+    packed: bool = True,
+    routed: bool = False,
 ) -> StudentStates:
     """Run the decoder without its head.
 
@@ -70,6 +89,9 @@ def forward_states(
         blocks: numbers (1-based) of blocks whose outputs are wanted too.
         images: of the batch.
         task_tokens: [count, D], stand behind every image; they are in `wide` only.
+        packed: rows hold several documents. Otherwise positions are the model's own business: many
+            architectures take none.
+        routed: the routers' logits are wanted too.
     """
     given, layout = {"input_ids": input_ids}, None
     if images is not None and (images.pixels is not None or task_tokens is not None):
@@ -79,21 +101,23 @@ def forward_states(
             embeddings = with_tokens(embeddings, layout, task_tokens)
             position_ids = layout.position_ids
         given = {"inputs_embeds": embeddings}
+    more: dict[str, Any] = {"position_ids": position_ids} if packed else {}
+    if routed:
+        more["output_router_logits"] = True
     outputs: dict[int, torch.Tensor] = {}
     layers = blocks_of(model) if blocks else ()
     hooks = [layers[n - 1].register_forward_hook(_keep(outputs, n)) for n in blocks]
     try:
-        found = decoder_of(model)(
-            **given, position_ids=position_ids, attention_mask=None, use_cache=False
-        )
+        found = decoder_of(model)(**given, **more, attention_mask=None, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     final, head = _read_by_head(model, found.last_hidden_state).flatten(0, 1), head_of(model)
+    routing = _routing(model, found) if routed else None
     if layout is None:
-        return StudentStates(final, head, outputs)
+        return StudentStates(final, head, outputs, routing=routing)
     kept = {number: states[layout.kept] for number, states in outputs.items()}
-    return StudentStates(final[layout.kept], head, kept, WideStates(layout, outputs))
+    return StudentStates(final[layout.kept], head, kept, WideStates(layout, outputs), routing)
 
 
 def _read_by_head(model: Any, state: torch.Tensor) -> torch.Tensor:
@@ -112,10 +136,11 @@ def _read_by_head(model: Any, state: torch.Tensor) -> torch.Tensor:
     return state if factor == 1.0 else state * factor
 
 
-def check_documents_are_isolated(model: Any, vocab_size: int) -> None:
-    """Refuse a model that lets a packed document see the one before it.
+def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
+    """Whether a packed document sees nothing of the one before it, measured.
 
-    Two rows that differ only in their first document must give equal states in the second.
+    Two rows that differ only in their first document must give equal states in the second. A model
+    that takes no positions cannot be told where a document begins.
     """
     length = 4
     ids = torch.arange(4 * length).remainder(vocab_size).view(2, 2 * length)  # [2, 2 * length]
@@ -123,19 +148,45 @@ def check_documents_are_isolated(model: Any, vocab_size: int) -> None:
     positions = torch.arange(length).repeat(2, 2)  # they restart at the second document
     device = next(model.parameters()).device
     was_training = model.training
-    with torch.no_grad():
-        model.eval()
-        final = [
-            forward_states(model, row[None].to(device), place[None].to(device)).final[length:]
-            for row, place in zip(ids, positions)
-        ]
+    model.eval()
+    try:
+        with torch.no_grad():
+            final = [
+                forward_states(model, row[None].to(device), place[None].to(device)).final[length:]
+                for row, place in zip(ids, positions)
+            ]
+    except (TypeError, ValueError):
+        return False
+    finally:
         model.train(was_training)
-    if not torch.allclose(final[0], final[1], rtol=1e-2, atol=1e-3):
-        raise StudentError(
-            f"{type(model).__name__} attends across packed documents",
-            expected="position_ids that restart to separate documents",
-            remedy="Set sequence_length so that each row holds one example, or change attention.",
-        )
+    return torch.allclose(final[0], final[1], rtol=1e-2, atol=1e-3)
+
+
+def balancing_weight(model: Any) -> float:
+    """The coefficient of the load-balancing loss in a model's config; 0 where there is none."""
+    return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", None) or 0.0)
+
+
+def tells_its_routing(model: Any) -> bool:
+    """Whether a model with experts hands out its routers' logits, tried."""
+    device = next(model.parameters()).device
+    ids = torch.arange(2, device=device)[None]
+    with torch.no_grad():
+        try:
+            routing = forward_states(model, ids, ids, routed=True).routing
+        except (TypeError, AttributeError, ValueError):
+            return False
+    return routing is not None
+
+
+def _routing(model: Any, found: Any) -> Routing | None:
+    text = model.config.get_text_config()
+    names = ("num_experts_per_tok", "experts_per_token", "moe_k")
+    per_token = next((v for v in (getattr(text, name, None) for name in names) if v), None)
+    logits = tuple(one.flatten(0, -2) for one in getattr(found, "router_logits", None) or ())
+    if not logits or not per_token:
+        return None
+    return Routing(logits, logits[0].shape[-1], per_token)
 
 
 def _keep(outputs: dict[int, torch.Tensor], number: int) -> Callable:

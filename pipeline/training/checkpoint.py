@@ -10,7 +10,9 @@ import json
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from stillroom.cache_schemas.errors import PlanMismatch, StudentError
+from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.training.parallel import Parallel
 
@@ -34,6 +36,27 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 STATE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The lowest value of a held-out measure.
+
+    Attributes:
+        value: None before the first measurement.
+        step: steps done when it was measured.
+        since: measurements after it.
+    """
+
+    value: float | None = None
+    step: int = 0
+    since: int = 0
+
+    def after(self, value: float, step: int) -> "Best":
+        """The best once `value` has been measured after `step` steps."""
+        if self.value is None or value < self.value:
+            return Best(value, step)
+        return replace(self, since=self.since + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +69,7 @@ class TrainingState:
         identity: everything that makes the run what it is (see `check_identity`).
         tokens: trained on until here.
         loss: of the last step; None before the first one.
+        best: the lowest value of `keep_best` so far.
     """
 
     step: int
@@ -53,11 +77,13 @@ class TrainingState:
     identity: dict
     tokens: int = 0
     loss: float | None = None
+    best: Best = Best()
 
     def to_json(self) -> str:
         """The text of `state.json`."""
         where = {"epoch": self.position.epoch, "row": self.position.row}
         done = {"step": self.step, "tokens": self.tokens, "loss": self.loss}
+        done |= {"best": asdict(self.best)}
         facts = done | {"position": where, "identity": self.identity}
         return json.dumps(facts, indent=2, sort_keys=True) + "\n"
 
@@ -65,7 +91,8 @@ class TrainingState:
     def from_json(cls, text: str) -> "TrainingState":
         """Read `state.json`."""
         facts = json.loads(text)
-        return cls(**facts | {"position": Position(**facts["position"])})
+        best = Best(**facts.pop("best", {}))
+        return cls(**facts | {"position": Position(**facts["position"]), "best": best})
 
 
 class Checkpoints:
@@ -90,10 +117,18 @@ class Checkpoints:
         found = sorted(self.directory.glob(f"step-*/{STATE}"))
         return found[-1].parent if found else None  # padded numbers sort by step
 
+    def of_step(self, step: int) -> Path:
+        """Where the checkpoint after `step` steps is, or would be."""
+        return self.directory / f"step-{step:08d}"
+
     def save(self, state: TrainingState, tensors: dict[str, torch.Tensor]) -> None:
-        """Write a checkpoint; in the background its predecessor is finished first."""
+        """Write a checkpoint; in the background its predecessor is finished first.
+
+        Raises:
+            StudentError: it cannot be written; the one before it is whole.
+        """
         self.finish()
-        target = self.directory / f"step-{state.step:08d}"
+        target = self.of_step(state.step)
         if (target / STATE).exists():
             return
         staging = target.with_suffix(".tmp")
@@ -109,7 +144,8 @@ class Checkpoints:
             )
             self._pending = (future, target, state)
             return
-        save(tensors, storage_writer=writer, no_dist=alone)
+        with _telling(target):
+            save(tensors, storage_writer=writer, no_dist=alone)
         self._commit(target, state)
 
     def finish(self) -> None:
@@ -117,7 +153,8 @@ class Checkpoints:
         if self._pending is not None:
             future, target, state = self._pending
             self._pending = None
-            future.result()
+            with _telling(target):
+                future.result()
             self._commit(target, state)
 
     def load(self, checkpoint: Path, tensors: dict[str, torch.Tensor]) -> TrainingState:
@@ -145,25 +182,27 @@ class Checkpoints:
             write_durably(staging / STATE, state.to_json())
             staging.rename(target)
             sync_directory(self.directory)
+            best = self.of_step(state.best.step)
             for old in sorted(self.directory.glob(f"step-*/{STATE}"))[: -self._keep_last]:
-                shutil.rmtree(old.parent)
+                if old.parent != best:
+                    shutil.rmtree(old.parent)
         self._parallel.barrier()
 
 
-def check_identity(found: dict, wanted: dict, where: str) -> None:
-    """Refuse to continue a run that is not the one that was started.
-
-    Raises:
-        PlanMismatch: naming the first key that differs, what was found and what was expected.
-    """
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
-            raise PlanMismatch(
-                f"was trained with {key} = {found.get(key)!r}",
-                expected=f"{wanted.get(key)!r}",
-                where=where,
-                remedy="Use another run directory, or delete this one to start anew.",
-            )
+@contextmanager
+def _telling(target: Path) -> Iterator[None]:
+    """Turn what torch raises when bytes cannot be written (no Exception) into a message."""
+    try:
+        yield
+    except CheckpointException as error:
+        reasons = [failure[0] for failure in error.failures.values()]
+        reason = next((r for r in reasons if isinstance(r, OSError)), reasons[0])
+        raise StudentError(
+            f"the checkpoint cannot be written ({reason})",
+            where=str(target),
+            remedy="Free some space, or put right what it says, and run the same command again; "
+            "training goes on from the checkpoint before it.",
+        ) from None
 
 
 def tensors_of(

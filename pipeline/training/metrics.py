@@ -5,13 +5,16 @@ resumed run leaves the same curves as an uninterrupted one.
 """
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.training.checkpoint import write_durably
 
 FILE = "metrics.jsonl"
+IDENTITY = "tracker-run"
+"""File of a run's directory that holds the id by which a tracker knows it."""
+PROJECT = "stillroom"
 
 
 class MetricsLog:
@@ -22,9 +25,17 @@ class MetricsLog:
         step: steps already done; later lines are cut away.
         tracker: `none`, `wandb` or `trackio`.
         name: of the run, for the tracker.
+        config: the run file, for the tracker.
     """
 
-    def __init__(self, directory: Path, step: int, tracker: str = "none", name: str = ""):
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        tracker: str = "none",
+        name: str = "",
+        config: dict[str, Any] | None = None,
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = directory / FILE
@@ -32,7 +43,7 @@ class MetricsLog:
         write_durably(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
-        self._tracker = _open_tracker(tracker, name)
+        self._tracker = _open_tracker(tracker, name, directory, config or {})
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log numbers of a step (1-based)."""
@@ -60,16 +71,22 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line]
 
 
-def _open_tracker(name: str, run: str) -> Any:
+def _open_tracker(name: str, run: str, directory: Path, config: dict[str, Any]) -> Any:
+    """A tracker that goes on with the run of this directory, if it has one."""
     if name == "none":
         return None
-    try:
-        module = __import__(name)
-    except ImportError:
-        raise ConfigError(
-            f"tracker = '{name}' but {name} is not installed",
-            where="[train]",
-            remedy=f"pip install {name}, or set tracker = 'none'.",
-        ) from None
-    module.init(project="stillroom", name=run)
+    module, identity = __import__(name), _identity(directory)
+    if name == "wandb":
+        module.init(project=PROJECT, name=run, id=identity, resume="allow", config=config)
+    else:
+        # trackio knows a run by its name.
+        module.init(project=PROJECT, name=f"{run}-{identity}", resume="allow", config=config)
     return module
+
+
+def _identity(directory: Path) -> str:
+    """The tracker's id of the run in a directory: made once, gone with the directory."""
+    path = directory / IDENTITY
+    if not path.exists():
+        write_durably(path, secrets.token_hex(4) + "\n")
+    return path.read_text().strip()

@@ -5,16 +5,18 @@ all of them and wraps the student. One process is the same code with nothing to 
 """
 
 import os
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from stillroom.cache_schemas.errors import ConfigError
+from stillroom.cache_schemas.errors import ConfigError, StillroomError
 from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.kernels.execution import triton_runs_on
 from stillroom.pipeline.student.states import blocks_of
 
 
@@ -36,7 +38,12 @@ class Parallel:
 
     @classmethod
     def start(cls) -> "Parallel":
-        """Join the peers that torchrun started, if it did; otherwise stand alone."""
+        """Join the peers that torchrun started, if it did; otherwise stand alone.
+
+        Raises:
+            ConfigError: peers were started in a way that does not let them find each other.
+        """
+        _check_surroundings(os.environ)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
         cuda = torch.cuda.is_available()
@@ -69,6 +76,26 @@ class Parallel:
         dist.all_gather_object(found, value)
         return found
 
+    def together(self, work: Callable[[], Any]) -> Any:
+        """Let the main process do something while the others wait; all learn what came of it.
+
+        Returns:
+            What `work` returned.
+
+        Raises:
+            StillroomError: `work` did, in every process.
+        """
+        outcome = None
+        if self.is_main:
+            try:
+                outcome = work()
+            except StillroomError as error:
+                outcome = error
+        (outcome, *_) = self.gather(outcome)
+        if isinstance(outcome, StillroomError):
+            raise outcome
+        return outcome
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
@@ -78,6 +105,33 @@ class Parallel:
         """Leave the process group, if `start` opened it."""
         if self.started and dist.is_initialized():
             dist.destroy_process_group()
+
+    def check_kind(self, train: Train) -> None:
+        """Refuse what one process cannot do.
+
+        Raises:
+            ConfigError: `parallel` needs peers.
+        """
+        if train.parallel == "fsdp" and not dist.is_initialized():
+            raise ConfigError(
+                "parallel = 'fsdp' in a single process",
+                where="[train]",
+                remedy="Start with torchrun --nproc-per-node N -m stillroom.stages train ..., "
+                "or use 'ddp'.",
+            )
+
+    def check_kernel(self, train: Train) -> None:
+        """Refuse kernels that this device has not.
+
+        Raises:
+            ConfigError: `kernel` cannot be had here.
+        """
+        if train.kernel == "triton" and not triton_runs_on(self.device):
+            raise ConfigError(
+                f"kernel = 'triton' on {self.device.type}",
+                where="[train]",
+                remedy="Set kernel = 'auto', or train on a CUDA device with Triton installed.",
+            )
 
     def wrap(self, distiller: Any, train: Train) -> Any:
         """The module to call in training: the same one, or its DDP or FSDP2 form."""
@@ -95,21 +149,36 @@ class Parallel:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        if not dist.is_initialized():
-            raise ConfigError(
-                "parallel = 'fsdp' in a single process",
-                where="[train]",
-                remedy="Start with torchrun --nproc-per-node N -m stillroom.stages train ..., "
-                "or use 'ddp'.",
-            )
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        policy = MixedPrecisionPolicy()
+        # FSDP would cast whatever goes in, the teacher's log-probabilities and the units' weights
+        # among it. Autocast decides what is computed in bf16, as it does under DDP.
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if precision == "bfloat16":
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for block in blocks_of(distiller.model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(distiller, mesh=mesh, mp_policy=policy)
         return distiller
+
+
+def _check_surroundings(told: Mapping[str, str]) -> None:
+    """Refuse to train the same run in several processes that know nothing of each other."""
+    tasks = int(told.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in told:
+        raise ConfigError(
+            f"srun started {tasks} tasks, and each would train this run by itself",
+            expected="torchrun in one task per node",
+            remedy="Start srun --ntasks-per-node 1 torchrun --nproc-per-node N -m stillroom.stages "
+            "train ..., or set WORLD_SIZE=1 where every task trains a run of its own.",
+        )
+    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in told]
+    if int(told.get("WORLD_SIZE", "1")) > 1 and missing:
+        raise ConfigError(
+            f"WORLD_SIZE = {told['WORLD_SIZE']} without {missing[0]}",
+            remedy="Start with torchrun --nproc-per-node N -m stillroom.stages train ..., "
+            "or unset WORLD_SIZE.",
+        )
 
 
 def accumulating(module: Any, last: bool) -> Any:

@@ -6,7 +6,6 @@ validation ranking. The best so far lies in one file named by its step, so a run
 chooses among the same weights. The test rows are never looked at.
 """
 
-import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,14 +29,17 @@ from stillroom.pipeline.training.checkpoint import (
     Checkpoints,
     TrainingState,
     trainable,
-    write_durably,
 )
+from stillroom.pipeline.training.exporting import form_of
+from stillroom.pipeline.training.identity import HOW_NOT_WHAT
 from stillroom.pipeline.training.interactions import Interactions
+from stillroom.pipeline.training.lock import exclusive
 from stillroom.pipeline.training.optimization import optimizer_of
 from stillroom.pipeline.training.parallel import Parallel
-from stillroom.pipeline.training.run import HOW_NOT_WHAT
+from stillroom.pipeline.training.result import TrainResult, keep
+from stillroom.pipeline.training.run import resolved
 from stillroom.pipeline.training.stepping import Progress, Stepper
-from stillroom.pipeline.training.trainer import RESULT, Training, TrainResult
+from stillroom.pipeline.training.trainer import Training
 
 BEST = "best.safetensors"
 CHOOSES = {"evaluate_every"}
@@ -50,6 +52,7 @@ def train_recommender(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> TrainResult:
     """Train the recommender of a run; see `trainer.train`.
 
@@ -63,7 +66,9 @@ def train_recommender(
     settings = require(run.train, "train", run.name)
     parallel = Parallel.start()
     try:
-        return RecommenderTraining(run, settings, parallel, {}).run(on_progress, stop)
+        with exclusive(run.path(), parallel):
+            training = RecommenderTraining(run, settings, parallel, {}, on_note)
+            return training.run(on_progress, stop)
     finally:
         parallel.close()
 
@@ -74,6 +79,7 @@ class RecommenderTraining(Training):
     def __post_init__(self):
         run, settings = self.settings_run, self.settings
         _check_settings(settings)
+        self.settings = settings = resolved(settings, self.parallel.device)
         self.table: Recommender = require(run.recommender, "recommender", run.name)
         self.data = Interactions(run, settings)
         self.terms = terms_of(run.objective, self.data.facts())
@@ -177,10 +183,9 @@ class RecommenderTraining(Training):
         result = TrainResult(str(student), "", state.step, loss, state.tokens, seconds)
         if self.parallel.is_main:
             chosen = self._load_best()
-            facts = {name: getattr(result, name) for name in TrainResult.__slots__}
             self._export(chosen)
-            text = json.dumps(facts | {"identity": self.identity}, indent=2) + "\n"
-            write_durably(self.settings_run.path(RESULT), text)
+            steps = self.settings.steps
+            keep(self.settings_run, result, steps, self.identity, form_of(self.settings))
         self.parallel.barrier()
         return result
 

@@ -1,50 +1,50 @@
-"""What a training run is: its caches, the size of its steps, and its identity.
+"""What a training run reads and how large its steps are: caches, images, rows, frozen weights.
 
-One idea: whatever changes what the student learns is in one flat dictionary, so that going on with
-something else is refused by name; how fast or where it runs is not in it.
+One idea: each follows from the `[train]` table, the caches and the device alone, so that it can be
+checked before a student is loaded. What makes two runs the same is in `identity`.
 """
 
-import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from stillroom.cache_schemas.errors import ConfigError, StudentError
 from stillroom.pipeline.config import Run
+from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.data.images import Pictures, processor_of
 from stillroom.pipeline.data.loader import Geometry, RecordSource, lengths_of
+from stillroom.pipeline.kernels.execution import triton_runs_on
 from stillroom.pipeline.objectives.registry import CacheFacts
 from stillroom.pipeline.training.parallel import Parallel
 
-HOW_NOT_WHAT = {
-    "cache",
-    "caches",
-    "local_copy",
-    "local_copy_gigabytes",
-    "images",
-    "corpus",
-    "workers",
-    "checkpoint_every",
-    "async_checkpoint",
-    "keep_last",
-    "log_every",
-    "evaluate_every",
-    "heldout_cache",
-    "tracker",
-    "parallel",
-}
-"""Keys of `[train]` that may change between two halves of one run; caches count by their digest."""
+
+def resolved(settings: Train, device: torch.device) -> Train:
+    """Settings with `auto` decided for a device."""
+    cuda = device.type == "cuda"
+    decided = {}
+    if settings.precision == "auto":
+        decided["precision"] = "bfloat16" if cuda else "float32"
+    if settings.kernel == "auto":
+        decided["kernel"] = "triton" if cuda and triton_runs_on(device) else "chunked"
+    return settings.model_copy(update=decided)
+
+
+def cache_locations(run: Run, settings: Train) -> dict[str, str]:
+    """Where every cache of a run lies, by name; "" is the main one."""
+    return {"": settings.cache or str(run.path("cache"))} | settings.caches
 
 
 def open_caches(run: Run, settings: Train) -> dict[str, Any]:
-    """Every cache of a run by name; "" is the main one."""
-    main = settings.cache or str(run.path("cache"))
-    return {name: opened(at, settings) for name, at in ({"": main} | settings.caches).items()}
+    """Every cache of a run by name."""
+    places = cache_locations(run, settings)
+    return {name: opened(location, settings) for name, location in places.items()}
 
 
 def opened(location: str, settings: Train) -> Any:
@@ -54,41 +54,6 @@ def opened(location: str, settings: Train) -> Any:
     far = "://" in location and not location.startswith("file://")
     local = settings.local_copy if far else ""
     return TeacherCache.open(location, local, int(1e9 * settings.local_copy_gigabytes))  # bytes
-
-
-def open_heldout(settings: Train, main: Any) -> dict[str, Any]:
-    """The held-out cache for measurement during training.
-
-    Raises:
-        ConfigError: none is named.
-        StudentError: it holds other signals than the training cache.
-    """
-    if not settings.heldout_cache:
-        raise ConfigError(
-            "evaluate_every without heldout_cache",
-            where="[train]",
-            remedy="Capture the held-out split (stillroom capture --split heldout) and name it.",
-        )
-    cache = opened(settings.heldout_cache, settings)
-    if lacking := set(main.signals) - set(cache.signals):
-        raise StudentError(
-            f"lacks signals {', '.join(sorted(lacking))}",
-            expected="those of train.cache",
-            where=settings.heldout_cache,
-        )
-    return {"": cache}
-
-
-def open_image_caches(settings: Train, taken: Collection[str]) -> dict[str, Any]:
-    """Every cache of vision targets by name.
-
-    Raises:
-        ConfigError: a name that a cache of texts already has.
-    """
-    for name in settings.images:
-        if name in taken:
-            raise ConfigError(f"two caches are called '{name}'", where="[train.images]")
-    return {name: opened(location, settings) for name, location in settings.images.items()}
 
 
 def pictures_of(
@@ -111,18 +76,29 @@ def pictures_of(
     return Pictures(corpus.image_bytes, processor_of(student), caches, wanted)
 
 
-def freeze(student: nn.Module, patterns: Sequence[str]) -> None:
+def freeze(student: nn.Module, settings: Train) -> None:
     """Leave weights out of training.
 
     Raises:
-        ConfigError: a pattern fits no weight.
+        ConfigError: a pattern fits no weight, or nothing is left to train.
     """
-    for pattern in patterns:
-        found = [p for name, p in student.named_parameters() if fnmatchcase(name, pattern)]
+    named = dict(student.named_parameters())
+    for pattern in settings.freeze:
+        found = [name for name in named if fnmatchcase(name, pattern)]
         if not found:
-            raise ConfigError(f"'{pattern}' fits no weight", where="[train] freeze")
-        for parameter in found:
-            parameter.requires_grad_(False)
+            raise ConfigError(
+                f"'{pattern}' fits no weight",
+                where="[train] freeze",
+                remedy=nearest(pattern, named),
+            )
+        for name in found:
+            named[name].requires_grad_(False)
+    if settings.lora is None and not any(p.requires_grad for p in named.values()):
+        raise ConfigError(
+            "every weight of the student is frozen",
+            where="[train] freeze",
+            remedy="Leave out a pattern, or train adapters with [train.lora].",
+        )
 
 
 def facts_of(cache: Any) -> CacheFacts:
@@ -147,6 +123,10 @@ def facts_of(cache: Any) -> CacheFacts:
 def check_fit(student: Path, caches: Mapping[str, Any]) -> None:
     """Refuse a student whose tokenizer is not the one the caches were made with.
 
+    Args:
+        student: HF directory.
+        caches: what each is called in the run file -> cache.
+
     Raises:
         StudentError: naming the fact that differs, and what would work.
     """
@@ -166,7 +146,7 @@ def check_fit(student: Path, caches: Mapping[str, Any]) -> None:
             if own.get(key) != wanted:
                 raise StudentError(
                     f"tokenizer {key} is {own.get(key)}",
-                    expected=f"{wanted} as in cache '{name or 'train.cache'}'",
+                    expected=f"{wanted} as in {name}",
                     where=str(student),
                     remedy="Take a student with the teacher's tokenizer (prune_layers, prune_width "
                     "or config), or capture the teacher again with the student's; projection "
@@ -174,29 +154,39 @@ def check_fit(student: Path, caches: Mapping[str, Any]) -> None:
                 )
 
 
-def geometry_of(settings: Train, cache: RecordSource, parallel: Parallel) -> Geometry:
-    """Rows and microbatches of a step, and this rank's share."""
-    longest = int(lengths_of(cache).max(initial=2))  # tokens
-    capacity = settings.sequence_length or min(longest, settings.batch_tokens)  # tokens of a row
+def geometry_of(
+    settings: Train, cache: RecordSource, parallel: Parallel, packed: bool = True
+) -> Geometry:
+    """Rows and microbatches of a step, and this rank's share.
+
+    Args:
+        settings: the [train] table.
+        cache: the main one.
+        parallel: the ranks.
+        packed: several examples may share a row; otherwise a row is as long as the longest.
+    """
+    longest = longest_of(cache)
+    capacity = longest
+    if packed:
+        capacity = settings.sequence_length or min(longest, settings.batch_tokens)
     return Geometry(
         capacity,
         max(1, settings.batch_tokens // capacity),  # rows
         settings.accumulate,
         parallel.rank,
         parallel.world_size,
-        padding_free=settings.attention == "flash_attention_2",
+        padding_free=packed and settings.attention.startswith("flash_attention"),
+        packed=packed,
     )
 
 
-def identity_of(run: Run, settings: Train, caches: Mapping[str, Any], initial: Path) -> dict:
-    """Everything that makes a run what it is, flat, so that a difference has a name."""
-    identity = {f"cache {name or 'train.cache'}": c.plan.digest for name, c in caches.items()}
-    receipt = (initial / "student.json").read_bytes()
-    identity["initial student"] = hashlib.sha256(receipt).hexdigest()
-    for number, objective in enumerate(run.objective):
-        for key, value in objective.model_dump(mode="json").items():
-            identity[f"objective[{number}].{key}"] = value
-    for key, value in settings.model_dump(mode="json").items():
-        if key not in HOW_NOT_WHAT:
-            identity[f"train.{key}"] = value
-    return identity
+def heldout_geometry(trained: Geometry, settings: Train, cache: RecordSource) -> Geometry:
+    """Rows that are long enough for held-out examples, whatever training's are."""
+    capacity = max(longest_of(cache), trained.capacity if trained.packed else 2)
+    rows = max(1, settings.batch_tokens // capacity)
+    return replace(trained, capacity=capacity, rows=rows, accumulate=trained.world_size)
+
+
+def longest_of(cache: RecordSource) -> int:
+    """Tokens of a cache's longest example."""
+    return int(lengths_of(cache).max(initial=2))

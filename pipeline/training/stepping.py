@@ -6,7 +6,8 @@ final when it is made, and DDP's or FSDP's mean over ranks is undone by the numb
 
 import hashlib
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +17,11 @@ from torch import nn
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.data.batch import DistillBatch
-from stillroom.pipeline.data.loader import DistillLoader
-from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.objectives.combine import Distiller
 from stillroom.pipeline.objectives.recommending import RankingDistiller
-from stillroom.pipeline.objectives.weighting import Term
+from stillroom.pipeline.objectives.weighting import Term, UnitWeights
 from stillroom.pipeline.training.checkpoint import trainable
+from stillroom.pipeline.training.heldout import HeldOut
 from stillroom.pipeline.training.optimization import rate
 from stillroom.pipeline.training.parallel import Parallel, accumulating, whole
 
@@ -157,29 +157,42 @@ class Stepper:
         norm = self._update(number, batches)
         reports, warnings = self._reports()
         means = self._means(values, done)
-        return Step(float(values.sum()), means, reports, warnings, norm, tokens)
+        loss = float(values[[bool(term.weight(done)) for term in self._terms]].sum())
+        return Step(loss, means, reports, warnings, norm, tokens)
 
-    def measure(self, loader: DistillLoader, done: float) -> dict[str, float]:
-        """Means of the objectives over a cache's first epoch, without training on it.
-
-        A last step that the epoch does not fill is left out, so that all ranks do the same work.
-        """
-        size = loader.geometry.accumulate * loader.geometry.rows
-        steps = max(1, len(loader.plan.epoch(0)) // size)
-        weighed = []
+    def measure(self, heldout: HeldOut) -> dict[str, float]:
+        """Means of the objectives over a held-out set, by the weights that would be exported."""
+        distiller: Any = self.distiller  # a recommender's validation is its trainer's own
+        found = []
         self.module.eval()
-        with torch.no_grad():
-            for batches, _ in loader.steps(Position(), steps):
-                for batch in batches:
-                    weights, own = self.distiller.weigh(batch, 1.0)
-                    with _autocast(self.parallel.device, self.settings.precision):
-                        values = self.module(batch.to(self.parallel.device), weights)  # sums
-                    weighed.append(torch.stack([values.double().cpu(), own]))
+        with torch.no_grad(), distiller.judged_by(heldout.terms), self._averaged():
+            for batch, counts in heldout.loader.once():
+                weights, own = distiller.weigh(batch, 1.0)
+                weights = UnitWeights([weight * counts for weight in weights])
+                with _autocast(self.parallel.device, self.settings.precision):
+                    values = self.module(batch.to(self.parallel.device), weights)
+                found.append(torch.stack([values.double().cpu(), own * counts]))
+            reports, _ = self._reports()
         self.module.train()
-        self.distiller.sums.clear()
-        values, totals = self.parallel.sum(torch.stack(weighed).sum(dim=0))
-        means = (values / totals.clamp_min(1e-30)).tolist()  # 0 where nothing had a unit
-        return {term.label: mean for term, mean in zip(self.distiller.terms, means)}
+        values, totals = self.parallel.sum(torch.stack(found).sum(dim=0))
+        means = (values / totals.clamp_min(1e-30)).tolist()
+        labels = [term.label for term in heldout.terms]
+        measured = dict(zip(labels, means)) | reports
+        return {heldout.prefix + name: value for name, value in measured.items()}
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within it the student has its averaged weights, where such are kept."""
+        parameters = [parameter for _, parameter in trainable(self.distiller)]
+        own = [parameter.detach().clone() for parameter in parameters if self.averages]
+        pairs = list(zip(parameters, self.averages))
+        for parameter, average in pairs:
+            parameter.copy_(average)
+        try:
+            yield
+        finally:
+            for parameter, kept in zip(parameters, own):
+                parameter.copy_(kept)
 
     def _agree(self, batches, totals: list[torch.Tensor], stop: bool):
         """Totals of every objective, tokens and the wish to stop, over all ranks."""
@@ -190,9 +203,12 @@ class Stepper:
         return shared[:-2], int(shared[-2]), bool(shared[-1])
 
     def _scale(self, totals: torch.Tensor, done: float) -> list[float]:
-        """Per objective: weight x ranks / global total (DDP and FSDP average over ranks)."""
+        """Per objective: weight x ranks / global total (DDP and FSDP average over ranks).
+
+        An objective of weight 0 is shown as it is (see `Distiller.forward`).
+        """
         return [
-            term.weight(done) * self.parallel.world_size / total if total > 0 else 0.0
+            (term.weight(done) or 1.0) * self.parallel.world_size / total if total > 0 else 0.0
             for term, total in zip(self._terms, totals.tolist())
         ]
 
@@ -201,9 +217,9 @@ class Stepper:
         return self.distiller.terms
 
     def _means(self, values: torch.Tensor, done: float) -> dict[str, float]:
-        weights = [term.weight(done) for term in self._terms]
+        weights = [term.weight(done) or 1.0 for term in self._terms]
         return {
-            term.label: value / weight if weight else 0.0
+            term.label: value / weight
             for term, value, weight in zip(self._terms, values.tolist(), weights)
         }
 
@@ -211,7 +227,7 @@ class Stepper:
         self, batch: DistillBatch, weights, scale: list[float], done: float, last: bool
     ) -> torch.Tensor:
         device = self.parallel.device
-        scaled = [(w * s).float() for w, s in zip(weights, scale)]
+        scaled = UnitWeights([(w * s).float() for w, s in zip(weights, scale)])
         with accumulating(self.module, last):
             with _autocast(device, self.settings.precision):
                 values = self.module(batch.to(device), scaled, done)  # [objectives]
@@ -260,7 +276,7 @@ class Stepper:
             own = self.distiller.sums.pop(term.label, None)
             if own is None or term.spec.report is None:
                 continue
-            shared = self.parallel.sum(torch.stack(list(own.values()))).tolist()
+            shared = self.parallel.sum(torch.stack(list(own.values())).cpu()).tolist()
             found = term.spec.report(dict(zip(own, shared)))
             reports |= {f"{term.label}/{name}": value for name, value in found.items()}
             warning = term.spec.warn(found) if term.spec.warn else ""

@@ -6,23 +6,26 @@ base run's; each is an ordinary run, so a sweep that was stopped goes on arm by 
 
 import json
 import multiprocessing
-import tomllib
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from stillroom.cache_schemas.errors import ConfigError
+from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, ConfigError, StillroomError
 from stillroom.pipeline import config
 from stillroom.pipeline.config import Run
-from stillroom.pipeline.config.strict import Table, validate
+from stillroom.pipeline.config.run_file import read_toml
+from stillroom.pipeline.config.strict import PathText, Table, validate
 from stillroom.pipeline.training.checkpoint import write_durably
 from stillroom.pipeline.training.interactions import OWN_CACHES
 from stillroom.pipeline.training.opening import train
-from stillroom.pipeline.training.trainer import Progress, TrainResult
+from stillroom.pipeline.training.result import TrainResult
+from stillroom.pipeline.training.stepping import Progress
+from stillroom.pipeline.training.trainer import Interrupted
 
 RESULT = "sweep.json"
 
@@ -41,7 +44,7 @@ class Arm(Table):
 class Sweep(Table):
     """A sweep's TOML file."""
 
-    base: str
+    base: PathText
     """The base run's TOML file, relative to this one."""
     side_by_side: int = Field(default=1, ge=1)
     """Arms that train at the same time, each in a process of its own."""
@@ -58,6 +61,19 @@ class SweepProgress:
     step: Progress | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class FailedArm:
+    """An arm that could not be trained, and why."""
+
+    failed: str
+
+
+class SweepIncomplete(StillroomError):
+    """Some arms could not be trained; the same call tries them again."""
+
+    exit_code = EXIT_INCOMPLETE
+
+
 def load(path: str | Path) -> tuple[Sweep, Run, dict[str, Run]]:
     """Read a sweep: its settings, the base run, and arm name -> run.
 
@@ -65,9 +81,9 @@ def load(path: str | Path) -> tuple[Sweep, Run, dict[str, Run]]:
         ConfigError: a key that is not allowed, or two arms of one name.
     """
     path = Path(path)
-    sweep = validate(Sweep, _read(path), str(path))
+    sweep = validate(Sweep, read_toml(path), str(path))
     base = path.parent / sweep.base
-    document, run = _read(base), config.load(base)
+    document, run = read_toml(base), config.load(base)
     arms = {arm.name: _arm_run(arm, document, run, str(path)) for arm in sweep.arm}
     if len(arms) < len(sweep.arm):
         raise ConfigError("two arms have one name", where=str(path))
@@ -78,8 +94,10 @@ def run_sweep(
     path: str | Path,
     on_progress: Callable[[SweepProgress], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[str, TrainResult]:
+) -> dict[str, "TrainResult | FailedArm"]:
     """Train every arm that is not trained yet, and write `sweep.json`.
+
+    An arm that cannot be trained is told in its place, and the others are trained.
 
     Raises:
         Interrupted: asked to stop; the same call goes on.
@@ -95,27 +113,44 @@ def run_sweep(
     return results
 
 
-def _one_by_one(arms: dict[str, Run], on_progress, stop) -> dict[str, TrainResult]:
+def attempt(train_arm: Callable[[], TrainResult]) -> TrainResult | FailedArm:
+    """An arm's result, or why it has none; only a wish to stop is passed on."""
+    try:
+        return train_arm()
+    except Interrupted:
+        raise
+    except StillroomError as error:
+        return FailedArm(str(error))
+    except Exception as error:
+        return FailedArm(f"{type(error).__name__}: {error}")
+
+
+def _one_by_one(arms: dict[str, Run], on_progress, stop) -> dict[str, TrainResult | FailedArm]:
     results = {}
     for number, (name, run) in enumerate(arms.items()):
 
         def show(step: Progress, number: int = number, name: str = name) -> None:
             on_progress(SweepProgress(number, len(arms), name, step))
 
-        results[name] = train(run, on_progress=show, stop=stop)
+        results[name] = attempt(partial(train, run, on_progress=show, stop=stop))
         on_progress(SweepProgress(number + 1, len(arms), name))
     return results
 
 
-def _side_by_side(count: int, arms: dict[str, Run], on_progress) -> dict[str, TrainResult]:
-    fresh = multiprocessing.get_context("spawn")
+def _side_by_side(count: int, arms: dict[str, Run], on_progress):
     results = {}
-    with ProcessPoolExecutor(count, mp_context=fresh) as pool:
-        running = {name: pool.submit(train, run) for name, run in arms.items()}
+    with ThreadPoolExecutor(count) as pool:
+        running = {name: pool.submit(_in_a_process, run) for name, run in arms.items()}
         for name, future in running.items():
-            results[name] = future.result()
+            results[name] = attempt(future.result)
             on_progress(SweepProgress(len(results), len(arms), name))
     return results
+
+
+def _in_a_process(run: Run) -> TrainResult:
+    """Train in a process of its own, so that one that is killed takes no other with it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:
+        return own.submit(train, run).result()
 
 
 def _arm_run(arm: Arm, document: dict[str, Any], base: Run, where: str) -> Run:
@@ -133,12 +168,3 @@ def _arm_run(arm: Arm, document: dict[str, Any], base: Run, where: str) -> Run:
     if arm.objective:
         changed["objective"] = list(arm.objective)
     return config.parse(changed, f"{where} arm '{arm.name}'")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError("no such file", where=str(path), remedy="Check the path.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"is not TOML: {error}", where=str(path)) from None

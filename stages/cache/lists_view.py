@@ -12,7 +12,7 @@ from stillroom.cache_schemas.errors import CacheError, CorpusError
 from stillroom.cache_schemas.manifest import Plan
 from stillroom.cache_schemas.signals import ITEM_PREFIX
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.storage.directory import Storage
+from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.corpus.files import Corpus
 from stillroom.pipeline.corpus.histories import check_catalogue, open_catalogue, open_histories
 from stillroom.pipeline.corpus.item_questions import PARTS, settings_in

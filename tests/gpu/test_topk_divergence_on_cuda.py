@@ -14,7 +14,12 @@ from stillroom.pipeline.kernels.linear_divergence import linear_divergence
 from stillroom.pipeline.kernels.topk_divergence import topk_divergence
 from tests.contract.packed_cases import made_up
 
-FILES = ("test_topk_divergence.py", "test_packed_topk.py", "test_linear_divergence.py")
+FILES = (
+    "test_topk_divergence.py",
+    "test_packed_topk.py",
+    "test_linear_divergence.py",
+    "test_cross_entropy_beside.py",
+)
 CONTRACT = [Path(__file__).parent.parent / "contract" / name for name in FILES]
 
 

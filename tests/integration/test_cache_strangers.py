@@ -90,13 +90,13 @@ def test_staging_that_is_a_link_is_not_emptied(original, hostile, tmp_path, verb
     (precious / "0123456789abcdef").write_text("thesis")
     os.symlink(precious, hostile / layout.STAGING)
     (hostile / layout.MANIFEST).unlink()
+    deed = {
+        "repair": lambda: repair(DirectoryStorage(hostile)),
+        "reshard": lambda: reshard(TeacherCache.open(original), hostile, 2),
+        "copy": lambda: copy(DirectoryStorage(original), DirectoryStorage(hostile)),
+    }[verb]
     with pytest.raises(CacheError, match="is a symbolic link"):
-        if verb == "repair":
-            repair(DirectoryStorage(hostile))
-        elif verb == "reshard":
-            reshard(TeacherCache.open(original), hostile, 2)
-        else:
-            copy(DirectoryStorage(original), DirectoryStorage(hostile))
+        deed()
     assert (precious / "0123456789abcdef").read_text() == "thesis"
 
 
@@ -114,11 +114,12 @@ def test_a_place_with_other_files_is_refused_untouched(original, tmp_path, held,
     target = tmp_path / "mine"
     (target / held).parent.mkdir(parents=True)
     (target / held).write_text("mine")
+    deed = {
+        "copy": lambda: copy(DirectoryStorage(original), DirectoryStorage(target)),
+        "reshard": lambda: reshard(TeacherCache.open(original), target, 2),
+    }[verb]
     with pytest.raises(CacheError, match="and no cache"):
-        if verb == "copy":
-            copy(DirectoryStorage(original), DirectoryStorage(target))
-        else:
-            reshard(TeacherCache.open(original), target, 2)
+        deed()
     assert contents(target) == {held: b"mine"}
 
 

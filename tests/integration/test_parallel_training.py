@@ -126,6 +126,72 @@ def test_two_ranks_are_two_microbatches(tmp_path, teacher, cache, alone, kind):
     assert_same_training(tmp_path, alone)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_train_an_adapter_on_the_head(tmp_path, teacher, cache, kind):
+    lora = {"rank": 4, "targets": ["lm_head"]}
+    changes = {"cache": cache, "batch_tokens": 96, "accumulate": 2, "lora": lora} | COMMON
+    changes |= {"objective": OBJECTIVES[:1], "learning_rate": 1e-2}
+    train(make_run(tmp_path / "one", teacher, **changes))
+    launch(2, tmp_path / "two", teacher, parallel=kind, **changes)
+    assert_same_training(tmp_path / "two", tmp_path / "one")
+    before = load_file(tmp_path / "two" / "student-initial" / "model.safetensors")
+    head = weights(tmp_path / "two")["lm_head.weight"]
+    assert np.abs(head - before["model.embed_tokens.weight"]).max() > 1e-4
+
+
+def test_sharded_bf16_is_taught_what_ddp_is(tmp_path, teacher, cache):
+    """FSDP leaves the teacher as it is cached: in bf16 the first loss would be off by 1.6e-3.
+
+    What may differ is the student: FSDP gathers its weights in bf16 where autocast casts them, and
+    rounds the residual stream between blocks, 2^-9 of each state at random.
+    """
+    changes = {"cache": cache, "batch_tokens": 96, "accumulate": 2, "precision": "bfloat16"}
+    changes |= {"objective": [{"name": "forward_kl"}], "steps": 1}
+    for kind in ("ddp", "fsdp"):
+        launch(2, tmp_path / kind, teacher, parallel=kind, **changes)
+    (plain,), (sharded,) = losses(tmp_path / "ddp"), losses(tmp_path / "fsdp")
+    assert sharded == pytest.approx(plain, rel=5e-4)
+
+
+def test_sharding_sees_the_teacher_as_it_is(tmp_path, teacher, cache):
+    """Nothing that goes into the sharded student is another dtype when it arrives."""
+    argument = json.dumps([str(tmp_path), str(teacher), {"cache": cache}, 1])
+    run = subprocess.run(
+        [sys.executable, "-c", FSDP_INPUTS, argument],
+        env=os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | THREADS,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["torch.float32", "torch.float32", "UnitWeights"]
+
+
+FSDP_INPUTS = """
+import json, sys
+import torch.distributed as dist
+from stillroom.pipeline.data.packing import Position
+from stillroom.pipeline.training.parallel import Parallel
+from stillroom.pipeline.training.setup import Setup
+from stillroom.stages.__main__ import leave_group
+from tests.integration.test_training import make_run
+
+dist.init_process_group("gloo", rank=0, world_size=1)
+directory, teacher, changes, _ = json.loads(sys.argv[1])
+run = make_run(directory, teacher, parallel="fsdp", precision="bfloat16", **changes)
+setup = Setup(run, run.train, Parallel.start())
+setup.build()
+own = setup.distiller.forward
+def look(batch, weights, progress):
+    print(batch.teachers[""].signals["topk_logprobs"].dtype, next(iter(weights)).dtype)
+    print(type(weights).__name__)
+    sys.stdout.flush()
+    leave_group(0)
+setup.distiller.forward = look
+batches, _ = next(setup.loader.steps(Position(), 1))
+setup.stepper.step(0, batches, False)
+"""
+
+
 def test_a_run_goes_on_with_other_ranks(tmp_path, teacher, cache, alone):
     changes = {"cache": cache, "batch_tokens": 96, "accumulate": 2} | COMMON
     assert launch(2, tmp_path, teacher, stop_after=1, parallel="fsdp", **changes) == 3
@@ -161,12 +227,12 @@ def test_sigterm_makes_a_checkpoint_and_exits_with_3(tmp_path, teacher, cache, a
 
 SIGTERM_CHILD = """
 import os, signal, sys
-from stillroom.pipeline.training import trainer
+from stillroom.pipeline.training.stepping import Stepper
 from stillroom.stages import __main__ as console
 from tests.in_float64 import in_float64
 
 # The first step waits for the signal: the test decides when it comes, not the machine's speed.
-first = trainer.Stepper.step
+first = Stepper.step
 def step(self, number, batches, stop):
     done = first(self, number, batches, stop)
     if number == 0:
@@ -176,7 +242,7 @@ def step(self, number, batches, stop):
         print(1, flush=True)
         os.read(told, 1)
     return done
-trainer.Stepper.step = step
+Stepper.step = step
 sys.argv = ["stillroom", "train", sys.argv[1]]
 with in_float64():
     console.main()

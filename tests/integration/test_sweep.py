@@ -78,6 +78,42 @@ def test_a_stopped_sweep_goes_on(files, tmp_path):
     assert (tmp_path / "run" / "sweep" / "as-it-is" / "train.json").read_bytes() == first
 
 
+BAD = (
+    SWEEP
+    + """
+[[arm]]
+name = "bad"
+train = {{ freeze = ["nothing"] }}
+[[arm]]
+name = "last"
+train = {{ learning_rate = 2e-4 }}
+"""
+)
+
+
+@pytest.mark.parametrize("side_by_side", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_one_bad_arm_leaves_the_others(files, tmp_path, side_by_side, capsys):
+    path = files(side_by_side, BAD)
+    assert command(["train", "--sweep", str(path)]) == 3
+    results = json.loads((tmp_path / "run" / "sweep.json").read_text())
+    assert list(results) == ["as-it-is", "reverse", "bad", "last"]
+    assert "'nothing' fits no weight" in results["bad"]["failed"]
+    assert results["last"]["steps"] == 2
+    shown, told = capsys.readouterr()
+    assert "failed" in shown
+    assert "1 of 4 arms failed" in told
+    assert "bad: [train] freeze: 'nothing' fits no weight" in told
+    path.write_text(path.read_text().replace('freeze = ["nothing"]', 'freeze = ["*norm*"]'))
+    assert command(["train", "--sweep", str(path)]) == 0
+
+
+def test_an_arm_that_breaks_is_told_as_it_broke():
+    def broken():
+        raise MemoryError("too much")
+
+    assert sweep.attempt(broken) == sweep.FailedArm("MemoryError: too much")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

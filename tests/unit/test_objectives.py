@@ -15,9 +15,10 @@ from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.data.batch import DistillBatch, Teacher, Units
 from stillroom.pipeline.objectives import registry
 from stillroom.pipeline.objectives.alignment import distance
-from stillroom.pipeline.objectives.divergence import DIVERGENCES, logit_spread, sampled_tail
+from stillroom.pipeline.objectives.divergence import DIVERGENCES
 from stillroom.pipeline.objectives.policy import effective_sample_share, returns, surrogate
 from stillroom.pipeline.objectives.registry import CacheFacts, Context
+from stillroom.pipeline.objectives.teacher_rows import logit_spread, sampled_tail
 from stillroom.pipeline.objectives.weighting import admitted
 from stillroom.pipeline.student.states import Head, StudentStates
 

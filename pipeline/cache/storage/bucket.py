@@ -48,6 +48,9 @@ class BucketStorage:
         self.options = options or {}
         self._opened: tuple[int, Any, str] | None = None
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.url, self.options, self.pause)
+
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         stop = None if length is None else start + length
         if length == 0:

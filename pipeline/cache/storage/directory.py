@@ -60,6 +60,9 @@ class DirectoryStorage:
         self.disk = disk or Disk()
         self.path = lru_cache(PATHS_CHECKED)(self._confined)
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.root, self.disk)
+
     def _confined(self, name: str) -> Path:
         """The file of a name.
 

@@ -55,6 +55,9 @@ class ReadThrough:
         self._lock = threading.Lock()
         self._make_room(0)
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.behind, self.directory, self.limit_bytes, self.identity)
+
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         asked = f"{self.identity}\n{name}\n{start}\n{length}".encode()
         path = self.directory / hashlib.sha256(asked).hexdigest()

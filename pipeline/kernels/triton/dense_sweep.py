@@ -60,6 +60,7 @@ def sweep(
         targets.labels.contiguous() if targets.labels is not None else loss,
         loss if targets.weights is None else targets.weights.float().contiguous(),
         loss,
+        targets.cross_entropy if targets.cross_entropy is not None else torch.empty_like(loss),
         shard.width,
         1 / objective.temperature,
         objective.temperature,
@@ -96,6 +97,7 @@ def _sweep_row(
     labels_ptr,
     weights_ptr,
     loss_ptr,
+    told_ptr,
     width,
     cold,
     temperature,
@@ -173,7 +175,9 @@ def _sweep_row(
         surprise = peak - z_label + log_total
         if PLAIN:
             surprise = plain_peak - z_label + tl.log(plain_total)
-        loss += tl.where(label >= 0, hard * surprise, 0.0)
+        surprise = tl.where(label >= 0, surprise, 0.0)
+        loss += hard * surprise
+        tl.store(told_ptr + row, surprise)
     weight = 1.0
     if WEIGHTED:
         weight = tl.load(weights_ptr + row).to(tl.float32)

@@ -61,6 +61,7 @@ def sweep(
     hard = targets.labels is not None and objective.ce_weight > 0
     labels = targets.labels.contiguous() if targets.labels is not None else loss
     weights = loss if targets.weights is None else targets.weights.float().contiguous()
+    told = targets.cross_entropy if targets.cross_entropy is not None else torch.empty_like(loss)
     _sweep_row[(len(buffer),)](
         buffer,
         buffer.stride(0),
@@ -68,6 +69,7 @@ def sweep(
         labels,
         weights,
         loss,
+        told,
         shard.width,
         k,
         1 / objective.temperature,
@@ -157,6 +159,7 @@ def _sweep_row(
     labels_ptr,
     weights_ptr,
     loss_ptr,
+    told_ptr,
     width,
     k,
     cold,
@@ -267,11 +270,14 @@ def _sweep_row(
             plain_top = tl.maximum(tl.max(z_named, 0), plain_peak)
             plain_total = plain_total * tl.exp(plain_peak - plain_top)
             plain_total += tl.sum(tl.exp(z_named - plain_top), 0)
-            loss += tl.where(label >= 0, hard * (plain_top - z_label + tl.log(plain_total)), 0.0)
+            surprise = plain_top - z_label + tl.log(plain_total)
             plain_peak = plain_top
             plain_scale = hard / plain_total
         else:
-            loss += tl.where(label >= 0, hard * (top - z_label + log_sum), 0.0)
+            surprise = top - z_label + log_sum
+        surprise = tl.where(label >= 0, surprise, 0.0)
+        loss += hard * surprise
+        tl.store(told_ptr + row, surprise)
     weight = 1.0
     if WEIGHTED:
         weight = tl.load(weights_ptr + row).to(tl.float32)

@@ -1,0 +1,106 @@
+"""Models from HF directories, as training and measurement want them.
+
+One idea: everything that reads a student or a teacher through transformers goes through here, so an
+adapter on disk becomes plain weights and a directory that does not load is one message. It makes
+and saves nothing.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.teacher.checkpoint import load_whole, unloadable
+
+ADAPTER = "adapter_config.json"
+"""File by which PEFT and transformers know an adapter."""
+
+
+def is_model(directory: Path) -> bool:
+    """True where `load` finds a model or an adapter."""
+    return any((directory / name).is_file() for name in ("config.json", ADAPTER))
+
+
+def plain_model(directory: str | Path) -> str:
+    """Where the config lies: in the directory, or in that of the model that its adapter names."""
+    if not _is_adapter(directory):
+        return str(directory)
+    return json.loads((Path(directory) / ADAPTER).read_text())["base_model_name_or_path"]
+
+
+def _is_adapter(directory: str | Path) -> bool:
+    return (Path(directory) / ADAPTER).is_file()
+
+
+def load(
+    directory: str | Path,
+    attention: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    trusts_code: bool = False,
+    config: Any = None,
+) -> Any:
+    """A causal LM or image-text model from an HF directory, in training precision.
+
+    An adapter (`[train.lora] export = "adapter"`) comes merged into the model that it names.
+
+    Args:
+        directory: the model's, or the adapter's.
+        attention: transformers' name of an implementation, or `auto` for its own choice.
+        dtype: of the weights.
+        trusts_code: whether Python code of the directory may be run.
+        config: in place of the directory's own.
+
+    Raises:
+        StudentError: the directory is missing, is not a model that transformers knows, or lacks
+            weights.
+    """
+    try:
+        if _is_adapter(directory):
+            return _with_adapter(Path(directory), attention, dtype)
+        return _plain(directory, attention, dtype, trusts_code, config)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise StudentError(
+            f"cannot be loaded ({reason(error)})",
+            expected="an HF causal language model",
+            where=str(directory),
+            remedy="" if attention == "auto" else "Set [train] attention = 'auto'.",
+        ) from None
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error that says something, or its name."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config says"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _plain(
+    directory: str | Path,
+    attention: str,
+    dtype: torch.dtype,
+    trusts_code: bool = False,
+    config: Any = None,
+) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        config = config or AutoConfig.from_pretrained(directory, trust_remote_code=trusts_code)
+    except Exception as error:  # whatever a broken config makes the library raise
+        raise unloadable(directory, error, StudentError) from None
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    options = {"config": config, "dtype": dtype}
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    return load_whole(kind, directory, error=StudentError, trusts_code=trusts_code, **options)
+
+
+def _with_adapter(directory: Path, attention: str, dtype) -> Any:
+    from peft import PeftModel
+
+    from stillroom.pipeline.student.lora import merged
+
+    plain = _plain(plain_model(directory), attention, dtype)
+    return merged(PeftModel.from_pretrained(plain, str(directory)))

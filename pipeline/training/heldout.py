@@ -1,0 +1,140 @@
+"""Held-out sets: text that no step trains on, measured with its own cache's facts.
+
+One idea: an objective is judged on a held-out cache as that cache was captured (its temperatures,
+its k, its draws), and it must be the same objective there: same teacher, same tail. What cannot be
+measured so is refused when the run starts, not at the first measurement. It takes no steps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stillroom.cache_schemas.errors import ConfigError, PlanMismatch
+from stillroom.pipeline.config import Run
+from stillroom.pipeline.config.training import HeldOutCaches, Train
+from stillroom.pipeline.objectives.combine import terms_of
+from stillroom.pipeline.objectives.registry import CacheFacts
+from stillroom.pipeline.objectives.weighting import Term
+
+SAME_TEACHER = ("weights_sha256", "vocab_size", "hidden_size", "dtype", "quantization")
+"""Facts of a teacher that change what it says."""
+
+
+@dataclass
+class HeldOut:
+    """One held-out set.
+
+    Attributes:
+        name: key in `[train.heldout]`; empty for `heldout_cache`.
+        caches: cache name -> held-out cache, as the training caches are named.
+        terms: the objectives with the facts of these caches.
+        loader: over every example once; set when the student is there.
+    """
+
+    name: str
+    caches: Mapping[str, Any]
+    terms: list[Term]
+    loader: Any = None
+
+    @property
+    def prefix(self) -> str:
+        """What stands before an objective's label in the names of this set's measures."""
+        return f"{self.name}/" if self.name else ""
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of what is measured."""
+        return [self.prefix + term.label for term in self.terms]
+
+
+def heldout_sets(settings: Train) -> dict[str, HeldOutCaches]:
+    """Every held-out set that a run names; `heldout_cache` is the one without a name.
+
+    Raises:
+        ConfigError: `evaluate_every` and nothing to measure on.
+    """
+    short = {"": HeldOutCaches(cache=settings.heldout_cache)} if settings.heldout_cache else {}
+    found = short | dict(settings.heldout)
+    if settings.evaluate_every and not found:
+        raise ConfigError(
+            "evaluate_every without heldout_cache",
+            where="[train]",
+            remedy="Capture the held-out split (stillroom capture --split heldout) and name it.",
+        )
+    return found
+
+
+def title(name: str) -> str:
+    """A held-out set as the run file calls it."""
+    return f"[train.heldout.{name}]" if name else "[train] heldout_cache"
+
+
+def judge(
+    run: Run,
+    name: str,
+    caches: Mapping[str, Any],
+    trained_on: Mapping[str, Any],
+    facts: Mapping[str, CacheFacts],
+    terms: list[Term],
+) -> HeldOut:
+    """A held-out set whose objectives are those of training.
+
+    Args:
+        run: whose objectives.
+        name: of the set.
+        caches: its caches.
+        trained_on: the training caches.
+        facts: of the held-out caches, and of the caches of vision targets.
+        terms: the objectives as they are trained.
+
+    Raises:
+        ConfigError: an objective's cache has no held-out one.
+        PlanMismatch: another teacher, or a tail that the training cache has and this one has not.
+        StudentError: the cache lacks a signal or a temperature of an objective.
+    """
+    where = title(name)
+    for term in terms:
+        _check_there(term, facts, where)
+    for own, cache in caches.items():
+        _check_teacher(cache.plan.facts["teacher"], trained_on[own].plan.facts["teacher"], where)
+    judged = terms_of(run.objective, facts, where)
+    for term, own in zip(terms, judged, strict=True):
+        _check_same(term, own, where)
+    return HeldOut(name, caches, judged)
+
+
+def _check_there(term: Term, facts: Mapping[str, CacheFacts], where: str) -> None:
+    wanted = term.table.cache
+    if wanted in facts:
+        return
+    raise ConfigError(
+        f"names no cache '{wanted}', which objective {term.label} is about",
+        where=where,
+        remedy=f"Capture '{wanted}' on the held-out split too, and name both: "
+        f'[train.heldout.NAME] cache = "...", caches = {{ {wanted} = "..." }}.',
+    )
+
+
+def _check_teacher(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    for key in SAME_TEACHER:
+        if found.get(key) != wanted.get(key):
+            raise PlanMismatch(
+                f"is of a teacher with {key} = {found.get(key)!r}",
+                expected=f"{wanted.get(key)!r} as in the training cache",
+                where=where,
+                remedy="Capture the held-out split with the teacher of the training cache.",
+            )
+
+
+def _check_same(trained: Term, judged: Term, where: str) -> None:
+    """Options that depend on the cache must come out alike: one curve, one measure."""
+    before, now = trained.options.model_dump(), judged.options.model_dump()
+    for key, wanted in before.items():
+        if now[key] != wanted:
+            raise PlanMismatch(
+                f"objective {trained.label} would be measured with {key} = {now[key]!r}",
+                expected=f"{wanted!r} as in training",
+                where=where,
+                remedy="Capture the held-out split with the [capture] of the training cache, or "
+                f"give options.{key} in the [[objective]].",
+            )

@@ -1,0 +1,82 @@
+"""What a finished run says of itself, in `train.json`.
+
+One idea: a run is finished when its student is there, of the steps and in the form that are asked
+for now; asked again it is read, not trained. It holds no weights.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from stillroom.pipeline.config import Run
+from stillroom.pipeline.student.loading import is_model
+from stillroom.pipeline.training.checkpoint import write_durably
+from stillroom.pipeline.training.identity import MEASURED, check_identity
+
+RESULT = "train.json"
+FORM_OF_BEFORE = {"form": "merged", "dtype": "float32"}
+"""Of runs whose `train.json` does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        student: HF directory of the trained student.
+        initial: HF directory of the untrained one.
+        steps: steps taken in all; fewer than were asked for where `patience` ran out.
+        final_loss: loss of the last step.
+        tokens: trained on in all, on all ranks, without padding.
+        seconds: of this process, this time; 0 when the run was finished before.
+        best_step: whose weights were exported by `keep_best`; 0 where that is not set.
+        check: one batch's loss in training and of the exported student (see `exporting.Losses`).
+    """
+
+    student: str
+    initial: str
+    steps: int
+    final_loss: float
+    tokens: int
+    seconds: float
+    best_step: int = 0
+    check: dict[str, float] = field(default_factory=dict)
+
+
+def finished_facts(run: Run) -> dict[str, Any] | None:
+    """What a run said of itself when it was finished last; None before that."""
+    path = run.path(RESULT)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def finished(run: Run, steps: int, identity: dict, form: dict) -> TrainResult | None:
+    """The result of a finished run; None where there is none, or none of these steps in this form.
+
+    Args:
+        run: the run.
+        steps: that are asked for now.
+        identity: of the run as it is asked for.
+        form: of the export that is asked for.
+
+    Raises:
+        PlanMismatch: another run was finished there.
+    """
+    facts = finished_facts(run)
+    if facts is None or not is_model(run.path("student")):
+        return None
+    found = facts.pop("identity")
+    # What only a loaded student decides is as it was.
+    decided = {key: found.get(key, before) for key, before in MEASURED.items()}
+    check_identity(found, identity | decided, str(run.path(RESULT)))
+    planned = facts.pop("planned", facts["steps"])
+    if planned != steps or facts.pop("export", FORM_OF_BEFORE) != form:
+        return None
+    facts["seconds"] = 0.0
+    return TrainResult(**facts)
+
+
+def keep(run: Run, result: TrainResult, steps: int, identity: dict, form: dict) -> None:
+    """Say that a run of so many planned steps is finished."""
+    facts = {name: getattr(result, name) for name in TrainResult.__slots__}
+    facts |= {"planned": steps, "identity": identity, "export": form}
+    write_durably(run.path(RESULT), json.dumps(facts, indent=2) + "\n")

@@ -1,0 +1,277 @@
+"""What a person expects of a trainer: more steps, the best student, one process, plain messages."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stillroom.cache_schemas.errors import ConfigError, PlanMismatch, StudentError
+from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.training import checkpoint, metrics, parallel
+from stillroom.pipeline.training.metrics import read_metrics
+from stillroom.pipeline.training.optimization import rate
+from stillroom.pipeline.training.parallel import Parallel
+from stillroom.pipeline.training.run import resolved
+from stillroom.pipeline.training.trainer import Interrupted, train
+from tests import memory_cache, tiny_models
+from tests.integration.test_training import losses, make_run, weights_digest
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return tiny_models.save_llama(tmp_path_factory.mktemp("teacher") / "model", num_layers=3)
+
+
+@pytest.fixture(scope="module")
+def cache(teacher):
+    return memory_cache.captured(teacher, memory_cache.examples(12))
+
+
+@pytest.fixture(scope="module")
+def heldout(teacher, tmp_path_factory):
+    captured = memory_cache.captured(teacher, memory_cache.examples(6, seed=4))
+    return str(captured.write(tmp_path_factory.mktemp("heldout") / "cache"))
+
+
+STEADY = {"schedule": "constant", "warmup": 0.0, "checkpoint_every": 4}
+
+
+def test_a_finished_run_goes_on_for_more_steps(tmp_path, teacher, cache):
+    """With a constant rate the longer run is the run that was long from the start."""
+    whole = make_run(tmp_path / "whole", teacher, steps=6, **STEADY)
+    train(whole, caches={"": cache})
+    short = make_run(tmp_path / "more", teacher, steps=3, **STEADY)
+    assert train(short, caches={"": cache}).steps == 3
+    more = make_run(tmp_path / "more", teacher, steps=6, **STEADY)
+    assert train(more, caches={"": cache}).steps == 6
+    assert losses(more) == losses(whole)
+    assert weights_digest(more) == weights_digest(whole)
+    assert train(more, caches={"": cache}).seconds == 0
+
+
+def test_the_rate_follows_the_new_number_of_steps_from_there(tmp_path, teacher, cache):
+    train(make_run(tmp_path, teacher, steps=2), caches={"": cache})
+    more = make_run(tmp_path, teacher, steps=4)
+    train(more, caches={"": cache})
+    short, long = make_run(tmp_path, teacher, steps=2).train, more.train
+    wanted = [rate(short, 0), rate(short, 1), rate(long, 2), rate(long, 3)]
+    assert [line["learning_rate"] for line in read_metrics(more.path())] == wanted
+
+
+def test_steps_are_not_taken_back(tmp_path, teacher, cache):
+    train(make_run(tmp_path, teacher, steps=3, **STEADY), caches={"": cache})
+    fewer = make_run(tmp_path, teacher, steps=2, **STEADY)
+    with pytest.raises(ConfigError, match="steps = 2 of a run that has taken 3") as caught:
+        train(fewer, caches={"": cache})
+    assert "steps = 3 or more" in caught.value.remedy
+    train(make_run(tmp_path, teacher, steps=3, **STEADY), caches={"": cache})
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(tmp_path, teacher, cache):
+    import shutil
+
+    run = make_run(tmp_path / "run", teacher, steps=2, **STEADY)
+    result = train(run, caches={"": cache})
+    shutil.rmtree(run.path("checkpoints"))
+    more = make_run(tmp_path / "run", teacher, steps=3, **STEADY)
+    with pytest.raises(StudentError, match="is at step 2, and its checkpoints are gone") as caught:
+        train(more, caches={"": cache})
+    assert f"model = '{result.student}'" in caught.value.remedy
+
+
+BEST = {"evaluate_every": 1, "keep_best": "1.forward_kl", "keep_last": 1}
+
+
+@pytest.fixture(scope="module")
+def overshooting(tmp_path_factory, teacher, cache, heldout):
+    """A rate that makes the student better at first and then worse."""
+    run = make_run(
+        tmp_path_factory.mktemp("best"),
+        teacher,
+        steps=8,
+        heldout_cache=heldout,
+        learning_rate=0.02,
+        clip=0,
+        **STEADY,
+        **BEST,
+    )
+    result = train(run, caches={"": cache})
+    return run, result
+
+
+def test_the_best_student_is_exported(overshooting):
+    run, result = overshooting
+    measured = [line["heldout/1.forward_kl"] for line in read_metrics(run.path())]
+    best = min(range(len(measured)), key=measured.__getitem__) + 1
+    assert result.best_step == best < 8
+    exported = load_file(run.path("student", "model.safetensors"))
+    (kept,) = run.path("checkpoints", f"step-{best:08d}").glob("*.safetensors")
+    stored = load_file(kept)
+    for name, tensor in exported.items():
+        if f"weight.model.{name}" in stored:
+            assert torch.equal(stored[f"weight.model.{name}"], tensor), name
+
+
+def test_patience_ends_a_run_and_it_stays_ended(tmp_path, teacher, cache, heldout, overshooting):
+    run = make_run(
+        tmp_path,
+        teacher,
+        steps=8,
+        heldout_cache=heldout,
+        learning_rate=0.02,
+        clip=0,
+        patience=1,
+        **STEADY,
+        **BEST,
+    )
+    notes = []
+    result = train(run, caches={"": cache}, on_note=notes.append)
+    measured = [line["heldout/1.forward_kl"] for line in read_metrics(overshooting[0].path())]
+    first = next(i for i in range(1, 8) if measured[i] >= min(measured[:i])) + 1
+    assert (result.steps, result.best_step) == (first, first - 1)
+    assert any("stopped" in note for note in notes)
+    again = train(run, caches={"": cache}, stop=lambda: pytest.fail("trained again"))
+    assert (again.steps, again.best_step) == (result.steps, result.best_step)
+    changes = run.train.model_dump(mode="json") | {"export_dtype": "bfloat16"}
+    narrow = train(make_run(tmp_path, teacher, **changes), caches={"": cache})
+    assert (narrow.steps, narrow.best_step) == (result.steps, result.best_step)
+    kept = load_file(run.path("student", "model.safetensors"))
+    assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
+
+
+def test_a_stopped_run_remembers_its_best(tmp_path, teacher, cache, heldout, overshooting):
+    whole, result = overshooting
+    changes = whole.train.model_dump(mode="json") | {"heldout_cache": heldout}
+    run = make_run(tmp_path, teacher, **changes)
+    asked = iter(range(100))
+    with pytest.raises(Interrupted):
+        train(run, caches={"": cache}, stop=lambda: next(asked) >= 5)
+    assert train(run, caches={"": cache}).best_step == result.best_step
+    assert weights_digest(run) == weights_digest(whole)
+
+
+def test_checkpoints_of_before_go_on(tmp_path, teacher, cache):
+    """State and identity as they were written before attention, kernel and steps left them."""
+    whole = make_run(tmp_path / "whole", teacher, steps=4, **STEADY)
+    train(whole, caches={"": cache})
+    run = make_run(tmp_path / "old", teacher, steps=4, **STEADY | {"checkpoint_every": 2})
+    asked = iter(range(100))
+    with pytest.raises(Interrupted):
+        train(run, caches={"": cache}, stop=lambda: next(asked) >= 2)
+    (state,) = run.path("checkpoints").glob("*/state.json")
+    facts = json.loads(state.read_text())
+    del facts["best"], facts["identity"]["packing"], facts["identity"]["load_balancing"]
+    old = {"steps": 4, "attention": "sdpa", "kernel": "chunked"}
+    facts["identity"] |= {f"train.{key}": value for key, value in old.items()}
+    state.write_text(json.dumps(facts))
+    train(run, caches={"": cache})
+    assert weights_digest(run) == weights_digest(whole)
+    with pytest.raises(PlanMismatch, match=r"train.precision = 'float32'; expected 'bfloat16'"):
+        train(make_run(run.path(), teacher, precision="bfloat16", steps=4), caches={"": cache})
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from stillroom.pipeline.training.lock import exclusive
+from stillroom.pipeline.training.parallel import Parallel
+with exclusive(Path(sys.argv[1]), Parallel.start()):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_second_process_is_refused(tmp_path, teacher, cache):
+    run = make_run(tmp_path, teacher, steps=1)
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    holder = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(StudentError, match="another process is training here") as caught:
+        train(run, caches={"": cache})
+    assert "Wait for it" in caught.value.remedy
+    holder.communicate("\n")
+    train(run, caches={"": cache})
+
+
+def test_a_full_disk_is_a_message_and_the_run_goes_on(tmp_path, teacher, cache, monkeypatch):
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    def full(*_args, **_kwargs):
+        raise CheckpointException("save", {0: (OSError(28, "No space left on device"), None)})
+
+    run = make_run(tmp_path, teacher, steps=2, checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        with pytest.raises(StudentError, match="No space left on device") as caught:
+            train(run, caches={"": cache})
+    assert "run the same command again" in caught.value.remedy
+    assert train(run, caches={"": cache}).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "message", "remedy"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks", {"WORLD_SIZE": "1"}),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2 without RANK", {"WORLD_SIZE": "1"}),
+    ],
+)
+def test_processes_that_do_not_know_each_other_are_noticed(monkeypatch, told, message, remedy):
+    monkeypatch.setattr(parallel.os, "environ", dict(told))
+    with pytest.raises(ConfigError, match=message):
+        Parallel.start()
+    monkeypatch.setattr(parallel.os, "environ", told | remedy)
+    assert Parallel.start().world_size == 1
+
+
+def test_auto_is_bf16_and_triton_on_cuda_alone(monkeypatch):
+    from stillroom.pipeline.training import run
+
+    monkeypatch.setattr(run, "triton_runs_on", lambda _device: True)
+    on_gpu = resolved(Train(), torch.device("cuda"))
+    assert (on_gpu.precision, on_gpu.kernel) == ("bfloat16", "triton")
+    on_cpu = resolved(Train(), torch.device("cpu"))
+    assert (on_cpu.precision, on_cpu.kernel) == ("float32", "chunked")
+    told = Train(precision="float32", kernel="eager")
+    assert resolved(told, torch.device("cuda")) == told
+
+
+class Tracker:
+    """Stands for wandb or trackio: keeps what it is called with."""
+
+    def __init__(self):
+        self.begun, self.logged = [], []
+
+    def init(self, **told):
+        self.begun.append(told)
+
+    def log(self, values, step):
+        self.logged.append(step)
+
+    def finish(self):
+        pass
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_goes_on_with_the_same_run(tmp_path, monkeypatch, name):
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    for step in (0, 3):
+        log = metrics.MetricsLog(tmp_path, step, name, "run", {"train": {"steps": 5}})
+        log.write(step + 1, {"loss": 1.0})
+        log.close()
+    first, second = tracker.begun
+    assert first == second
+    assert first["config"] == {"train": {"steps": 5}}
+    assert first["resume"] == "allow"
+    assert tracker.logged == [1, 4]
+    other = tmp_path / "other"
+    other.mkdir()
+    metrics.MetricsLog(other, 0, name, "run", {}).close()
+    key = "id" if name == "wandb" else "name"
+    assert tracker.begun[-1][key] != first[key]

@@ -1,0 +1,50 @@
+"""A run file's text: byte order marks, and paths as a shell would read them."""
+
+import pytest
+
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline import config
+
+TEXT = """
+name = "run"
+directory = "$STILLROOM_TEST_ROOM/run"
+[teacher]
+model = "~/teacher"
+[train]
+cache = "${STILLROOM_TEST_ROOM}/cache"
+caches = { second = "$STILLROOM_TEST_ROOM/second" }
+[train.heldout.page]
+cache = "~/heldout"
+[evaluate]
+students = { mine = "~/mine" }
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setenv("STILLROOM_TEST_ROOM", "/room")
+    monkeypatch.setenv("HOME", "/home/me")
+    return tmp_path / "run.toml"
+
+
+def test_paths_are_read_as_a_shell_reads_them(file):
+    file.write_text(TEXT)
+    run = config.load(file)
+    assert (run.directory, run.teacher.model) == ("/room/run", "/home/me/teacher")
+    assert (run.train.cache, run.train.caches["second"]) == ("/room/cache", "/room/second")
+    assert run.train.heldout["page"].cache == "/home/me/heldout"
+    assert run.evaluate.students["mine"] == "/home/me/mine"
+
+
+def test_a_variable_that_is_not_set_is_named(file, monkeypatch):
+    file.write_text(TEXT)
+    monkeypatch.delenv("STILLROOM_TEST_ROOM")
+    with pytest.raises(ConfigError, match=r"the environment has no variable \$STILLROOM_TEST_ROOM"):
+        config.load(file)
+    monkeypatch.setenv("STILLROOM_TEST_ROOM", "/room")
+    assert config.load(file).directory == "/room/run"
+
+
+def test_a_byte_order_mark_is_read(file):
+    file.write_text(TEXT, encoding="utf-8-sig")
+    assert config.load(file).name == "run"
