@@ -13,7 +13,7 @@ from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.corpus.image_chat import processor_sha256
 from stillroom.pipeline.corpus.preparing import Corpus
 from stillroom.pipeline.corpus.tokenizer import tokenizer_facts
-from stillroom.pipeline.teacher.arguments import SPEED_AND_PLACEMENT
+from stillroom.pipeline.teacher.arguments import meaningful
 from stillroom.pipeline.teacher.facts import model_directory, teacher_facts
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.protocol import EngineName
@@ -37,7 +37,7 @@ def make_plan(
     if not table.nucleus:
         # Caches made before there was such a key have the same plan.
         del capture["nucleus"]
-    facts = teacher_facts(teacher) | {"engine_args": _meaningful(teacher.engine_args)}
+    facts = teacher_facts(teacher) | {"engine_args": meaningful(teacher.engine_args)}
     if engine == "reference" and teacher.attention != "auto":
         facts["attention"] = teacher.attention
     return Plan.make(
@@ -120,10 +120,6 @@ def check_processor(corpus: Corpus, teacher: Teacher) -> None:
             where=str(corpus.directory),
             remedy="Run `stillroom prepare` again for this teacher and these versions.",
         )
-
-
-def _meaningful(engine_args: dict) -> dict:
-    return {key: value for key, value in engine_args.items() if key not in SPEED_AND_PLACEMENT}
 
 
 def first_version(name: str, packages: tuple[str, ...]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Teacher
-from stillroom.pipeline.teacher.arguments import overridden
+from stillroom.pipeline.teacher.overrides import overridden
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 

@@ -14,9 +14,10 @@ from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.capture.cost import estimate
 from stillroom.pipeline.capture.job import capture
-from stillroom.pipeline.capture.plan import SPEED_AND_PLACEMENT, engine_facts, make_plan
+from stillroom.pipeline.capture.plan import engine_facts, make_plan
 from stillroom.pipeline.config import Capture, Prepare, Run, Source, Teacher
 from stillroom.pipeline.corpus.preparing import Corpus, prepare
+from stillroom.pipeline.teacher.arguments import SPEED_AND_PLACEMENT
 from stillroom.pipeline.teacher.opening import open_engine
 from stillroom.pipeline.teacher.protocol import (
     OutOfMemory,

@@ -17,9 +17,9 @@ from stillroom.cache_schemas.signals import hidden_name
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, TeacherRecord
 from stillroom.pipeline.teacher import protocol
-from stillroom.pipeline.teacher.arguments import check_applicable, overridden
 from stillroom.pipeline.teacher.facts import model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.overrides import check_applicable, overridden
 from stillroom.pipeline.teacher.reference.head import WatchedHead
 from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
 from stillroom.pipeline.teacher.reference.parts import BlockOutputs
