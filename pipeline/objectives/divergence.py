@@ -123,7 +123,7 @@ def logit_spread(hidden: torch.Tensor, unembedding: torch.Tensor) -> torch.Tenso
         unembedding: [V, D], real columns only.
 
     Returns:
-        float32 [N].
+        [N], float32, or float64 of float64 arguments.
     """
     head = widened(unembedding)
     centred = head - head.mean(dim=0)

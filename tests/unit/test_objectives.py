@@ -170,7 +170,7 @@ def test_z_scored_logits_give_llavadis_normalised_loss():
 
 def test_the_spread_of_logits_needs_no_logits():
     world = World()
-    expected = world.logits.std(-1, unbiased=False).float()
+    expected = world.logits.std(-1, unbiased=False)
     torch.testing.assert_close(logit_spread(world.hidden, world.head), expected)
 
 
