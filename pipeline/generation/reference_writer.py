@@ -17,8 +17,8 @@ from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.generation.writers import Answer, Writers, answer_key, draw, mixture
 from stillroom.pipeline.record import Example
-from stillroom.pipeline.teacher.arguments import check_applicable
 from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.overrides import check_applicable
 from stillroom.pipeline.teacher.reference.engine import load_model
 from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
 

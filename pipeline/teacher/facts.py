@@ -14,8 +14,9 @@ from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.adapter import CONFIG as ADAPTER_CONFIG
 from stillroom.pipeline.teacher.adapter import adapter_facts
-from stillroom.pipeline.teacher.arguments import meaningful, overridden
+from stillroom.pipeline.teacher.arguments import meaningful
 from stillroom.pipeline.teacher.identity import directory_facts, stored_dtype
+from stillroom.pipeline.teacher.overrides import overridden
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,8 +85,8 @@ def test_heads_are_measured_and_make_the_models_own_logits(zoo, label, tmp_path)
     form = form_of(load_model(teacher))
     assert (form.state, form.scale, form.softcap) == pytest.approx(HEADS[label])
     states = torch.tensor(said(teacher).signals["hidden.final"])
-    sha256 = teacher_facts(teacher)["weights_sha256"]
-    head = read_teacher_head(keep_teacher_head(teacher, sha256, tmp_path / "head"))
+    kept = keep_teacher_head(teacher, teacher_facts(teacher), tmp_path / "head")
+    head = read_teacher_head(kept)
     logits = live(teacher).logits[0, :-1]
     torch.testing.assert_close(head.logits(states), logits, rtol=1e-5, atol=1e-5)
     student = load(teacher.model, "eager").eval()
@@ -149,8 +149,8 @@ def test_a_kept_head_is_held_against_the_cache(zoo, tmp_path):
         "capture": {"hidden_codec": "step", "hidden_step": 0.05},
     }
     plan = SimpleNamespace(facts=facts)
-    sha256 = teacher_facts(teacher)["weights_sha256"]
-    head = read_teacher_head(keep_teacher_head(teacher, sha256, tmp_path / "head"))
+    kept = keep_teacher_head(teacher, teacher_facts(teacher), tmp_path / "head")
+    head = read_teacher_head(kept)
     check_head(head, record, plan, "here")
     for wrong in (Head(head.weight), Head(head.weight, scale=-0.25)):
         with pytest.raises(StudentError, match=r"here: .* nats from the cached ones"):
@@ -161,12 +161,12 @@ def test_a_head_that_was_kept_without_its_factor_is_made_again(zoo, tmp_path):
     from safetensors.torch import save_file
 
     teacher = zoo("granite")
-    sha256 = teacher_facts(teacher)["weights_sha256"]
+    facts = teacher_facts(teacher)
     old = {"head": torch.zeros(512, 64)}
-    save_file(old, tmp_path / "head", {"weights_sha256": sha256})
+    save_file(old, tmp_path / "head", {"weights_sha256": facts["weights_sha256"]})
     with pytest.raises(StudentError, match=r"without its factor.*Name the cache's teacher"):
-        keep_teacher_head(None, sha256, tmp_path / "head")
-    assert read_teacher_head(keep_teacher_head(teacher, sha256, tmp_path / "head")).scale == 0.25
+        keep_teacher_head(None, facts, tmp_path / "head")
+    assert read_teacher_head(keep_teacher_head(teacher, facts, tmp_path / "head")).scale == 0.25
 
 
 @pytest.mark.parametrize("label", ["gpt2", "gptj", "falcon", "bloom", "mpt", "mamba"])

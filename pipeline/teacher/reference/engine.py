@@ -19,10 +19,10 @@ from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, TeacherRecord
 from stillroom.pipeline.teacher import protocol
 from stillroom.pipeline.teacher.adapter import merged, with_adapter
-from stillroom.pipeline.teacher.arguments import check_applicable
 from stillroom.pipeline.teacher.checkpoint import check_report, load_whole, load_with_report
 from stillroom.pipeline.teacher.facts import dtype_of, model_config, model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
+from stillroom.pipeline.teacher.overrides import check_applicable
 from stillroom.pipeline.teacher.quantised import check_as_written, method_of, try_forward
 from stillroom.pipeline.teacher.reference.head import WatchedHead
 from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
