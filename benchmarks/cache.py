@@ -6,7 +6,6 @@ tokens per CPU second of one core, best of a few turns. Beside each other layout
 to add no more KL than that layout does (`equal_kl`).
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ import numpy as np
 from benchmarks import cache_data, cache_equal_kl, cache_peers, cache_reads
 from benchmarks.cache_divergence import divergence, row_kl
 from benchmarks.cache_entropy import unigram_limit_bytes
-from benchmarks.cache_trial import publish
+from benchmarks.cache_trial import asking, publish
 from stillroom.cache_schemas import row_scaling
 from stillroom.cache_schemas.codebook import Codebook
 from stillroom.cache_schemas.lists import LevelTable
@@ -72,8 +71,7 @@ CASES = (
 
 def main() -> None:
     """Measure, print, and write a dated result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object only")
+    parser = asking(__doc__)
     parser.add_argument("--windows", type=int, default=32, help="windows of 1,024 tokens to use")
     parser.add_argument(
         "--making", type=float, default=100, help="seconds for new windows, at most"

@@ -9,7 +9,6 @@ command then seals must be bit for bit the one of an uninterrupted run, and only
 receipt may be written again. The trials of `tests/cache_trials.py` raise when one fails.
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -18,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.cache_trial import publish
+from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline.cache.reader import TeacherCache
 from tests import cache_trials as trials
 from tests.faulty_disk import full
@@ -91,8 +90,7 @@ def at_operations(folder: Path, plan, expected: dict, count: int, trial) -> dict
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = asking(__doc__)
     parser.add_argument("--flips", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--others", type=int, default=50)

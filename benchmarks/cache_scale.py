@@ -6,7 +6,6 @@
 the records are not there. Each measurement runs in a process of its own, so peak memory is its own.
 """
 
-import argparse
 import multiprocessing
 import resource
 import time
@@ -14,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cache_trial import publish
+from benchmarks.cache_trial import asking, publish
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.manifest import Manifest, Plan, Records, ShardReceipt, ShardTable
 from stillroom.pipeline.cache.formats import UNFITTED, Format, RowCodec, codec_sizes
-from stillroom.pipeline.cache.sealing import file_entry
+from stillroom.pipeline.cache.shard import file_entry
 from tests.synthetic_records import make_plan
 
 EXAMPLES, TOKENS, BYTES_PER_TOKEN = 2442, 1024, 100
@@ -149,8 +148,7 @@ def _resident() -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = asking(__doc__)
     options = parser.parse_args()
     sizes = [len(receipt(Simulated(make_plan(EXAMPLES, EXAMPLES, TOKENS)).form, 0).to_bytes())]
     manifest = Simulated(make_plan(EXAMPLES * 40_000, EXAMPLES, TOKENS)).manifest

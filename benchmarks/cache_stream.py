@@ -11,7 +11,6 @@ four kilobytes a token, so that a CPU gets through in minutes. With `--cache` th
 run that was stopped goes on.
 """
 
-import argparse
 import contextlib
 import itertools
 import multiprocessing
@@ -25,7 +24,7 @@ from queue import Empty
 
 import numpy as np
 
-from benchmarks.cache_trial import publish
+from benchmarks.cache_trial import asking, publish
 from stillroom.cache_schemas.manifest import Plan
 from stillroom.pipeline.cache.formats import Encoded
 from stillroom.pipeline.cache.writer import CacheWriter
@@ -191,8 +190,7 @@ def _peak() -> dict[str, int]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = asking(__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--memory", type=float, default=2.0, help="GiB of address space")
     parser.add_argument("--train", action="store_true", help="train on it rather than read it")

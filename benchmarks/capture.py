@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cache_trial import publish
+from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, content_id
 from stillroom.pipeline.teacher.rows import RowSpec
@@ -43,10 +43,7 @@ BIG_VOCABULARY, LONG_PROMPT = 151_936, 4_096
 
 def main() -> None:
     """Measure, write `benchmarks/results/`, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = asking(__doc__)
     parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct")
     parser.add_argument("--prompts", type=int, default=6, help="prompts of one round")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of one prompt")

@@ -8,7 +8,6 @@ where it is below what half precision does anyway. Nothing is trained here.
     python -m benchmarks.full_vocabulary --json
 """
 
-import argparse
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
-from benchmarks.cache_trial import publish
+from benchmarks.cache_trial import asking, publish
 from stillroom.cache_schemas.signals import hidden_name
 from stillroom.pipeline import config
 from stillroom.pipeline.record import Example, TeacherRecord
@@ -40,10 +39,7 @@ CODECS: tuple[tuple[str, float], ...] = (
 
 def main() -> None:
     """Measure, write `benchmarks/results/`, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = asking(__doc__)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--windows", type=int, default=6)
     arguments = parser.parse_args()

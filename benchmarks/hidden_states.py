@@ -10,7 +10,6 @@ prefill. The connector here is vLLM's example without its files and CUDA streams
 than a connector that stores anything.
 """
 
-import argparse
 import multiprocessing
 import statistics
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cache_trial import publish
+from benchmarks.cache_trial import asking, publish
 from benchmarks.capture import EVERYTHING, _Bench, real_prompts
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.vllm.engine import VllmEngine, start_vllm, vllm_arguments
@@ -31,10 +30,7 @@ MOST_STEPS = 1000
 
 def main() -> None:
     """Measure, write `benchmarks/results/`, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = asking(__doc__)
     parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct")
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=512)

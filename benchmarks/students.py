@@ -21,7 +21,6 @@ It does not time anything: see benchmarks.train.
     python -m benchmarks.students --grid tail --report     # table and plot of what is there
 """
 
-import argparse
 import fcntl
 import json
 import shutil
@@ -33,7 +32,7 @@ from typing import Any
 
 import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
 from benchmarks._students_report import report
-from benchmarks.cache_trial import publish
+from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline import config
 from stillroom.pipeline.training.checkpoint import write_durably
 
@@ -111,10 +110,7 @@ GRIDS: dict[str, tuple[Arm, ...]] = {
 
 def main() -> None:
     """Run what is missing, or report what is there."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = asking(__doc__)
     parser.add_argument("--grid", choices=sorted(GRIDS), default="tail")
     parser.add_argument("--work", type=Path, default=Path("runs/students"))
     parser.add_argument("--cells", type=Path, default=Path("benchmarks/results/students"))

@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from benchmarks import _divergence_contenders as contenders
 from benchmarks._divergence_contenders import Contender, Problem
+from benchmarks.cache_trial import asking, keep, machine
 
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
 CPU_PROBLEM = {"n": 512, "d": 256, "v": 32_000, "k": 64}
@@ -47,8 +47,7 @@ ROWS_JUDGED = 64
 
 def main() -> None:
     """Measure, write `benchmarks/results/`, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = asking(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cpu", action="store_true", help="measure the CPU where there is a GPU")
     parser.add_argument("--no-contract", action="store_true", help="on a GPU, measure at once")
@@ -65,7 +64,7 @@ def main() -> None:
         result = measure_cpu(arguments.rounds)
     result = result | surroundings(cuda)
     if not arguments.no_write:
-        _write(result, "cuda" if cuda else "cpu")
+        keep(f"topk_divergence-{'cuda' if cuda else 'cpu'}", result, datetime.now(UTC))
     print(json.dumps(result) if arguments.json else table(result))
 
 
@@ -278,7 +277,7 @@ def surroundings(cuda: bool) -> dict[str, Any]:
     """Hardware, versions and date."""
     gpu = torch.cuda.get_device_name() if cuda else "none at hand: no GPU figure was measured"
     return {
-        "machine": f"{_processor()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
+        "machine": machine(),
         "gpu": gpu,
         "threads": 1 if not cuda else None,
         "versions": {name: _version(name) for name in PACKAGES},
@@ -293,13 +292,6 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def table(result: dict[str, Any]) -> str:
     """The rows, each against the floor."""
     floor = result["floor_cpu_seconds" if result["rows"][0]["device"] == "cpu" else "floor_seconds"]
@@ -311,14 +303,6 @@ def table(result: dict[str, Any]) -> str:
             f"{seconds / floor:9.2f}{row['extra_peak_bytes'] / 1e6:8.1f}{row['grad_error']:9.1e}"
         )
     return "\n".join([*lines, f"floor (three matrix products): {floor:.3f} s"])
-
-
-def _write(result: dict[str, Any], device: str) -> None:
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    text = json.dumps(result, indent=1)
-    (folder / f"topk_divergence-{device}-{stamp}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

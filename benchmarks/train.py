@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
-from benchmarks.cache_trial import publish
+from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline import config
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.student.model import load
@@ -41,10 +41,7 @@ WINDOW = 512
 
 def main() -> None:
     """Measure, write `benchmarks/results/`, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = asking(__doc__)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--rows", type=int, default=4, help=f"rows of {WINDOW} tokens in a step")
     parser.add_argument("--rounds", type=int, default=3)

@@ -6,7 +6,6 @@ ratio holds whatever else the machine is doing. The encoder has DINOv2-small's a
 random weights: its speed is real, the compressibility of its targets is not.
 """
 
-import argparse
 import itertools
 import tempfile
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cache_trial import publish
+from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline.capture.images import Images, MeasuringWriter, make_plan
 from stillroom.pipeline.config.vision import Encoder, Vision
 from stillroom.pipeline.encoders.engine import VisionEngine
@@ -28,8 +27,7 @@ SIZE, BATCH, PER_SHARD = 224, 8, 16
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = asking(__doc__)
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--turns", type=int, default=2)
     arguments = parser.parse_args()

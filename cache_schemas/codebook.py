@@ -78,11 +78,11 @@ class Codebook:
 
         widest = min(2.0, MAX_STEP * math.sqrt(mean_kl / 1e-4))
         lists = _sampled(samples)
-        low, high = 1e-5, widest
+        low, high = 1e-5, widest  # nats
         if not len(lists[0]):
             return cls(GAMMA, min(high, 1.2 * math.sqrt(mean_kl)), widest, SMALL_FLOOR)
         for _ in range(12):
-            middle = math.sqrt(low * high)
+            middle = math.sqrt(low * high)  # of logarithms: the widths span decades
             edges = cls(GAMMA, middle, widest, SMALL_FLOOR).edges
             low, high = (
                 (middle, high)

@@ -39,7 +39,7 @@ class DenseArray:
         self.num_examples, self.per_shard = num_examples, per_shard
         self.positions, self.width, self.codec = positions, width, codec
         self._own = threading.local()
-        self.index_bytes = 16 * per_shard + _CHECKSUM
+        self.index_bytes = 16 * per_shard + _CHECKSUM  # offset and length, 8 bytes each; a CRC32C
 
     def metadata(self) -> bytes:
         """Content of the array's zarr.json."""
@@ -119,7 +119,7 @@ class DenseArray:
         """Blosc allocates and reads what its header says: refuse all but the chunk's own sizes."""
         if self.codec["name"] not in ("bf16", "fp16"):
             return
-        unpacked = 2 * self.positions * self.width
+        unpacked = 2 * self.positions * self.width  # bytes
         if len(chunk) < 16 + _CHECKSUM:
             raise ShardCorrupt(f"{len(chunk)} bytes are no Blosc chunk", where=where)
         sizes = struct.unpack_from("<III", chunk, 4)

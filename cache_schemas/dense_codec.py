@@ -143,4 +143,5 @@ def _name(codec: dict[str, Any]) -> str:
 def _to_bfloat16(array: np.ndarray) -> np.ndarray:
     """uint16 bits, rounded to nearest even: exact for what a bfloat16 model computed."""
     bits = array.view(np.uint32)
+    # Just under a half, or a half where the last kept bit is odd: ties go to the even one.
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)

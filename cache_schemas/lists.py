@@ -42,7 +42,7 @@ class Lists:
         """
         widths = np.append(np.diff(self.table.edges), 0.0)
         held = self.ids >= 0
-        width = widths[np.where(held, self.levels, len(widths) - 1)]
+        width = widths[np.where(held, self.levels, len(widths) - 1)]  # [R, k], nats
         p = np.where(held, np.exp(self.logprobs, dtype=np.float64), 0.0)
         return (p * width**2).sum(axis=1) / 24
 

@@ -93,7 +93,7 @@ class LossyRows:
         ids = [arrays[name] for name in ("topk_ids", "draw_ids") if name in arrays]
         if not ids:
             return np.empty(0, dtype=np.uint8)
-        together = np.ascontiguousarray(np.concatenate(ids, axis=1))
+        together = np.ascontiguousarray(np.concatenate(ids, axis=1))  # [R, k + draws]
         known = together.max(initial=-1) < self.rankings.common.size
         return self.rankings.choose(together if known else np.full_like(together, -1))
 

@@ -113,6 +113,7 @@ class Rankings:
         ids = _thinned(ids)
         frequency = np.bincount(ids[ids >= 0], minlength=vocab_size).astype(np.float64)
         common = np.argsort(-frequency, kind="stable").astype(np.int32)
+        # The largest power of two that leaves every class enough rows to be fitted on.
         num_classes = 1 << int(np.log2(np.clip(len(ids) // ROWS_PER_CLASS, 1, MAX_CLASSES)))
         length = min(vocab_size, MAX_LISTED)
         if num_classes == 1:
@@ -144,7 +145,7 @@ def _cluster(ids: np.ndarray, frequency: np.ndarray, num_classes: int) -> np.nda
     counts = np.zeros((frequency.size, num_classes))
     tally(ids[seeds], np.arange(num_classes), counts)
     counts *= 50
-    classes = np.empty(len(ids), dtype=np.int64)
+    classes = np.empty(len(ids), dtype=np.int64)  # [R]
     for _ in range(ROUNDS):
         cheapest(ids, _eighths(-np.log2(_share(counts, frequency))), classes)
         counts[:] = 0

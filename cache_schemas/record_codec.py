@@ -221,7 +221,7 @@ class RowCodec:
         rankings = Rankings(self.tables["lists"], self.tables["common"])
         if rankings.common.size != self.vocab_size:
             raise ValueError(f"table 'common' has {rankings.common.size} ids")
-        max_kl = MAX_KL * self.mean_kl if self.profile == "small" else np.inf
+        max_kl = MAX_KL * self.mean_kl if self.profile == "small" else np.inf  # of one row
         sizes = {"k": self.k, "draws": self.draws, "temperatures": self.temperatures}
         return LossyRows(self.profile == "strict", self.codebook, rankings, max_kl, **sizes)
 

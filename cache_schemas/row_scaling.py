@@ -65,8 +65,9 @@ def decode(blob: bytes, num_rows: int, width: int, form: str, step: float) -> np
 def _to_steps(rows: np.ndarray, step: float) -> streams.Streams:
     bits = _scale_bits(np.sqrt(np.square(rows, dtype=np.float64).mean(axis=1)), up=False)
     scales = _scales(bits).astype(np.float64) * step
+    # [R, width]; a row of zeros has scale 0 and stays zeros.
     steps = np.rint(rows / np.where(scales > 0, scales, 1)[:, None]).astype(np.int32)
-    offsets = np.rint(np.median(steps, axis=0)) if len(rows) else np.zeros(rows.shape[1])
+    offsets = np.rint(np.median(steps, axis=0)) if len(rows) else np.zeros(rows.shape[1])  # [width]
     offsets = offsets.astype(np.int32)
     steps -= offsets
     groups = _groups(steps)
@@ -115,7 +116,7 @@ def _scale_bits(scales: np.ndarray, up: bool) -> np.ndarray:
     keeps its bound."""
     bits = scales.astype(np.float32).view(np.uint32)
     if up:
-        bits = np.where(scales > 0, bits + 0xFFFF, bits)
+        bits = np.where(scales > 0, bits + 0xFFFF, bits)  # what is cut off would shrink the scale
     return (bits >> 16).astype(np.uint16)
 
 
@@ -125,8 +126,8 @@ def _scales(bits: np.ndarray) -> np.ndarray:
 
 def _to_fp8(scaled: np.ndarray) -> np.ndarray:
     """uint8 e4m3 bits of the nearest value."""
-    values = _fp8_values()[:127]
-    middles = (values[1:] + values[:-1]) / 2
+    values = _fp8_values()[:127]  # 0 to 448; byte 127 is NaN
+    middles = (values[1:] + values[:-1]) / 2  # between them: searching rounds to nearest
     bits = np.searchsorted(middles, np.abs(scaled)).astype(np.uint8)
     return bits | (np.signbit(scaled).astype(np.uint8) << 7)
 

@@ -96,7 +96,7 @@ def _is_compressed(message: bytes) -> bool:
     of the flatbuffers table RecordBatch, which is the third field of Message.
     """
     try:
-        start = 8
+        start = 8  # behind the continuation mark and the length, 4 bytes each
         table = start + struct.unpack_from("<I", message, start)[0]
         header = _field(message, table, 2)
         batch = header + struct.unpack_from("<I", message, header)[0]

@@ -58,7 +58,7 @@ def decode(
     count = int(np.prod(shape))
     if name == "logit_std":
         return _from_rounded(record.stream(stream_of(name), count, "u4")).reshape(shape)
-    steps = record.stream(stream_of(name), count, "i4").reshape(shape[::-1]).T
+    steps = record.stream(stream_of(name), count, "i4").reshape(shape[::-1]).T  # column by column
     return _decoded(steps, predicted, STEPS[name] / finer)
 
 
@@ -112,6 +112,7 @@ def _rounded(values: np.ndarray) -> np.ndarray:
     """uint32: the leading bits of float32, rounded to nearest."""
     drop = 23 - RELATIVE_BITS
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    # Half of what is dropped is added first; 64 bits have room for the carry.
     return ((bits.astype(np.uint64) + (1 << (drop - 1))) >> drop).astype(np.uint32)
 
 

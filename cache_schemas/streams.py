@@ -123,7 +123,7 @@ def _directory(body: memoryview) -> Record:
         corrupt("its directory is cut short")
     entries: dict[int, Entry] = {}
     for number, kind, length in LINE.iter_unpack(body[HEAD.size : at]):
-        dtype, coding = kind & 15, kind >> 4
+        dtype, coding = kind & 15, kind >> 4  # four bits each
         if dtype >= len(DTYPES) or coding > CONSTANT or number in entries:
             corrupt(f"stream {number} has an impossible directory line")
         entries[number] = Entry(DTYPES[dtype], coding, body[at : at + length])
@@ -177,7 +177,7 @@ def _unpack(entry: Entry, count: int, number: int) -> np.ndarray:
     expected = entry.dtype.itemsize * (count if entry.coding == RAW else 1)
     if raw.size != expected:
         corrupt(f"stream {number} holds {raw.size} bytes", f"{expected} bytes")
-    out[:] = raw.view(entry.dtype)
+    out[:] = raw.view(entry.dtype)  # a constant is one element, repeated
     return out
 
 

@@ -22,8 +22,8 @@ def encode_tokens(tokens: np.ndarray, lists: Lists, rankings: Rankings) -> Strea
     following, prompt = _following(tokens, len(lists.ids))
     streams = {PROMPT: rankings.places[prompt]}
     if following.size:
-        places = places_of(following, lists)
-        outside = places == lists.ids.shape[1]
+        places = places_of(following, lists)  # [R]
+        outside = places == lists.ids.shape[1]  # [R], not in the list
         ranks = rankings.ranks[lists.classes[outside], following[outside]]
         streams |= {PLACES: places.astype(np.uint16), OUTSIDERS: ranks.astype(np.uint32)}
     return streams
@@ -105,6 +105,7 @@ def encode_draws(
     return {
         DRAW_SIZES: sizes.astype(np.uint16),
         DRAW_STEPS: steps.astype(rankings.dtype),
+        # Drawn at least once, so stored less one.
         DRAW_TIMES: np.take_along_axis(times, order, 1)[held].astype(np.uint32) - 1,
     }
 
@@ -120,7 +121,7 @@ def decode_draws(
     total = int(sizes.sum())
     ranks = np.zeros(held.shape, dtype=np.int64)
     ranks[held] = record.stream(DRAW_STEPS, total, "u2", "u4")
-    ranks = np.cumsum(ranks, axis=1)
+    ranks = np.cumsum(ranks, axis=1)  # past a row's end it repeats, and is not read
     ids = np.full(held.shape, -1, dtype=np.int32)
     row_classes = np.broadcast_to(classes[:, None], held.shape)[held]
     ids[held] = _looked_up(ranks[held], row_classes, rankings)

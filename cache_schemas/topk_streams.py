@@ -83,7 +83,7 @@ class TopkCoder:
         streams[PARAMETERS] = np.array([finer, scale], dtype=np.uint8)
         if given is not None:
             streams[TAIL] = tail_levels
-        order = streams.pop(-1)
+        order = streams.pop(-1)  # no stream: the ids as they are stored
         return (
             streams,
             self._lists(order, levels, tail_levels, counts, classes, finer, scale),
@@ -126,7 +126,7 @@ class TopkCoder:
         from stillroom.cache_schemas.kernels.topk import quantise, quantise_each
 
         search = self._table(finer).search
-        counts = np.empty(len(ids), dtype=np.int32)
+        counts = np.empty(len(ids), dtype=np.int32)  # [R]
         levels = np.empty(ids.shape, dtype=np.uint16)
         tail_levels = np.empty(len(tail), dtype=np.uint16)
         vocab_size = self.rankings.common.size
@@ -143,7 +143,7 @@ class TopkCoder:
         from stillroom.cache_schemas.kernels.topk import divergence
 
         table = self._table(finer).logprobs
-        kl, worst = np.empty(len(counts)), np.empty(len(counts))
+        kl, worst = np.empty(len(counts)), np.empty(len(counts))  # [R], nats
         if not tail.size:
             tail = np.full(len(counts), -np.inf, dtype=np.float32)
             tail_levels = np.zeros(len(counts), dtype=np.uint16)
@@ -168,7 +168,7 @@ class TopkCoder:
             streams[QUADS + i] = quads[i, : ends[2 + i]].astype(narrow)
         steps = np.empty(int(counts.sum(dtype=np.int64)), dtype=self.rankings.dtype)
         order = np.empty((rows, k), dtype=np.int32)
-        keys = np.empty((rows, k), dtype=np.uint64)
+        keys = np.empty((rows, k), dtype=np.uint64)  # see `sort_keys`
         sort_keys(ids, levels, counts, classes, self.rankings.ranks, keys)
         keys.sort(axis=1)
         rank_steps(keys, ids, counts, steps, order)
@@ -204,7 +204,7 @@ class TopkCoder:
         quads = [record.stream(QUADS + i, sizes[2 + i], "u4", "u8") for i in range(NUM_QUADS)]
         at = np.cumsum([0, *sizes[2:-1]], dtype=np.int64)
         levels = np.empty((record.rows, k), dtype=np.uint32)
-        last = len(self._table(finer).logprobs) - 1
+        last = len(self._table(finer).logprobs) - 1  # that of p = 0
         joined = np.concatenate(quads)
         parts = first, following, joined, at
         refuse(merge_levels(*parts, counts, np.uint64(last), _running_sums(), levels))

@@ -54,7 +54,7 @@ def record(path: Path, stage: str, **more: Any) -> None:
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     entries[stage] = provenance() | {"finished": finished} | more
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # workers may end at one time
     temporary.write_text(json.dumps(entries, indent=2) + "\n")
     os.replace(temporary, path)
 

@@ -54,7 +54,7 @@ class Example:
     @property
     def first_row(self) -> int:
         """First row worth scoring: the one that predicts the first token under the mask."""
-        return max(int(np.argmax(self.loss_mask)) - 1, 0)
+        return max(int(np.argmax(self.loss_mask)) - 1, 0)  # row t predicts token t + 1
 
     @property
     def num_rows(self) -> int:

@@ -76,7 +76,7 @@ def main() -> NoReturn:
     """Run one command and exit with its code."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: finished work is kept
     if not debug:
         hush_libraries()
     code = run(arguments, debug)
@@ -129,7 +129,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
 def surroundings(error: BaseException) -> str:
     """What to tell when the machine, not the program, is at fault; empty otherwise."""
     number = getattr(error, "errno", None)
-    if number is None and "No space left on device" in str(error):
+    if number is None and "No space left on device" in str(error):  # some say it in words alone
         number = errno.ENOSPC
     if number not in SURROUNDINGS:
         return surroundings(error.__cause__) if error.__cause__ else ""

@@ -1,22 +1,19 @@
 """`stillroom capture`: run the teacher once and keep what it says."""
 
 import time
+from collections.abc import Callable
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stillroom.stages.arguments import Engine, EngineChoice, Rank, RunFile, WorldSize, check_worker
 from stillroom.stages.console import out, progress, say
 
-RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
+if TYPE_CHECKING:
+    from stillroom.pipeline.capture.progress import CaptureProgress
 
-
-class Engine(StrEnum):
-    """What runs the teacher."""
-
-    vllm = "vllm"
-    reference = "reference"
+Numbers = Callable[["CaptureProgress"], dict[str, float]]
 
 
 class OnError(StrEnum):
@@ -35,9 +32,9 @@ class Split(StrEnum):
 
 def capture(
     run_file: RunFile,
-    engine: Annotated[Engine, typer.Option(help="What runs the teacher.")] = Engine.vllm,
-    rank: Annotated[int, typer.Option(min=0, help="This worker, from 0.")] = 0,
-    world_size: Annotated[int, typer.Option(min=1, help="How many workers share the work.")] = 1,
+    engine: EngineChoice = Engine.vllm,
+    rank: Rank = 0,
+    world_size: WorldSize = 1,
     on_error: Annotated[OnError, typer.Option(help="A bad example: stop, or set it aside.")] = (
         OnError.stop
     ),
@@ -52,21 +49,17 @@ def capture(
     dry_run: Annotated[bool, typer.Option(help="Score a sample and print the cost.")] = False,
 ) -> None:
     """Score the prepared corpus and seal the cache; run again to go on after any interruption."""
-    from stillroom.cache_schemas.errors import ConfigError
     from stillroom.pipeline import config
 
     run = config.load(run_file)
-    if rank >= world_size:
-        raise ConfigError(
-            f"--rank {rank} of {world_size} workers", expected=f"0 to {world_size - 1}"
-        )
+    check_worker(rank, world_size)
     if dry_run:
         _dry_run(run, engine.value, split.value)
         return
     worker: dict[str, Any] = {"rank": rank, "world_size": world_size, "on_error": on_error.value}
     if ray or ray_address:
         worker["address"] = ray_address
-    if run.capture is not None or run.vision is None:
+    if run.capture is not None or run.vision is None:  # [vision] alone means images alone
         where = {"engine": engine.value, "split": split.value, "location": cache}
         _capture(run, **where, **worker)
     if run.vision is not None:
@@ -76,34 +69,44 @@ def capture(
 def _capture(run, **options) -> None:
     from stillroom.pipeline import config, provenance
     from stillroom.pipeline.capture.cluster import capture_on_ray
-    from stillroom.pipeline.capture.job import CaptureProgress
     from stillroom.pipeline.capture.job import capture as score
 
     title = f"capture {options['rank']}" if options["world_size"] > 1 else "capture"
-    if "address" in options:
+    if "address" in options:  # with --ray only
         score, title = capture_on_ray, "capture on Ray"
         _alone(options.pop("rank"), options.pop("world_size"))
-    steps = Steps(title)
-    with progress(title, unit="examples") as report:
-
-        def show(now: CaptureProgress) -> None:
-            steps(now.doing)
-            report(
-                now.examples,
-                now.total_examples,
-                tok_per_s=now.tokens_per_second,
-                bytes_per_token=now.bytes_per_token,
-                mass=now.retained_mass,
-                entropy=now.entropy,
-            )
-
-        manifest = score(run, on_progress=show, **options)
+    manifest = _watched(score, run, title, "examples", _token_numbers, **options)
     config.dump(run, run.path("capture.config.json"))
     provenance.record(run.path("run.json"), "capture")
     if manifest is None:
         say("this worker's shards are done; the last worker to finish seals the cache")
         return
     out.print(options["location"] or str(run.path("cache")))
+
+
+def _watched(score, run, title: str, unit: str, numbers: Numbers, **options):
+    """The manifest of a capture, or None while shards are missing; its progress is shown."""
+    steps = Steps(title)
+    with progress(title, unit) as report:
+
+        def show(now: "CaptureProgress") -> None:
+            steps(now.doing)
+            report(now.examples, now.total_examples, **numbers(now))
+
+        return score(run, on_progress=show, **options)
+
+
+def _token_numbers(now: "CaptureProgress") -> dict[str, float]:
+    return {
+        "tok_per_s": now.tokens_per_second,
+        "bytes_per_token": now.bytes_per_token,
+        "mass": now.retained_mass,
+        "entropy": now.entropy,
+    }
+
+
+def _image_numbers(now: "CaptureProgress") -> dict[str, float]:
+    return {"bytes_per_image": now.bytes / now.examples if now.shards else 0.0}
 
 
 class Steps:
@@ -133,22 +136,13 @@ def _capture_images(run, **worker) -> None:
     from stillroom.pipeline import provenance
     from stillroom.pipeline.capture.cluster import capture_on_ray
     from stillroom.pipeline.capture.images import capture_images
-    from stillroom.pipeline.capture.job import CaptureProgress
 
     score: Any = capture_images
     options: dict[str, Any] = worker
     if "address" in worker:
         score, options = capture_on_ray, worker | {"images": True}
         _alone(options.pop("rank"), options.pop("world_size"))
-    steps = Steps("vision targets")
-    with progress("vision targets", unit="images") as report:
-
-        def show(now: CaptureProgress) -> None:
-            steps(now.doing)
-            per_image = now.bytes / now.examples if now.shards else 0.0
-            report(now.examples, now.total_examples, bytes_per_image=per_image)
-
-        manifest = score(run, on_progress=show, **options)
+    manifest = _watched(score, run, "vision targets", "images", _image_numbers, **options)
     provenance.record(run.path("run.json"), "vision")
     if manifest is None:
         say("this worker's shards are done; the last worker to finish seals the vision targets")

@@ -1,13 +1,9 @@
 """`stillroom evaluate`: students against the live teacher on held-out text."""
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
+from stillroom.stages.arguments import RunFile
 from stillroom.stages.console import out, progress, table
-
-RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 
 
 def evaluate(run_file: RunFile) -> None:

@@ -1,16 +1,18 @@
 """`stillroom prepare`: make the corpus of a run from its sources."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stillroom.stages.arguments import RunFile
 from stillroom.stages.console import out, progress, say, table
-from stillroom.stages.corpus import present, tell
+from stillroom.stages.corpus import AsJson, present, tell
 
-RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
+if TYPE_CHECKING:
+    from stillroom.pipeline.corpus.files import Corpus
+
+COLUMNS = ("documents", "examples", "tokens", "targets")
 Show = Annotated[int, typer.Option(help="Show so many examples of the corpus.", min=0)]
-AsJson = Annotated[bool, typer.Option("--json", help="What --show shows, as JSON.")]
 
 
 def prepare(run_file: RunFile, show: Show = 0, as_json: AsJson = False) -> None:
@@ -46,14 +48,18 @@ def prepare(run_file: RunFile, show: Show = 0, as_json: AsJson = False) -> None:
     provenance.record(run.path("run.json"), "prepare")
     if as_json or show:
         present(run, corpus, show, as_json)
-    if as_json:
-        return
+    if not as_json:
+        show_corpus(corpus, told=show > 0)
+
+
+def show_corpus(corpus: "Corpus", told: bool = False) -> None:
+    """What a corpus holds and, unless it was told, what was left out; its directory on stdout."""
     counts = corpus.facts["counts"]
     rows = [[name, *(f"{counts[name][column]:,}" for column in COLUMNS)] for name in counts]
     table(f"corpus {corpus.digest[:12]}", ["split", *COLUMNS], rows)
-    if not show:
+    if "generated" in corpus.facts:
+        ends = corpus.facts["generated"]["answers"]
+        say(f"answers: {ends.get('ended', 0):,} ended, {ends.get('cut', 0):,} cut at the limit")
+    if not told:
         tell(corpus)
     out.print(str(corpus.directory))
-
-
-COLUMNS = ("documents", "examples", "tokens", "targets")

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stillroom.stages.arguments import RunFile
 from stillroom.stages.console import out, progress, say, table
 
 if TYPE_CHECKING:
     from stillroom.pipeline.config import Run
-
-RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 
 
 def train(
@@ -124,7 +123,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def ask(number: int, _frame) -> None:
-        if asked and number == signal.SIGINT:
+        if asked and number == signal.SIGINT:  # the second Ctrl-C
             raise KeyboardInterrupt
         asked.append(number)
         say("stopping after this step; a checkpoint is kept")

@@ -7,7 +7,6 @@ needs neither vLLM nor transformers.
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ def __dir__() -> list[str]:
 
 def _version() -> str:
     """The installed version; `0+unknown` in a checkout that was never installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version("stillroom")
     except PackageNotFoundError:

@@ -41,6 +41,28 @@ def tiny_tokenizer(tiny_llama):
 
 
 @pytest.fixture(scope="session")
+def deep_llama(tmp_path_factory):
+    """HF directory: as `tiny_llama`, of 6 blocks, for students with some of them."""
+    return tiny_models.save_llama(tmp_path_factory.mktemp("models") / "deep-llama", num_layers=6)
+
+
+@pytest.fixture(scope="session")
+def plan():
+    """Of ten made-up examples in four shards, with the states of one layer."""
+    from tests.synthetic_records import make_plan
+
+    return make_plan(hidden_layers=[2])
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory, plan):
+    """Directory of the sealed cache of `plan`, to be copied before it is changed."""
+    from tests.synthetic_records import write_cache
+
+    return write_cache(tmp_path_factory.mktemp("original") / "cache", plan)
+
+
+@pytest.fixture(scope="session")
 def english():
     """200,000 characters of real English."""
     return tiny_models.english()

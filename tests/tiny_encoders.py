@@ -1,20 +1,21 @@
-"""Tiny image encoders of every kind as HF directories, pictures, and corpora that show them.
+"""Tiny image encoders of every kind as HF directories, and corpora that show pictures.
 
 One idea: the real architectures with random weights at toy sizes, so that everything but the
 learnt content of the targets is real.
 """
 
 import hashlib
-import io
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
-from PIL import Image
 
+from stillroom.pipeline.config.vision import Kind
 from stillroom.pipeline.corpus.files import ExampleFile, write_facts
 from stillroom.pipeline.record import Example, ImageSpan, content_id
+from tests.tiny_models import drawn
 
 VIT = {
     "hidden_size": 32,
@@ -24,17 +25,7 @@ VIT = {
     "image_size": 56,
     "patch_size": 14,
 }
-KINDS = (
-    "dinov2",
-    "clip",
-    "siglip",
-    "depth_anything",
-    "mask2former",
-    "oneformer",
-    "clip_embeds",
-    "efficientnet_lite0",
-    "teacher_tower",
-)
+KINDS = get_args(Kind)
 SHAPES = {
     "dinov2": (16, 32),
     "clip": (16, 32),
@@ -54,26 +45,10 @@ def save(kind: str, directory: Path, seed: int = 0) -> Path:
     """A randomly initialised encoder of a kind."""
     if kind == "efficientnet_lite0":
         return _save_efficientnet(directory, seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        _MODELS[kind]().eval().save_pretrained(directory)
+    drawn(_MODELS[kind], seed).save_pretrained(directory)
     if kind in ("mask2former", "oneformer"):
         _as_published(directory / "model.safetensors")
     return directory
-
-
-def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """A smooth random picture."""
-    random = np.random.default_rng(seed)
-    small = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-    return small.resize(size, Image.Resampling.BICUBIC)
-
-
-def file(image: Image.Image, form: str = "PNG", **options) -> bytes:
-    """A picture as the bytes of an image file."""
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
 
 
 def save_corpus(directory: Path, prompts: list[list[bytes]], heldout: int = 0) -> list[str]:
@@ -244,9 +219,7 @@ def _save_efficientnet(directory: Path, seed: int) -> Path:
 
     from stillroom.pipeline.encoders.efficientnet import EfficientNetLite0
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = EfficientNetLite0(classes=10)
+    model = drawn(lambda: EfficientNetLite0(classes=10), seed)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps({"architectures": ["EfficientNetLite0"]}))

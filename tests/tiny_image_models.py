@@ -4,13 +4,10 @@ One idea: the real architecture, processor and chat template of a family at toy 
 differs between families (how an image becomes placeholders, which positions they get) is real.
 """
 
-import io
 import json
 from pathlib import Path
 
-import numpy as np
-
-from tests import tiny_models
+from tests import pictures, tiny_models
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
 """Families that vLLM serves as transformers does; `paligemma` is the other kind."""
@@ -48,12 +45,19 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
+"""Of the plain vision transformers: 16 patches of a picture."""
 
 
 def save(family: str, directory: str | Path, seed: int = 0) -> Path:
     """An image-text model of a family with its processor, fp32, as an HF directory."""
-    import torch
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_models.save_tokenizer(directory, chat_template=None)
@@ -61,10 +65,7 @@ def save(family: str, directory: str | Path, seed: int = 0) -> Path:
     processor = PROCESSORS[family](tokenizer)
     if family in MARKER:
         processor.chat_template = TEMPLATE.replace("MARKER", MARKER[family])
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = MODELS[family](tokenizer).float().eval()
-    model.save_pretrained(directory)
+    tiny_models.drawn(lambda: MODELS[family](tokenizer), seed).save_pretrained(directory)
     processor.save_pretrained(directory)
     _rename_for_vllm(family, directory)
     return directory
@@ -72,18 +73,12 @@ def save(family: str, directory: str | Path, seed: int = 0) -> Path:
 
 def image(seed: int = 0, width: int = 40, height: int = 30, form: str = "PNG") -> bytes:
     """The bytes of an image file with smooth content."""
-    from PIL import Image
-
-    random = np.random.default_rng(seed)
-    small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-    stream = io.BytesIO()
-    small.resize((width, height), Image.Resampling.BICUBIC).save(stream, form)
-    return stream.getvalue()
+    return pictures.file(pictures.picture(seed, (width, height), grain=4), form)
 
 
 def _text(tokenizer, **more) -> dict:
-    shape = tiny_models._shape(2, 64, len(tokenizer))
-    return shape | {"tie_word_embeddings": False, "max_position_embeddings": 1024} | more
+    own = {"tie_word_embeddings": False, "max_position_embeddings": 1024}
+    return tiny_models.shape(2, 64, len(tokenizer), **own | more)
 
 
 def _llava(tokenizer):
@@ -94,15 +89,7 @@ def _llava(tokenizer):
         LlavaForConditionalGeneration,
     )
 
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=7,
-        initializer_range=0.3,
-    )
+    vision = CLIPVisionConfig(**TOWER | {"num_hidden_layers": 3, "initializer_range": 0.3})
     config = LlavaConfig(
         text_config=LlamaConfig(**_text(tokenizer, head_dim=32)),
         vision_config=vision,
@@ -188,15 +175,7 @@ def _smolvlm(tokenizer):
 def _tiled(config_class, tokenizer):
     return config_class(
         text_config=_text(tokenizer, head_dim=32) | {"model_type": "llama"},
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 7,
-            "initializer_range": 0.1,
-        },
+        vision_config=TOWER | {"initializer_range": 0.1},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         tie_word_embeddings=False,
@@ -209,15 +188,7 @@ def _paligemma(tokenizer):
 
     config = PaliGemmaConfig(
         text_config=_text(tokenizer, head_dim=32) | {"model_type": "gemma"},
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 7,
-        },
+        vision_config=TOWER | {"model_type": "siglip_vision_model"},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         projection_dim=64,
         hidden_size=64,
@@ -239,21 +210,22 @@ def _llava_processor(tokenizer):
     )
 
 
+QWEN_SIZE = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 8}
+"""Pixels of a whole picture, at least and at most: one to eight placeholders."""
+
+
 def _qwen_processor(tokenizer):
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 8}
-    images, videos = Qwen2VLImageProcessor(size=pixels), Qwen2VLVideoProcessor(size=pixels)
+    images, videos = Qwen2VLImageProcessor(size=QWEN_SIZE), Qwen2VLVideoProcessor(size=QWEN_SIZE)
     return Qwen2_5_VLProcessor(images, tokenizer, videos)
 
 
 def _qwen3_processor(tokenizer):
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-    pixels = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 8}
-    images = Qwen2VLImageProcessor(size=pixels)
-    videos = Qwen3VLVideoProcessor(size=pixels, patch_size=14)
-    return Qwen3VLProcessor(images, tokenizer, videos)
+    videos = Qwen3VLVideoProcessor(size=QWEN_SIZE, patch_size=14)
+    return Qwen3VLProcessor(Qwen2VLImageProcessor(size=QWEN_SIZE), tokenizer, videos)
 
 
 TILES = {

@@ -6,7 +6,9 @@ one architecture) in a few hundred kilobytes made in about a second, the same by
 
 import os
 import pydoc_data.topics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
 
@@ -62,8 +64,9 @@ def save_tokenizer(directory: str | Path, vocab_size: int = 768, chat_template=C
     return tokenizer
 
 
-def _shape(num_layers: int, hidden_size: int, vocab_size: int, **more) -> dict:
-    shape = {
+def shape(num_layers: int, hidden_size: int, vocab_size: int, **more) -> dict:
+    """Arguments of a tiny decoder's config; `more` wins."""
+    usual = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": 2 * hidden_size,
@@ -77,7 +80,7 @@ def _shape(num_layers: int, hidden_size: int, vocab_size: int, **more) -> dict:
         "pad_token_id": 0,
         "tie_word_embeddings": True,
     }
-    return shape | more
+    return usual | more
 
 
 def save_llama(
@@ -95,8 +98,8 @@ def save_llama(
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = _shape(num_layers, hidden_size, vocab_size, **{"head_dim": 32} | config)
-    return _save(LlamaForCausalLM, LlamaConfig(**shape), directory, chat_template, seed)
+    made = LlamaConfig(**shape(num_layers, hidden_size, vocab_size, **{"head_dim": 32} | config))
+    return _save(LlamaForCausalLM, made, directory, chat_template, seed)
 
 
 def save_qwen3(
@@ -113,17 +116,20 @@ def save_qwen3(
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     more = {"head_dim": 32, "tie_word_embeddings": False} | config
-    shape = _shape(num_layers, hidden_size, padded_vocab_size, **more)
-    made = Qwen3Config(**shape)
+    made = Qwen3Config(**shape(num_layers, hidden_size, padded_vocab_size, **more))
     return _save(Qwen3ForCausalLM, made, directory, chat_template, seed, vocab_size)
 
 
 def _save(model_class, config, directory, chat_template, seed: int, vocab_size: int = 0) -> Path:
+    drawn(lambda: model_class(config), seed).save_pretrained(directory)
+    save_tokenizer(directory, vocab_size or config.vocab_size, chat_template)
+    return Path(directory)
+
+
+def drawn(make: Callable[[], Any], seed: int) -> Any:
+    """What `make` gives, its weights drawn from a seed, in fp32 and for inference."""
     import torch
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config).float().eval()
-    model.save_pretrained(directory)
-    save_tokenizer(directory, vocab_size or config.vocab_size, chat_template)
-    return Path(directory)
+        return make().float().eval()

@@ -28,7 +28,7 @@ def cheapest(ids, cost, classes):
                     cost[row[r + 3]],
                 )
                 for c in range(num_classes):
-                    pair = np.uint16(first[c]) + np.uint16(second[c])
+                    pair = np.uint16(first[c]) + np.uint16(second[c])  # two bytes' sum is no byte
                     total[c] += pair + np.uint16(third[c]) + np.uint16(fourth[c])
                 r += 4
                 continue

@@ -140,7 +140,7 @@ def rank_steps(keys, ids, counts, steps, sorted_ids):
             steps[at] = rank - (before >> np.uint64(RANK_BIT) & low if same else np.uint64(0))
             at += np.uint64(1)
             before = key
-            sorted_ids[t, r] = ids[t, key & np.uint64(0xFFFF)]
+            sorted_ids[t, r] = ids[t, key & np.uint64(0xFFFF)]  # the place in the row
         sorted_ids[t, n:] = -1
 
 
@@ -201,7 +201,7 @@ def divergence(
             cross += p * difference
             if a > floor:
                 largest = max(largest, abs(difference))
-        shift = math.log(stored) if stored > 0 else 0.0
+        shift = math.log(stored) if stored > 0 else 0.0  # nats
         kl[t] = cross / mass + shift - math.log(mass) if mass > 0 else 0.0
         worst[t] = largest + (abs(shift) if normalise else 0.0)
 

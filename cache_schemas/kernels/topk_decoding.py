@@ -111,7 +111,7 @@ def merge_ids(steps, levels, counts, bases, lookup, length, num_ranks, ids):
     k = np.uint64(ids.shape[1])
     ranks = np.empty(ids.shape[1], dtype=np.uint32)
     at = np.uint64(0)
-    common = np.uint32(0) - np.uint32(length)
+    common = np.uint32(0) - np.uint32(length)  # minus the length: unsigned sums wrap
     for t in range(np.uint64(ids.shape[0])):
         n = np.uint64(counts[t])
         rank, largest, before = np.uint32(0), np.uint32(0), np.uint32(0xFFFFFFFF)
@@ -156,7 +156,7 @@ def merge_logprobs(levels, tail_levels, counts, table, masses, normalise, logpro
             mass += masses[level]
             tail[t] = table[level]
             if normalise and mass > 0:
-                shift = np.float32(math.log(mass) - MASS_BITS * LOG_2)
+                shift = np.float32(math.log(mass) - MASS_BITS * LOG_2)  # log of the row's sum
                 shifts[t] = shift
                 tail[t] -= shift
                 for r in range(n):

@@ -214,6 +214,7 @@ def table_bytes(table: np.ndarray) -> bytes:
 def _load_table(storage: Storage, sha: str) -> np.ndarray:
     name = layout.table(sha)
     where = f"{storage.location}/{name}"
+    # It comes from a file and becomes a path.
     if len(sha) != 64 or not set(sha) <= set("0123456789abcdef"):
         raise ShardCorrupt("a table's name is not a sha256", where=layout.CODEC)
     try:
@@ -235,10 +236,10 @@ def parse_table(data: bytes) -> np.ndarray:
         raise ValueError("not an npy file of version 1.0 with plain numbers")
     shape = tuple(int(side) for side in header["shape"].split(b",") if side.strip())
     dtype = np.dtype(header["descr"].decode())
-    body = data[10 + int.from_bytes(data[8:10], "little") :]
+    body = data[10 + int.from_bytes(data[8:10], "little") :]  # behind magic, version, header
     if len(body) != dtype.itemsize * math.prod(shape) or len(data) > MAX_TABLE_BYTES:
         raise ValueError(f"its header names shape {shape}, its bytes are {len(body)}")
-    return np.frombuffer(body, dtype=dtype).reshape(shape)
+    return np.frombuffer(body, dtype=dtype).reshape(shape)  # no copy; read-only
 
 
 def dense_arrays(plan: Plan) -> dict[str, DenseArray]:

@@ -23,8 +23,8 @@ from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
 from stillroom.cache_schemas.rankings import Rankings
 from stillroom.pipeline.cache import shard as shards
 from stillroom.pipeline.cache.formats import Encoded, Format, read_codec
+from stillroom.pipeline.cache.partial import present_signals
 from stillroom.pipeline.cache.sealing import check_receipt
-from stillroom.pipeline.cache.sharing.partial import present_signals
 from stillroom.pipeline.cache.storage.directory import Storage
 from stillroom.pipeline.cache.storage.location import open_storage
 from stillroom.pipeline.cache.storage.readthrough import ReadThrough
@@ -50,7 +50,7 @@ class TeacherCache:
     def __init__(self, storage: Storage, manifest: Manifest, form: Format):
         self.storage, self.manifest, self.form = storage, manifest, form
         self.plan: Plan = form.plan
-        held = min(SHARDS_HELD, max(EXAMPLES_HELD // self.plan.examples_per_shard, 8))
+        held = min(SHARDS_HELD, max(EXAMPLES_HELD // self.plan.examples_per_shard, 8))  # shards
         self._offsets = lru_cache(held)(self._read_offsets)
         self._dense_index = lru_cache(held)(self._read_dense_index)
 
@@ -120,7 +120,7 @@ class TeacherCache:
             ShardCorrupt: its bytes are not those that were written.
             CacheError: the cache has no such signal.
         """
-        number = range(len(self))[number]
+        number = range(len(self))[number]  # from the end where negative; IndexError beyond
         if signals is not None and (unknown := set(signals) - set(self.signals)):
             raise CacheError(
                 f"no signal {sorted(unknown)}",
@@ -222,6 +222,7 @@ class TeacherCache:
         count, where = len(self.plan.shard_range(shard)), f"{self.storage.location}/{path}"
         if size < array.index_bytes:
             raise ShardCorrupt("is too short for its index", where=where)
+        # At the end, where Zarr puts it.
         tail = self._present(path, size - array.index_bytes, array.index_bytes)
         return array.parse_index(tail, size, count, where)
 

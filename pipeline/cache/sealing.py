@@ -8,7 +8,7 @@ is `image_error`, a number per image and encoder, which is read to be summed up.
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import PlanMismatch, ShardCorrupt
 from stillroom.cache_schemas.manifest import (
-    FileEntry,
     Manifest,
     ShardReceipt,
     ShardTable,
@@ -26,8 +25,9 @@ from stillroom.cache_schemas.manifest import (
 )
 from stillroom.cache_schemas.signals import IMAGE_ERROR
 from stillroom.pipeline.cache import shard as shards_of
+from stillroom.pipeline.cache.card import README, card
 from stillroom.pipeline.cache.formats import Format
-from stillroom.pipeline.cache.sharing.card import README, card
+from stillroom.pipeline.cache.shard import file_entry
 from stillroom.pipeline.cache.storage.directory import Storage
 
 THREADS = 16
@@ -75,8 +75,8 @@ def seal(storage: Storage, form: Format) -> Manifest:
         shards=ShardTable(**table),
         stored_error=stored_errors(storage, form),
     )
-    storage.create(README, card(form.plan))
-    storage.replace(layout.MANIFEST, manifest.to_bytes())
+    storage.create(README, card(form.plan))  # a person's own stays
+    storage.replace(layout.MANIFEST, manifest.to_bytes())  # last: now it can be read
     storage.sweep()
     return manifest
 
@@ -97,9 +97,25 @@ def stored_errors(storage: Storage, form: Format) -> dict[str, StoredError]:
     ]
     columns = dict(zip(names, zip(*found, strict=True), strict=bool(found)))
     return {
+        # A sum rounded once, so that every machine gets the same.
         name: StoredError(mean=math.fsum(column) / len(column), largest=max(column))
         for name, column in columns.items()
     }
+
+
+def committed(storage: Storage, shards: Iterable[int]) -> set[int]:
+    """Those of some shards that have a receipt; a few listings, whatever their number."""
+    return listed(storage, "receipts", layout.receipt, shards)
+
+
+def listed(
+    storage: Storage, kind: str, name_of: Callable[[int], str], shards: Iterable[int]
+) -> set[int]:
+    """Those of some shards whose file `name_of(shard)` lies below the folder `kind`."""
+    names = {number: name_of(number) for number in shards}
+    folders = sorted({layout.folder(number) for number in names})
+    there = {name for folder in folders for name in storage.list(f"{kind}/{folder}")}
+    return {number for number, name in names.items() if name in there}
 
 
 def read_receipts(
@@ -168,7 +184,7 @@ def _sizes(storage: Storage, form: Format, number: int, shards: range) -> dict[s
     for name in form.dense:
         for shard in shards:
             path = layout.dense_shard(name, shard)
-            sizes[path] = -1 if (size := storage.size(path)) is None else size
+            sizes[path] = -1 if (size := storage.size(path)) is None else size  # -1: missing
     return sizes
 
 
@@ -196,8 +212,3 @@ def _index_rows(form: Format, receipt: ShardReceipt) -> pa.Table:
     columns["number"] = list(form.plan.shard_range(receipt.shard))
     columns["shard"] = [receipt.shard] * receipt.num_examples
     return pa.table({name: columns[name] for name in INDEX_SCHEMA.names}, schema=INDEX_SCHEMA)
-
-
-def file_entry(data: bytes) -> FileEntry:
-    """Size and sha256 of bytes."""
-    return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

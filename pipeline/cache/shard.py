@@ -42,10 +42,10 @@ def build(folder: Path, form: Format, shard: int, examples: Iterable[Encoded]) -
     written = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, form.schema) as writer:
         for written, example in enumerate(examples, start=1):
-            if written > len(numbers):
+            if written > len(numbers):  # one too many is enough to know
                 break
             values = {**example.values, "number": numbers[written - 1]}
-            writer.write_batch(rows.batch(form.schema, values))
+            writer.write_batch(rows.batch(form.schema, values))  # one message, one example
             for name, chunk in example.chunks.items():
                 chunks[name].append(chunk)
     if written != len(numbers):
@@ -154,13 +154,18 @@ def summary(record: TeacherRecord, preview: Preview | None) -> dict[str, Any]:
 
 def _mean(array: np.ndarray) -> float | None:
     mean = float(np.mean(array, dtype=np.float64)) if array.size else 0.0
-    return round(mean, 6) if np.isfinite(mean) else None
+    return round(mean, 6) if np.isfinite(mean) else None  # JSON has no NaN
 
 
 def _read(storage: Storage, name: str, files: dict[str, FileEntry]) -> bytes:
     data = storage.read(name)
-    files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    files[name] = file_entry(data)
     return data
+
+
+def file_entry(data: bytes) -> FileEntry:
+    """Size and sha256 of bytes."""
+    return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def _messages(data: bytes, form: Format, where: str) -> list[tuple[int, int]]:
@@ -170,7 +175,7 @@ def _messages(data: bytes, form: Format, where: str) -> list[tuple[int, int]]:
             num_batches, schema = file.num_record_batches, file.schema
         source = pa.BufferReader(data)
         source.seek(rows.FIRST_MESSAGE)
-        pa.ipc.read_message(source)
+        pa.ipc.read_message(source)  # the schema
         bounds = [source.tell()]
         for _ in range(num_batches):
             pa.ipc.read_message(source)
@@ -191,7 +196,7 @@ class _DenseShard:
         path = layout.dense_shard(name, shard)
         self.array, self.where = form.dense[name], f"{storage.location}/{path}"
         self.data = _read(storage, path, files)
-        tail = self.data[-self.array.index_bytes :]
+        tail = self.data[-self.array.index_bytes :]  # where Zarr puts the index
         count = len(form.plan.shard_range(shard))
         self.entries = self.array.parse_index(tail, len(self.data), count, self.where)
 

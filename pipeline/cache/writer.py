@@ -6,7 +6,6 @@ writers of one shard end with one, and workers share nothing but the directory o
 not decide who writes which shard.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from stillroom.pipeline.cache.shard import Preview
 from stillroom.pipeline.cache.storage.directory import Claim, DirectoryStorage, Storage
 from stillroom.pipeline.cache.storage.location import open_storage
 from stillroom.pipeline.record import TeacherRecord
+from stillroom.pipeline.shares import share_of
 
 
 class CacheWriter:
@@ -53,7 +53,7 @@ class CacheWriter:
             PlanMismatch: the cache there has another plan; names every fact that differs.
         """
         storage = open_storage(root)
-        storage.sweep()
+        storage.sweep()  # what killed writers left
         _claim_root(storage, plan)
         for name, array in dense_arrays(plan).items():
             storage.create(layout.dense_metadata(name), array.metadata())
@@ -94,16 +94,12 @@ class CacheWriter:
         Raises:
             ShardCorrupt: a shard has a receipt but lacks its rows.
         """
-        first = self.plan.num_shards * rank // world_size
-        last = self.plan.num_shards * (rank + 1) // world_size
-        folders = sorted({layout.folder(number) for number in range(first, last)})
-        receipts = _listed(self.storage, "receipts", folders)
-        present = _listed(self.storage, "rows", folders)
-        done = {number for number in range(first, last) if layout.receipt(number) in receipts}
-        lost = sorted(number for number in done if layout.rows(number) not in present)
+        share = share_of(self.plan.num_shards, rank, world_size)
+        done = sealing.committed(self.storage, share)
+        lost = sorted(done - sealing.listed(self.storage, "rows", layout.rows, share))
         if lost:
             raise _lost(self.storage, layout.rows(lost[0]))
-        return [number for number in range(first, last) if number not in done]
+        return [number for number in share if number not in done]
 
     def unclaimed(self, shards: Iterable[int]) -> Iterator[int]:
         """Those of `shards` that nobody else is at work on, each claimed as it is taken.
@@ -145,12 +141,14 @@ class CacheWriter:
         form = self.fitted()
         with self.storage.staging() as folder:
             shard.build(folder, form, number, examples)
+            # From what lies on disk now, not from what was meant to be written.
             receipt = shard.inspect(DirectoryStorage(folder), form, number, self.preview)
             if not self._publish(folder, receipt):
                 receipt = self._adopt(form, number, receipt)
         name = layout.receipt(number)
         created = self.storage.create(name, receipt.to_bytes())
         self.release(number)
+        # Else another writer's receipt is there, and counts.
         if created:
             return receipt
         return read(ShardReceipt, self.storage.read(name), f"{self.storage.location}/{name}")
@@ -173,6 +171,7 @@ class CacheWriter:
 
     def _publish(self, folder: Path, receipt: ShardReceipt) -> bool:
         """True if every file in place is the one from `folder`."""
+        # A list: every file is tried, whatever was said of the first.
         ours = [self.storage.create(name, folder / name) for name in receipt.files]
         return all(ours)
 
@@ -223,11 +222,6 @@ def _claim_root(storage: Storage, plan: Plan) -> None:
             where=storage.location,
             remedy="Choose another directory, or restore the settings it was begun with.",
         )
-
-
-def _listed(storage: Storage, kind: str, folders: Iterable[str]) -> set[str]:
-    found = (storage.list(f"{kind}/{folder}") for folder in folders)
-    return set(itertools.chain.from_iterable(found))
 
 
 def _lost(storage: Storage, name: str) -> CacheError:

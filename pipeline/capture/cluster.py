@@ -42,17 +42,17 @@ def capture_on_ray(
     """Score what is missing of a run's cache on every node of a Ray cluster, and seal it.
 
     Args:
-        run: as for `capture.capture`; its directory and a local teacher must be reachable under
+        run: as for `job.capture`; its directory and a local teacher must be reachable under
             the same path from every node.
         address: of the cluster; empty takes RAY_ADDRESS, a cluster on this machine, or starts one.
         images: the run's vision targets, in place of its teacher's answers.
         on_progress: called with the sum over workers whenever one has finished its shards.
-        engine, on_error, split, location: as for `capture.capture`.
+        engine, on_error, split, location: as for `job.capture`.
 
     Raises:
         ConfigError: Ray is not installed, or no node has the accelerators that one engine needs.
         CacheIncomplete: workers died again and again; what they finished is kept.
-        StillroomError: what a worker met, as a worker of `capture.capture` would.
+        StillroomError: what a worker met, as a worker of `job.capture` would.
     """
     ray = _import_ray()
     run, location = _everywhere(run, location)
@@ -166,6 +166,7 @@ class _Crew:
         busy = {place for place, _ in self._at_hand.values()}
         for place, worker in self._workers.items():
             if place not in busy and self._waiting:
+                # Half of what is left, dealt out evenly.
                 share = len(self._waiting) // (2 * len(self._workers))
                 count = min(max(share, 1), MOST_SHARDS_AT_HAND)
                 shards = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
@@ -178,6 +179,7 @@ class _Crew:
             raise  # a mistake in the program, not a death
         except self._ray.exceptions.RayError as error:
             self._bury(place, error)
+            # To the front of the queue, in their own order.
             self._waiting.extendleft(reversed(still_missing(shards)))
             return
         if isinstance(said, Problem):

@@ -8,12 +8,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-import numpy as np
-
 from stillroom.pipeline.cache.writer import CacheWriter
 from stillroom.pipeline.capture.plan import check_tokenizer, longest, make_plan, pictures_of
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.corpus.preparing import Corpus
+from stillroom.pipeline.shares import evenly
 from stillroom.pipeline.teacher.opening import open_engine
 from stillroom.pipeline.teacher.protocol import EngineName, TeacherEngine
 
@@ -59,8 +58,7 @@ def estimate(run: Run, *, engine: EngineName = "vllm", split: str = "train") -> 
     corpus = Corpus.open(run.path("corpus"))
     check_tokenizer(corpus, teacher)
     examples = corpus.split(split)
-    picked = np.unique(np.linspace(0, len(examples) - 1, SAMPLE, dtype=int))
-    sample = [examples[int(number)] for number in picked]
+    sample = [examples[number] for number in evenly(len(examples), SAMPLE)]
     started = open_engine(
         engine, teacher, table, max_tokens=longest(corpus), pictures=pictures_of(corpus)
     )

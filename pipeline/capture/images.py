@@ -152,6 +152,7 @@ class MeasuringWriter(CacheWriter):
     def _encoded(self, form: Format, record: TeacherRecord) -> Encoded:
         """Encoded once: errors come from the very bytes that are stored."""
         targets = [(name, target) for name, target in _sorted(record.signals) if len(target)]
+        # Stands in for the errors, which are known once the targets are encoded.
         column = np.zeros((len(targets), 1), dtype=np.float32)
         made = form.encode(replace(record, signals={**record.signals, IMAGE_ERROR: column}))
         for place, (name, target) in enumerate(targets):
@@ -166,7 +167,7 @@ class MeasuringWriter(CacheWriter):
 def _relative_error(stored: np.ndarray, target: np.ndarray) -> float:
     norm = float(np.sum(np.square(target, dtype=np.float64)))
     lost = float(np.sum(np.square(stored - target, dtype=np.float64)))
-    return lost / norm if norm else lost
+    return lost / norm if norm else lost  # a target of zeros: the error as it is
 
 
 def _sorted(signals: Mapping[str, np.ndarray]) -> list[tuple[str, np.ndarray]]:

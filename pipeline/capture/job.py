@@ -215,10 +215,10 @@ class ShardWork:
         """
         ahead, order = itertools.tee(self._writer.unclaimed(missing))
         shard_range = self._writer.plan.shard_range
-        asked = (number for number in ahead if number or not first)
+        asked = (number for number in ahead if number or not first)  # shard 0 may be at hand
         wanted = (example for number in asked for example in self._of(shard_range(number)))
         answers = iter(engine.score(wanted, self._notes.reject))
-        with ThreadPoolExecutor(1, "writer") as pool:
+        with ThreadPoolExecutor(1, "writer") as pool:  # encodes one shard while the next is scored
             before: Future[ShardReceipt] | None = None
             for number in order:
                 found = answers if number or not first else iter(first)

@@ -24,7 +24,7 @@ class Worker:
     def __init__(self, job: dict, rank: int):
         self._job, self._rank = job, rank
         self._engine: Engine | None = None
-        self._scale = 0.0
+        self._scale = 0.0  # no engine yet; see `_kept`
         self._work: ShardWork | None = None
         self._totals = Totals(rank, 0, 0)
 

@@ -105,7 +105,7 @@ class Totals:
         self.rows += record.num_rows
         if "tail_logprob" in record.signals:
             tail = record.signals["tail_logprob"].astype(np.float64)
-            self.mass += float(np.sum(-np.expm1(tail)))
+            self.mass += float(np.sum(-np.expm1(tail)))  # 1 - tail mass, not cancelled
         if "entropy" in record.signals:
             self.entropy += float(np.sum(record.signals["entropy"], dtype=np.float64))
         else:

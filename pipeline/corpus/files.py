@@ -105,6 +105,7 @@ class Split(Sequence[Example]):
 
     def __init__(self, batches: list[pa.RecordBatch], rows: range):
         self._batches, self._rows = batches, rows
+        # The first row of each batch, and the number of rows.
         self._starts = np.cumsum([0] + [batch.num_rows for batch in batches])
 
     @classmethod

@@ -35,7 +35,7 @@ def identity(
     config: Prepare, tokenizer: CorpusTokenizer, sources: Sequence[OpenSource]
 ) -> dict[str, Any]:
     """Everything that the result follows from."""
-    settings = config.model_dump(mode="json", exclude={"tokenizer"})
+    settings = config.model_dump(mode="json", exclude={"tokenizer"})  # it counts by what it does
     facts = [source.facts for source in sources]
     made = {"tokenizer": tokenizer.facts, "settings": settings, "sources": facts, "rule": RULE}
     if config.chat_template:

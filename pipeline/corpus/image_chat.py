@@ -95,7 +95,8 @@ class ImageChat:
         """The tokens of a rendered conversation, and which of them lie in `spoken`."""
         pictures = pictures_of(document)
         made = self._process(text, pictures, document.where)
-        offsets = np.asarray(made["offset_mapping"][0]).reshape(-1, 2)
+        offsets = np.asarray(made["offset_mapping"][0]).reshape(-1, 2)  # [L, 2], in `expanded`
+        # Per image: its characters in `text` (span), in `expanded` (new_span), what replaced them.
         replaced = (made.get("text_replacement_offsets") or [[]])[0]
         if len(replaced) != len(pictures):
             raise CorpusError(
@@ -121,6 +122,7 @@ class ImageChat:
             return self._processor(
                 text=[text],
                 images=[pictures] if pictures else None,
+                # A template that wrote the first token itself must not get it twice.
                 add_special_tokens=not (bos and text.startswith(bos)),
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,

@@ -57,7 +57,7 @@ class PrefixChat:
                 text=[text], images=[pictures] if pictures else None, **suffix, **self._arguments
             )
         token_ids = np.asarray(made["input_ids"][0], dtype=np.int32)
-        mask = np.asarray(made["token_type_ids"][0], dtype=bool) & bool(suffix)
+        mask = np.asarray(made["token_type_ids"][0], dtype=bool) & bool(suffix)  # 1 in the suffix
         length = self._processor.image_seq_length
         spans = (
             ImageSpan(image_sha256(data), number * length, length)

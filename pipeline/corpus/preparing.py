@@ -126,7 +126,7 @@ class _Drawing:
 
     def __init__(self, config: Prepare, tokenizer: CorpusTokenizer, progress, directory: Path):
         self.config, self.tokenizer, self.progress = config, tokenizer, progress
-        self.documents: dict[str, None] = {}
+        self.documents: dict[str, None] = {}  # a set that keeps its order
         self.dropped: Counter[str] = Counter()
         self.repeats: Counter[str] = Counter()
         self.used_template = False

@@ -82,12 +82,12 @@ class PromptReader:
 
     def _read(self, source: Source, document: Document, seen: set[str]) -> Example | None:
         token_ids, images = self._tokens(document)
-        room = self._prepare.window - self._generate.max_tokens
+        room = self._prepare.window - self._generate.max_tokens  # tokens
         if len(token_ids) > room:
             return self._left_out(
                 document, "long_prompts", f"a prompt of {len(token_ids)} tokens", room
             )
-        mask = np.zeros(len(token_ids), dtype=bool)
+        mask = np.zeros(len(token_ids), dtype=bool)  # no target: the answer is yet to come
         name = content_id(token_ids, mask, images)
         if name in seen:
             self.dropped["duplicate_prompts"] += 1

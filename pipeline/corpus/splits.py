@@ -73,6 +73,7 @@ def deal(
             files[name].write(example)
             digest.update(_line(name, example))
             size = {"examples": 1, "tokens": len(example.token_ids)}
+            # No row predicts the first token.
             counts[name].update(size, targets=int(example.loss_mask[1:].sum()))
     drawn.unlink()
     digest.update(canonical_json(meaning))

@@ -125,8 +125,8 @@ def collate(
     starts, width = _starts(rows, capacity, padding_free)
     examples = [example for row in rows for example in row]
     mains = [example[""] for example in examples]
-    tokens = np.zeros(width * (1 if padding_free else len(rows)), dtype=np.int64)
-    positions = np.zeros_like(tokens)
+    tokens = np.zeros(width * (1 if padding_free else len(rows)), dtype=np.int64)  # [B * S]
+    positions = np.zeros_like(tokens)  # padding keeps 0: each token a document
     for record, start in zip(mains, starts, strict=True):
         length = len(record.example.token_ids)
         tokens[start : start + length] = record.example.token_ids
@@ -160,22 +160,22 @@ def _starts(rows, capacity: int, padding_free: bool) -> tuple[list[int], int]:
 
 def _row_units(record: TeacherRecord, start: int, number: int) -> tuple[np.ndarray, ...]:
     example, length = record.example, len(record.example.token_ids)
-    at = np.arange(record.first_row, length - 1)
+    at = np.arange(record.first_row, length - 1)  # rows t; what each predicts is at t + 1
     mask = example.loss_mask
     return (
-        start + at,
-        np.full(len(at), number),
-        mask[at + 1],
-        _in_image(example)[at],
-        mask[at],
-        example.token_ids[at + 1].astype(np.int64),
+        start + at,  # flat
+        np.full(len(at), number),  # example
+        mask[at + 1],  # answer
+        _in_image(example)[at],  # image
+        mask[at],  # own_answer
+        example.token_ids[at + 1].astype(np.int64),  # labels
     )
 
 
 def _in_image(example: Example) -> np.ndarray:
     inside = np.zeros(len(example.token_ids), dtype=bool)
     for image in example.images:
-        if image.start >= 0:
+        if image.start >= 0:  # -1: the architecture has no placeholders
             inside[image.start : image.start + image.length] = True
     return inside
 
@@ -199,6 +199,7 @@ def _teacher(examples, starts: list[int], name: str) -> Teacher:
 
 
 def _check_same_rows(main: TeacherRecord, other: TeacherRecord, name: str) -> None:
+    # Hidden states alone bring positions of their own.
     has_rows = any(not is_hidden(signal) for signal in other.signals)
     if has_rows and other.first_row != main.first_row:
         raise StudentError(
@@ -214,4 +215,5 @@ def _units(parts: list[tuple[np.ndarray, ...]]) -> Units:
 
 def _join(parts: list[np.ndarray]) -> torch.Tensor:
     joined = np.concatenate(parts)
+    # Torch warns of memory that it may not write to.
     return torch.from_numpy(joined if joined.flags.writeable else joined.copy())

@@ -77,6 +77,7 @@ def images_of(records: Sequence[TeacherRecord], starts: Sequence[int]) -> ImageB
     if not spans:
         return None
     columns = [
+        # A span that starts at -1 has no placeholder: the architecture needs none.
         (_key(span.sha256), number, start, start + max(span.start, 0), span.length)
         for span, number, start in spans
     ]
@@ -174,7 +175,7 @@ def processor_of(directory: str | Path) -> Callable[[Any], torch.Tensor]:
 
 def _key(name: str) -> int:
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return int.from_bytes(digest, "little", signed=True)  # an int64 can stand in a tensor
 
 
 def _numbers(cache: Any) -> dict[str, int]:

@@ -66,8 +66,8 @@ class Geometry:
 
     def own(self, rows: list) -> list[list]:
         """This rank's microbatches out of a whole step's rows."""
-        share = self.accumulate // self.world_size
-        start = self.rank * share * self.rows
+        share = self.accumulate // self.world_size  # microbatches
+        start = self.rank * share * self.rows  # of the step's rows
         return [rows[start + m * self.rows : start + (m + 1) * self.rows] for m in range(share)]
 
 
@@ -100,6 +100,7 @@ class DistillLoader:
         shards = np.fromiter((main.shard_of(i) for i in range(len(main))), dtype=np.int64)
         self.plan = RowPlan(lengths_of(main), shards, geometry.capacity, seed, shuffle_shards)
         self._sources, self._signals = dict(sources), dict(signals)
+        # int64 [examples] each: where the main cache's examples are in the others.
         self._others = {name: _match(main, cache, name) for name, cache in sources.items() if name}
         self.geometry, self._workers, self._pin_memory = geometry, workers, pin_memory
         self._pictures = pictures

@@ -58,7 +58,7 @@ class RowPlan:
     def epoch(self, number: int) -> list[tuple[int, ...]]:
         """Rows of one epoch, each a tuple of example numbers; every example is in exactly one."""
         if number not in self._epochs:
-            if len(self._epochs) > 1:
+            if len(self._epochs) > 1:  # the one that ends and the one that begins
                 self._epochs.pop(min(self._epochs))
             self._epochs[number] = self._shuffle_and_pack(number)
         return self._epochs[number]
@@ -81,7 +81,7 @@ class RowPlan:
         shards = random.permutation(np.unique(self.shards))
         rows = []
         for start in range(0, len(shards), self.window):
-            together = np.isin(self.shards, shards[start : start + self.window])
+            together = np.isin(self.shards, shards[start : start + self.window])  # bool [examples]
             order = random.permutation(np.flatnonzero(together))
             rows += pack(order.tolist(), self.lengths[order].tolist(), self.capacity)
         return rows
@@ -99,7 +99,7 @@ def pack(items: list[int], lengths: list[int], capacity: int) -> list[tuple[int,
         Rows in the order in which they were opened.
     """
     rows: list[list[int]] = []
-    open_rows: dict[int, int] = {}
+    open_rows: dict[int, int] = {}  # row -> tokens still free
     for item, length in zip(items, lengths, strict=True):
         row = next((row for row, space in open_rows.items() if space >= length), None)
         if row is None:
@@ -108,8 +108,8 @@ def pack(items: list[int], lengths: list[int], capacity: int) -> list[tuple[int,
             open_rows[row] = capacity
         rows[row].append(item)
         open_rows[row] -= length
-        if open_rows[row] < 2:
+        if open_rows[row] < 2:  # an example that predicts something has two tokens
             del open_rows[row]
         elif len(open_rows) > OPEN_ROWS:
-            del open_rows[next(iter(open_rows))]
+            del open_rows[next(iter(open_rows))]  # the one opened first
     return [tuple(row) for row in rows]

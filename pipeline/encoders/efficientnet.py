@@ -97,6 +97,7 @@ def _norm(width: int) -> nn.BatchNorm2d:
 
 def _pad(x: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
     """TensorFlow's SAME padding: the odd pixel goes to the right and the bottom."""
+    # So many pixels that each side has ceil(side / stride) windows.
     missing = [max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:]]
     (height, width) = missing
     return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))

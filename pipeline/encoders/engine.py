@@ -64,7 +64,7 @@ class VisionEngine:
     ):
         self.encoders, self._read, self._batch = tuple(encoders), read, batch
         self._pool = ThreadPoolExecutor(decoders, "images")
-        self._ahead = 2 * batch
+        self._ahead = 2 * batch  # one batch in the encoders, one being opened
 
     def score(self, examples: Iterable[Example], reject: Reject = stop) -> Iterator[TeacherRecord]:
         """One record per image example, in the order given.
@@ -116,7 +116,7 @@ class VisionEngine:
         if not pixels:
             return found
         for encoder, batch in zip(self.encoders, zip(*pixels, strict=True), strict=True):
-            targets = encoder(np.stack(batch))
+            targets = encoder(np.stack(batch))  # [B, positions, width]
             _check_shape(encoder, targets)
             for signals, target in zip(found, targets, strict=True):
                 signals[signal_name(encoder.table.name)] = target

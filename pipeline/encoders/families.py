@@ -2,7 +2,7 @@
 
 One idea: a family is one function from a table and a directory to a model and its features. Weights
 that a checkpoint does not have are an error, because a randomly initialised encoder gives targets
-that look fine. What is done with the features is written once, in `encoders.py`.
+that look fine. What is done with the features is written once, in `frozen.py`.
 """
 
 from collections.abc import Callable
@@ -44,8 +44,8 @@ class _Layers:
 
     def tokens(self, states: torch.Tensor) -> torch.Tensor:
         if self.table.tokens == "cls":
-            return states[:, :1]
-        patches = states[:, self.prefix :]
+            return states[:, :1]  # the class token comes first
+        patches = states[:, self.prefix :]  # [B, positions, width]
         return patches.mean(dim=1, keepdim=True) if self.table.tokens == "mean" else patches
 
     def _one(self, hidden_states: Any, final: torch.Tensor, layer: int | str) -> torch.Tensor:
@@ -148,6 +148,7 @@ def _teacher_tower(table: Encoder, directory: Path) -> tuple[nn.Module, Features
         )
     read = getattr(whole.config, "vision_feature_layer", -1)
     read = [read] if isinstance(read, int) else list(read)
+    # "default" means that the tower has a class token, which the language model does not see.
     prefix = int(getattr(whole.config, "vision_feature_select_strategy", "") == "default")
     chosen = _Layers(table, prefix, None).check(tower.config.num_hidden_layers)
 
@@ -197,7 +198,7 @@ def _unloadable(directory: Path, error: Exception) -> TeacherError:
 
 def _flat(feature_map: torch.Tensor, table: Encoder) -> torch.Tensor:
     """[B, width, H, W] -> [B, H * W, width], or their mean [B, 1, width]."""
-    patches = feature_map.flatten(2).transpose(1, 2)
+    patches = feature_map.flatten(2).transpose(1, 2)  # [B, H * W, width]
     return patches.mean(dim=1, keepdim=True) if table.tokens == "mean" else patches
 
 

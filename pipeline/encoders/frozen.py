@@ -44,7 +44,7 @@ class ImageEncoder:
         Returns:
             float32 [B, positions, width].
         """
-        scaled = torch.from_numpy(pixels).to(self.device).float().div_(255)
+        scaled = torch.from_numpy(pixels).to(self.device).float().div_(255)  # [B, 3, S, S], 0 to 1
         normal = ((scaled - self._mean) / self._std).to(DTYPES[self.table.dtype])
         return on_grid(self._features(normal).float(), self.table.grid).cpu().numpy()
 

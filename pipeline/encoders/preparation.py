@@ -109,5 +109,5 @@ def _resample(stated: dict[str, Any]) -> Any:
 
 def _centre(width: int, height: int) -> tuple[float, float, float, float]:
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
+    left, top = (width - side) / 2, (height - side) / 2  # halves of a pixel are allowed
     return (left, top, left + side, top + side)

@@ -163,13 +163,14 @@ def measure(
 
 def _measure_one(models, sums, example: Example, device, vocabulary: int) -> None:
     ids = torch.as_tensor(example.token_ids, dtype=torch.long, device=device)
+    # Row t predicts token t + 1.
     rows = torch.as_tensor(example.loss_mask[1:].nonzero()[0], device=device)
     places = torch.arange(len(ids), device=device)[None]
     states = {label: forward_states(m, ids[None], places) for label, m in models.items()}
     parts: dict[str, list] = {label: [] for label in models}
     for chunk in rows.split(ROWS_PER_CHUNK):
         target = ids[chunk + 1]
-        truth = _logprobs(states["teacher"], chunk, vocabulary)
+        truth = _logprobs(states["teacher"], chunk, vocabulary)  # [rows, V]
         for label in models:
             own = truth if label == "teacher" else _logprobs(states[label], chunk, vocabulary)
             parts[label].append(_compare(truth, own, target))
@@ -189,7 +190,7 @@ def _logprobs(states: StudentStates, rows: torch.Tensor, vocabulary: int) -> tor
 
 def _compare(truth: torch.Tensor, own: torch.Tensor, target: torch.Tensor) -> tuple:
     """Per row: KL(truth || own), whether the first choices agree, -log own(target)."""
-    kl = (truth.exp() * (truth - own)).sum(dim=-1)
+    kl = (truth.exp() * (truth - own)).sum(dim=-1)  # nats
     return kl, truth.argmax(-1) == own.argmax(-1), -own.gather(1, target[:, None])[:, 0]
 
 

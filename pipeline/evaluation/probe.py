@@ -49,7 +49,7 @@ def probe(
 def _probe_layer(
     layer: int, train: ProbeData, test: ProbeData, steps: int, batch: int, seed: int
 ) -> float:
-    mean = train.targets.mean(dim=0)
+    mean = train.targets.mean(dim=0)  # [positions, width]
     wanted = train.targets - mean
     wanted = wanted / wanted.std().clamp_min(1e-6)
     with torch.random.fork_rng():
@@ -74,4 +74,4 @@ def _probe_layer(
 
 def _predict(model: Any, layer: int, states: torch.Tensor) -> torch.Tensor:
     present = torch.ones(states.shape[:2], dtype=torch.bool)
-    return model.predict(layer, states, present, states[:, :0])
+    return model.predict(layer, states, present, states[:, :0])  # no task tokens

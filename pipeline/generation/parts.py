@@ -4,7 +4,6 @@ One idea: a part is a file of finished examples, whole or absent, so what is mis
 there. Who answers is not decided here.
 """
 
-import os
 import secrets
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from stillroom.pipeline.cache.storage.directory import Disk
 from stillroom.pipeline.corpus.files import ExampleFile, Split
 from stillroom.pipeline.generation.writers import Answer
 from stillroom.pipeline.record import Example, content_id
+from stillroom.pipeline.shares import share_of
 from stillroom.pipeline.teacher.protocol import RejectedExample
 
 
@@ -23,7 +24,7 @@ class Parts:
 
     def __init__(self, work: Path, prompts: Split, size: int):
         self._work, self._prompts, self._size = work, prompts, size
-        self.count = -(-len(prompts) // size)
+        self.count = -(-len(prompts) // size)  # rounded up
 
     def path(self, number: int) -> Path:
         """Where a part is or will be."""
@@ -35,8 +36,8 @@ class Parts:
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Parts of one worker's share that are not there."""
-        first, last = (self.count * share // world_size for share in (rank, rank + 1))
-        return [number for number in range(first, last) if not self.path(number).exists()]
+        share = share_of(self.count, rank, world_size)
+        return [number for number in share if not self.path(number).exists()]
 
     def write(self, number: int, examples: Iterable[Example]) -> None:
         """Commit a part; another worker may have done so before."""
@@ -44,9 +45,9 @@ class Parts:
         with ExampleFile(made) as file:
             for example in examples:
                 file.write(example)
-        with open(made, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(made, self.path(number))
+        disk = Disk()
+        disk.sync(made)
+        disk.rename(made, self.path(number))
 
 
 def answered(prompt: Example, answers: list[Answer]) -> list[Example]:
@@ -78,6 +79,7 @@ def _example(prompt: Example, answer: Answer) -> Example:
     given, written = len(prompt.token_ids), len(answer.token_ids)
     token_ids = np.concatenate([prompt.token_ids, answer.token_ids]).astype(np.int32)
     mask = np.arange(given + written) >= given
+    # The prompt was given: log 1.
     behaviour = np.concatenate([np.zeros(given, dtype=np.float32), answer.behaviour_logprob])
     return replace(
         prompt,

@@ -22,7 +22,7 @@ from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_te
 
 
 class ReferenceGenerator:
-    """See `generate.Generator`."""
+    """See `writers.Generator`."""
 
     def __init__(self, writers: Writers):
         self._writers = writers
@@ -44,8 +44,9 @@ class ReferenceGenerator:
         keys = [answer_key(settings.seed, prompt, number) for number in range(settings.n)]
         logits = [(part, reader.begin(prompt, settings.n)) for part, reader in self._models]
         tokens, logprobs = [], []
-        running = torch.ones(settings.n, dtype=torch.bool)
+        running = torch.ones(settings.n, dtype=torch.bool)  # answers that have not ended
         for step in range(settings.max_tokens):
+            # [n, V]; heads may be padded to different widths.
             b = mixture([(part, z[:, : self._vocab_size]) for part, z in logits], settings)
             drawn = draw(b, keys, step)
             tokens.append(drawn.cpu())
@@ -93,7 +94,7 @@ class _Reader:
             input_ids=ids, use_cache=True, logits_to_keep=1, **self._image_inputs(prompt)
         )
         self._past = out.past_key_values
-        self._past.batch_repeat_interleave(copies)
+        self._past.batch_repeat_interleave(copies)  # read once, kept for every answer
         return out.logits[:, -1].expand(copies, -1)
 
     def go_on(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -111,6 +112,4 @@ class _Reader:
             return {}
         if self._images is None:
             raise TeacherError("reads no images and the prompts have some", where=self._name)
-        inputs = {name: value.to(self._device) for name, value in self._images.of(prompt).items()}
-        dtype = self._model.dtype
-        return {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+        return self._images.for_model(prompt, self._model)

@@ -21,14 +21,13 @@ import torch
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config import Capture, Teacher
-from stillroom.pipeline.generation.vllm_writer import writing_arguments
+from stillroom.pipeline.generation.vllm_serving import ServedWriter
 from stillroom.pipeline.generation.writers import Answer, Writers, answer_key
 from stillroom.pipeline.record import Example
 from stillroom.pipeline.teacher.facts import model_shape
 from stillroom.pipeline.teacher.rows import draw_key
 from stillroom.pipeline.teacher.sweep.definition import uniforms
-from stillroom.pipeline.teacher.vllm.engine import requests_for, start_vllm
-from stillroom.pipeline.teacher.vllm.images import with_pictures
+from stillroom.pipeline.teacher.vllm.engine import requests_for
 
 IN_FLIGHT_ANSWERS = 512
 MEMORY = 0.9
@@ -36,7 +35,7 @@ MEMORY = 0.9
 
 
 class VllmMixture:
-    """See `generate.Generator`."""
+    """See `writers.Generator`."""
 
     def __init__(self, writers: Writers):
         models = writers.models()
@@ -75,6 +74,7 @@ class VllmMixture:
     def _go_on(self, draft: "_Draft") -> None:
         """Let the model whose turn it is draw until the other's turn."""
         start = len(draft.tokens)
+        # The tokens in a row that this model draws, up to the first that is the other's.
         others = np.flatnonzero(draft.coins[start:] != draft.coins[start])
         length = int(others[0]) if len(others) else len(draft.coins) - start
         model = self._models[int(draft.coins[start])]
@@ -93,9 +93,9 @@ class VllmMixture:
             model.read(text, partial(self._weighed, draft, model.share))
 
     def _weighed(self, draft: "_Draft", share: float, logprobs: np.ndarray) -> None:
-        draft.parts.append(np.log(share) + logprobs)
+        draft.parts.append(np.log(share) + logprobs)  # nats
         if len(draft.parts) == len(self._models):
-            behaviour = np.logaddexp(*draft.parts).astype(np.float32)
+            behaviour = np.logaddexp(*draft.parts).astype(np.float32)  # log(a p + (1 - a) q)
             ids = np.asarray(draft.tokens, dtype=np.int32)
             draft.answer = Answer(ids, behaviour, draft.ended)
 
@@ -129,46 +129,29 @@ class _Model:
     """One engine, what it has been asked, and who waits for it."""
 
     def __init__(self, share: float, model: Teacher, writers: Writers):
-        self.share, self._settings, self._pictures = share, writers.settings, writers.pictures
-        self._stop_ids = list(writers.stop_ids)
-        self._temperature = writers.settings.temperature
+        self.share, self._temperature = share, writers.settings.temperature
         kept = Capture(k=1, temperatures=(self._temperature,), entropy=False)
         self._requests = requests_for(kept, model)
         self._columns = sorted({1.0, self._temperature})
-        arguments = writing_arguments(model, writers) | self._requests.engine_arguments()
-        if torch.cuda.is_available():
-            arguments.setdefault("gpu_memory_utilization", MEMORY / 2)
-        self._llm: Any = start_vllm(model, arguments)
+        more = self._requests.engine_arguments()
+        if torch.cuda.is_available() and "gpu_memory_utilization" not in model.engine_args:
+            more["gpu_memory_utilization"] = MEMORY / 2  # two engines, one device
+        self._served = ServedWriter(model, writers, more)
         self._waiting: dict[str, Callable[[Any], None]] = {}
-        self._num_asked = 0
 
     def close(self) -> None:
         """End vLLM and its workers."""
-        if self._llm is not None:
-            self._llm.llm_engine.engine_core.shutdown()
-            self._llm = None
+        self._served.close()
 
     def step(self) -> None:
         """One scheduler step, if anything was asked; tells those whose answer is finished."""
         if self._waiting:
-            for output in self._llm.llm_engine.step():
-                if output.finished:
-                    self._waiting.pop(output.request_id)(output)
+            for output in self._served.step():
+                self._waiting.pop(output.request_id)(output)
 
     def write(self, text: Example, length: int, seed: int, tell: Callable[[Any], None]) -> None:
         """Draw at most `length` tokens after a text; `tell` gets vLLM's output."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        sampling = SamplingParams(
-            max_tokens=length,
-            temperature=self._temperature,
-            seed=seed,
-            stop_token_ids=self._stop_ids,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        self._ask(text, sampling, tell)
+        self._ask(text, self._served.sampling(length, seed), tell)
 
     def read(self, text: Example, tell: Callable[[np.ndarray], None]) -> None:
         """`tell` gets float64 [n], log probability of each token under the text's loss mask."""
@@ -178,16 +161,10 @@ class _Model:
         said = self._requests.signals(text, output)
         lse = said["lse"].astype(np.float64)
         one, own = (lse[:, self._columns.index(t)] for t in (1.0, self._temperature))
-        return (said["token_logprob"] + one) / self._temperature - own
+        return (said["token_logprob"] + one) / self._temperature - own  # z / T - lse_T
 
     def _ask(self, text: Example, sampling: Any, tell: Callable[[Any], None]) -> None:
-        self._num_asked += 1
-        request_id = f"{self._num_asked}-{text.example_id}"
-        given: Any = {"prompt_token_ids": text.token_ids.tolist()}
-        if text.images:
-            given = with_pictures(text, self._pictures, self._llm)
-        self._llm.llm_engine.add_request(request_id, given, sampling)
-        self._waiting[request_id] = tell
+        self._waiting[self._served.ask(text, sampling)] = tell
 
 
 def _check(writers: Writers, models: list[Teacher]) -> None:

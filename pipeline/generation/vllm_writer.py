@@ -9,33 +9,26 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.generation.vllm_serving import ServedWriter
 from stillroom.pipeline.generation.writers import Answer, Writers, answer_key
 from stillroom.pipeline.record import Example
-from stillroom.pipeline.teacher.facts import model_directory, model_shape
-from stillroom.pipeline.teacher.vllm.engine import start_vllm, vllm_arguments
-from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
 
 IN_FLIGHT_REQUESTS = 512
 
 
 class VllmGenerator:
-    """See `generate.Generator`."""
+    """See `writers.Generator`."""
 
     def __init__(self, writers: Writers, model: Teacher):
         self._writers = writers
-        arguments = writing_arguments(model, writers)
-        self._llm: Any = start_vllm(model, arguments | {"logprobs_mode": "processed_logprobs"})
+        self._served = ServedWriter(model, writers, {"logprobs_mode": "processed_logprobs"})
         self._finished: dict[str, Any] = {}
-        self._num_asked = 0
 
     def close(self) -> None:
         """End vLLM and its workers."""
-        if self._llm is not None:
-            self._llm.llm_engine.engine_core.shutdown()
-            self._llm = None
+        self._served.close()
 
     def answer(self, prompts: Iterable[Example]) -> Iterator[list[Answer]]:
         """See `Generator.answer`."""
@@ -51,58 +44,20 @@ class VllmGenerator:
     def _ask(self, prompt: Example) -> list[str]:
         """Hand all of a prompt's answers to vLLM; returns the requests' ids."""
         settings = self._writers.settings
+        keys = [answer_key(settings.seed, prompt, number) for number in range(settings.n)]
+        how = {"top_p": settings.top_p, "logprobs": 0}  # the drawn token's own, no other
         return [
-            self._add(prompt, answer_key(settings.seed, prompt, number))
-            for number in range(settings.n)
+            self._served.ask(prompt, self._served.sampling(settings.max_tokens, key, **how))
+            for key in keys
         ]
-
-    def _add(self, prompt: Example, key: int) -> str:
-        self._num_asked += 1
-        request_id = f"{self._num_asked}-{prompt.example_id}"
-        given: Any = {"prompt_token_ids": prompt.token_ids.tolist()}
-        if prompt.images:
-            given = with_pictures(prompt, self._writers.pictures, self._llm)
-        self._llm.llm_engine.add_request(request_id, given, self._sampling(key))
-        return request_id
-
-    def _sampling(self, key: int):
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        settings = self._writers.settings
-        return SamplingParams(
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=key,
-            logprobs=0,
-            stop_token_ids=list(self._writers.stop_ids),
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
 
     def _wait_for(self, request_id: str) -> Answer:
         while request_id not in self._finished:
-            for output in self._llm.llm_engine.step():
-                if output.finished:
-                    self._finished[output.request_id] = output
+            self._finished |= {output.request_id: output for output in self._served.step()}
         (found,) = self._finished.pop(request_id).outputs
         ids = np.asarray(found.token_ids, dtype=np.int32)
         pairs = zip(found.token_ids, found.logprobs)
         logprobs = np.array([entry[token].logprob for token, entry in pairs], dtype=np.float32)
         if self._writers.settings.temperature == 0:
-            logprobs = np.zeros_like(logprobs)
+            logprobs = np.zeros_like(logprobs)  # all of b is on its mode
         return Answer(ids, logprobs, bool(np.isin(ids[-1], self._writers.stop_ids)))
-
-
-def writing_arguments(model: Teacher, writers: Writers) -> dict[str, Any]:
-    """Arguments of an engine that writes."""
-    arguments = vllm_arguments(model, model_shape(model).context, writers.max_tokens, 1.0)
-    arguments["enable_prefix_caching"] = True
-    if not torch.cuda.is_available():
-        # A seeded request whose prompt is read in pieces needs what CPU generators do not have.
-        arguments["enable_chunked_prefill"] = False
-    if writers.pictures is not None:
-        check_served(model_directory(model))
-        arguments["skip_tokenizer_init"] = False
-    return arguments

@@ -102,12 +102,13 @@ def mixture(logits: list[tuple[float, torch.Tensor]], settings: Generate) -> tor
         settings: temperature and top_p. Temperature 0 puts all mass on the mixture's mode at 1.
     """
     temperature = settings.temperature or 1.0
+    # [N, V]
     mixed: Any = sum(share * (z.double() / temperature).softmax(-1) for share, z in logits)
     if settings.temperature == 0:
         return torch.zeros_like(mixed).scatter(1, mixed.argmax(1, keepdim=True), 1.0)
     if settings.top_p < 1:
         falling, ids = mixed.sort(dim=1, descending=True, stable=True)
-        outside = falling.cumsum(1) - falling >= settings.top_p
+        outside = falling.cumsum(1) - falling >= settings.top_p  # those before reach it without
         mixed = mixed.scatter(1, ids, falling.masked_fill(outside, 0.0))
     return mixed / mixed.sum(1, keepdim=True)
 
@@ -120,8 +121,8 @@ def draw(b: torch.Tensor, keys: list[int], step: int) -> torch.Tensor:
         keys: of each row's answer.
         step: number of the token in its answer.
     """
-    cdf = b.cumsum(1)
+    cdf = b.cumsum(1)  # [N, V]
     position = torch.tensor([step])
     points = torch.cat([uniforms(position, key) for key in keys])[:, None].to(b.device)
     drawn = torch.searchsorted(cdf, points * cdf[:, -1:], right=True)[:, 0]
-    return drawn.clamp_max(b.shape[1] - 1)
+    return drawn.clamp_max(b.shape[1] - 1)  # rounding may leave a point beyond the sum

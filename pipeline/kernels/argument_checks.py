@@ -209,7 +209,7 @@ def check_lists(
     _all(ids >= -1, "ids", ids, "expected word ids, or -1 for padding")
     _all(~real | ~logprobs.isnan(), "logprobs", logprobs, "expected a number")
     _all(~real | (logprobs <= 0), "logprobs", logprobs, "expected at most 0")
-    mass = (logprobs.double().exp() * real).nan_to_num().sum(1)
+    mass = (logprobs.double().exp() * real).nan_to_num().sum(1)  # [N]
     if tail_ids is not None and tail_weights is not None:
         drawn = tail_ids >= 0
         _all(
@@ -232,9 +232,9 @@ def _no_duplicates(ids: Tensor) -> None:
 
 
 def _all(good: Tensor, name: str, values: Tensor, expected: str) -> None:
-    if bool(good.all()):
+    if bool(good.all()):  # waits for the device
         return
-    place = (~good).nonzero()[0].tolist()
+    place = (~good).nonzero()[0].tolist()  # the first that is not
     value = values[tuple(place)].item()
     raise ValueError(f"{name}: row {place[0]} holds {value}; {expected}")
 

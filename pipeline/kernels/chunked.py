@@ -3,7 +3,7 @@
 One idea: the logits of a chunk of rows live in one buffer; a *sweep* turns them into the rows'
 losses and overwrites them with the gradient of the logits; two matrix products carry that gradient
 to the hidden states and the head before the next chunk takes the buffer. What survives the forward
-pass is [N, D] and [V, D], never [N, V]. `torch_sweep` runs on any device, `triton_sweep` is the
+pass is [N, D] and [V, D], never [N, V]. `torch_sweep` runs on any device, `triton.sweep` is the
 same contract in one kernel; this module does not know which it drives.
 
 The gradient of a vector of losses is asked for later, by `backward(grad_output)`. Rows that all get
@@ -108,7 +108,7 @@ class FusedDivergence(torch.autograd.Function):
 
 def common_factor(grad_output: Tensor) -> Tensor | None:
     """The one value every row has, or None. A device is asked nothing: strides tell."""
-    if grad_output.numel() < 2 or grad_output.stride(0) == 0:
+    if grad_output.numel() < 2 or grad_output.stride(0) == 0:  # expanded, as sum() leaves it
         return grad_output[:1].sum()
     if grad_output.device.type == "cpu" and bool((grad_output == grad_output[0]).all()):
         return grad_output[0]
@@ -148,7 +148,7 @@ def sweep_rows(
     keep = rows_with_weight(weights)
     weights, unit = weights.to(hidden.device, non_blocking=True), None
     if plan.compute_dtype == torch.float16 and weights.numel():
-        unit = weights.abs().amax().clamp(min=1e-30)
+        unit = weights.abs().amax().clamp(min=1e-30)  # all may be 0
         weights = weights / unit
     plan = replace(plan, targets=replace(plan.targets, weights=weights))
     if keep is None:
@@ -230,8 +230,9 @@ class Workbench:
 
     def _make_buffers(self, rows: int) -> None:
         plan, device = self.plan, self.hidden.device
-        columns = (plan.shard.largest // COLUMN_MULTIPLE + 1) * COLUMN_MULTIPLE
+        columns = (plan.shard.largest // COLUMN_MULTIPLE + 1) * COLUMN_MULTIPLE  # one spare
         same = plan.sweep_dtype == plan.compute_dtype
+        # The sweep's buffer, the products' where it is another, and the teacher's logits.
         bytes_per_row = columns * (
             plan.sweep_dtype.itemsize
             + (not same) * plan.compute_dtype.itemsize
@@ -261,9 +262,9 @@ class Workbench:
         if self.buffer is not self.product:
             gradient.copy_(self.buffer[: len(hidden), :width])
         if self.of_hidden is not None:
-            torch.mm(gradient, self.head, out=self.of_hidden[rows])
+            torch.mm(gradient, self.head, out=self.of_hidden[rows])  # [C, V] [V, D]
         if self.of_head is not None:
-            products.add_(self.of_head[:width], gradient.T, hidden, self.fresh)
+            products.add_(self.of_head[:width], gradient.T, hidden, self.fresh)  # [V, C] [C, D]
         if self.of_bias is not None:
             total = self.buffer[: len(hidden), :width].sum(0, dtype=self.of_bias.dtype)
             self.of_bias[:width].copy_(total) if self.fresh else self.of_bias[:width].add_(total)
@@ -271,7 +272,7 @@ class Workbench:
 
     def gradients(self) -> Gradients:
         """The finished gradients, in the dtypes of what they belong to."""
-        unused = 0 if self.fresh else self.plan.shard.width
+        unused = 0 if self.fresh else self.plan.shard.width  # padded rows, or all without a chunk
         for tensor in (self.of_head, self.of_bias):
             if tensor is not None:
                 tensor[unused:] = 0

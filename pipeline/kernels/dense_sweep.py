@@ -76,7 +76,7 @@ def raw_teacher_logits(targets: DenseTargets, words: int) -> Tensor:
     head = targets.unembedding[:words]
     hidden = targets.hidden.to(head.dtype)
     bias = None if targets.bias is None else targets.bias[:words].to(head.dtype)
-    logits = head.new_empty(len(hidden), -(-words // 16) * 16)[:, :words]
+    logits = head.new_empty(len(hidden), -(-words // 16) * 16)[:, :words]  # rows of whole 16s
     return products.logits(hidden, head, bias, out=logits)
 
 
@@ -107,7 +107,7 @@ def head_shares(
 def _head_shares(z: Tensor, y: Tensor, cap: float | None, objective: Objective) -> Tensor:
     z = z if objective.softcap is None else soft_capped(z, objective.softcap)
     y = y if cap is None else soft_capped(y, cap)
-    q = (z / objective.temperature).softmax(1)
+    q = (z / objective.temperature).softmax(1)  # [rows, words]
     return head_share(dense_outcomes(y, objective.temperature), q)[:, 0]
 
 
@@ -123,7 +123,7 @@ def _sweep_block(
         bent = torch.tanh(logits / objective.softcap)
         logits[:], slope = objective.softcap * bent, 1 - bent.square()
     outcomes = dense_outcomes(teacher, objective.temperature)
-    log_q = _log_probabilities(logits, objective.temperature)
+    log_q = _log_probabilities(logits, objective.temperature)  # [rows, words]
     q = log_q.exp()
     values, slopes = terms(objective, outcomes, log_q, q)
     loss = objective.temperature**2 * values.sum(1)

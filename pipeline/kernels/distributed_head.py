@@ -64,7 +64,7 @@ def shard_of(unembedding: DTensor, valid_vocab: int | None = None) -> Shard:
     mesh = unembedding.device_mesh
     rows, ranks = unembedding.shape[0], mesh.size()
     words = rows if valid_vocab is None else valid_vocab
-    largest = -(-rows // ranks)
+    largest = -(-rows // ranks)  # DTensor's own way to shard: the last ranks hold fewer
     start = min(mesh.get_local_rank() * largest, rows)
     width = max(0, min(unembedding.to_local().shape[0], words - start))
     return Shard(start, width, words, largest, mesh.get_group())

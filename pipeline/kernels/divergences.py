@@ -102,9 +102,9 @@ def teacher_outcomes(
     mass = log_p.double().exp().sum(1, keepdim=True)
     if tail == "renormalise":
         log_p = log_p - mass.clamp(min=1e-300).log().to(dtype) * valid
-    rest = (1 - mass).clamp(min=0) if tail == "bucket" else torch.zeros_like(mass)
+    rest = (1 - mass).clamp(min=0) if tail == "bucket" else torch.zeros_like(mass)  # [rows, 1]
     log_rest = rest.log().clamp(min=LOG_ZERO).to(dtype)
-    named = valid.sum(1, keepdim=True)
+    named = valid.sum(1, keepdim=True)  # [rows, 1]
     has_tail = (named < vocabulary) & (named > 0) & (tail != "truncate")
     counted = torch.cat([valid, has_tail], 1)
     p = torch.cat([log_p.exp(), rest.to(dtype)], 1) * counted
@@ -167,7 +167,7 @@ def outcome_gradient(slope: Tensor, q: Tensor) -> Tensor:
     saturated rows keep their digits: r_c - q_c R itself would be a difference of two ones.
     """
     top = q.argmax(1, keepdim=True)
-    shift = slope.gather(1, top) / q.gather(1, top)
+    shift = slope.gather(1, top) / q.gather(1, top)  # [rows, 1]
     r = torch.addcmul(slope, q, shift, value=-1).scatter_(1, top, 0)
     return r.addcmul_(q, r.sum(1, keepdim=True), value=-1)
 
@@ -179,8 +179,8 @@ def _log_mixture(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def head_share(teacher: Outcomes, q: Tensor) -> Tensor:
     """AKL's w_h [rows, 1]: the head's share of sum |p - q|; 1/2 where p = q."""
-    gap = (teacher.p - q).abs()
-    listed = teacher.p if teacher.counted is None else teacher.p[:, :-1]
+    gap = (teacher.p - q).abs()  # [rows, k + 1]
+    listed = teacher.p if teacher.counted is None else teacher.p[:, :-1]  # without the tail
     head = (gap[:, : listed.shape[1]] * _head(listed)).sum(1, keepdim=True)
     total = gap.sum(1, keepdim=True)
     return torch.where(total > 0, head / total.clamp(min=1e-30), 0.5)

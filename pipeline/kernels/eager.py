@@ -26,9 +26,9 @@ def topk_divergence(
 ) -> Tensor:
     """Per-row loss [N]; see `topk_divergence.topk_divergence` for the arguments."""
     targets = targets.unpack()
-    logits = head_logits(hidden, unembedding, bias, words, objective.softcap)
+    logits = head_logits(hidden, unembedding, bias, words, objective.softcap)  # [N, V]
     teacher = teacher_outcomes(targets.ids, targets.logprobs, objective.tail, words, logits.dtype)
-    log_q = student_outcomes(logits / objective.temperature, targets.ids)
+    log_q = student_outcomes(logits / objective.temperature, targets.ids)  # [N, k + 1]
     soft = terms(objective, teacher, log_q).value.sum(1)
     return total(soft, logits, targets.labels, targets.weights, objective)
 
@@ -44,7 +44,7 @@ def linear_divergence(
     """Per-row loss [N]; see `linear_divergence.linear_divergence` for the arguments."""
     logits = head_logits(hidden, unembedding, bias, words, objective.softcap)
     teacher = dense_outcomes(teacher_logits(targets, words).to(logits.dtype), objective.temperature)
-    log_q = (logits / objective.temperature).log_softmax(1).clamp(min=LOG_ZERO)
+    log_q = (logits / objective.temperature).log_softmax(1).clamp(min=LOG_ZERO)  # [N, V]
     soft = terms(objective, teacher, log_q).value.sum(1)
     return total(soft, logits, targets.labels, targets.weights, objective)
 

@@ -60,6 +60,7 @@ def linear_divergence(
         ValueError, TypeError: an argument that cannot mean what it says.
         RuntimeError: `triton` was asked for and cannot run.
     """
+    # Every word is listed, so there is no tail to treat.
     objective = Objective(divergence, beta, alpha, "truncate", temperature, ce_weight, softcap)
     argument_checks.check_objective(objective, None, None)
     argument_checks.check_student(hidden, unembedding, bias)

@@ -4,7 +4,7 @@ One idea: a record of profile `small` or `strict` is a stream of variable-length
 sequential decoder can read; what it yields first is row-parallel again: per row a class and a
 first level, per entry a gap between levels and a rank within the class. That is the form a device
 takes. Levels become log-probabilities through a table, ranks become ids through the class's list,
-in the sweep's registers (`triton_sweep`) or here in torch. A row is 3 k + 16 bytes (4 k + 16 with
+in the sweep's registers (`triton.sweep`) or here in torch. A row is 3 k + 16 bytes (4 k + 16 with
 ranks above 65,536), against 8 k for int32 ids and fp32 log-probabilities.
 
 A row's `shift` is added to what its table says: it holds the row's normalisation, and at another
@@ -68,8 +68,9 @@ class PackedTopk:
         """
         k = lists.ids.shape[1]
         inside = np.arange(k) < lists.counts[:, None]
+        # Padding repeats the row's first level, so that every level is a place in the table.
         levels = np.where(inside, lists.levels, lists.levels[:, :1]).astype(np.int32)
-        gaps = np.where(inside, np.diff(levels, axis=1, prepend=levels[:, :1]), 0)
+        gaps = np.where(inside, np.diff(levels, axis=1, prepend=levels[:, :1]), 0)  # [N, k]
         ranks = rankings.ranks[lists.classes[:, None], np.where(inside, lists.ids, 0)]
         narrow = np.uint8 if gaps.max(initial=0) < 256 else np.int32
         return cls(
@@ -138,12 +139,12 @@ class PackedTopk:
     def unpack(self) -> tuple[Tensor, Tensor]:
         """(ids int64 [N, k] with -1 for padding, log-probabilities fp32 [N, k])."""
         inside = torch.arange(self.shape[1], device=self.gaps.device) < self.counts[:, None]
-        levels = self.first[:, None] + self.gaps.int().cumsum(1)
+        levels = self.first[:, None] + self.gaps.int().cumsum(1)  # [N, k]
         logprobs = self.table[levels] * self.scale + self.shift[:, None]
         ranks = self.ranks.int()
         if self.ranks.dtype == torch.int16:
-            ranks = ranks & 0xFFFF
-        base = self.words + self.classes.int()[:, None] * self.length
+            ranks = ranks & 0xFFFF  # the uint16 that an int16 holds
+        base = self.words + self.classes.int()[:, None] * self.length  # [N, 1]
         places = torch.where(ranks < self.length, base + ranks, ranks - self.length)
         ids = self.lookup[places].long()
         return ids.masked_fill(~inside, -1), logprobs.masked_fill(~inside, -torch.inf)

@@ -148,7 +148,7 @@ def topk_divergence(
         argument_checks.check_row_values(labels, weights, shard.total)
     if tail_ids is not None and tail_weights is not None:
         targets = _with_draws(targets.unpack(), tail_ids, tail_weights)
-        objective = replace(objective, tail="truncate")
+        objective = replace(objective, tail="truncate")  # the draws are the tail: see the module
     return _run(
         impl, hidden, unembedding, bias, targets, objective, shard, memory_budget, accumulate_fp32
     )
@@ -173,6 +173,7 @@ def _targets(
 def _with_draws(targets: Targets, tail_ids: Tensor, tail_weights: Tensor) -> Targets:
     """The tail's draws as further words of the support."""
     ids = torch.cat([targets.ids, tail_ids.to(targets.ids.dtype)], 1)
+    # A draw stands in the list with its weight in place of a probability.
     logprobs = torch.cat([targets.logprobs.float(), tail_weights.detach().float().log()], 1)
     return replace(targets, ids=ids, logprobs=logprobs)
 

@@ -41,7 +41,7 @@ def sweep(
         with_gradient: False leaves the buffer undefined and saves two passes.
     """
     targets = targets.unpack()
-    columns = shard.columns(targets.ids)
+    columns = shard.columns(targets.ids)  # [C, k]
     label = label_column(targets, objective, shard)
     cap_slope = _cap_(buffer, objective.softcap, with_gradient)
     local, plain = _statistics_(buffer, columns, label, objective, shard.width)
@@ -90,14 +90,14 @@ def judge(targets: Targets, objective: Objective, shard: Shard, local: ShardStat
     surprise = torch.where(hard > 0, hard * -student.label_logprob, 0)
     loss = objective.temperature**2 * values.sum(1) + surprise[:, 0]
     q = student.log_q.exp()
-    outcomes = outcome_gradient(slopes, q) * objective.temperature
+    outcomes = outcome_gradient(slopes, q) * objective.temperature  # [C, k + 1]
     if local.plain_peak is None:
         outcomes += q * hard
     if targets.weights is not None:
         row_weights = targets.weights.to(loss)
         loss = loss * row_weights
         outcomes, hard = outcomes * row_weights[:, None], hard * row_weights[:, None]
-    outside = outcomes[:, -1:] * student.tail_share
+    outside = outcomes[:, -1:] * student.tail_share  # [C, 1]
     return Verdict(loss, outcomes[:, :-1], outside, hard * student.plain_share, hard)
 
 
@@ -135,8 +135,8 @@ def _statistics_(
             plain_peak, plain_total = _softmax_(plain, width)
     if objective.temperature != 1:
         buffer[:, :width] /= objective.temperature
-    support = buffer.gather(1, columns)
-    buffer.scatter_(1, columns, -torch.inf)
+    support = buffer.gather(1, columns)  # [C, k]
+    buffer.scatter_(1, columns, -torch.inf)  # what is left is the tail
     buffer[:, width:] = FAR_BELOW
     peak, total = _softmax_(buffer, width)
     return ShardStatistics(support, peak, total, at_label, plain_peak, plain_total), plain
@@ -152,7 +152,7 @@ def _softmax_(buffer: Tensor, width: int) -> tuple[Tensor, Tensor]:
     spare = buffer[:, width : width + 1]
     spare.copy_(peak)
     torch.softmax(buffer, 1, out=buffer)
-    return peak, 1 / spare - 1
+    return peak, 1 / spare - 1  # from p = 1 / (1 + total)
 
 
 def _gradient_(

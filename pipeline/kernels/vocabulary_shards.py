@@ -104,9 +104,9 @@ def combine(shard: Shard, ids: Tensor, local: ShardStatistics) -> Student:
     """Statistics over all words: two all-reduces, or none."""
     top = torch.maximum(local.support.amax(1, keepdim=True), local.tail_peak)
     local_plain = top if local.plain_peak is None else local.plain_peak
-    peaks = shard.max_(torch.cat([top, local.tail_peak, local_plain], 1))
+    peaks = shard.max_(torch.cat([top, local.tail_peak, local_plain], 1))  # [C, 3]
     top, tail_peak, plain_peak = peaks.split(1, 1)
-    tail_part = local.tail_total * (local.tail_peak - tail_peak).exp()
+    tail_part = local.tail_total * (local.tail_peak - tail_peak).exp()  # to the peak of all
     plain_part = torch.zeros_like(tail_part)
     if local.plain_total is not None:
         plain_part = local.plain_total * (local_plain - plain_peak).exp()
@@ -116,7 +116,7 @@ def combine(shard: Shard, ids: Tensor, local: ShardStatistics) -> Student:
     sums = shard.sum_(torch.cat([logits, tail_part, plain_part], 1))
     support, label, tail_sum, plain_sum = sums.split([ids.shape[1], 1, 1, 1], 1)
     support = support.masked_fill(ids < 0, FAR_BELOW)
-    outcomes = torch.cat([support, tail_peak - top + tail_sum.log()], 1)
+    outcomes = torch.cat([support, tail_peak - top + tail_sum.log()], 1)  # [C, k + 1]
     log_q = outcomes.log_softmax(1).clamp(min=LOG_ZERO)
     if local.plain_total is None:
         plain_sum = outcomes.exp().sum(1, keepdim=True)

@@ -111,9 +111,9 @@ def _hidden(context: Context) -> torch.Tensor:
     options: HiddenOptions = context.options
     total = torch.zeros_like(context.weights)
     for number, (theirs, ours) in enumerate(options.pairs):
-        student = student_states(context, ours)[context.positions.flat]
+        student = student_states(context, ours)[context.positions.flat]  # [P, D_s]
         if context.projector is not None:
-            student = context.projector.pairs[number](student)
+            student = context.projector.pairs[number](student)  # [P, D_t]
         found = distance(student, context.teacher[hidden_name(theirs)], options.distance)
         total = total + found
     return context.weights * total / len(options.pairs)
@@ -135,16 +135,17 @@ def chosen(positions: Units, where: Where) -> torch.Tensor:
 
 def _affinity(context: Context) -> torch.Tensor:
     options: AffinityOptions = context.options
-    teacher = context.teacher[hidden_name(options.teacher_layer)]
+    teacher = context.teacher[hidden_name(options.teacher_layer)]  # [P, D_t]
     student = student_states(context, options.student_layer)[context.positions.flat]
     rows, columns = (chosen(context.positions, w) for w in (options.rows, options.columns))
     values = []
     for number, weight in enumerate(context.weights):
-        here = context.positions.example == number
+        here = context.positions.example == number  # [P]
         if weight == 0 or not (here & rows).any() or not (here & columns).any():
+            # A zero with a graph: `backward` works where no example of the batch counts.
             values.append(context.states.final.sum() * 0)
             continue
-        ours = affinity(student, here & rows, here & columns)
+        ours = affinity(student, here & rows, here & columns)  # [rows, columns]
         values.append((ours - affinity(teacher, here & rows, here & columns)).square().mean())
     return context.weights * torch.stack(values)
 
@@ -154,6 +155,7 @@ def _affinity_applies(options: AffinityOptions, batch: DistillBatch, teacher: Te
     found, positions = [], teacher.positions
     for where in (options.rows, options.columns):
         here = chosen(positions, where).float()
+        # bool [E]
         found.append(torch.zeros(len(batch.sources)).index_add_(0, positions.example, here) > 0)
     return found[0] & found[1]
 

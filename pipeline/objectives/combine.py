@@ -58,6 +58,7 @@ def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts]) -> Te
     ranked = CURRICULUM_SIGNALS[table.curriculum]
     needs = replace(needs, signals=(*needs.signals, *ranked))
     _check_needs(needs, facts, f"{where} '{table.name}'")
+    # Numbered, because two lines may name one objective.
     label = f"{number + 1}.{table.name}" + (f"@{table.cache}" if table.cache else "")
     return Term(label, table, spec, options, needs, facts)
 
@@ -177,7 +178,7 @@ class Distiller(nn.Module):
                 context = admit_by_gap(context, term.table.curriculum, progress)
             values.append(term.spec.compute(context).float().sum())
             self._keep_sums(term.label, context.sums)
-        return torch.stack(values)
+        return torch.stack(values)  # [objectives]
 
     def _context(self, number: int, term: Term, states, batch: DistillBatch, weight) -> Context:
         teacher, key = batch.teachers.get(term.table.cache, NO_TEACHER), str(number)

@@ -105,7 +105,7 @@ def zscore_logprobs(
     signals: dict[str, torch.Tensor], temperatures: tuple[float, ...]
 ) -> torch.Tensor:
     """log softmax of z-scored teacher logits at the cached ids, float32 [N, k]."""
-    raw = signals["topk_logprobs"] + signals["lse"][:, temperatures.index(1.0), None]
+    raw = signals["topk_logprobs"] + signals["lse"][:, temperatures.index(1.0), None]  # logits
     spread = MAX_SPREAD + signals["logit_std"][:, None]
     scored = (raw - signals["logit_mean"][:, None]) / spread
     return at_most_certain(scored - signals["zscore_lse"][:, None])
@@ -125,8 +125,8 @@ def logit_spread(hidden: torch.Tensor, unembedding: torch.Tensor) -> torch.Tenso
         float32 [N].
     """
     head = unembedding.float()
-    centred = head - head.mean(dim=0)
-    covariance = centred.T @ centred / len(head)
+    centred = head - head.mean(dim=0)  # [V, D]
+    covariance = centred.T @ centred / len(head)  # [D, D]
     states = hidden.float()
     return ((states @ covariance) * states).sum(dim=-1).clamp_min(0.0).sqrt()
 
@@ -137,7 +137,7 @@ def sampled_tail(signals: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.
     Returns:
         ids int [N, draws], -1 pads; weights float32 [N, draws].
     """
-    counts = signals["draw_counts"].float()
+    counts = signals["draw_counts"].float()  # [N, draws]
     total = counts.sum(dim=-1, keepdim=True).clamp_min(1.0)
     return signals["draw_ids"], counts / total * signals["tail_logprob"].exp()[:, None]
 
@@ -156,6 +156,7 @@ def _divergence(context: Context, divergence: str) -> torch.Tensor:
     hidden = context.states.at(context.batch.rows.flat)
     if options.normalise_logits:
         head = context.states.head.weight[: context.cache.vocab_size]
+        # A state divided divides its logits; the mean of a z-score cancels in the softmax.
         hidden = hidden / (MAX_SPREAD + logit_spread(hidden, head))[:, None].to(hidden.dtype)
     return sweep(
         context,
@@ -176,7 +177,7 @@ def _divergence(context: Context, divergence: str) -> torch.Tensor:
 
 def _no_exact_ids(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
     """One column of padding: all mass is in the draws (random sampling KD, arXiv 2503.16870)."""
-    mass = context.teacher["tail_logprob"][:, None]
+    mass = context.teacher["tail_logprob"][:, None]  # [N, 1]; only its shape and device count
     return torch.full_like(mass, -1, dtype=torch.int64), torch.zeros_like(mass)
 
 
@@ -217,8 +218,8 @@ def hard_label(context: Context, labels: torch.Tensor, weights=None) -> torch.Te
     """
     if weights is not None:
         context = replace(context, weights=weights)
-    ids = labels[:, None]
-    certain = torch.zeros_like(ids, dtype=torch.float32)
+    ids = labels[:, None]  # [N, 1]
+    certain = torch.zeros_like(ids, dtype=torch.float32)  # log 1
     hidden = context.states.at(context.batch.rows.flat)
     return sweep(context, hidden, ids, certain, divergence="forward_kl", tail="truncate")
 

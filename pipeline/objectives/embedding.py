@@ -87,8 +87,8 @@ def info_nce(
     Returns:
         float32 [I].
     """
-    a = F.normalize(predicted.flatten(1), dim=1)
-    b = F.normalize(targets.flatten(1), dim=1)
+    a = F.normalize(predicted.flatten(1), dim=1)  # [I, positions * width]
+    b = F.normalize(targets.flatten(1), dim=1)  # [G, positions * width]
     logits = inverse_temperature(scale) * (a @ b.T)
     return F.cross_entropy(logits.masked_fill(same, -torch.inf), own, reduction="none")
 
@@ -104,7 +104,7 @@ def gather(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
     sizes = [int(one) for one in counts]
-    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])  # all_gather wants equal shapes
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
@@ -120,15 +120,15 @@ def _compute(context: Context) -> torch.Tensor:
     if images is None or context.states.wide is None:
         return context.weights
     answers = images.targets[context.cache_name]
-    there = answers.present.nonzero()[:, 0]
-    target = answers.signals[options.signal][there].float()
+    there = answers.present.nonzero()[:, 0]  # int64 [I], images with a target
+    target = answers.signals[options.signal][there].float()  # [I, positions, width]
     everyone, first = gather(target)
-    keys, _ = gather(images.keys[there])
-    own = first + torch.arange(len(there), device=target.device)
-    same = images.keys[there][:, None] == keys
+    keys, _ = gather(images.keys[there])  # [G]
+    own = first + torch.arange(len(there), device=target.device)  # [I]
+    same = images.keys[there][:, None] == keys  # [I, G]
     same[torch.arange(len(there), device=target.device), own] = False
     seen = context.states.wide.about(there, context.task_tokens)
-    value = torch.zeros(len(there), device=target.device)
+    value = torch.zeros(len(there), device=target.device)  # [I]
     for layer in options.supervised:
         predicted = predictor.predict(layer, *seen.at(layer))
         value = value + smooth_l1(predicted, target)

@@ -69,11 +69,11 @@ class TaskTokenResampler(nn.Module):
         media, latents = self.norm_media(x), self.norm_latents(y)
         keys, values = self.to_kv(torch.cat([media, latents], dim=1)).chunk(2, dim=-1)
         own = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
-        mask = torch.cat([present, own], dim=1)[:, None, None]
+        mask = torch.cat([present, own], dim=1)[:, None, None]  # [I, 1, 1, K + P]
         out = F.scaled_dot_product_attention(
             _heads(self.to_q(latents)), _heads(keys), _heads(values), attn_mask=mask
         )
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.to_out(out.transpose(1, 2).flatten(2))  # [I, P, width]
 
 
 class TaskPredictor(nn.Module):
@@ -119,7 +119,7 @@ class TaskPredictor(nn.Module):
         """Input embeddings of the task tokens, [seek, D]."""
         if not self.grid or not self.seek:
             return self.queries[: self.seek]
-        parts = self.queries.tensor_split(self.seek)
+        parts = self.queries.tensor_split(self.seek)  # groups of neighbouring positions
         return torch.stack([part.mean(dim=0) for part in parts])
 
     def predict(
@@ -137,9 +137,9 @@ class TaskPredictor(nn.Module):
             float32 [I, positions, width].
         """
         if self.grid:
-            latents = self.queries.expand(len(states), -1, -1).to(states.dtype)
+            latents = self.queries.expand(len(states), -1, -1).to(states.dtype)  # [I, positions, D]
         else:
-            latents = own.mean(dim=1, keepdim=True)
+            latents = own.mean(dim=1, keepdim=True)  # [I, 1, D]
         return self.layers[str(layer)](states, latents, present).float()
 
 

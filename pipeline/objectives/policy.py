@@ -71,15 +71,16 @@ def returns(
     """
     found = torch.zeros_like(rewards)
     for length, start in zip(*_runs(example)):
+        # Turned round, so that what comes later stands before.
         part = rewards[start : start + length].double().flip(0)
         powers = discount ** torch.arange(length, dtype=torch.float64, device=rewards.device)
         # sum_{j<=i} part_j discount^(i-j), by a matrix of powers: exact, and rows are few.
         place = torch.arange(length, device=rewards.device)
-        gap = place[:, None] - place[None]
+        gap = place[:, None] - place[None]  # [length, length]
         sums = torch.where(gap >= 0, powers[gap.clamp_min(0)], 0.0) @ part
         counts = place.double() + 1
         if not include_own:
-            sums = torch.cat([sums.new_zeros(1), sums[:-1]])
+            sums = torch.cat([sums.new_zeros(1), sums[:-1]])  # the sum of the row that follows
             counts = (counts - 1).clamp_min(1)
         if length_normalise:
             sums = sums / counts
@@ -109,6 +110,7 @@ def surrogate(
     ratio = logratio.exp()
     plain = ratio * advantage
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantage
+    # d(w A) / d log q is w A again; where the clipped branch is the smaller it is constant.
     return -torch.minimum(plain, clipped), torch.where(plain <= clipped, -plain, 0.0)
 
 
@@ -118,8 +120,8 @@ def _policy_gradient(context: Context) -> torch.Tensor:
     weights = context.weights.to(labels.device)
     inside = weights != 0
     with torch.no_grad():
-        log_q = -hard_label(context, labels, weights=inside.float().cpu())
-    log_p = context.teacher["token_logprob"]
+        log_q = -hard_label(context, labels, weights=inside.float().cpu())  # [N], nats
+    log_p = context.teacher["token_logprob"]  # [N], nats
     log_b = log_p if options.behaviour == "teacher" else context.teacher["behaviour_logprob"]
     gap = (log_p - log_q).clamp(-options.reward_clip, options.reward_clip)
     reward = torch.where(inside, gap / options.reward_scale, 0.0)

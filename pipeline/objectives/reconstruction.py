@@ -33,7 +33,7 @@ def _full_vocabulary(context: Context) -> torch.Tensor:
     options: FullVocabularyOptions = context.options
     rows, head = context.batch.rows.flat, context.states.head
     place, found = _places(context.positions.flat, rows)
-    states = context.teacher[FINAL][place] * found[:, None]
+    states = context.teacher[FINAL][place] * found[:, None]  # [N, D_t]; rows without one weigh 0
     return linear_divergence(
         context.states.at(rows),
         head.weight,

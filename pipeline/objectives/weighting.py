@@ -60,7 +60,7 @@ def unit_weights(term: Term, batch: DistillBatch, progress: float) -> torch.Tens
     Returns:
         float32 [units].
     """
-    factors = batch.sample_weight * _source_factors(term, batch)
+    factors = batch.sample_weight * _source_factors(term, batch)  # [E]
     if term.spec.unit == "image":
         return _image_weights(term, batch, factors)
     teacher = batch.teachers[term.table.cache]
@@ -73,7 +73,7 @@ def unit_weights(term: Term, batch: DistillBatch, progress: float) -> torch.Tens
         inside = inside & applies(term.options, batch, teacher)
     weights = inside * factors[units.example]
     if term.table.reduction == "sample":
-        counts = torch.zeros(len(factors)).index_add_(0, units.example, inside.float())
+        counts = torch.zeros(len(factors)).index_add_(0, units.example, inside.float())  # [E]
         weights = weights / counts.clamp_min(1.0)[units.example]
     return weights
 
@@ -118,6 +118,7 @@ def admitted(score: torch.Tensor, progress: float, low_first: bool) -> torch.Ten
     Returns:
         bool [N].
     """
+    # The order's order: each row's rank.
     ranks = (score if low_first else -score).argsort(stable=True).argsort().double()
     share = FIRST_SHARE + (1 - FIRST_SHARE) * progress
     return ranks < max(1.0, share * len(score))
@@ -132,8 +133,8 @@ def admit_by_gap(context: Context, curriculum: str, progress: float) -> Context:
     inside = (weights != 0).float()
     with torch.no_grad():
         log_q = -hard_label(context, labels, weights=inside)
-    gap = (context.teacher["token_logprob"] - log_q).cpu()
-    rows = inside.nonzero()[:, 0]
+    gap = (context.teacher["token_logprob"] - log_q).cpu()  # [N], nats
+    rows = inside.nonzero()[:, 0]  # masked rows are not ranked
     stay = torch.zeros_like(weights)
     stay[rows] = admitted(gap[rows], progress, curriculum.startswith("small")).float()
     kept = weights * stay

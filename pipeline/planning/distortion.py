@@ -23,8 +23,8 @@ def gradient(
     """(bias, noise) over rows, of the tail's treatment and of the coding together."""
     bias, noise = [], []
     for signals, decoded in zip(rows, found):
-        p = np.exp(signals["topk_logprobs"], dtype=np.float64)
-        tail = np.maximum(1 - p[:, :k].sum(axis=1), 1e-12)
+        p = np.exp(signals["topk_logprobs"], dtype=np.float64)  # [R, n]
+        tail = np.maximum(1 - p[:, :k].sum(axis=1), 1e-12)  # [R]
         if draws:
             noise.append(_draw_noise(p[:, k:], tail, draws))
             missed = np.zeros(len(p))
@@ -37,15 +37,15 @@ def gradient(
 
 
 def num_draws(tail: np.ndarray, draws: int) -> np.ndarray:
-    """int64 [R]: draws of rows whose tails weigh `tail` [R]; see `sweep.draw_tail`."""
+    """int64 [R]: draws of rows whose tails weigh `tail` [R]; see `definition.draw_tail`."""
     return np.clip(np.ceil(draws * tail - ROUNDING), 1, draws).astype(np.int64)
 
 
 def _draw_noise(p: np.ndarray, tail: np.ndarray, draws: int) -> np.ndarray:
     """Variance [R] of the draws' estimate of the tail; an id beyond the long list is far too rare
     to be drawn twice."""
-    step = tail / num_draws(tail, draws)
-    times = p / step[:, None]
+    step = tail / num_draws(tail, draws)  # [R], mass that one draw stands for
+    times = p / step[:, None]  # [R, n], expected draws of each id
     rounded = times - np.floor(times)
     unlisted = np.maximum(tail - p.sum(axis=1), 0)
     return step**2 * (rounded * (1 - rounded)).sum(axis=1) + step * unlisted
@@ -55,6 +55,7 @@ def _bucket_error(
     ids: np.ndarray, p: np.ndarray, k: int, tail: np.ndarray, usual: np.ndarray
 ) -> np.ndarray:
     """Squared error [R] of spreading the tail's mass like `usual` over the ids outside the list."""
+    # Sum of (p - spread u)^2 over the ids outside the list, multiplied out.
     squares = (p[:, k:] ** 2).sum(axis=1)
     listed = usual[ids[:, :k]]
     outside = np.maximum(1 - listed.sum(axis=1), 1e-12)
@@ -108,7 +109,7 @@ def drawn(
     """
     found = np.full((len(p), draws), -1, dtype=np.int32)
     counts = np.zeros_like(found)
-    shares = np.cumsum(p, axis=1) / tail[:, None]
+    shares = np.cumsum(p, axis=1) / tail[:, None]  # [R, n]
     for t, count in enumerate(num_draws(tail, draws)):
         places = np.searchsorted(shares[t], (rng.random() + np.arange(count)) / count)
         listed = np.append(ids[t], -1)[places]

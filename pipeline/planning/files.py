@@ -26,7 +26,7 @@ def write_run(source: str | Path, target: str | Path, keys: Mapping[str, Any]) -
     written = config.load(target)
     assert written.capture is not None
     expected = (run.capture or config.Capture()).model_copy(update=dict(keys))
-    if written.capture != expected:
+    if written.capture != expected:  # as in a table that is written inline
         Path(target).unlink()
         raise ConfigError(
             "its [capture] table is not written key by key",

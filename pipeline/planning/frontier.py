@@ -17,6 +17,7 @@ from stillroom.cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
 from stillroom.pipeline.config import Capture, Run, require
 from stillroom.pipeline.planning import distortion
 from stillroom.pipeline.record import Example, TeacherRecord
+from stillroom.pipeline.shares import evenly
 
 AVERAGED_ROWS = 256
 """Over how many rows noise is taken to average: a choice, smaller than any usual batch."""
@@ -118,7 +119,7 @@ def sample(
     capture = require(run.capture, "capture", run.directory)
     corpus = Corpus.open(run.path("corpus"))
     every = corpus.split("train")
-    chosen = [every[int(at)] for at in _spread(len(every), examples)]
+    chosen = [every[number] for number in evenly(len(every), examples)]
     vocab_size = int(corpus.facts["tokenizer"]["vocab_size"])
     question = _question(capture, vocab_size)
     opened = open_engine(engine, teacher, question, max_tokens=max(map(_length, chosen)))
@@ -128,7 +129,7 @@ def sample(
     finally:
         opened.close()
     scored = sum(len(signals["topk_ids"]) for signals in rows)
-    per_example = scored / max(len(rows), 1)
+    per_example = scored / max(len(rows), 1)  # rows
     return Sample(rows, vocab_size, scored / max(seconds, 1e-9), round(per_example * len(every)))
 
 
@@ -202,7 +203,7 @@ def _measure(sample: Sample, setting: Setting, usual: np.ndarray) -> Point:
     )
     coded = [codec.encode_measured(record) for record in measured]
     rows = sum(len(record["topk_ids"]) for record in measured)
-    per_token = sum(len(blob) for blob, _ in coded) / max(rows, 1)
+    per_token = sum(len(blob) for blob, _ in coded) / max(rows, 1)  # bytes
     found = [codec.decode(blob, ["topk_ids", "topk_logprobs"]) for blob, _ in coded]
     bias, noise = distortion.gradient(sample.rows[1::2], setting.k, setting.draws, usual, found)
     mass = np.concatenate([np.exp(r["topk_logprobs"]).sum(axis=1) for r in measured])
@@ -233,16 +234,12 @@ def _enough(rows: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
     """Examples, evenly spread, that hold about CODED_ROWS rows."""
     total = sum(len(signals["topk_ids"]) for signals in rows)
     wanted = max(2, len(rows) * CODED_ROWS // max(total, 1))
-    return [rows[int(at)] for at in _spread(len(rows), wanted)]
+    return [rows[number] for number in evenly(len(rows), wanted)]
 
 
 def _question(capture: Capture, vocab_size: int) -> Capture:
     changes = {"k": min(LONGEST_LIST, vocab_size - 1), "tail_draws": 0, "hidden_layers": ()}
     return capture.model_copy(update=changes)
-
-
-def _spread(total: int, wanted: int) -> np.ndarray:
-    return np.unique(np.linspace(0, total - 1, min(wanted, total)).astype(int))
 
 
 def _length(example: Example) -> int:

@@ -57,28 +57,30 @@ def insert_behind_images(position_ids: torch.Tensor, images: ImageBatch, count: 
     """
     rows, width = position_ids.shape
     flat_positions = position_ids.flatten()
-    document = (flat_positions == 0).cumsum(0) - 1
-    at = images.start + images.length
-    row = images.start // width
+    document = (flat_positions == 0).cumsum(0) - 1  # [B * S]
+    at = images.start + images.length  # [I], the place behind each image
+    row = images.start // width  # [I]
+    # [I]; a column may be S, because an image may end its row.
     column, order = at - row * width, torch.arange(len(at), device=at.device)
-    before = (row[:, None] == row) & (
+    before = (row[:, None] == row) & (  # [I, I], the second stands before the first
         (column[:, None] > column) | ((column[:, None] == column) & (order[:, None] > order))
     )
+    # [B], tokens to insert
     per_row = torch.zeros(rows, dtype=torch.int64, device=at.device).index_add_(
         0, row, torch.full_like(row, count)
     )
-    wider = width + int(per_row.max())
+    wider = width + int(per_row.max())  # S'
     steps = torch.arange(count, device=at.device)
     inserted = (row * wider + column + count * before.sum(1))[:, None] + steps
     kept = _shifted(rows, width, wider, row, column, count)
 
-    of_image = document[images.document]
+    of_image = document[images.document]  # [I]
     token = torch.arange(rows * width, device=at.device)
-    earlier = (document[:, None] == of_image) & (token[:, None] >= at)
+    earlier = (document[:, None] == of_image) & (token[:, None] >= at)  # [B * S, I]
     new_positions = torch.zeros(rows * wider, dtype=torch.int64, device=at.device)
     new_positions[kept] = flat_positions + count * earlier.sum(1)
     same_document = before & (of_image[:, None] == of_image)
-    first = (at - images.document) + count * same_document.sum(1)
+    first = (at - images.document) + count * same_document.sum(1)  # [I], positions
     new_positions[inserted] = first[:, None] + steps
 
     new_document = torch.full_like(new_positions, PADDING)
@@ -121,9 +123,9 @@ class WideStates:
             columns: the task's own columns among the task tokens.
         """
         layout = self.layout
-        document = layout.of_image[images]
-        within = layout.document == document[:, None]
-        first = within.int().argmax(dim=1)
+        document = layout.of_image[images]  # [I]
+        within = layout.document == document[:, None]  # [I, B * S']
+        first = within.int().argmax(dim=1)  # [I], where the document begins
         longest = int(within.sum(dim=1).max()) if len(images) else 0
         places = first[:, None] + torch.arange(longest, device=images.device)
         places = places.clamp_max(layout.document.numel() - 1)
@@ -174,7 +176,7 @@ def embed(model: Any, input_ids: torch.Tensor, images: ImageBatch | None) -> tor
         )
     dtype = next(model.model.vision_tower.parameters()).dtype
     found = model.model.get_image_features(pixel_values=images.pixels.to(dtype)).pooler_output
-    features = torch.stack(list(found)).to(embeddings.dtype)
+    features = torch.stack(list(found)).to(embeddings.dtype)  # [I, F, D]
     steps = torch.arange(features.shape[1], device=input_ids.device)
     if not bool((images.length == len(steps)).all()):
         raise StudentError(
@@ -182,7 +184,7 @@ def embed(model: Any, input_ids: torch.Tensor, images: ImageBatch | None) -> tor
             expected=f"{int(images.length.max())}, the placeholders of the cache",
             remedy="Choose a tower with the teacher's number of patches.",
         )
-    places = (images.start[:, None] + steps).flatten()
+    places = (images.start[:, None] + steps).flatten()  # [I * F]
     flat = embeddings.flatten(0, 1).index_copy(0, places, features.flatten(0, 1))
     return flat.view_as(embeddings)
 
@@ -218,9 +220,10 @@ def tower_of(model: Any) -> nn.Module:
 
 def _shifted(rows: int, width: int, wider: int, row, column, count: int) -> torch.Tensor:
     """New flat place of every old token: its own row and column, moved by what is before it."""
+    # A column more than there are tokens: an image may end its row.
     made = torch.zeros(rows, width + 1, dtype=torch.int64, device=row.device)
     made.index_put_((row, column), torch.full_like(row, count), accumulate=True)
-    shift = made.cumsum(1)[:, :width]
+    shift = made.cumsum(1)[:, :width]  # [B, S], task tokens before each
     old = torch.arange(width, device=row.device)
     start = wider * torch.arange(rows, device=row.device)[:, None]
     return (start + old + shift).flatten()

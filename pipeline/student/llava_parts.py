@@ -50,10 +50,11 @@ def assemble(tower: Path, language: Path, layer: int = -2, seed: int = 0) -> Any
         text_config=text.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vision_feature_layer=layer,
+        # "default" drops the class token, which SigLIP's tower does not have.
         vision_feature_select_strategy="default" if _has_class_token(vision) else "full",
         tie_word_embeddings=text.config.tie_word_embeddings,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # the caller's random numbers stay what they were
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config).float()
     model.model.vision_tower.load_state_dict(vision.state_dict())
@@ -100,6 +101,7 @@ def save_processor(language: Path, tower: Path, model: Any, directory: Path) -> 
         tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+        # The processor takes one placeholder off for "default": this gives it back.
         num_additional_image_tokens=int(drops_class_token),
         chat_template=tokenizer.chat_template,
     )

@@ -115,6 +115,7 @@ def export(
         for path in tokenizer_from.glob(pattern):
             shutil.copyfile(path, staging / path.name)
     (staging / RECEIPT).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    # A directory cannot be renamed onto one that holds files: the old one steps aside first.
     if directory.exists():
         old = directory.with_name(directory.name + ".old")
         shutil.rmtree(old, ignore_errors=True)

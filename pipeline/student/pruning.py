@@ -33,6 +33,7 @@ def prune_layers(model: Any, blocks: nn.ModuleList, keep: Sequence[int]) -> Any:
     for number, block in enumerate(blocks):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
+                # Attention finds its part of the key-value cache by this number.
                 setattr(module, "layer_idx", number)  # noqa: B010
     text = model.config.get_text_config()
     text.num_hidden_layers = len(kept)
@@ -75,7 +76,7 @@ def prune_width(
 
 
 def _prune_mlp(mlp: Any, inner: int) -> None:
-    feeds = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1)
+    feeds = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1)  # [inner]
     units = _largest(feeds * mlp.down_proj.weight.norm(dim=0), inner)
     for linear in (mlp.gate_proj, mlp.up_proj):
         _keep_outputs(linear, units)
@@ -83,10 +84,10 @@ def _prune_mlp(mlp: Any, inner: int) -> None:
 
 
 def _prune_attention(attention: Any, groups: int, per_group: int, head_dim: int) -> None:
-    values = attention.v_proj.weight.unflatten(0, (-1, head_dim)).norm(dim=(1, 2))
+    values = attention.v_proj.weight.unflatten(0, (-1, head_dim)).norm(dim=(1, 2))  # [groups]
     outputs = attention.o_proj.weight.unflatten(1, (-1, per_group * head_dim)).norm(dim=(0, 2))
     kept = _largest(values * outputs, groups)
-    units = _expand(kept, head_dim)
+    units = _expand(kept, head_dim)  # channels of the kept groups
     for linear in (attention.k_proj, attention.v_proj):
         _keep_outputs(linear, units)
     _keep_outputs(attention.q_proj, _expand(kept, per_group * head_dim))

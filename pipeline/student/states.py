@@ -79,8 +79,8 @@ def decoder_of(model: Any) -> Any:
 def head_of(model: Any) -> Head:
     """The LM head and what the architecture does to its logits."""
     head, text = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0
-    scale /= getattr(text, "logits_scaling", None) or 1.0
+    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite divides
     softcap = getattr(text, "final_logit_softcapping", None)
     return Head(head.weight, getattr(head, "bias", None), softcap, scale)
 
@@ -121,7 +121,7 @@ def forward_states(
     finally:
         for hook in hooks:
             hook.remove()
-    final, head = found.last_hidden_state.flatten(0, 1), head_of(model)
+    final, head = found.last_hidden_state.flatten(0, 1), head_of(model)  # [B * S', D]
     if layout is None:
         return StudentStates(final, head, outputs)
     kept = {number: states[layout.kept] for number, states in outputs.items()}
@@ -134,9 +134,9 @@ def check_documents_are_isolated(model: Any, vocab_size: int) -> None:
     Two rows that differ only in their first document must give equal states in the second.
     """
     length = 4
-    ids = torch.arange(4 * length).remainder(vocab_size).view(2, 2 * length)
+    ids = torch.arange(4 * length).remainder(vocab_size).view(2, 2 * length)  # [2, 2 * length]
     ids[1, length:] = ids[0, length:]
-    positions = torch.arange(length).repeat(2, 2)
+    positions = torch.arange(length).repeat(2, 2)  # they restart at the second document
     device = next(model.parameters()).device
     was_training = model.training
     with torch.no_grad():

@@ -69,5 +69,5 @@ def _write(teacher: Teacher, path: Path) -> None:
     metadata = {"weights_sha256": teacher_facts(teacher)["weights_sha256"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_suffix(".part")
-    save_file({"head": head.weight.detach().contiguous().clone()}, staging, metadata)
+    save_file({"head": head.weight.detach().contiguous().clone()}, staging, metadata)  # [V, D]
     staging.replace(path)

@@ -150,6 +150,7 @@ def weights_sha256(directory: Path) -> str:
             where=str(directory),
             remedy="Download or convert the model's weights.",
         )
+    # The key under which the hash is remembered: a file that has changed is read again.
     states = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
     return _combined_sha256(states)
 

@@ -95,7 +95,7 @@ def check_request(capture: Capture, shape: ModelShape) -> None:
 def check_example(example: Example, shape: ModelShape, context: int) -> None:
     """Refuse an example that this model cannot read."""
     length = len(example.token_ids)
-    if length < 2 or not example.loss_mask[1:].any():
+    if length < 2 or not example.loss_mask[1:].any():  # no row predicts token 0
         raise RejectedExample(example, "has no token to predict", remedy="Prepare again.")
     if length > context:
         raise RejectedExample(
@@ -116,7 +116,7 @@ def check_example(example: Example, shape: ModelShape, context: int) -> None:
 
 def check_finite(example: Example, first_row: int, signals: dict[str, np.ndarray]) -> None:
     """Refuse an answer with NaN or infinite logits, naming the position."""
-    bad = ~np.isfinite(signals["lse"]).all(axis=1) | ~np.isfinite(signals["token_logprob"])
+    bad = ~np.isfinite(signals["lse"]).all(axis=1) | ~np.isfinite(signals["token_logprob"])  # [R]
     bad |= ~np.isfinite(signals["topk_logprobs"]).all(axis=1)
     if bad.any():
         position = first_row + int(np.argmax(bad))
@@ -138,7 +138,7 @@ def record_of(
     Raises:
         RejectedExample: NaN or infinite logits.
     """
-    check_finite(example, first_row, signals)
+    check_finite(example, first_row, signals)  # before the nucleus puts -inf on purpose
     within_nucleus(signals, capture.nucleus)
     signals |= given_signals(example, first_row)
     return TeacherRecord(example, first_row, signals, hidden_positions(example, capture))
@@ -160,6 +160,7 @@ def given_signals(example: Example, first: int) -> dict[str, np.ndarray]:
     """Signals of the rows from `first` on that the example brings with it."""
     if example.behaviour_logprob is None:
         return {}
+    # Row t is about token t + 1.
     kept = example.behaviour_logprob[first + 1 : len(example.token_ids)]
     return {"behaviour_logprob": np.asarray(kept, dtype=np.float32)}
 
@@ -169,6 +170,7 @@ def first_row(example: Example, capture: Capture) -> int:
     scored too, the first placeholder if that comes before it."""
     if not (capture.score_images and example.images):
         return example.first_row
+    # An architecture without placeholders says -1.
     return min(example.first_row, max(example.images[0].start, 0))
 
 
@@ -181,7 +183,7 @@ def hidden_positions(example: Example, capture: Capture) -> np.ndarray:
     if not capture.hidden_layers:
         return np.empty(0, dtype=np.int32)
     if capture.hidden_rows == "answer":
-        rows = np.flatnonzero(example.loss_mask[1:])
+        rows = np.flatnonzero(example.loss_mask[1:])  # row t predicts token t + 1
     else:
         rows = np.arange(first_row(example, capture), len(example.token_ids) - 1)
     return rows[:: capture.hidden_stride].astype(np.int32)

@@ -31,7 +31,7 @@ class RowSpec:
     Attributes:
         k: ids kept exactly.
         draws: draws from the tail, one for every 1 / draws of the probability: see
-            `sweep.draw_tail`.
+            `definition.draw_tail`.
         temperatures: rising; a log-sum-exp is kept at each, 1.0 among them.
         entropy, moments: whether these scalars are kept.
         seed: of the draws.
@@ -69,22 +69,24 @@ class RowSpec:
     @property
     def int_columns(self) -> int:
         """Width of the int32 matrix."""
-        return self.k + 2 * self.draws + 1
+        return self.k + 2 * self.draws + 1  # ids, draws and counts, the rank
 
     @property
     def float_columns(self) -> int:
         """Width of the float32 matrix."""
+        # Log-probabilities, tail and token, log-sum-exps, the scalars asked for.
         return self.k + 2 + len(self.temperatures) + self.entropy + 3 * self.moments
 
     @property
     def bytes_per_row(self) -> int:
         """Bytes of one row in both matrices."""
-        return 4 * (self.int_columns + self.float_columns)
+        return 4 * (self.int_columns + self.float_columns)  # both have 4-byte numbers
 
     def unpack(self, ints: np.ndarray, floats: np.ndarray) -> dict[str, np.ndarray]:
         """Named signals (see `stillroom.cache_schemas.signals`) from the two matrices."""
         k, draws, num_temperatures = self.k, self.draws, len(self.temperatures)
         id_parts = np.split(ints, [k, k + draws, k + 2 * draws], axis=1)
+        # The top k, the tail, the token, the temperatures, the rest.
         parts = np.split(floats, [k, k + 1, k + 2, k + 2 + num_temperatures], axis=1)
         signals = {
             "topk_ids": id_parts[0],
@@ -114,10 +116,10 @@ def within_nucleus(signals: dict[str, np.ndarray], mass: float) -> None:
     if not mass:
         return
     logprobs = signals["topk_logprobs"]
-    p = np.exp(logprobs, dtype=np.float64)
-    cut = np.cumsum(p, axis=1) - p >= mass
+    p = np.exp(logprobs, dtype=np.float64)  # [R, k]
+    cut = np.cumsum(p, axis=1) - p >= mass  # those before an id reach the mass without it
     outside = np.where(cut, p, 0.0).sum(axis=1) + np.exp(signals["tail_logprob"], dtype=np.float64)
-    changed = cut.any(axis=1)
+    changed = cut.any(axis=1)  # [R]; all others keep their tail to the bit
     signals["tail_logprob"][changed] = np.log(outside[changed])
     signals["topk_ids"][cut] = -1
     logprobs[cut] = -np.inf
@@ -131,4 +133,4 @@ def kept_temperatures(capture: Capture) -> tuple[float, ...]:
 def draw_key(seed: int, example_id: str) -> int:
     """63-bit key of an example's draws: a hash, so that no example shares another's draws."""
     digest = hashlib.sha256(f"{seed}:{example_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return int.from_bytes(digest[:8], "little") >> 1  # never negative as an int64

@@ -88,7 +88,7 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest finished checkpoint."""
         found = sorted(self.directory.glob(f"step-*/{STATE}"))
-        return found[-1].parent if found else None
+        return found[-1].parent if found else None  # padded numbers sort by step
 
     def save(self, state: TrainingState, tensors: dict[str, torch.Tensor]) -> None:
         """Write a checkpoint; in the background its predecessor is finished first."""
@@ -187,6 +187,7 @@ def tensors_of(
 def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Adam's own count, which corrects the bias of its moments."""
     for parameter, moments in optimizer.state.items():
+        # Where and as what fused AdamW keeps it.
         moments["step"] = torch.tensor(float(step), device=parameter.device)
 
 

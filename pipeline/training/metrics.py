@@ -56,7 +56,7 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
     path = directory / FILE
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")[:-1]
+    lines = path.read_text().split("\n")[:-1]  # after the last newline: nothing, or a torn line
     return [json.loads(line) for line in lines if line]
 
 

@@ -45,6 +45,7 @@ class Parallel:
             torch.cuda.set_device(device)
         started = world_size > 1 and not dist.is_initialized()
         if started:
+            # Both, because `sum` adds up CPU tensors.
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         rank = dist.get_rank() if dist.is_initialized() else 0
         return cls(rank, world_size, device, started)
@@ -85,6 +86,7 @@ class Parallel:
         if self.world_size == 1:
             return distiller
         whole = all(term.spec.unit == "row" for term in distiller.terms)
+        # Only rows are in every batch: without positions or images a projector gets no gradient.
         return nn.parallel.DistributedDataParallel(
             distiller, find_unused_parameters=not whole, broadcast_buffers=False
         )

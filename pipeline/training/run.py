@@ -53,7 +53,7 @@ def opened(location: str, settings: Train) -> Any:
 
     far = "://" in location and not location.startswith("file://")
     local = settings.local_copy if far else ""
-    return TeacherCache.open(location, local, int(1e9 * settings.local_copy_gigabytes))
+    return TeacherCache.open(location, local, int(1e9 * settings.local_copy_gigabytes))  # bytes
 
 
 def open_heldout(settings: Train, main: Any) -> dict[str, Any]:
@@ -176,11 +176,11 @@ def check_fit(student: Path, caches: Mapping[str, Any]) -> None:
 
 def geometry_of(settings: Train, cache: RecordSource, parallel: Parallel) -> Geometry:
     """Rows and microbatches of a step, and this rank's share."""
-    longest = int(lengths_of(cache).max(initial=2))
-    capacity = settings.sequence_length or min(longest, settings.batch_tokens)
+    longest = int(lengths_of(cache).max(initial=2))  # tokens
+    capacity = settings.sequence_length or min(longest, settings.batch_tokens)  # tokens of a row
     return Geometry(
         capacity,
-        max(1, settings.batch_tokens // capacity),
+        max(1, settings.batch_tokens // capacity),  # rows
         settings.accumulate,
         parallel.rank,
         parallel.world_size,

@@ -141,13 +141,13 @@ class Stepper:
         Raises:
             StudentError: the loss or the gradient is not finite.
         """
-        done = number / max(self.settings.steps - 1, 1)
+        done = number / max(self.settings.steps - 1, 1)  # 0 at the first step, 1 at the last
         weighed = [self.distiller.weigh(batch, done) for batch in batches]
         totals, tokens, stopping = self._agree(batches, [own for _, own in weighed], stop)
         if stopping:
             return None
         scale = self._scale(totals, done)
-        torch.manual_seed(_seed(self.settings.seed, number, self.parallel.rank))
+        torch.manual_seed(_seed(self.settings.seed, number, self.parallel.rank))  # of dropout
         found = [
             self._microbatch(batch, weights, scale, done, last=place == len(batches) - 1)
             for place, (batch, (weights, _)) in enumerate(zip(batches, weighed))
@@ -172,18 +172,19 @@ class Stepper:
                 for batch in batches:
                     weights, own = self.distiller.weigh(batch, 1.0)
                     with _autocast(self.parallel.device, self.settings.precision):
-                        values = self.module(batch.to(self.parallel.device), weights)
+                        values = self.module(batch.to(self.parallel.device), weights)  # sums
                     weighed.append(torch.stack([values.double().cpu(), own]))
         self.module.train()
         self.distiller.sums.clear()
         values, totals = self.parallel.sum(torch.stack(weighed).sum(dim=0))
-        means = (values / totals.clamp_min(1e-30)).tolist()
+        means = (values / totals.clamp_min(1e-30)).tolist()  # 0 where nothing had a unit
         return {term.label: mean for term, mean in zip(self.distiller.terms, means)}
 
     def _agree(self, batches, totals: list[torch.Tensor], stop: bool):
         """Totals of every objective, tokens and the wish to stop, over all ranks."""
         tokens = sum(batch.num_tokens for batch in batches)
-        own = torch.stack(totals).sum(dim=0)
+        own = torch.stack(totals).sum(dim=0)  # float64 [objectives]
+        # One collective for all three.
         shared = self.parallel.sum(torch.cat([own, torch.tensor([float(tokens), float(stop)])]))
         return shared[:-2], int(shared[-2]), bool(shared[-1])
 
@@ -212,12 +213,13 @@ class Stepper:
         scaled = [(w * s).float() for w, s in zip(weights, scale)]
         with accumulating(self.module, last):
             with _autocast(device, self.settings.precision):
-                values = self.module(batch.to(device), scaled, done)
+                values = self.module(batch.to(device), scaled, done)  # [objectives]
             values.sum().backward()
         return values.detach()
 
     def _finite(self, number: int, batches, found: torch.Tensor) -> torch.Tensor:
         """The step's values over all ranks; stops, naming examples, when one is not finite."""
+        # Divided by the ranks, with which `_scale` has multiplied for the gradients' sake.
         values = self.parallel.sum(found.double().sum(dim=0)) / self.parallel.world_size
         if torch.isfinite(values).all():
             return values

@@ -237,7 +237,7 @@ class Training:
         for number in range(state.step, settings.steps):
             began = time.perf_counter()
             batches, after = next(steps)
-            waited = time.perf_counter() - began
+            waited = time.perf_counter() - began  # seconds
             done = self.stepper.step(number, batches, stop())
             if done is None:
                 self._save(state)
@@ -298,6 +298,6 @@ class Training:
         prefix = "model."
         with torch.no_grad():
             for name, tensor in full.items():
-                if name.startswith(prefix):
+                if name.startswith(prefix):  # projectors and task queries stay behind
                     named[name.removeprefix(prefix)].copy_(tensor)
         return merge()

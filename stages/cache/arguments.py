@@ -7,13 +7,25 @@ lies in its run's directory has a tokenizer near. It opens no cache.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stillroom.cache_schemas.errors import PlanMismatch, StillroomError
 
+if TYPE_CHECKING:
+    from stillroom.pipeline.cache.storage.directory import Storage
+
 Cache = Annotated[str, typer.Argument(help="Directory, URL or RUN.toml.", metavar="CACHE")]
+PublicKey = Annotated[str, typer.Option(help="PEM file; the manifest must be signed by its owner.")]
+
+
+def check_signature(storage: "Storage", public_key: str) -> None:
+    """Refuse a cache whose manifest the owner of the key, if one is given, has not signed."""
+    if public_key:
+        from stillroom.pipeline.cache.sharing import signing
+
+        signing.check_signature(storage, public_key)
 
 
 def location(cache: str) -> str:
@@ -52,7 +64,7 @@ def tokenizer_near(cache: str, expected: str) -> str:
 
 def _models_near(run: Path) -> Iterator[Path]:
     """Model directories that the settings kept in a run's directory name, and its students."""
-    for file in sorted(run.glob("*.config.json")):
+    for file in sorted(run.glob("*.config.json")):  # as `config.dump` leaves them
         settings = json.loads(file.read_text())
         for table, key in (("teacher", "model"), ("prepare", "tokenizer")):
             named = (settings.get(table) or {}).get(key)

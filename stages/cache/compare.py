@@ -11,6 +11,7 @@ import typer
 
 from stillroom.cache_schemas.errors import CacheError, PlanMismatch
 from stillroom.pipeline.plain_text import plain
+from stillroom.stages.arguments import Engine, EngineChoice
 from stillroom.stages.cache.arguments import Cache, location
 from stillroom.stages.console import say, table
 
@@ -43,7 +44,7 @@ def diff(
 def audit(
     cache: Cache,
     run_file: Annotated[Path, typer.Argument(help="Run with the [teacher].", metavar="RUN.toml")],
-    engine: Annotated[str, typer.Option(help="vllm or reference.")] = "vllm",
+    engine: EngineChoice = Engine.vllm,
     sample: Sample = 32,
 ) -> None:
     """Score examples of a cache again: cache against live teacher, live against live."""
@@ -62,7 +63,7 @@ def audit(
     capture = _capture_table(opened.plan.facts["capture"])
     images = opened.plan.facts["images"]
     pictures = pictures_of(Corpus.open(run.path("corpus"))) if images else None
-    running = open_engine(engine, teacher, capture, pictures=pictures)  # type: ignore[arg-type]
+    running = open_engine(engine.value, teacher, capture, pictures=pictures)
     try:
         result = audit(opened, running.score, sample)
     finally:

@@ -10,16 +10,15 @@ from typing import Annotated
 import typer
 
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete
-from stillroom.stages.cache import (
-    compare as cache_compare,
+from stillroom.stages.cache import compare, plan, share
+from stillroom.stages.cache.arguments import (
+    Cache,
+    PublicKey,
+    check_signature,
+    location,
+    tokenizer_near,
+    tokenizer_of,
 )
-from stillroom.stages.cache import (
-    plan as cache_plan,
-)
-from stillroom.stages.cache import (
-    share as cache_sharing,
-)
-from stillroom.stages.cache.arguments import Cache, location, tokenizer_near, tokenizer_of
 from stillroom.stages.console import out, progress, say, table
 
 app = typer.Typer(help="Look at caches, check, mend and share them.", no_args_is_help=True)
@@ -69,21 +68,13 @@ def ls(
 
 
 @app.command()
-def verify(
-    cache: Cache,
-    public_key: Annotated[
-        str, typer.Option(help="PEM file; the manifest must be signed by its owner.")
-    ] = "",
-) -> None:
+def verify(cache: Cache, public_key: PublicKey = "") -> None:
     """Hash every file and decode every record again."""
     from stillroom.pipeline.cache.care.verification import verify
     from stillroom.pipeline.cache.storage.location import open_storage
 
     storage = open_storage(location(cache))
-    if public_key:
-        from stillroom.pipeline.cache.sharing.signing import check_signature
-
-        check_signature(storage, public_key)
+    check_signature(storage, public_key)
     with progress("verify", "shards") as report:
         result = verify(storage, report)
     for note in result.notes:
@@ -133,14 +124,14 @@ def repair(cache: Cache) -> None:
 
 
 for verb in (
-    cache_sharing.push,
-    cache_sharing.pull,
-    cache_sharing.sign,
-    cache_sharing.merge,
-    cache_sharing.subset,
-    cache_sharing.reshard,
-    cache_compare.diff,
-    cache_compare.audit,
-    cache_plan.plan,
+    share.push,
+    share.pull,
+    share.sign,
+    share.merge,
+    share.subset,
+    share.reshard,
+    compare.diff,
+    compare.audit,
+    plan.plan,
 ):
     app.command()(verb)

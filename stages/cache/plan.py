@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from stillroom.cache_schemas.errors import ConfigError
+from stillroom.stages.arguments import Engine, EngineChoice
 from stillroom.stages.console import out, progress, say, table
 
 COLUMNS = ["k", "tail", "profile", "B/token", "mass", "KL", "error", "GB"]
@@ -28,7 +29,7 @@ def plan(
     ] = None,
     max_kl: Annotated[float, typer.Option(help="Nats that storing may add; 0: any.")] = 0.0,
     examples: Annotated[int, typer.Option(help="Examples to score.", min=2)] = 200,
-    engine: Annotated[str, typer.Option(help="vllm or reference.")] = "vllm",
+    engine: EngineChoice = Engine.vllm,
     write: Annotated[str, typer.Option(help="New run file; default: NAME.planned.toml.")] = "",
     every: Annotated[
         bool, typer.Option("--all", help="Show every setting, and what its error is made of.")
@@ -39,15 +40,13 @@ def plan(
     from stillroom.pipeline.planning import files as plan_files
     from stillroom.pipeline.planning import frontier as planning
 
-    if engine not in ("vllm", "reference"):
-        raise ConfigError(f"unknown engine '{engine}'", expected="'vllm' or 'reference'")
     if budget is None:
-        budget = 0.0 if max_kl else BUDGET
+        budget = 0.0 if max_kl else BUDGET  # one limit is enough
     if budget < 0 or max_kl < 0:
         raise ConfigError("a limit below 0", where="--budget, --max-kl")
     run = config.load(run_file)
     with progress("score", "examples") as report:
-        sample = planning.sample(run, engine, examples, report)  # type: ignore[arg-type]
+        sample = planning.sample(run, engine.value, examples, report)
     with progress("measure", "settings") as report:
         points = planning.frontier(sample, on_progress=report)
     chosen = planning.choose(points, budget or None, max_kl or None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stillroom.cache_schemas.errors import ConfigError
-from stillroom.stages.cache.arguments import Cache, location
+from stillroom.stages.cache.arguments import Cache, PublicKey, check_signature, location
 from stillroom.stages.console import out, progress, say
 
 if TYPE_CHECKING:
@@ -39,17 +39,12 @@ def pull(
     target: Target,
     signal: Signals = None,
     threads: Threads = 8,
-    public_key: Annotated[
-        str, typer.Option(help="PEM file; refuse what its owner has not signed.")
-    ] = "",
+    public_key: PublicKey = "",
 ) -> None:
     """Copy a cache from a bucket or web server, verified on arrival."""
     from stillroom.pipeline.cache.storage.location import open_storage
 
-    if public_key:
-        from stillroom.pipeline.cache.sharing.signing import check_signature
-
-        check_signature(open_storage(cache), public_key)
+    check_signature(open_storage(cache), public_key)
     _copy(cache, target, signal, threads, "pull")
 
 
@@ -75,7 +70,7 @@ def merge(
 ) -> None:
     """One cache of all examples of several caches of one teacher."""
     from stillroom.pipeline.cache.reader import TeacherCache
-    from stillroom.pipeline.cache.rewriting import merge
+    from stillroom.pipeline.cache.sharing.rewriting import merge
 
     if len(caches) < 2:
         raise ConfigError("one cache", expected="two or more", where="merge")
@@ -96,7 +91,7 @@ def subset(
 ) -> None:
     """A cache of some of the examples, by source, entropy or size."""
     from stillroom.pipeline.cache.reader import TeacherCache
-    from stillroom.pipeline.cache.rewriting import Selection, subset
+    from stillroom.pipeline.cache.sharing.rewriting import Selection, subset
 
     opened = TeacherCache.open(location(cache))
     chosen = Selection(tuple(source or ()), (min_entropy, max_entropy), examples, tokens)
@@ -115,7 +110,7 @@ def reshard(
 ) -> None:
     """The same examples in shards of another size, or in another codec profile."""
     from stillroom.pipeline.cache.reader import TeacherCache
-    from stillroom.pipeline.cache.rewriting import reshard
+    from stillroom.pipeline.cache.sharing.rewriting import reshard
 
     if profile not in ("", "small", "strict", "exact", "portable"):
         known = "small, strict, exact or portable"

@@ -101,15 +101,15 @@ class Answerer:
 
     def _prompt_states(self, pictures: list[Picture], layers: list[int]) -> dict[int, torch.Tensor]:
         ids, at = prompts(self.tokenizer, [PROMPT] * len(pictures))
-        ids = ids[:, : int(at[0]) + 1]
+        ids = ids[:, : int(at[0]) + 1]  # one prompt for all: equal lengths
         pixels = normalise(torch.from_numpy(np.stack([picture.pixels for picture in pictures])))
-        first = torch.arange(len(ids)) * ids.shape[1]
+        first = torch.arange(len(ids)) * ids.shape[1]  # [I], flat place of each document
         images = ImageBatch(
             names=("",) * len(ids),
             keys=first,
             example=torch.arange(len(ids)),
             document=first,
-            start=first + 1,
+            start=first + 1,  # behind the turn's marker
             length=torch.full_like(first, IMAGE_TOKENS),
             pixels=pixels,
         )

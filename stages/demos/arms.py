@@ -130,7 +130,7 @@ def permute(source: Path, target: Path) -> None:
     for shard in writer.missing():
         records = []
         for number in writer.plan.shard_range(shard):
-            other = cache.read((number + 1) % len(cache))
+            other = cache.read((number + 1) % len(cache))  # the next one's
             records.append(TeacherRecord(cache.read(number, []).example, 0, other.signals))
         writer.write(shard, records)
     writer.seal()

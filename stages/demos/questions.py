@@ -52,8 +52,8 @@ def lay_out(
     ]
     segments = [[tokenizer(text)["input_ids"] for text in texts] for texts in said]
     width = max(sum(map(len, of_picture)) for of_picture in segments)
-    ids = torch.zeros(len(segments), width, dtype=torch.int64)
-    owner = torch.full((len(segments), prefix + width), _NOBODY)
+    ids = torch.zeros(len(segments), width, dtype=torch.int64)  # [B, Q]
+    owner = torch.full((len(segments), prefix + width), _NOBODY)  # [B, prefix + Q]
     owner[:, :prefix] = _EVERYONE
     positions = torch.arange(prefix + width).repeat(len(segments), 1)
     row, column = [], []
@@ -63,7 +63,7 @@ def lay_out(
             end = start + len(segment)
             ids[number, start:end] = torch.tensor(segment)
             owner[number, prefix + start : prefix + end] = place
-            positions[number, prefix + start : prefix + end] -= start
+            positions[number, prefix + start : prefix + end] -= start  # as if it were the only one
             row.append(number)
             column.append(prefix + start + segment.index(marker))
             start = end
@@ -81,7 +81,7 @@ def states_of(model: Any, pictures: torch.Tensor, asked: Asked, user: int) -> to
     """
     table = model.get_input_embeddings()
     opening = table(torch.full((len(asked.ids), 1), user))
-    embeddings = torch.cat([opening, pictures, table(asked.ids)], dim=1)
+    embeddings = torch.cat([opening, pictures, table(asked.ids)], dim=1)  # [B, prefix + Q, D]
     return model.model.language_model(
         inputs_embeds=embeddings,
         attention_mask=asked.mask,
@@ -92,6 +92,6 @@ def states_of(model: Any, pictures: torch.Tensor, asked: Asked, user: int) -> to
 
 def _mask(owner: torch.Tensor) -> torch.Tensor:
     width = owner.shape[1]
-    seen = (owner[:, None] == _EVERYONE) | (owner[:, None] == owner[:, :, None])
+    seen = (owner[:, None] == _EVERYONE) | (owner[:, None] == owner[:, :, None])  # [B, query, key]
     causal = torch.ones(width, width, dtype=torch.bool).tril()
     return (seen & causal)[:, None]

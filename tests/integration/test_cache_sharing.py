@@ -15,6 +15,7 @@ from stillroom.pipeline.cache.storage.bucket import BucketStorage
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.storage.readthrough import ReadThrough
 from stillroom.pipeline.cache.writer import CacheWriter
+from tests.cache_trials import contents
 from tests.services import ACCESS_KEY, FAULTS, SECRET_KEY, Proxy, rclone, s3_options
 from tests.synthetic_records import (
     assert_same_record,
@@ -72,10 +73,6 @@ def bucket_behind(proxy, name):
 
 def website(proxy):
     return BucketStorage(f"http://{proxy.address}", pause=lambda s: None)
-
-
-def contents(root):
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def every(count, fault):

@@ -56,7 +56,7 @@ class Hub:
         settings = {"HF_ENDPOINT": self.address, "HF_HOME": str(self.root / "hf")}
         settings |= {"HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run(
-            [sys.executable, "-m", "stages", "prepare", str(file)],
+            [sys.executable, "-m", "stillroom.stages", "prepare", str(file)],
             env=os.environ | settings,
             capture_output=True,
             text=True,

@@ -7,8 +7,7 @@ import pytest
 from stillroom.stages.demos import vision as demo_vision
 from stillroom.stages.demos.small_vlm import Recipe, read_pictures, train_teacher
 from tests import tiny_encoders
-
-QUESTIONS = (("what shape is in the image ?", "circle"), ("is there a red shape ?", "yes"))
+from tests.pictures import save_questions
 
 RUN = """
 name = "vision"
@@ -51,17 +50,8 @@ tokens = "mean"
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     data = tmp_path / "data"
-    for split in ("train", "test"):
-        (data / split).mkdir(parents=True)
-        with (data / f"{split}.jsonl").open("w") as lines:
-            for number in range(12):
-                name = f"{split}/{number}.png"
-                seed = number + 100 * (split == "test")
-                tiny_encoders.picture(seed, (64, 64)).save(data / name)
-                for question, answer in QUESTIONS:
-                    turns = (("user", question), ("assistant", answer))
-                    messages = [{"role": role, "content": text} for role, text in turns]
-                    lines.write(json.dumps({"messages": messages, "image": name}) + "\n")
+    save_questions(data, "train", 12)
+    save_questions(data, "test", 12, first_seed=100)
     tiny_encoders.save("dinov2", tmp_path / "dino")
     tiny_encoders.save("efficientnet_lite0", tmp_path / "efficientnet")
     monkeypatch.setattr(demo_vision, "DATA", data)

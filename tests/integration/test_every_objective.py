@@ -24,8 +24,8 @@ LENGTH = 24
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tiny_models.save_llama(tmp_path_factory.mktemp("teacher") / "model", num_layers=6)
+def teacher(deep_llama):
+    return deep_llama
 
 
 def written_by(model_directory, count, seed) -> list[Example]:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from stillroom.pipeline.training.metrics import read_metrics
 from stillroom.pipeline.training.trainer import Interrupted, train
-from tests import memory_cache, tiny_models
+from tests import memory_cache
 from tests.integration.test_training import make_run
 
 CHILD = """
@@ -38,8 +38,8 @@ THREADS = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tiny_models.save_llama(tmp_path_factory.mktemp("teacher") / "model", num_layers=6)
+def teacher(deep_llama):
+    return deep_llama
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from stillroom.pipeline.corpus.preparing import prepare
 from stillroom.pipeline.teacher.protocol import RejectedExample
 from tests import tiny_encoders
 from tests.memory_cache import examples
+from tests.pictures import file, picture
 
 SHARDS = 40
 
@@ -85,10 +86,10 @@ def _pictures_too(root):
     """Vision targets seal the same on Ray as in one process."""
     model = tiny_encoders.save("dinov2", root / "encoder")
     table = {"name": "dino", "kind": "dinov2", "model": str(model), "size": 56}
-    pictures = [[tiny_encoders.file(tiny_encoders.picture(seed))] for seed in range(5)]
+    shown = [[file(picture(seed))] for seed in range(5)]
     seals = []
     for name, score in (("one", capture_images), ("ray", partial(capture_on_ray, images=True))):
-        tiny_encoders.save_corpus(root / name / "corpus", pictures, heldout=1)
+        tiny_encoders.save_corpus(root / name / "corpus", shown, heldout=1)
         vision = {"encoder": [table], "images_per_shard": 2}
         score(Run(name="pictures", directory=str(root / name), vision=vision))
         seals.append((root / name / "vision" / "manifest.json").read_bytes())

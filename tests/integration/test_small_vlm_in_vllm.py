@@ -12,9 +12,8 @@ from stillroom.pipeline.config import Prepare, Source, Student, Teacher
 from stillroom.pipeline.corpus.preparing import prepare
 from stillroom.pipeline.student.model import export, initial_student, load
 from stillroom.stages.demos.small_vlm import LAYER, Recipe, save_language_model, train_teacher
-from tests import tiny_encoders
+from tests.pictures import save_questions
 
-QUESTIONS = (("what shape is in the image ?", "circle"), ("is there a red shape ?", "yes"))
 COMPARED = """
 import json, sys
 from stillroom.pipeline.config import Teacher
@@ -30,15 +29,7 @@ print(json.dumps(compare(Teacher(model=sys.argv[1]), corpus, 64)))
 def world(tmp_path_factory):
     """(directory of models, corpus of four questions about two pictures)."""
     root = tmp_path_factory.mktemp("small-vlm")
-    (root / "train").mkdir()
-    with (root / "train.jsonl").open("w") as lines:
-        for number in range(4):
-            name = f"train/{number}.png"
-            tiny_encoders.picture(number, (64, 64)).save(root / name)
-            for question, answer in QUESTIONS:
-                turns = (("user", question), ("assistant", answer))
-                messages = [{"role": role, "content": text} for role, text in turns]
-                lines.write(json.dumps({"messages": messages, "image": name}) + "\n")
+    save_questions(root, "train", 4)
     recipe = Recipe(width=32, blocks=2, tower_blocks=2, tower_epochs=2, language_epochs=2)
     teacher = train_teacher(root, root / "models" / "teacher", recipe)
     source = Source(

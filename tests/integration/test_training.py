@@ -22,8 +22,8 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tiny_models.save_llama(tmp_path_factory.mktemp("teacher") / "model", num_layers=6)
+def teacher(deep_llama):
+    return deep_llama
 
 
 @pytest.fixture(scope="module")

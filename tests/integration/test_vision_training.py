@@ -18,6 +18,7 @@ from stillroom.pipeline.student.llava import TASK_TOKENS
 from stillroom.pipeline.training.trainer import train
 from tests import tiny_encoders, tiny_image_models
 from tests.memory_cache import MemoryCache
+from tests.pictures import file, picture
 
 FROZEN = ["model.vision_tower.*", "model.language_model.*", "lm_head.*"]
 EMBEDDING = {
@@ -35,7 +36,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     llava = tiny_image_models.save("llava", root / "llava")
     dino = tiny_encoders.save("dinov2", root / "dino")
-    files = [tiny_encoders.file(tiny_encoders.picture(seed)) for seed in range(8)]
+    files = [file(picture(seed)) for seed in range(8)]
     tiny_encoders.save_corpus(root / "run" / "corpus", [[data] for data in files])
     encoder = {"name": "dino", "kind": "dinov2", "model": str(dino), "size": 56, "grid": 2}
     document = {"name": "w", "directory": str(root / "run"), "vision": {"encoder": [encoder]}}
@@ -163,7 +164,7 @@ def test_an_exported_student_is_read_by_transformers(world):
     assert not found["unexpected_keys"]
     assert any("vision_tower.vision_model." in name for name in weights(student))
     processor = AutoProcessor.from_pretrained(student)
-    made = processor(text=["<image> what"], images=[[tiny_encoders.picture()]], return_tensors="pt")
+    made = processor(text=["<image> what"], images=[[picture()]], return_tensors="pt")
     assert model(**made).logits.shape[-1] == len(processor.tokenizer)
 
 
@@ -189,7 +190,7 @@ def test_a_model_from_parts_sees_with_its_tower_and_speaks_with_its_language_mod
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(tmp_path / "made")
-    made = processor(text=["<image> x"], images=[[tiny_encoders.picture()]], return_tensors="pt")
+    made = processor(text=["<image> x"], images=[[picture()]], return_tensors="pt")
     assert int((made["input_ids"] == model.config.image_token_id).sum()) == 16
     assert model(**made).logits.isfinite().all()
 

@@ -10,8 +10,8 @@ from stillroom.pipeline.cache.care.audit import audit
 from stillroom.pipeline.cache.care.comparing import diff, row_divergence
 from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.rewriting import Selection, merge, reshard, subset
 from stillroom.pipeline.cache.sharing.copying import copy
+from stillroom.pipeline.cache.sharing.rewriting import Selection, merge, reshard, subset
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from tests.synthetic_records import assert_same_record, make_plan, make_record, write_cache
 

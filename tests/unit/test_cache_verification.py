@@ -13,26 +13,13 @@ from stillroom.pipeline.cache.care.verification import check_record, verify
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.writer import CacheWriter
+from tests.cache_trials import contents
 from tests.synthetic_records import make_plan, make_record, records_of, write_cache
-
-
-@pytest.fixture(scope="module")
-def plan():
-    return make_plan(hidden_layers=[2])
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory, plan):
-    return write_cache(tmp_path_factory.mktemp("original") / "cache", plan)
 
 
 @pytest.fixture
 def sealed(original, tmp_path):
     return shutil.copytree(original, tmp_path / "cache")
-
-
-def contents(root):
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def flip(path, bit=None):

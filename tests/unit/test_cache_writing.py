@@ -5,11 +5,12 @@ import itertools
 import pytest
 
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch
+from stillroom.pipeline.cache.card import card
 from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.sharing.card import card
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.writer import CacheWriter
+from tests.cache_trials import contents
 from tests.synthetic_records import assert_same_record, make_plan, make_record, records_of
 
 
@@ -18,10 +19,6 @@ def write_all(root, plan, shards=None):
     for shard in writer.missing() if shards is None else shards:
         writer.write(shard, records_of(plan, shard))
     return writer
-
-
-def files_of(root):
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("profile", ["exact", "portable"])
@@ -55,7 +52,7 @@ def test_a_second_run_writes_only_what_is_missing_and_gives_the_same_bytes(tmp_p
     with pytest.raises(CacheIncomplete, match="2 of 4 shards are missing, the first is 1"):
         writer.seal()
     write_all(tmp_path / "twice", plan).seal()
-    assert files_of(tmp_path / "once") == files_of(tmp_path / "twice")
+    assert contents(tmp_path / "once") == contents(tmp_path / "twice")
 
 
 def test_shares_of_workers_cover_all_shards_once(tmp_path):

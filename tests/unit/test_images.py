@@ -10,7 +10,7 @@ from PIL import Image
 
 from stillroom.pipeline.encoders.preparation import Preparation
 from stillroom.pipeline.images import MAX_PIXELS, BadImage, decode_image
-from tests.tiny_encoders import file, picture
+from tests.pictures import file, picture
 
 
 def header_only_png(width: int, height: int) -> bytes:

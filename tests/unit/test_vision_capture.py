@@ -19,7 +19,7 @@ from stillroom.pipeline.encoders.frozen import open_encoder
 from stillroom.pipeline.images import decode_image
 from stillroom.pipeline.teacher.protocol import RejectedExample
 from tests import tiny_encoders
-from tests.tiny_encoders import file, picture
+from tests.pictures import file, picture
 
 
 @pytest.fixture(scope="module")

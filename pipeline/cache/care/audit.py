@@ -8,9 +8,10 @@ cache's distance from the first answer is set beside the second's. It starts no 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from stillroom.pipeline.cache.care.comparing import Differences, differences, evenly
+from stillroom.pipeline.cache.care.comparing import Differences, differences
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.record import Example, TeacherRecord
+from stillroom.pipeline.shares import evenly
 
 Score = Callable[[Sequence[Example]], Iterable[TeacherRecord]]
 
@@ -48,7 +49,7 @@ def audit(cache: TeacherCache, score: Score, sample: int = 32) -> Audit:
         score: the live teacher; the second time it gets the examples in reverse order, so that
             they meet other neighbours in a batch.
     """
-    numbers = evenly(list(range(len(cache))), sample)
+    numbers = evenly(len(cache), sample)
     stored = [cache[number] for number in numbers]
     examples = [record.example for record in stored]
     first = list(score(examples))

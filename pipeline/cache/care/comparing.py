@@ -15,6 +15,7 @@ import numpy as np
 
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.record import TeacherRecord
+from stillroom.pipeline.shares import evenly
 
 FLOOR = 1e-12
 """Least mass of the remaining outcome; rounding may leave it at or below zero."""
@@ -77,7 +78,7 @@ def diff(first: TeacherCache, second: TeacherCache, sample: int = 200) -> CacheD
         only_second=len(theirs) - len(shared),
         shared=len(shared),
     )
-    picked = evenly(shared, sample)
+    picked = [shared[i] for i in evenly(len(shared), sample)]
     if picked:
         pairs = ((first[mine[example]], second[theirs[example]]) for example in picked)
         found.values = differences(pairs)
@@ -109,14 +110,14 @@ def differences(pairs: Iterable[tuple[TeacherRecord, TeacherRecord]]) -> Differe
 def row_divergence(first: TeacherRecord, second: TeacherRecord) -> tuple[np.ndarray, float]:
     """KL(first || second) of every row [R] in nats, and the largest |difference| of log p."""
     (ids, logprobs), (others, other_logprobs) = _listed(first), _listed(second)
-    same = (ids[:, :, None] == others[:, None, :]) & (ids >= 0)[:, :, None]
+    same = (ids[:, :, None] == others[:, None, :]) & (ids >= 0)[:, :, None]  # [R, k, n]
     row, column, other = np.nonzero(same)
     log_p, log_q = logprobs[row, column], other_logprobs[row, other]
     p, q = (np.bincount(row, np.exp(log), len(ids)) for log in (log_p, log_q))
     kl = np.bincount(row, np.exp(log_p) * (log_p - log_q), len(ids))
     kl = kl + _outside(_Rest(first, p, same.any(axis=2)), _Rest(second, q, same.any(axis=1)))
     furthest = float(np.abs(log_p - log_q).max()) if log_p.size else 0.0
-    return np.maximum(kl, 0.0), furthest
+    return np.maximum(kl, 0.0), furthest  # rounding may leave it a little below
 
 
 class _Rest:
@@ -163,15 +164,9 @@ def _term(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return p * np.log(np.maximum(p, FLOOR) / q)
 
 
-def evenly(items: list, count: int) -> list:
-    """At most `count` items, evenly spaced."""
-    if len(items) <= count:
-        return items
-    return [items[i] for i in np.linspace(0, len(items) - 1, count).astype(int)]
-
-
 def _numbers(cache: TeacherCache) -> dict[str, int]:
     ids = cache.index(["example_id"]).column("example_id").to_pylist()
+    # Backwards, so that of a repeated example the first counts.
     return {example: number for number, example in reversed(list(enumerate(ids)))}
 
 
@@ -183,6 +178,6 @@ def _energies(first: TeacherRecord, second: TeacherRecord) -> Iterable[tuple[str
     """Dense signal -> (squared difference, square), summed."""
     for name in first.signals.keys() & second.signals.keys():
         mine, theirs = first.signals[name], second.signals[name]
-        if "." in name and mine.shape == theirs.shape:
+        if "." in name and mine.shape == theirs.shape:  # dense signals alone have a dot
             change = np.square(mine.astype(np.float64) - theirs).sum()
             yield name, np.array([change, np.square(mine.astype(np.float64)).sum()])

@@ -11,6 +11,7 @@ from typing import Any
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, StillroomError
 from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from stillroom.pipeline.cache.sealing import committed
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage, Storage
 
 RECEIPTS_LOOKED_AT = 16
@@ -54,7 +55,8 @@ def overview(storage: Storage) -> Overview:
     """
     manifest = _manifest(storage)
     plan = _plan(storage, manifest)
-    done = _done(storage, plan) if manifest is None else list(range(plan.num_shards))
+    every = range(plan.num_shards)
+    done = sorted(committed(storage, every)) if manifest is None else list(every)
     receipts = [_receipt(storage, shard) for shard in done[:RECEIPTS_LOOKED_AT]]
     tokens = sum(receipt.num_tokens for receipt in receipts)
     return Overview(
@@ -115,12 +117,6 @@ def _plan(storage: Storage, manifest: Manifest | None) -> Plan:
         ) from None
 
 
-def _done(storage: Storage, plan: Plan) -> list[int]:
-    folders = sorted({layout.folder(shard) for shard in range(plan.num_shards)})
-    names = {name for folder in folders for name in storage.list(f"receipts/{folder}")}
-    return [shard for shard in range(plan.num_shards) if layout.receipt(shard) in names]
-
-
 def _receipt(storage: Storage, shard: int) -> ShardReceipt:
     name = layout.receipt(shard)
     return read(ShardReceipt, storage.read(name), f"{storage.location}/{name}")
@@ -130,6 +126,7 @@ def _by_kind(receipts: list[ShardReceipt], tokens: int) -> dict[str, float]:
     kinds: dict[str, Any] = {}
     for receipt in receipts:
         for name, entry in receipt.files.items():
+            # dense/SIGNAL/c/...
             kind = name.split("/")[1] if name.startswith("dense/") else "rows"
             kinds[kind] = kinds.get(kind, 0) + entry.bytes
     return {kind: total / tokens for kind, total in sorted(kinds.items())}

@@ -41,7 +41,7 @@ def repair(storage: Storage, progress: Progress = lambda done, total: None) -> R
     report = verify(storage, progress)
     removed: list[str] = []
     if report.problems:
-        _remove(storage, [layout.MANIFEST, layout.SIGNATURE], removed)
+        _remove(storage, [layout.MANIFEST, layout.SIGNATURE], removed)  # first: nobody reads it now
     for number in report.bad_shards:
         _remove(storage, [layout.receipt(number)], removed)
         _remove(storage, layout.shard_files(number, list(form.dense)), removed)

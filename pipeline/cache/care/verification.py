@@ -16,13 +16,19 @@ from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
 from stillroom.cache_schemas.record_codec import MAX_KL
 from stillroom.pipeline.cache import shard as shards
-from stillroom.pipeline.cache.care.comparing import evenly
 from stillroom.pipeline.cache.formats import Format, open_codec, read_codec
+from stillroom.pipeline.cache.partial import present_signals
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.sealing import file_entry, fixed_files, index_names, read_receipt
-from stillroom.pipeline.cache.sharing.partial import present_signals
+from stillroom.pipeline.cache.sealing import (
+    committed,
+    fixed_files,
+    index_names,
+    read_receipt,
+)
+from stillroom.pipeline.cache.shard import file_entry
 from stillroom.pipeline.cache.storage.directory import Storage
 from stillroom.pipeline.record import TeacherRecord
+from stillroom.pipeline.shares import evenly
 
 Progress = Callable[[int, int], None]
 """Called with shards done and shards in all."""
@@ -81,7 +87,7 @@ def verify(storage: Storage, progress: Progress = lambda done, total: None) -> R
     manifest, form = identity(storage)
     report = Report(sealed=manifest is not None)
     report.problems += _identity_problems(storage, manifest, form)
-    done = _receipts(storage, form)
+    done = committed(storage, range(form.plan.num_shards))
     for count, number in enumerate(range(form.plan.num_shards), start=1):
         if number in done or manifest is not None:
             _check_shard(storage, form, manifest, number, report)
@@ -97,9 +103,10 @@ def _measure_again(cache: TeacherCache, report: Report) -> None:
     codec = cache.form.codec
     if codec.profile not in ROUNDED_LISTS or "topk_ids" not in cache.signals:
         return
-    sample = evenly(list(range(len(cache))), SAMPLE)
+    sample = evenly(len(cache), SAMPLE)
     rows = np.concatenate([cache.lists(number)[0].rounding() for number in sample])
     report.rounding = float(rows.mean()) if len(rows) else 0.0
+    # `strict` has levels of one width w, and p w^2 / 24 over a row is at most w^2 / 24.
     bound = MAX_KL * codec.mean_kl if codec.profile == "small" else STRICT_STEP**2 / 24
     if report.rounding > bound:
         found = f"rounding cost {report.rounding:.2g} nats per row of a sample"
@@ -202,12 +209,6 @@ def _identity_problems(
             continue
         if found != manifest.files[name]:
             yield Problem(name, "has been changed")
-
-
-def _receipts(storage: Storage, form: Format) -> set[int]:
-    folders = sorted({layout.folder(number) for number in range(form.plan.num_shards)})
-    names = {name for folder in folders for name in storage.list(f"receipts/{folder}")}
-    return {n for n in range(form.plan.num_shards) if layout.receipt(n) in names}
 
 
 def _check_shard(

@@ -1,1 +1,1 @@
-"""Caches that travel: push and pull, the hub, signatures, partial copies, the card."""
+"""Caches that come from caches: push and pull, the hub, signatures, merge, subset, reshard."""

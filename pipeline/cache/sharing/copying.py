@@ -14,10 +14,10 @@ from pathlib import Path
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, PlanMismatch, ShardCorrupt
 from stillroom.cache_schemas.manifest import FileEntry
+from stillroom.pipeline.cache import partial
+from stillroom.pipeline.cache.card import README
 from stillroom.pipeline.cache.care.verification import Progress
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.sharing import partial
-from stillroom.pipeline.cache.sharing.card import README
 from stillroom.pipeline.cache.storage.directory import Storage
 
 PIECE_BYTES = 1 << 25
@@ -69,7 +69,7 @@ def copy(
     with ThreadPoolExecutor(threads) as pool:
         for done, _ in enumerate(pool.map(work.shard, range(cache.plan.num_shards)), start=1):
             progress(done, cache.plan.num_shards)
-    held = {*dense, *_held_already(cache, target)}
+    held = {*dense, *_held_already(cache, target)}  # a copy may be added to, signal by signal
     partial.mark(target, None if held == set(cache.plan.dense_signals) else sorted(held))
     for name in (README, layout.SIGNATURE):
         if source.size(name) is not None:
@@ -92,6 +92,7 @@ class _Copy:
         committed = self.target.size(layout.receipt(number)) is not None
         for name in layout.shard_files(number, self.dense):
             entry = receipt.files[name]
+            # Under a receipt a size will do: the file was hashed before it got its name.
             if not (committed and self.target.size(name) == entry.bytes):
                 self.file(name, entry)
         if not committed:

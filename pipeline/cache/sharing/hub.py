@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
+from stillroom.pipeline.cache import partial
 from stillroom.pipeline.cache.care.verification import Progress, verify
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.sharing import partial
 from stillroom.pipeline.cache.sharing.copying import Copied, check_target, wanted
 from stillroom.pipeline.cache.storage.bucket import BucketStorage
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage

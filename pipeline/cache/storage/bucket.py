@@ -157,7 +157,7 @@ class BucketStorage:
                 if _is_final(error):
                     raise self._forbidden(name, verb, error) from None
                 last = error
-                self.pause(0.1 * 2**count)
+                self.pause(0.1 * 2**count)  # seconds: 0.1, 0.2, 0.4, ...
         raise CacheIncomplete(
             f"cannot be {verb} ({type(last).__name__}: {scrub(str(last))[:200]})",
             where=f"{self.location}/{name}",

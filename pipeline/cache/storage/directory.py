@@ -198,6 +198,7 @@ class DirectoryStorage:
     def sweep(self) -> None:
         parent = self.root / layout.STAGING
         for left in list(parent.iterdir()) if parent.is_dir() else []:
+            # What belongs to a living writer cannot be locked, and stays.
             with contextlib.suppress(OSError), _locked(left):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         with contextlib.suppress(OSError):
@@ -260,7 +261,7 @@ class DirectoryStorage:
             return True
         except OSError as error:
             if target.exists():
-                return os.path.samefile(temporary, target)
+                return os.path.samefile(temporary, target)  # our own link counts as made
             if error.errno not in NO_HARD_LINKS:
                 raise
         self.disk.rename(temporary, target)

@@ -96,6 +96,7 @@ class ReadThrough:
             self._written += size
             if self._written > self.limit_bytes // LOOKS:
                 self._make_room(size)
+        # Others may be fetching the same.
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
         with contextlib.suppress(OSError):
             temporary.write_bytes(data + xxhash.xxh3_64_digest(data))
@@ -128,7 +129,7 @@ def _kept(path: Path) -> bytes | None:
     """What was kept, if it is still what was read."""
     try:
         stored = path.read_bytes()
-        os.utime(path)
+        os.utime(path)  # used now, so among the last to go
     except OSError:
         return None
     data, checksum = stored[:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:]

@@ -1,7 +1,7 @@
 """What every Triton sweep does with one row of logits: cap, log-sum-exp, divergence, gradient.
 
 One idea: the loops over a row and the closed forms stand here once, as functions that Triton
-inlines into each kernel (`triton_sweep`, `triton_shard_sweep`, `triton_dense_sweep`). Nothing here
+inlines into each kernel (`sweep`, `shard_sweep`, `dense_sweep`). Nothing here
 knows about programs, barriers or where a row's teacher comes from.
 
 Importing this module imports Triton.

@@ -1,6 +1,6 @@
 """The sweep of a head sharded over ranks, in Triton: two kernels around the all-reduces.
 
-One idea: what `triton_sweep` does in one program happens here in three steps. A kernel takes this
+One idea: what `triton.sweep` does in one program happens here in three steps. A kernel takes this
 shard's statistics of every row and leaves minus infinity at the teacher's words; all-reduces and
 the closed forms on [C, k + 1] numbers are torch's (`vocabulary_shards`, `torch_sweep`), since the
 host is between the kernels anyway; a second kernel overwrites the logits with their gradient. Both

@@ -1,7 +1,8 @@
 """The truth: one example at a time through transformers, every signal by its plain definition.
 
-One idea: nothing clever, so that a disagreement with `vllm` has one suspect. The same weights, one
-example per forward, so a record does not depend on what was scored beside it (bit for bit).
+One idea: nothing clever, so that a disagreement with `teacher.vllm` has one suspect. The same
+weights, one example per forward, so a record does not depend on what was scored beside it (bit for
+bit).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -68,18 +69,19 @@ class ReferenceEngine:
     def _forward(self, example: Example, first: int) -> tuple[torch.Tensor, dict]:
         """Logits of the scored rows [R, V], and states [L, H] of the layers asked for."""
         ids = torch.tensor(example.token_ids, dtype=torch.long, device=self._device)[None]
+        # The last token predicts nothing that is there to be compared.
         rows = torch.arange(first, ids.shape[1] - 1, device=self._device)
         layers = self._capture.hidden_layers
         blocks = [layer for layer in layers if layer != "final"]
         with _BlockOutputs(self._model, blocks) as states:
             out = self._model(
                 input_ids=ids,
-                logits_to_keep=rows,
+                logits_to_keep=rows,  # the head reads these positions alone
                 output_hidden_states="final" in layers,
                 **self._image_inputs(example),
             )
         if "final" in layers:
-            states["final"] = out.hidden_states[-1][0]
+            states["final"] = out.hidden_states[-1][0]  # after the final norm
         return out.logits[0], states
 
     def _image_inputs(self, example: Example) -> dict[str, torch.Tensor]:
@@ -89,9 +91,7 @@ class ReferenceEngine:
             raise protocol.RejectedExample(
                 example, "has images", remedy="Use an image-text teacher, or leave the images out."
             )
-        inputs = {name: value.to(self._device) for name, value in self._images.of(example).items()}
-        dtype = self._model.dtype
-        return {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+        return self._images.for_model(example, self._model)
 
     def _row_signals(
         self, example: Example, first: int, logits: torch.Tensor
@@ -100,7 +100,7 @@ class ReferenceEngine:
         targets = torch.tensor(example.token_ids[first + 1 :], dtype=torch.long)
         targets = targets.to(self._device)
         positions = torch.arange(first, first + len(targets), device=self._device)
-        step = max(1, ROW_BLOCK_BYTES // (4 * logits.shape[1]))
+        step = max(1, ROW_BLOCK_BYTES // (4 * logits.shape[1]))  # rows of float32 logits
         blocks = [
             sweep(
                 logits[i : i + step],

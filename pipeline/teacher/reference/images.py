@@ -55,12 +55,18 @@ class ImageInputs:
         self._check(example, made)
         inputs = {name: value for name, value in made.items() if name not in OF_THE_TEXT}
         if "mm_token_type_ids" in made:
-            kinds = torch.tensor(example.token_ids == self._placeholder)
+            kinds = torch.tensor(example.token_ids == self._placeholder)  # [L]
             inputs["mm_token_type_ids"] = kinds.long()[None]
         if self._reads_prefixes:
+            # [L], true from the first target on: before it lies the prefix.
             written = torch.tensor(np.maximum.accumulate(example.loss_mask))
             inputs["token_type_ids"] = written.long()[None]
         return inputs
+
+    def for_model(self, example: Example, model: Any) -> dict[str, torch.Tensor]:
+        """`of`, on the device and in the floating dtype of a model."""
+        inputs = {name: value.to(model.device) for name, value in self.of(example).items()}
+        return {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
 
     def _process(self, example: Example) -> Mapping[str, Any]:
         return self._processor(

@@ -56,7 +56,7 @@ def score_block(
     done = []
     sweep_rows = sweep_of(hidden.device.type)
     for start in range(0, len(hidden), block_rows):
-        logits = logits_fn(hidden[start : start + block_rows])
+        logits = logits_fn(hidden[start : start + block_rows])  # [r, V]
         positions = torch.arange(start, start + len(logits), device=logits.device) + first_row
         target = targets[start : start + len(logits)]
         done.append(sweep_rows(logits, target, positions, key, spec))
@@ -122,12 +122,12 @@ def check_sweep(vocab_size: int, device: str, spec: RowSpec) -> None:
         TeacherError: names both values.
     """
     generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(4, vocab_size, generator=generator)).to(device)
+    logits = (3 * torch.randn(4, vocab_size, generator=generator)).to(device)  # [4, V]
     targets = torch.randint(0, vocab_size, (4,), generator=generator).to(device)
     asked = (logits, targets, torch.arange(4, device=device), 1, spec)
     (ints, floats), (true_ints, true_floats) = sweep_of(device)(*asked), sweep(*asked)
-    exact = [*range(spec.k), spec.int_columns - 1]
-    gap = float((floats - true_floats).abs().max())
+    exact = [*range(spec.k), spec.int_columns - 1]  # columns of the top ids and the rank
+    gap = float((floats - true_floats).abs().max())  # nats, and logits of the moments
     ids_differ = int((ints[:, exact] != true_ints[:, exact]).sum())
     if not gap <= MOST_DIFFERENCE or ids_differ > 0:
         raise TeacherError(

@@ -7,7 +7,7 @@ it are searched for the top k. With the top k taken out, the second sweep sums e
 temperature (the z-score log-sum-exp is one more temperature, T = std), so the tail's mass is summed
 and never a difference of nearly equal numbers; draws from the tail invert the block sums.
 
-Plain compiled loops (numba), one thread per stripe of rows, no lock held. `sweep.sweep` is the
+Plain compiled loops (numba), one thread per stripe of rows, no lock held. `definition.sweep` is the
 definition that this file is tested against.
 """
 
@@ -41,7 +41,7 @@ _CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 def sweep_cpu(
     logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, key: int, spec: RowSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as `sweep.sweep`, for logits in main memory.
+    """The same as `definition.sweep`, for logits in main memory.
 
     A row with a NaN or infinite logit gets NaN in all of its floats.
     """
@@ -49,6 +49,7 @@ def sweep_cpu(
     num_rows = len(rows)
     ints = np.empty((num_rows, spec.int_columns), dtype=np.int32)
     floats = np.empty((num_rows, spec.float_columns), dtype=np.float32)
+    # As in `definition.uniforms`, in the unsigned numbers that it imitates.
     counters = (positions.numpy().astype(np.uint64) << np.uint64(10)) + np.uint64(1)
     temperatures = np.array(spec.temperatures, dtype=np.float64)
     numbers = (targets.numpy(), counters, np.uint64(key), spec.k, spec.draws, temperatures)
@@ -102,12 +103,12 @@ def _stripe(
     """Sweep rows first .. last-1 with one set of buffers."""
     vocab_size = rows.shape[1]
     num_pieces = (vocab_size + PIECE - 1) // PIECE
-    padded = num_pieces * PIECE
-    shift = np.int32(32 - 8 * rows.itemsize)
-    z = np.full(padded, GONE, dtype=np.float32)
-    maxima = np.empty(padded // BLOCK, dtype=np.float32)
-    sums = np.empty(padded // BLOCK, dtype=np.float32)
-    keys = np.empty(vocab_size, dtype=np.int64)
+    padded = num_pieces * PIECE  # whole pieces: every inner loop has a fixed length
+    shift = np.int32(32 - 8 * rows.itemsize)  # bfloat16 is a float32's upper half
+    z = np.full(padded, GONE, dtype=np.float32)  # what pads the row has no mass
+    maxima = np.empty(padded // BLOCK, dtype=np.float32)  # of each block
+    sums = np.empty(padded // BLOCK, dtype=np.float32)  # of each block
+    keys = np.empty(vocab_size, dtype=np.int64)  # as many candidates as there may be
     for row in range(first, last):
         finite = widen(rows[row], shift, z.view(np.int32))
         if not finite:
@@ -139,7 +140,7 @@ def _sweep_row(
         exact[j] = z[ids[j]]
     for j in range(k):
         z[ids[j]] = GONE
-    lse_1, tail_1 = 0.0, 0.0
+    lse_1, tail_1 = 0.0, 0.0  # relative to the peak, like `weighted`
     for t in range(num_temperatures):
         temperature = temperatures[t]
         tail, weighted = second_sweep(z, peak, 1.0 / temperature, sums, temperature == 1.0)
@@ -152,7 +153,7 @@ def _sweep_row(
             for j in range(k):
                 weighted += np.exp(np.float64(exact[j] - peak)) * (exact[j] - peak)
             if entropy:
-                floats[k + 2 + num_temperatures] = lse_1 - weighted / total
+                floats[k + 2 + num_temperatures] = lse_1 - weighted / total  # log Z - E[z - peak]
             tail_peak = peak
             if tail < FAINT:
                 tail_peak = z[:vocab_size].max()
@@ -167,7 +168,7 @@ def _sweep_row(
     floats[k + 1] = token - peak - lse_1
     ints[k + 2 * draws] = 1 + above
     if moments:
-        scale = 1e-7 + std
+        scale = 1e-7 + std  # as in `definition`
         total, _ = second_sweep(z, peak, 1.0 / scale, sums, False)
         for j in range(k):
             total += np.exp((exact[j] - peak) / scale)

@@ -65,7 +65,7 @@ def _exp2(y):
     y = max(y, _FLOOR)
     n = np.floor(y + _HALF)
     f = y - n
-    p = _C6
+    p = _C6  # Horner's scheme
     p = p * f + _C5
     p = p * f + _C4
     p = p * f + _C3
@@ -93,7 +93,7 @@ def first_sweep(z, vocab_size, token, maxima):
 
     One small loop for each, piece by piece, because that is what the compiler vectorises.
     """
-    shift = z[0]
+    shift = z[0]  # one of the logits, so that their squares do not swamp their spread
     above = np.int32(0)
     total, squares = 0.0, 0.0
     for start in range(0, vocab_size, PIECE):
@@ -132,6 +132,7 @@ def candidates(z, vocab_size, maxima, k, keys):
     num_blocks = (vocab_size + BLOCK - 1) // BLOCK
     bound = GONE
     if num_blocks >= k:
+        # The k-th largest block maximum: k logits reach it, so nothing below is among the top k.
         bound = np.partition(maxima[:num_blocks], num_blocks - k)[num_blocks - k]
     count = 0
     for block in range(num_blocks):
@@ -146,7 +147,7 @@ def candidates(z, vocab_size, maxima, k, keys):
 
 @njit(inline="always")
 def _key_of(logit, i):
-    """int64 that rises with the logit and, at ties, falls with the id (as in `sweep.top_k`)."""
+    """int64 that rises with the logit and, at ties, falls with the id: see `definition.top_k`."""
     bits = np.int64(_bits_of_float(np.float32(logit + _ZERO)))
     if bits < 0:
         bits ^= np.int64(0x7FFFFFFF)
@@ -187,13 +188,13 @@ def second_sweep(z, peak, inverse, sums, at_one):
 
 @compiled
 def draw(z, peak, sums, tail, mass, counter, key, draws, out):
-    """Draws from what is left in z, in proportion to exp(z): see `sweep.draw_tail`."""
+    """Draws from what is left in z, in proportion to exp(z): see `definition.draw_tail`."""
     count = min(max(int(np.ceil(draws * mass - ROUNDING)), 1), draws)
     start = _uniform(key + counter * np.uint64(0x9E3779B97F4A7C15))
     out[:draws] = -1
     out[draws:] = 0
     scale = np.float32(_LOG2E)
-    block, before, slot = 0, 0.0, -1
+    block, before, slot = 0, 0.0, -1  # of the running sum; points rise, so it is walked once
     for j in range(count):
         point = (start + j) / count * tail
         while block < len(sums) - 1 and before + sums[block] <= point:
@@ -203,7 +204,7 @@ def draw(z, peak, sums, tail, mass, counter, key, draws, out):
         for i in range(block * BLOCK, (block + 1) * BLOCK):
             if z[i] == GONE:
                 continue
-            last = i
+            last = i  # where rounding lets a point outrun its block, it is the last id's
             reached += _exp2((z[i] - peak) * scale)
             if reached > point:
                 break
@@ -217,7 +218,7 @@ def draw(z, peak, sums, tail, mass, counter, key, draws, out):
 
 @njit(inline="always")
 def _uniform(x):
-    """(0, 1) from a counter: splitmix64, top 32 bits, midpoint (as in `sweep.uniforms`)."""
+    """(0, 1) from a counter: splitmix64, top 32 bits, midpoint (as in `definition.uniforms`)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x = x ^ (x >> np.uint64(31))

@@ -30,14 +30,14 @@ def sweep(
     Returns:
         int32 [R, spec.int_columns] and float32 [R, spec.float_columns], see `rows`.
     """
-    z = logits.float()
+    z = logits.float()  # [R, V]
     temperatures = spec.temperatures
-    lse = torch.stack([torch.logsumexp(z / t, -1) for t in temperatures], 1)
-    lse_1 = lse[:, temperatures.index(1.0), None]
-    top_ids = top_k(z, spec.k)
-    tail = z.scatter(1, top_ids, -torch.inf)
-    token = z.gather(1, targets[:, None])
-    rank = 1 + (z > token).sum(1, keepdim=True)
+    lse = torch.stack([torch.logsumexp(z / t, -1) for t in temperatures], 1)  # [R, T]
+    lse_1 = lse[:, temperatures.index(1.0), None]  # [R, 1]
+    top_ids = top_k(z, spec.k)  # [R, k]
+    tail = z.scatter(1, top_ids, -torch.inf)  # [R, V]
+    token = z.gather(1, targets[:, None])  # [R, 1]
+    rank = 1 + (z > token).sum(1, keepdim=True)  # [R, 1]; equal logits share the better rank
     tail_logprob = torch.logsumexp(tail, 1, keepdim=True) - lse_1
     draws = draw_tail(tail, tail_logprob.exp(), positions, key, spec.draws)
     floats = [z.gather(1, top_ids) - lse_1, tail_logprob, token - lse_1, lse]
@@ -52,7 +52,7 @@ def _scalars(z: torch.Tensor, lse_1: torch.Tensor, spec: RowSpec) -> list[torch.
         logp = z - lse_1
         out.append(-(logp.exp() * logp).sum(1, keepdim=True))
     if spec.moments:
-        mean, std = z.mean(1, keepdim=True), z.std(1, correction=0, keepdim=True)
+        mean, std = z.mean(1, keepdim=True), z.std(1, correction=0, keepdim=True)  # population
         scaled = (z - mean) / (1e-7 + std)  # LLaVADI's norm_logits
         out += [mean, std, torch.logsumexp(scaled, 1, keepdim=True)]
     return out
@@ -61,10 +61,12 @@ def _scalars(z: torch.Tensor, lse_1: torch.Tensor, spec: RowSpec) -> list[torch.
 def top_k(z: torch.Tensor, k: int) -> torch.Tensor:
     """int64 [R, k]: ids by falling logit, ties by rising id (`torch.topk` leaves ties open)."""
     bits = (z + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 makes -0.0 tie with 0.0
+    # A float's bits rise with it where it is positive and fall where it is negative: flip those.
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     vocab_size = z.shape[1]
+    # Counted from the end, so that of two equal logits the lower id has the larger key.
     ids = torch.arange(vocab_size - 1, -1, -1, device=z.device)
-    keys = (ordered << 32) + ids
+    keys = (ordered << 32) + ids  # [R, V]
     return vocab_size - 1 - (torch.topk(keys, k, dim=1).values & _MASK32)
 
 
@@ -91,11 +93,11 @@ def draw_tail(
     if draws == 0:
         empty = tail.new_empty((len(tail), 0), dtype=torch.int64)
         return empty, empty
-    weights = (tail - tail.amax(1, keepdim=True)).double().exp()
-    cdf = weights.cumsum(1)
-    count = (draws * mass.double() - ROUNDING).ceil().clamp(1, draws)
+    weights = (tail - tail.amax(1, keepdim=True)).double().exp()  # [R, V], at most 1
+    cdf = weights.cumsum(1)  # [R, V]
+    count = (draws * mass.double() - ROUNDING).ceil().clamp(1, draws)  # [R, 1], N
     place = torch.arange(draws, device=tail.device)
-    points = (uniforms(positions, key)[:, None] + place) / count
+    points = (uniforms(positions, key)[:, None] + place) / count  # [R, draws], shares of the sum
     # Points from the N-th on lie beyond the sum, where the search says V.
     ids, counts = _runs(torch.searchsorted(cdf, points * cdf[:, -1:], right=True))
     beyond = ids == tail.shape[1]
@@ -106,7 +108,7 @@ def _runs(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct values and counts of each rising row."""
     starts = torch.ones_like(drawn, dtype=torch.bool)
     starts[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-    slot = starts.cumsum(1) - 1
+    slot = starts.cumsum(1) - 1  # which distinct value of its row each is
     ids = torch.full_like(drawn, -1).scatter(1, slot, drawn)
     counts = torch.zeros_like(drawn).scatter_add(1, slot, torch.ones_like(drawn))
     return ids, counts

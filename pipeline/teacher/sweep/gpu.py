@@ -8,8 +8,8 @@ is one more), relative to the tail's own peak, and keeps the mass of each part, 
 are then searched. `torch.topk` would sort 64-bit keys, eight bytes a logit, and read the row five
 times more; here only a part that holds a candidate is read again.
 
-Barriers stand where one thread's stores are another's loads. `sweep.sweep` is the definition that
-this file is tested against. Importing this module imports Triton.
+Barriers stand where one thread's stores are another's loads. `definition.sweep` is what this file
+is tested against. Importing this module imports Triton.
 """
 # Triton's values have no types.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
@@ -53,7 +53,7 @@ bisection reads the whole row instead."""
 def sweep_triton(
     logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, key: int, spec: RowSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as `sweep.sweep`, for logits on a GPU; rows may be strided.
+    """The same as `definition.sweep`, for logits on a GPU; rows may be strided.
 
     A row with a NaN or infinite logit gets NaN in all of its floats.
     """
@@ -73,13 +73,13 @@ def sweep_triton(
             _inverses(spec.temperatures, device),
             ints,
             floats,
-            torch.empty((num_rows, parts), dtype=torch.float32, device=device),
-            torch.empty((num_rows, parts), dtype=torch.float64, device=device),
-            torch.empty((num_rows, NEAR), dtype=torch.int32, device=device),
-            torch.empty((num_rows, options["BLOCK_K"]), dtype=torch.int64, device=device),
+            torch.empty((num_rows, parts), dtype=torch.float32, device=device),  # masses
+            torch.empty((num_rows, parts), dtype=torch.float64, device=device),  # cdf
+            torch.empty((num_rows, NEAR), dtype=torch.int32, device=device),  # near
+            torch.empty((num_rows, options["BLOCK_K"]), dtype=torch.int64, device=device),  # top
             vocab_size,
             parts,
-            1 << (parts.bit_length() - 1),
+            1 << (parts.bit_length() - 1),  # the first jump of a binary search
             **options,
         )
     return ints, floats
@@ -123,6 +123,7 @@ def num_parts(vocab_size: int, part: int) -> int:
 def scratch_bytes_per_row(vocab_size: int, k: int) -> int:
     """Memory beside the logits that a row needs while it is swept."""
     parts = num_parts(vocab_size, part_size(vocab_size, k))
+    # Bytes of masses and cdf, of near, of top.
     return 12 * parts + 4 * NEAR + 8 * triton.next_power_of_2(max(k, 1))
 
 
@@ -193,7 +194,7 @@ def _sweep_row(
     offset = tl.sum(offsets.to(tl.float64), 0) / vocab_size
     variance = tl.sum(squares.to(tl.float64), 0) / vocab_size - offset * offset
     mean, std = shift + offset, tl.sqrt(tl.maximum(variance, 0.0))
-    bad = (offset - offset) != 0.0
+    bad = (offset - offset) != 0.0  # a NaN or an infinity is in the row
     poison = tl.where(bad, float("nan"), 0.0)
     tl.debug_barrier()
 
@@ -202,7 +203,7 @@ def _sweep_row(
     tail_peak = peak
     top_z = tl.full((BLOCK_K,), float("-inf"), tl.float32)
     if K > 0:
-        bound = cut_of(masses, near, 0, parts, K + 1) >> 32
+        bound = cut_of(masses, near, 0, parts, K + 1) >> 32  # one more than K: the tail's peak too
         count = tl.full((), 0, tl.int32)
         for start in range(0, vocab_size, BLOCK):
             largest = tl.load(masses + start // PART + part)

@@ -34,7 +34,7 @@ def ordered_inverse(ordered):
 
 @triton.jit
 def key_of(z, ids):
-    """int64 that rises with the logit and, at ties, falls with the id (as in `sweep.top_k`)."""
+    """int64 that rises with the logit and, at ties, falls with the id: see `definition.top_k`."""
     return (ordered(z).to(tl.int64) << 32) + (0x7FFFFFFF - ids).to(tl.int64)
 
 
@@ -81,7 +81,7 @@ def accumulate(masses, cdf, parts):
 
 @triton.jit
 def uniform(key, counter):
-    """(0, 1) from a counter: splitmix64, top 32 bits, midpoint (as in `sweep.uniforms`)."""
+    """(0, 1) from a counter: splitmix64, top 32 bits, midpoint (as in `definition.uniforms`)."""
     x = key.to(tl.uint64) + counter.to(tl.uint64) * 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB

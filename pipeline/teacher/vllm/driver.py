@@ -1,7 +1,7 @@
 """What runs beside vLLM's scheduler: lets the matrices of marked requests through untouched.
 
 One idea: vLLM's output processor turns prompt logprobs into one Python object per token and rank;
-for marked requests it keeps the tensors instead. Private names of one release, like `vllm_worker`.
+for marked requests it keeps the tensors instead. Private names of one release, like `worker`.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def install() -> None:
 
     def update_prompt_logprobs(self, tensors):
         if isinstance(self.prompt_logprobs, KeptTensors):
-            self.prompt_logprobs.tensors = tensors[:3]
+            self.prompt_logprobs.tensors = tensors[:3]  # as `Progress.finish` has made them
         else:
             update(self, tensors)
 

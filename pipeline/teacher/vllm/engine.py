@@ -1,10 +1,10 @@
 """The teacher under vLLM: every signal from tensors, no Python object per token and rank.
 
 One idea: keep vLLM's scheduler full and hand on its answers in order; how a prompt is asked and an
-answer read is `vllm_requests`. Before the first example the engine asks two prompts both by its own
+answer read is `vllm.requests`. Before the first example the engine asks two prompts both by its own
 hooks and by vLLM's public API, and refuses to work where they differ.
 
-The alignment shift happens where row t meets token t+1, in `vllm_worker`. Prefix caching is off: a
+The alignment shift happens where row t meets token t+1, in `vllm.scoring`. Prefix caching is off: a
 position served from it has no logits.
 """
 
@@ -62,7 +62,7 @@ class VllmEngine:
             check_served(model_directory(teacher))
             arguments["skip_tokenizer_init"] = False  # vLLM's image processors ask for it
         self._llm: Any = start_vllm(teacher, arguments | self._requests.engine_arguments())
-        self._context = self._llm.model_config.max_model_len - 1
+        self._context = self._llm.model_config.max_model_len - 1  # one place is the sampled token's
         self._num_asked = 0
         self._finished: dict[str, object] = {}
         if isinstance(self._requests, MarkedRequests):
@@ -89,7 +89,7 @@ class VllmEngine:
 
     def _top_up(self, asked: deque[_Asked], source: Iterator[Example]) -> bool:
         """Keep the scheduler's queue long; False when everything was asked and answered."""
-        ahead = sum(len(item.example.token_ids) for item in asked)
+        ahead = sum(len(item.example.token_ids) for item in asked)  # tokens
         while ahead < self._requests.in_flight_tokens:
             if (example := next(source, None)) is None:
                 break
@@ -210,6 +210,7 @@ def vllm_arguments(teacher: Teacher, context: int, max_tokens: int, batch_scale:
         usual = arguments.get("max_num_batched_tokens", USUAL_STEP_TOKENS)
         arguments["max_num_batched_tokens"] = max(1, int(usual * batch_scale))
         seqs = arguments.get("max_num_seqs", 128)
+        # vLLM refuses more sequences than tokens in a step.
         arguments["max_num_seqs"] = min(seqs, arguments["max_num_batched_tokens"])
     return arguments
 

@@ -21,7 +21,7 @@ SCRATCH_BYTES = 256 << 20
 
 
 class MarkedRequests:
-    """Answered by `vllm_worker`; needs exactly the release that module was written for."""
+    """Answered by `vllm.worker`; needs exactly the release that module was written for."""
 
     in_flight_tokens = 1 << 17
 
@@ -54,7 +54,7 @@ class MarkedRequests:
             "first_row": protocol.first_row(example, self._capture),
             "positions": protocol.hidden_positions(example, self._capture).tobytes(),
         }
-        return one_pass(prompt_logprobs=1, extra_args={MARK: mark})
+        return one_pass(prompt_logprobs=1, extra_args={MARK: mark})  # any number: the hooks answer
 
     def signals(self, example: Example, output) -> dict[str, np.ndarray]:
         """What the answer says.
@@ -63,7 +63,7 @@ class MarkedRequests:
             TeacherError: rows are missing.
         """
         tensors = getattr(output.prompt_logprobs, "tensors", None)
-        ints, floats, states = tensors or (torch.empty(0),) * 3
+        ints, floats, states = tensors or (torch.empty(0),) * 3  # states [P, layers, H]
         check_rows(example, protocol.first_row(example, self._capture), len(ints))
         signals = self._spec.unpack(ints.numpy(), floats.numpy())
         names = [*self._layers, *(["final"] if self._final else [])]
@@ -103,7 +103,7 @@ class PublicRequests:
         flat = output.prompt_logprobs
         first = protocol.first_row(example, self._capture)
         key = draw_key(self._spec.seed, example.example_id)
-        check_rows(example, first, len(flat) - 1 - first)
+        check_rows(example, first, len(flat) - 1 - first)  # an entry a token; the first is empty
         targets = torch.tensor(example.token_ids, dtype=torch.int64)
         parts = []
         for row in range(first, len(flat) - 1):

@@ -94,7 +94,7 @@ class Progress:
             states: [n, H] of each of `settings.layers`.
             logits_fn: hidden [r, H] -> logits [r, V].
         """
-        stop = min(start + len(hidden), len(self.tokens) - 1)
+        stop = min(start + len(hidden), len(self.tokens) - 1)  # nothing follows the last token
         first = max(start, self.first_row)
         if first >= stop:
             return
@@ -102,19 +102,19 @@ class Progress:
             settings.spec,
             self.key,
             hidden[first - start : stop - start],
-            self.tokens[first + 1 : stop + 1],
+            self.tokens[first + 1 : stop + 1],  # the shift: row t meets token t + 1
             first,
             logits_fn,
             settings.block_rows,
         )
         kept = self._kept_states(settings, start, stop, hidden, states)
-        if get_tensor_model_parallel_rank() == 0:
+        if get_tensor_model_parallel_rank() == 0:  # the rank whose answer goes to the driver
             self.parts.append(tuple(part.cpu() for part in (*rows, kept)))
 
     def _kept_states(self, settings, start: int, stop: int, hidden, states) -> torch.Tensor:
         """[P, layers, H]: states at the kept positions of this step."""
         low, high = np.searchsorted(self.positions, (start, stop))
-        at = torch.as_tensor(self.positions[low:high] - start, dtype=torch.long)
+        at = torch.as_tensor(self.positions[low:high] - start, dtype=torch.long)  # within this step
         kept = [state[at.to(state.device)] for state in states]
         kept += [hidden[at.to(hidden.device)]] if settings.final else []
         return torch.stack(kept, 1) if kept else hidden.new_empty((len(at), 0, 0))

@@ -38,7 +38,7 @@ def self_test(ask: Callable, requests: MarkedRequests, shape: ModelShape, dtype:
         _check_finite(example, ours)
         theirs = ask(example, one_pass(prompt_logprobs=min(PUBLIC_TOP, shape.vocab_size - 1)))
         for row in range(example.num_rows):
-            public = theirs.prompt_logprobs[example.first_row + row + 1]
+            public = theirs.prompt_logprobs[example.first_row + row + 1]  # entry t + 1 is row t
             _compare(ours, row, public, int(example.token_ids[example.first_row + row + 1]), dtype)
 
 

@@ -6,7 +6,7 @@ asked for, in blocks that bound memory, and returns the two matrices of `rows` a
 hidden states where vLLM expects its three tensors. Unmarked requests get vLLM's own answer, so the
 public API of the same engine is there to be tested against.
 
-These are private names of one vLLM release: `vllm.py` checks the version before it loads this.
+These are private names of one vLLM release: `vllm.engine` checks the version before it loads this.
 Loaded through `worker_extension_cls`; the settings come in `additional_config`, which is part of
 the key of vLLM's compile cache (a compiled graph either returns hidden states or does not).
 """
@@ -40,6 +40,7 @@ def _prompt_logprobs(self, hidden_states, num_scheduled_tokens):
     }
     if not ours:
         return _their_prompt_logprobs(self, hidden_states, num_scheduled_tokens)
+    # Out of vLLM's sight while it answers the others; the unfinished ones go back afterwards.
     held = {req_id: wanted.pop(req_id) for req_id in marks if marks[req_id]}
     answers = _their_prompt_logprobs(self, hidden_states, num_scheduled_tokens)
     for req_id, mark in ours.items():
@@ -61,7 +62,7 @@ def _score_request(self, req_id: str, mark: dict, hidden_states, num_scheduled_t
         progress = Progress.of(mark, tokens)
         request.in_progress_prompt_logprobs_cpu = progress
     offset = self.query_start_loc.np[self.input_batch.req_id_to_index[req_id]].item()
-    rows = slice(offset, offset + count)
+    rows = slice(offset, offset + count)  # of the step's hidden states [n, H]
     states = [state[rows] for state in self.stillroom_states or ()]
     settings = self.stillroom_settings
     progress.score(settings, start, hidden_states[rows], states, self.model.compute_logits)

@@ -3,7 +3,7 @@
 One idea: that runner keeps prompt logprobs in a worker object of their own, which is handed the
 hidden states and the head; marked requests are hidden from it and scored by the same `Progress`
 as on the first runner. Tested on a CPU with a stand-in for the batch and not yet on a GPU, so
-`vllm.py` chooses the first runner unless VLLM_USE_V2_MODEL_RUNNER says otherwise.
+`vllm.engine` chooses the first runner unless VLLM_USE_V2_MODEL_RUNNER says otherwise.
 """
 
 from typing import Any

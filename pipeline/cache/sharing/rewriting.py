@@ -57,7 +57,7 @@ class Selection:
         """The examples of a cache that it keeps."""
         index = cache.index(["source", "entropy", "num_tokens"])
         tokens = index.column("num_tokens").to_numpy()
-        keep = np.ones(len(index), dtype=bool)
+        keep = np.ones(len(index), dtype=bool)  # [examples]
         if self.sources:
             keep &= np.isin(index.column("source").to_numpy(zero_copy_only=False), self.sources)
         entropy = index.column("entropy").to_numpy(zero_copy_only=False).astype(np.float64)
@@ -180,7 +180,7 @@ def _derived_plan(
     facts["capture"] |= capture
     per_shard = facts["capture"]["examples_per_shard"]
     facts["shards"] = {
-        "count": -(-num_examples // per_shard),
+        "count": -(-num_examples // per_shard),  # rounded up
         "examples_per_shard": per_shard,
         "num_examples": num_examples,
     }

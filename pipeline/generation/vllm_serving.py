@@ -1,0 +1,79 @@
+"""One engine of vLLM that writes: what it is started with, how it is asked, which answers are done.
+
+One idea: whoever writes under vLLM hands a text and how to go on to a running engine and is told
+by a request's id when it has; scheduling is vLLM's. Public API only.
+"""
+
+from typing import Any
+
+import torch
+
+from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.generation.writers import Writers
+from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.facts import model_directory, model_shape
+from stillroom.pipeline.teacher.vllm.engine import start_vllm, vllm_arguments
+from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
+
+
+class ServedWriter:
+    """A model under vLLM.
+
+    Args:
+        model: which.
+        writers: longest text, pictures, the tokens that end an answer.
+        more: engine arguments beside those of every engine that writes.
+    """
+
+    def __init__(self, model: Teacher, writers: Writers, more: dict[str, Any]):
+        self._writers = writers
+        self._llm: Any = start_vllm(model, _arguments(model, writers) | more)
+        self._num_asked = 0
+
+    def ask(self, text: Example, sampling: Any) -> str:
+        """Hand a text to vLLM; returns the request's id."""
+        self._num_asked += 1
+        request_id = f"{self._num_asked}-{text.example_id}"
+        given: Any = {"prompt_token_ids": text.token_ids.tolist()}
+        if text.images:
+            given = with_pictures(text, self._writers.pictures, self._llm)
+        self._llm.llm_engine.add_request(request_id, given, sampling)
+        return request_id
+
+    def step(self) -> list[Any]:
+        """One scheduler step; the outputs that it finished."""
+        return [output for output in self._llm.llm_engine.step() if output.finished]
+
+    def sampling(self, max_tokens: int, seed: int, **more: Any) -> Any:
+        """`SamplingParams` of at most `max_tokens` tokens at the writers' temperature."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self._writers.settings.temperature,
+            seed=seed,
+            stop_token_ids=list(self._writers.stop_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **more,
+        )
+
+    def close(self) -> None:
+        """End vLLM and its workers."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+
+def _arguments(model: Teacher, writers: Writers) -> dict[str, Any]:
+    """Arguments of an engine that writes."""
+    arguments = vllm_arguments(model, model_shape(model).context, writers.max_tokens, 1.0)
+    arguments["enable_prefix_caching"] = True
+    if not torch.cuda.is_available():
+        # A seeded request whose prompt is read in pieces needs what CPU generators do not have.
+        arguments["enable_chunked_prefill"] = False
+    if writers.pictures is not None:
+        check_served(model_directory(model))
+        arguments["skip_tokenizer_init"] = False
+    return arguments
