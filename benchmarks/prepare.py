@@ -4,8 +4,8 @@ Every arm is a child of its own, so its peak memory is its own. Speed is megabyt
 messages hold, not the template around it) per second of processor time, after a first small corpus
 has paid for imports. The conversations are made of Python's own documentation, 1 to 5 answers each;
 the tokenizer is a byte-level BPE of 8,192 tokens trained on the same; the template is ChatML, and,
-in the arm `rewritten`, one that strips reasoning from earlier answers, so that every answer is an
-example of its own and its history is read again.
+in the arm `rewritten`, one that shortens earlier answers (as others strip their reasoning), so that
+every answer is an example of its own and its history is read again.
 
     python -m benchmarks.prepare --json
     python -m benchmarks.prepare --gigabytes 20 --pictures-only --json
@@ -32,7 +32,9 @@ from tests import tiny_image_models, tiny_models
 
 CHATML = tiny_models.PLAIN_CHAT_TEMPLATE
 REWRITTEN = CHATML.replace(
-    "message['content']", "(message['content'] if loop.last else message['content'][:9])"
+    "{{ message['content']",
+    "{% set whole = loop.last or message['role'] != 'assistant' %}"
+    "{{ (message['content'] if whole else message['content'][:9])",
 )
 TEMPLATES = {"chats": CHATML, "rewritten": REWRITTEN}
 CHARACTERS_PER_TOKEN = 4.6

@@ -11,6 +11,7 @@ from stillroom.stages.arguments import RunFile
 from stillroom.stages.console import out, say, table
 
 group = typer.Typer(name="corpus", help="Look at a prepared corpus.", no_args_is_help=True)
+AsJson = Annotated[bool, typer.Option("--json", help="What is shown, as JSON.")]
 SPECIAL, TARGET, BAR = "dim cyan", "bold green", 40
 
 
@@ -23,7 +24,7 @@ def about() -> None:
 def show(
     run_file: RunFile,
     examples: Annotated[int, typer.Option(help="How many examples to show.", min=0)] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Examples with their targets marked, lengths, shares, and what was left out."""
     from stillroom.pipeline import config

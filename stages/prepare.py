@@ -6,14 +6,13 @@ import typer
 
 from stillroom.stages.arguments import RunFile
 from stillroom.stages.console import out, progress, say, table
-from stillroom.stages.corpus import present, tell
+from stillroom.stages.corpus import AsJson, present, tell
 
 if TYPE_CHECKING:
     from stillroom.pipeline.corpus.files import Corpus
 
 COLUMNS = ("documents", "examples", "tokens", "targets")
 Show = Annotated[int, typer.Option(help="Show so many examples of the corpus.", min=0)]
-AsJson = Annotated[bool, typer.Option("--json", help="What --show shows, as JSON.")]
 
 
 def prepare(run_file: RunFile, show: Show = 0, as_json: AsJson = False) -> None:
@@ -50,13 +49,12 @@ def prepare(run_file: RunFile, show: Show = 0, as_json: AsJson = False) -> None:
     provenance.record(run.path("run.json"), "prepare")
     if as_json or show:
         present(run, corpus, show, as_json)
-    if as_json:
-        return
-    show_corpus(corpus, told=bool(show))
+    if not as_json:
+        show_corpus(corpus, told=show > 0)
 
 
 def show_corpus(corpus: "Corpus", told: bool = False) -> None:
-    """What a corpus holds and, unless that was told, what was left out; its directory on stdout."""
+    """What a corpus holds and, unless it was told, what was left out; its directory on stdout."""
     counts = corpus.facts["counts"]
     rows = [[name, *(f"{counts[name][column]:,}" for column in COLUMNS)] for name in counts]
     table(f"corpus {corpus.digest[:12]}", ["split", *COLUMNS], rows)

@@ -257,7 +257,7 @@ def inside(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.ndarray:
 
 def joints(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> list[int]:
     """Beginnings of spans that lie inside a token."""
-    begins, ends = offsets[:, 0], offsets[:, 1]
+    begins, ends = offsets[:, 0], offsets[:, 1]  # [L], characters
     return [start for start, _ in spans if ((begins < start) & (ends > start)).any()]
 
 

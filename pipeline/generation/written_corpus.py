@@ -33,7 +33,7 @@ from stillroom.pipeline.corpus.files import (
     replace_directory,
     write_facts,
 )
-from stillroom.pipeline.corpus.identity import chat_settings
+from stillroom.pipeline.corpus.identity import chat_settings, identity
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prompts import PromptReader
 from stillroom.pipeline.corpus.splits import canonical_json, deal
@@ -131,10 +131,8 @@ class _Job:
             teacher.trust_remote_code,
             chat_settings(prepare),
         )
-        identity = {
-            "tokenizer": tokenizer.facts,
-            "settings": prepare.model_dump(mode="json", exclude={"tokenizer"}),
-            "sources": [open_source(source).facts for source in prepare.source],
+        sources = [open_source(source) for source in prepare.source]
+        made = identity(prepare, tokenizer, sources) | {
             "generated": {
                 "settings": settings.model_dump(mode="json", exclude={"student"}),
                 "engine": engine_facts(engine),
@@ -143,7 +141,7 @@ class _Job:
                 "student": _student_facts(settings, tokenizer),
             },
         }
-        return cls(prepare, settings, teacher, tokenizer, identity)
+        return cls(prepare, settings, teacher, tokenizer, made)
 
     @property
     def digest(self) -> str:
