@@ -40,5 +40,5 @@ def test_what_was_run_once_has_no_error(cells):
 
 
 def test_a_report_of_nothing_says_what_to_run(tmp_path):
-    with pytest.raises(ConfigError, match=r"no cell has been run.*benchmarks\.students --grid tail"):
+    with pytest.raises(ConfigError, match=r"no cell has been run.*students --grid tail"):
         report(tmp_path, "tail")
