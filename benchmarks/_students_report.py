@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stillroom.cache_schemas.errors import ConfigError
 from stillroom.stages.demos.vision_findings import spread
 
 CEILING = "full"
@@ -25,8 +26,14 @@ def report(cells: Path, grid: str) -> dict[str, Any]:
     Returns:
         `rows`, one per arm and number of steps; `cells`, how many were found. In a row
         `relative_to_full` is the mean over the seeds that both arms have of KL / KL(full) - 1.
+
+    Raises:
+        ConfigError: nothing has been run.
     """
     found = [json.loads(path.read_text()) for path in sorted((cells / grid).glob("*.json"))]
+    if not found:
+        remedy = f"Run `python -m benchmarks.students --grid {grid}` first."
+        raise ConfigError("no cell has been run", where=str(cells / grid), remedy=remedy)
     groups: dict[tuple, list[dict]] = {}
     for cell in found:
         groups.setdefault((cell["steps"], cell["arm"]), []).append(cell)

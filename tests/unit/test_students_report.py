@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks._students_report import report
+from stillroom.cache_schemas.errors import ConfigError
 
 KL = {"full": {1: 2.0, 2: 4.0}, "bucket-20": {1: 2.2, 2: 4.2, 3: 9.0}, "random-20": {3: 5.0}}
 
@@ -36,3 +37,8 @@ def test_what_was_run_once_has_no_error(cells):
     assert lines[2].startswith("| `full` | 72,000 | 2 | - | 3.000 ± 1.000 | +0.0% ± 0.0% |")
     assert "| `random-20` | 72,000 | 1 | 20.2 | 5.000 | - | 0.300 | 100 |" in lines
     assert (cells / "tail.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_of_nothing_says_what_to_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"no cell has been run.*students --grid tail"):
+        report(tmp_path, "tail")
