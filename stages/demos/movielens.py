@@ -25,10 +25,11 @@ from stillroom.stages.demos.teacher_wheel import check_sha256
 PACKAGE = "r-cran-dslabs=0.7.4-1"
 SHA256 = "c3f93382c44d4581de9561792a87b110cb239c70771cac5ad63fa0a259e71ef3"
 TERMS = (
-    "MovieLens small is GroupLens' (University of Minnesota): research use; no redistribution "
-    "without separate permission; no commercial use without permission; no endorsement may be "
-    "implied; cite Harper and Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015. "
-    "https://files.grouplens.org/datasets/movielens/ml-latest-small-README.html"
+    "MovieLens small (ml-latest-small of October 2016) is GroupLens', University of Minnesota. In "
+    "short, their terms are: for research; state or imply no endorsement by them; acknowledge the "
+    "data in publications (Harper and Konstan, The MovieLens Datasets, ACM TiiS 5(4):19, 2015); "
+    "pass it on, also transformed, only under these same terms; no commercial use without their "
+    "permission; no warranty. In full: https://grouplens.org/datasets/movielens/"
 )
 FRAME = "movielens"
 PREFIX = "usr/lib/R/site-library/dslabs/data/Rdata"
