@@ -243,7 +243,10 @@ ZOO: dict[str, Kind] = {
     "olmo3": Kind(
         "Olmo3ForCausalLM", "post norms, sliding window", {**BROAD, "sliding_window": 32}
     ),
-    "olmoe": Kind("OlmoeForCausalLM", "MoE, q and k norms", {**EXPERTS, **BROAD}),
+    "olmoe": Kind(
+        "OlmoeForCausalLM", "MoE, q and k norms", {**EXPERTS, **BROAD, "tie_word_embeddings": False}
+    ),
+    "olmoe-tied": Kind("OlmoeForCausalLM", "the same, tied", {**EXPERTS, **BROAD}),
     "cohere": Kind("CohereForCausalLM", "factor on the logits", {"logit_scale": 0.25}),
     "cohere2": Kind(
         "Cohere2ForCausalLM",
@@ -394,6 +397,7 @@ ZOO: dict[str, Kind] = {
         "Glm4MoeForCausalLM",
         "MoE by sigmoid, partial rope",
         {
+            "tie_word_embeddings": False,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 64,
@@ -402,7 +406,8 @@ ZOO: dict[str, Kind] = {
             "topk_group": 1,
         },
     ),
-    "ernie4.5": Kind("Ernie4_5ForCausalLM", "interleaved rope, biases", {"use_bias": True}),
+    "ernie4.5": Kind("Ernie4_5ForCausalLM", "interleaved rope"),
+    "ernie4.5-biased": Kind("Ernie4_5ForCausalLM", "the same with biases", {"use_bias": True}),
     "apertus": Kind("ApertusForCausalLM", "xIELU, q and k norms"),
     "arcee": Kind("ArceeForCausalLM", "squared ReLU"),
     "seed-oss": Kind("SeedOssForCausalLM", "biases"),
@@ -415,7 +420,14 @@ ZOO: dict[str, Kind] = {
             "num_experts_per_tok": 2,
             "sliding_window": 32,
             "layer_types": SLIDING,
-            **_rope("yarn", factor=4.0, original_max_position_embeddings=128),
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=128,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                truncate=False,
+            ),
         },
     ),
     "llama4": Kind(
@@ -426,7 +438,7 @@ ZOO: dict[str, Kind] = {
             "num_experts_per_tok": 1,
             "intermediate_size_mlp": 128,
             "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 32,
+            "attention_chunk_size": 128,
             "no_rope_layers": [1, 1, 0],
         },
     ),
@@ -468,7 +480,6 @@ ZOO: dict[str, Kind] = {
         },
     ),
     "paligemma": Kind("PaliGemmaForConditionalGeneration", "prefix seen both ways"),
-    "llava": Kind("LlavaForConditionalGeneration", "pictures before text"),
 }
 """Label -> model."""
 
@@ -489,12 +500,11 @@ def save(label: str, directory: Path) -> Path:
 
 
 def _config(model_class: Any, kind: Kind) -> Any:
-    if not kind.model.endswith("ConditionalGeneration"):
+    if kind.model != "PaliGemmaForConditionalGeneration":
         settings = {k: v for k, v in (SHAPE | kind.settings).items() if v is not None}
         return model_class.config_class(**settings)
-    inner = "gemma" if "Gemma" in kind.model else "llama"
     seen = {
-        "model_type": "siglip_vision_model" if inner == "gemma" else "clip_vision_model",
+        "model_type": "siglip_vision_model",
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -503,7 +513,7 @@ def _config(model_class: Any, kind: Kind) -> Any:
         "patch_size": 14,
         "projection_dim": 64,
     }
-    text = SHAPE | {"model_type": inner}
+    text = SHAPE | {"model_type": "gemma"}
     return model_class.config_class(text_config=text, vision_config=seen, image_token_index=3)
 
 

@@ -256,7 +256,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         names = ("engine_difference", "hidden_difference", "definition_difference")
         cells = ["-" if row[n] is None else f"{row[n]:.1g}" for n in (*names, "full_vocabulary_kl")]
-        verdict = f"{row['verdict']}: {row['reason']}" if row["reason"] else row["verdict"]
+        reason = row["reason"].removeprefix("/model: ").split("; expected")[0].split(". ")[0][:200]
+        verdict = f"{row['verdict']}: {reason}" if reason else row["verdict"]
         name = f"{row['label']} (`{row['architecture']}`)"
         lines.append("| " + " | ".join([name, row["kind"], *cells, verdict]) + " |")
     return "\n".join(lines)

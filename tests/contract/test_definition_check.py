@@ -10,6 +10,7 @@ from benchmarks._architecture_zoo import save
 from stillroom.cache_schemas.errors import ConfigError, TeacherError
 from stillroom.cache_schemas.manifest import DefinitionCheck
 from stillroom.pipeline.cache.care.overview import overview
+from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.capture import job
@@ -199,6 +200,7 @@ def test_the_result_is_in_the_manifest_and_asked_for_once(run, beside, monkeypat
     assert found.logprob == 0
     assert TeacherCache.open(str(run.path("cache"))).manifest.definition == found
     assert overview(DirectoryStorage(run.path("cache"))).definition == found
+    assert verify(DirectoryStorage(run.path("cache"))).problems == []
     monkeypatch.setattr(job, "check_definition", None)
     assert job.capture(run, engine="vllm") == manifest
 
