@@ -190,6 +190,17 @@ def accumulating(module: Any, last: bool) -> Any:
     return nullcontext()
 
 
+def let_go(module: Any) -> None:
+    """Shard again what a forward pass without a backward pass left gathered.
+
+    FSDP keeps the root's weights whole for the backward pass that it expects. Whoever looks at the
+    module's parameters before that finds other tensors than the optimiser's.
+    """
+    for part in module.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
+
+
 def whole(tensor: Any) -> torch.Tensor:
     """A tensor with all its shards (a collective when it has any)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

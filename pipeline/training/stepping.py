@@ -23,7 +23,7 @@ from stillroom.pipeline.objectives.weighting import Term, UnitWeights
 from stillroom.pipeline.training.checkpoint import trainable
 from stillroom.pipeline.training.heldout import HeldOut
 from stillroom.pipeline.training.optimization import rate
-from stillroom.pipeline.training.parallel import Parallel, accumulating, whole
+from stillroom.pipeline.training.parallel import Parallel, accumulating, let_go, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +173,7 @@ class Stepper:
                     values = self.module(batch.to(self.parallel.device), weights)
                 found.append(torch.stack([values.double().cpu(), own * counts]))
             reports, _ = self._reports()
+            let_go(self.module)
         self.module.train()
         values, totals = self.parallel.sum(torch.stack(found).sum(dim=0))
         means = (values / totals.clamp_min(1e-30)).tolist()

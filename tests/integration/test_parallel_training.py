@@ -202,6 +202,22 @@ def test_a_run_goes_on_with_other_ranks(tmp_path, teacher, cache, alone):
     assert_same_training(tmp_path, alone)
 
 
+@pytest.mark.slow
+def test_measuring_leaves_sharded_training_as_it_is(tmp_path, teacher, cache):
+    """A measurement gathers weights and, with an average, puts others in their place for a while:
+    what is checkpointed right after it, and trained on, is the optimiser's own."""
+    held = memory_cache.captured(
+        teacher, memory_cache.examples(5, seed=8), hidden_layers=("final",)
+    )
+    changes = COMMON | {"cache": cache, "batch_tokens": 96, "accumulate": 2, "ema": 0.9}
+    changes |= {"heldout_cache": str(held.write(tmp_path / "held")), "checkpoint_every": 1}
+    train(make_run(tmp_path / "alone", teacher, evaluate_every=1, **changes))
+    sharded = changes | {"parallel": "fsdp", "evaluate_every": 1}
+    assert launch(2, tmp_path / "run", teacher, stop_after=2, **sharded) == 3
+    assert launch(2, tmp_path / "run", teacher, **sharded) == 0
+    assert_same_training(tmp_path / "run", tmp_path / "alone")
+
+
 def test_sigterm_makes_a_checkpoint_and_exits_with_3(tmp_path, teacher, cache, alone):
     run = make_run(tmp_path, teacher, cache=cache, batch_tokens=96, accumulate=2, **COMMON)
     document = run.model_dump(mode="json", exclude_none=True)
