@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import needs
 from benchmarks._architecture_zoo import VOCABULARY, ZOO, save
 from benchmarks.cache_trial import publish
 
@@ -264,4 +265,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import needs
 from benchmarks.cache_trial import publish
 from tests import tiny_image_models, tiny_models
 
@@ -197,4 +198,4 @@ def picture() -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

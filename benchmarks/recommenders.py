@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline.capture import candidates, items
 from stillroom.pipeline.capture.candidate_engines import line_ends, prompt_of
@@ -239,4 +240,4 @@ def _run(arguments: Any, scratch: Path) -> Run:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

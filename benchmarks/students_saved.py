@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
+from benchmarks import needs
 from benchmarks.cache_trial import publish
 from stillroom.cache_schemas.errors import StillroomError
 from stillroom.pipeline import config
@@ -238,4 +239,4 @@ def _shown(row: dict[str, Any], reasons: dict[str, int]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

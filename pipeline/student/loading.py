@@ -60,6 +60,11 @@ def load(
         if _is_adapter(directory):
             return _with_adapter(Path(directory), attention, dtype)
         return _plain(directory, attention, dtype, trusts_code, config)
+    except StudentError as error:
+        if attention == "auto" or "attention" not in error.found:
+            raise
+        remedy = "Set [train] attention = 'auto'."
+        raise StudentError(error.found, where=error.where, remedy=remedy) from None
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise StudentError(
             f"cannot be loaded ({reason(error)})",

@@ -70,7 +70,7 @@ def _config(source: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(plain_model(source))
+        return AutoConfig.from_pretrained(plain_model(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _not_a_student(source, error) from None
 

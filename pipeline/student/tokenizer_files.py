@@ -76,7 +76,8 @@ def _write_plain(source: Path, directory: Path) -> None:
 
     for path in [path for pattern in READ_BY_OTHERS for path in directory.glob(pattern)]:
         path.unlink()
-    AutoTokenizer.from_pretrained(source).save_pretrained(directory)
+    plain = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    plain.save_pretrained(directory)
     _set(directory, {"tokenizer_class": PLAIN_CLASS})
 
 

@@ -131,7 +131,9 @@ class RecommenderTraining(Training):
             left_out = HOW_NOT_WHAT - CHOOSES if label == "train" else set()
             for key, value in table.model_dump(mode="json").items():
                 if key not in left_out:
-                    identity[f"{label}.{key}"] = value
+                    # How often students are compared may change for others, and decides here.
+                    chooses = "chosen by " if label == "train" and key in CHOOSES else ""
+                    identity[f"{chooses}{label}.{key}"] = value
         return identity
 
     def _heldout(self, step: int) -> dict[str, float]:

@@ -5,16 +5,18 @@ One idea: numbers on stdout, judgement in the exit code.
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stillroom.cache_schemas.errors import CacheError, PlanMismatch
-from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.plain_text import plain
 from stillroom.stages.arguments import Engine, EngineChoice
 from stillroom.stages.cache.arguments import Cache, location
 from stillroom.stages.console import say, table
+
+if TYPE_CHECKING:
+    from stillroom.pipeline.config import Teacher
 
 Sample = Annotated[int, typer.Option(min=1, help="Examples to compare, evenly spaced.")]
 
@@ -94,7 +96,7 @@ def audit(
         )
 
 
-def other_precision(plan: dict, engine: str, teacher: Teacher) -> str:
+def other_precision(plan: dict, engine: str, teacher: "Teacher") -> str:
     """In which precision noise is to be measured too; "" where engine and dtype are the cache's.
 
     A float32 cache under another engine in float32 needs none: both round alike.

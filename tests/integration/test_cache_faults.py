@@ -151,7 +151,7 @@ def test_odd_file_systems_give_the_same_cache(tmp_path, plan, expected, disk):
 
 def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_kept(tmp_path, plan):
     storage = DirectoryStorage(tmp_path)
-    dead = tmp_path / layout.STAGING / "dead"
+    dead = tmp_path / layout.STAGING / "deadbeefdeadbeef"
     dead.mkdir(parents=True)
     (dead / "file").write_bytes(b"half")
     with storage.staging() as mine:

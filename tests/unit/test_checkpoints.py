@@ -67,7 +67,7 @@ def test_a_head_of_its_own_is_not_made_up(tiny_qwen3, tmp_path):
     broken = without(tiny_qwen3, tmp_path / "broken", "lm_head")
     teacher = Teacher(model=str(broken))
     facts = teacher_facts(teacher)
-    with pytest.raises(StudentError, match=r"first lm_head\.weight"):
+    with pytest.raises(TeacherError, match=r"first lm_head\.weight"):
         keep_teacher_head(teacher, facts, tmp_path / "head.safetensors")
     with pytest.raises(TeacherError, match=r"first lm_head\.weight"):
         load_model(teacher)

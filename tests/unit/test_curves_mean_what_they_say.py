@@ -39,7 +39,9 @@ def test_a_drawn_teachers_value_is_its_kl_in_expectation():
 def test_a_perfect_student_shows_nothing(k):
     world = World(k=k, draws=1)
     world.hidden = world.teacher_states.requires_grad_(True)
-    world.head = world.teacher_head.requires_grad_(True)
+    teacher = world.teacher_head
+    world.head = teacher.weight.requires_grad_(True)
+    world.form = {"bias": teacher.bias, "softcap": teacher.softcap, "scale": teacher.scale}
     world.teacher_logits = world.teacher_logits.detach()
     found, _ = expected_value(world)
     torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-5)

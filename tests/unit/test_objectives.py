@@ -39,6 +39,7 @@ class World:
         matrix = torch.randn(VOCABULARY, TEACHER_WIDTH, **double)
         self.teacher_head = Head(matrix, bias, softcap=7.0, scale=1.5)
         self.teacher_logits = self.teacher_head.logits(self.teacher_states)
+        self.form = {"bias": None, "softcap": None}  # of the student's head
         self.labels = torch.randint(0, VOCABULARY, (ROWS,))
         self.example = torch.arange(ROWS) // 4
         self.signals = self._signals(k, draws)
@@ -68,7 +69,7 @@ class World:
 
     @property
     def logits(self):
-        return self.hidden @ self.head.T
+        return Head(self.head, **self.form).logits(self.hidden)
 
     def context(self, name, weights=None, projector=None, **options):
         flat, image = torch.arange(ROWS), torch.zeros(ROWS, dtype=torch.bool)
@@ -89,7 +90,7 @@ class World:
         facts = CacheFacts(tuple(self.signals), TEMPERATURES, VOCABULARY)
         checked = spec.settle(checked, facts)
         made = torch.ones(ROWS, dtype=torch.float64) if weights is None else weights
-        states = StudentStates(self.hidden, Head(self.head, None, None))
+        states = StudentStates(self.hidden, Head(self.head, **self.form))
         return spec, Context(
             states,
             batch,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, PlanMismatch, ShardCorrupt
-from stillroom.cache_schemas.manifest import FileEntry, Manifest, read
+from stillroom.cache_schemas.manifest import FileEntry, Manifest, Plan, read
 from stillroom.pipeline.cache import partial
 from stillroom.pipeline.cache.card import README
 from stillroom.pipeline.cache.care.verification import Progress
@@ -206,15 +206,25 @@ def _is_wanted(name: str, dense: list[str]) -> bool:
     return not name.startswith("dense/") or name.split("/")[1] in dense
 
 
+def _holds_plan(target: Storage, plan: Plan) -> bool:
+    try:
+        where = f"{target.location}/{layout.PLAN}"
+        return Plan.from_bytes(target.read(layout.PLAN), where).digest == plan.digest
+    except CacheError:
+        return False
+
+
 def check_target(cache: TeacherCache, target: Storage) -> None:
-    """Refuse a place that holds another cache. A manifest that is broken is none, and is mended."""
+    """Refuse a place that holds another cache. A manifest that is broken beside this cache's
+    plan is this cache's own, and will be mended."""
     if target.size(layout.MANIFEST) is None:
         return
     try:
         found = read(Manifest, target.read(layout.MANIFEST), f"{target.location}/{layout.MANIFEST}")
+        same = found.digest == cache.manifest.digest
     except ShardCorrupt:
-        return
-    if found.digest != cache.manifest.digest:
+        same = target.size(layout.PLAN) is not None and _holds_plan(target, cache.plan)
+    if not same:
         raise PlanMismatch(
             "another cache lies there",
             where=target.location,
