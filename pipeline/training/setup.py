@@ -74,6 +74,9 @@ class Setup:
         self.named = named = look_up(run, settings, parallel, self.caches)
         self.caches, self.facts, self.terms = named.caches, named.facts, list(named.terms)
         self.initial = run.path("student-initial")
+        # As it is unless the loaded student cannot keep packed documents apart.
+        packed = settings.packing == "auto"
+        self.geometry = geometry_of(settings, named.caches[""], parallel, packed)
         student = require(run.student, "student", run.name)
         parallel.together(lambda: initial_student(student, run.teacher, self.initial))
         check_fit(self.initial, named.titled_caches())
