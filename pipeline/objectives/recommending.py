@@ -2,7 +2,7 @@
 
 One idea: as for language models, an objective is a line of the `[[objective]]` table and a function
 that gives one value per row; rows, weights and the division by the global count are here, once.
-A row that the teacher was not asked about weighs nothing in what needs its answer.
+A row that the teacher was not asked about adds nothing to what needs its answer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -273,9 +273,13 @@ class RankingDistiller(nn.Module):
         self.sums: dict[str, dict[str, torch.Tensor]] = {}
 
     def weigh(self, batch: Any, progress: float) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Weights of every objective's rows, and their totals; see `combine.Distiller.weigh`."""
+        """Weights of every objective's rows, and their totals; see `combine.Distiller.weigh`.
+
+        A total counts all rows, also those without the teacher's answer: a teacher that was asked
+        about few rows is a small part of the mean, and not as much as if it had answered all.
+        """
         weights = [self._rows(term, batch) for term in self.terms]
-        return weights, torch.stack([weight.double().sum() for weight in weights])
+        return weights, torch.full((len(weights),), len(batch.target), dtype=torch.float64)
 
     def forward(
         self, batch: HistoryBatch, weights: list[torch.Tensor], progress: float = 1.0

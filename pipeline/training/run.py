@@ -102,7 +102,11 @@ def freeze(student: nn.Module, settings: Train) -> None:
 
 
 def facts_of(cache: Any) -> CacheFacts:
-    """What objectives must know of a cache."""
+    """What objectives must know of a cache.
+
+    Raises:
+        StudentError: it holds items or lists of items.
+    """
     facts = cache.plan.facts
     if "encoders" in facts["teacher"]:
         dense = facts["signals"]["dense"]
@@ -110,6 +114,13 @@ def facts_of(cache: Any) -> CacheFacts:
             {name: shape[key] for name, shape in dense.items()} for key in ("width", "positions")
         )
         return CacheFacts(tuple(cache.signals), (), 0, widths, positions)
+    if "catalogue" in facts["capture"]:
+        raise StudentError(
+            "is about items and holds no text",
+            expected="a cache that [capture] made",
+            where=cache.storage.location,
+            remedy="A recommender needs a [recommender] table.",
+        )
     width = facts["teacher"]["hidden_size"]
     return CacheFacts(
         signals=tuple(cache.signals),

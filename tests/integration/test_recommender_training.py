@@ -24,6 +24,7 @@ from stillroom.pipeline.evaluation.ranking import (
 )
 from stillroom.pipeline.student.recommenders.export import load
 from stillroom.pipeline.student.recommenders.ranks import measures, rank_of
+from stillroom.pipeline.training.opening import train
 from stillroom.pipeline.training.recommending import train_recommender
 from stillroom.pipeline.training.sweep import run_sweep
 from stillroom.pipeline.training.trainer import Interrupted
@@ -364,3 +365,13 @@ recommender = { kind = "gru4rec" }
     listed = runner.invoke(app, ["recommend", str(toml), "--user", "u3", "--top", "3"])
     assert listed.exit_code == 0, listed.output
     assert listed.output.count("number") >= 3
+
+
+def test_a_language_model_is_not_trained_on_lists(copied, tiny_llama):
+    run = copied()
+    student = {"init": "model", "model": str(tiny_llama)}
+    tables = {"recommender": None, "student": student, "objective": [{"name": "cross_entropy"}]}
+    cache = {"cache": str(run.path("candidates")), "steps": 2}
+    made = Run.model_validate(run.model_dump() | tables | {"train": cache})
+    with pytest.raises(StudentError, match="is about items and holds no text"):
+        train(made)

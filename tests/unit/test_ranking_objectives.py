@@ -72,15 +72,14 @@ def run(distiller, batch, seed=0):
 
 
 def plain(distiller, batch, per_row, rows=range(ROWS), seed=0):
-    """The mean over `rows` of a plain statement, and its gradients."""
+    """The mean over all rows of a plain statement, 0 outside `rows`, and its gradients."""
     model = distiller.model
     torch.manual_seed(seed)
     drawn = negatives(batch.history, batch.target, ITEMS)
     states = model.states(batch.history)
     scores = states @ model.head.weight.T + model.head.bias
-    value = sum(per_row(scores[r], int(batch.target[r]), int(drawn[r]), r) for r in rows) / len(
-        rows
-    )
+    listed = (per_row(scores[r], int(batch.target[r]), int(drawn[r]), r) for r in rows)
+    value = sum(listed) / ROWS
     value.backward()
     found = {n: p.grad.clone() for n, p in distiller.named_parameters() if p.grad is not None}
     distiller.zero_grad()
