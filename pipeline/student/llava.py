@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.data.images import ImageBatch
@@ -211,11 +210,6 @@ def is_multimodal(model: Any) -> bool:
     """True for a model with a vision tower and a projector."""
     inner = getattr(model, "model", None)
     return hasattr(inner, "vision_tower") and hasattr(inner, "multi_modal_projector")
-
-
-def tower_of(model: Any) -> nn.Module:
-    """The vision tower of a multimodal student."""
-    return model.model.vision_tower
 
 
 def _shifted(rows: int, width: int, wider: int, row, column, count: int) -> torch.Tensor:
