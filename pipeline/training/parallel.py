@@ -40,6 +40,8 @@ class Parallel:
     def start(cls) -> "Parallel":
         """Join the peers that torchrun started, if it did; otherwise stand alone.
 
+        An engine that ran in this process may have left a group of one, which is no peer.
+
         Raises:
             ConfigError: peers were started in a way that does not let them find each other.
         """
@@ -50,6 +52,7 @@ class Parallel:
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
+        _check_group(world_size)
         started = world_size > 1 and not dist.is_initialized()
         if started:
             # Both, because `sum` adds up CPU tensors.
@@ -112,7 +115,7 @@ class Parallel:
         Raises:
             ConfigError: `parallel` needs peers.
         """
-        if train.parallel == "fsdp" and not dist.is_initialized():
+        if train.parallel == "fsdp" and self.world_size == 1:
             raise ConfigError(
                 "parallel = 'fsdp' in a single process",
                 where="[train]",
@@ -178,6 +181,16 @@ def _check_surroundings(told: Mapping[str, str]) -> None:
             f"WORLD_SIZE = {told['WORLD_SIZE']} without {missing[0]}",
             remedy="Start with torchrun --nproc-per-node N -m stillroom.stages train ..., "
             "or unset WORLD_SIZE.",
+        )
+
+
+def _check_group(world_size: int) -> None:
+    """Refuse a group of other processes than the run's: one rank would pass for all."""
+    if dist.is_initialized() and dist.get_world_size() != world_size:
+        raise ConfigError(
+            f"a process group of {dist.get_world_size()}, and WORLD_SIZE says {world_size}",
+            expected="a group of all processes that train, or none yet",
+            remedy="Train under torchrun, in a process that has run no engine of vLLM.",
         )
 
 

@@ -229,6 +229,23 @@ def test_processes_that_do_not_know_each_other_are_noticed(monkeypatch, told, me
     assert Parallel.start().world_size == 1
 
 
+@pytest.mark.parametrize(("told", "group"), [("2", 1), ("1", 3)])
+def test_a_group_of_other_processes_is_noticed(monkeypatch, told, group):
+    ranks = {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    monkeypatch.setattr(parallel.os, "environ", {"WORLD_SIZE": told} | ranks)
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: group)
+    with pytest.raises(ConfigError, match=f"group of {group}, and WORLD_SIZE says {told}"):
+        Parallel.start()
+
+
+def test_an_engine_leaves_no_peer(monkeypatch):
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    alone = Parallel(0, 1, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="torchrun"):
+        alone.check_kind(Train(parallel="fsdp"))
+
+
 def test_auto_is_bf16_and_triton_on_cuda_alone(monkeypatch):
     from stillroom.pipeline.training import run
 
