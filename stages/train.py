@@ -58,20 +58,20 @@ def train(
 
 def _sweep(sweep_file: Path) -> None:
     """Train all arms, then compare them in one table and one picture."""
-    from stillroom.pipeline.training import sweep as sweeps
+    from stillroom.pipeline.training import arms as trained_arms
     from stillroom.pipeline.training.curves import draw_curves
 
-    _, base, arms = sweeps.load(sweep_file)
+    _, base, arms = trained_arms.load(sweep_file)
     with progress("sweep", "arms") as report, stop_on_signals() as stop:
 
-        def show(now: sweeps.SweepProgress) -> None:
+        def show(now: trained_arms.SweepProgress) -> None:
             part = now.step.step / now.step.steps if now.step else 0.0
             report(now.done + part, now.total, arm=now.arm)
 
-        results = sweeps.run_sweep(sweep_file, show, stop)
+        results = trained_arms.run_sweep(sweep_file, show, stop)
     picture = draw_curves({name: run.path() for name, run in arms.items()}, base.path("sweep.png"))
-    failed = {n: r.failed for n, r in results.items() if isinstance(r, sweeps.FailedArm)}
-    trained = {n: r for n, r in results.items() if not isinstance(r, sweeps.FailedArm)}
+    failed = {n: r.failed for n, r in results.items() if isinstance(r, trained_arms.FailedArm)}
+    trained = {n: r for n, r in results.items() if not isinstance(r, trained_arms.FailedArm)}
     scores = _scores(base, {name: result.student for name, result in trained.items()})
     rows = [
         [name, f"{result.final_loss:.4f}", f"{result.tokens:,}", *scores.get(name, ["", "", ""])]
@@ -85,7 +85,7 @@ def _sweep(sweep_file: Path) -> None:
     out.print(str(picture))
     if failed:
         reasons = "".join(f"\n- {name}: {reason}" for name, reason in failed.items())
-        raise sweeps.SweepIncomplete(
+        raise trained_arms.SweepIncomplete(
             f"{len(failed)} of {len(results)} arms failed{reasons}",
             remedy="\nPut them right and run the same command again; the others are kept.",
         )

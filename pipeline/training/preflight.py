@@ -19,7 +19,7 @@ from stillroom.pipeline.objectives.registry import CacheFacts
 from stillroom.pipeline.objectives.weighting import Term
 from stillroom.pipeline.student.skeleton import config_source, positions_of, skeleton
 from stillroom.pipeline.training.coverage import check_every_objective_has_rows, check_sources
-from stillroom.pipeline.training.heldout import HeldOut, heldout_sets, judge, title
+from stillroom.pipeline.training.held_out import HeldOut, heldout_sets, judge, title
 from stillroom.pipeline.training.parallel import Parallel
 from stillroom.pipeline.training.run import (
     cache_locations,

@@ -31,7 +31,7 @@ from stillroom.pipeline.student.teacher_head import check_head, keep_teacher_hea
 from stillroom.pipeline.teacher.reference.head import Head
 from stillroom.pipeline.training.checkpoint import Checkpoints, trainable
 from stillroom.pipeline.training.exporting import Proof, adapted, rehearse
-from stillroom.pipeline.training.heldout import HeldOut
+from stillroom.pipeline.training.held_out import HeldOut
 from stillroom.pipeline.training.identity import identity_of
 from stillroom.pipeline.training.memory import check_memory
 from stillroom.pipeline.training.optimization import optimizer_of

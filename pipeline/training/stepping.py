@@ -21,7 +21,7 @@ from stillroom.pipeline.objectives.combine import Distiller
 from stillroom.pipeline.objectives.recommending import RankingDistiller
 from stillroom.pipeline.objectives.weighting import Term, UnitWeights
 from stillroom.pipeline.training.checkpoint import trainable
-from stillroom.pipeline.training.heldout import HeldOut
+from stillroom.pipeline.training.held_out import HeldOut
 from stillroom.pipeline.training.optimization import rate
 from stillroom.pipeline.training.parallel import Parallel, accumulating, let_go, whole
 

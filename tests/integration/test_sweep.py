@@ -5,7 +5,7 @@ import json
 import pytest
 
 from stillroom.cache_schemas.errors import ConfigError
-from stillroom.pipeline.training import sweep
+from stillroom.pipeline.training import arms
 from stillroom.pipeline.training.trainer import Interrupted
 from stillroom.stages.__main__ import run as command
 from tests import memory_cache
@@ -72,9 +72,9 @@ def test_every_arm_is_trained_and_compared(files, tmp_path, side_by_side, capsys
 def test_a_stopped_sweep_goes_on(files, tmp_path):
     path, asked = files(), iter(range(100))
     with pytest.raises(Interrupted):
-        sweep.run_sweep(path, stop=lambda: next(asked) >= 3)
+        arms.run_sweep(path, stop=lambda: next(asked) >= 3)
     first = (tmp_path / "run" / "sweep" / "as-it-is" / "train.json").read_bytes()
-    assert set(sweep.run_sweep(path)) == {"as-it-is", "reverse"}
+    assert set(arms.run_sweep(path)) == {"as-it-is", "reverse"}
     assert (tmp_path / "run" / "sweep" / "as-it-is" / "train.json").read_bytes() == first
 
 
@@ -111,7 +111,7 @@ def test_an_arm_that_breaks_is_told_as_it_broke():
     def broken():
         raise MemoryError("too much")
 
-    assert sweep.attempt(broken) == sweep.FailedArm("MemoryError: too much")
+    assert arms.attempt(broken) == arms.FailedArm("MemoryError: too much")
 
 
 @pytest.mark.parametrize(
@@ -126,4 +126,4 @@ def test_an_arm_that_breaks_is_told_as_it_broke():
 )
 def test_mistakes_are_named(files, text, message):
     with pytest.raises(ConfigError, match=message):
-        sweep.load(files(text=text))
+        arms.load(files(text=text))
