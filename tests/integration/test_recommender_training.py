@@ -24,9 +24,9 @@ from stillroom.pipeline.evaluation.ranking import (
 )
 from stillroom.pipeline.student.recommenders.export import load
 from stillroom.pipeline.student.recommenders.ranks import measures, rank_of
+from stillroom.pipeline.training.arms import run_sweep
 from stillroom.pipeline.training.opening import train
 from stillroom.pipeline.training.recommending import train_recommender
-from stillroom.pipeline.training.arms import run_sweep
 from stillroom.pipeline.training.trainer import Interrupted
 from stillroom.stages.__main__ import app
 from stillroom.stages.demos.recsys_arms import shuffle, write_lists
