@@ -29,6 +29,9 @@ from stillroom.stages.corpus import group as corpus
 from stillroom.stages.demos import recsys as demo_recsys
 from stillroom.stages.demos import text as demo
 from stillroom.stages.demos import vision as demo_vision
+from stillroom.stages.init import init
+from stillroom.stages.run_file import config, schema
+from stillroom.stages.whole_run import whole_run
 
 app = typer.Typer(
     name="stillroom",
@@ -39,6 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.command()(init)
 app.command()(prepare.prepare)
 app.add_typer(corpus, name="corpus")
 app.command()(generate.generate)
@@ -52,6 +56,9 @@ app.command()(demo.demo)
 app.command()(demo_vision.demo_vision)
 app.command()(demo_recsys.demo_recsys)
 app.add_typer(teacher.app, name="teacher")
+app.command("run")(whole_run)
+app.command()(config)
+app.command()(schema)
 
 SURROUNDINGS = {
     errno.ENOSPC: "Free some space and run the same command again; finished work is kept.",

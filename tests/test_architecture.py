@@ -22,6 +22,7 @@ FORBIDDEN = {
     "stages": {"tests", "benchmarks"},
 }
 WINGS = [
+    "beginning",
     "evaluation",
     "training",
     "objectives",

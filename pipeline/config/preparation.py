@@ -102,3 +102,4 @@ class Prepare(Table):
     on_error: Literal["stop", "skip"] = "stop"
     """Rows that cannot be used: name up to ten and stop, or write them to `rejects.jsonl`."""
     seed: int = 0
+    """Of the split into training and held-out documents."""

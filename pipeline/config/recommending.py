@@ -18,11 +18,15 @@ class Interactions(Table):
     """File of items (CSV, Parquet, JSONL, `.dat`, `.item`); a directory of MovieLens or RecBole has
     its own."""
     user: str = ""
-    """Columns; empty takes the first of the usual names that is there."""
+    """Column of users; empty takes the first of the usual names that is there, as below."""
     item: str = ""
+    """Column of items, in the interactions and in the catalogue."""
     time: str = ""
+    """Column of times: numbers or dates."""
     rating: str = ""
+    """Column of ratings; a file needs none."""
     title: str = ""
+    """Column of titles, in the catalogue."""
     text_columns: tuple[str, ...] = ()
     """Further columns of the catalogue that `item_text` may name."""
     encoding: str = ""
@@ -61,9 +65,11 @@ class Items(Table):
     pooling: Literal["last", "mean"] = "last"
     """The state at the text's last token (DLLM2Rec), or the mean over its tokens."""
     codec: Literal["bf16", "fp16", "int8", "fp8", "step"] = "fp16"
+    """How an embedding is stored; FORMAT.md states each one's error."""
     step: float = Field(default=0.05, gt=0)
     """Step of the RMS-scaled integers of codec `step`."""
     items_per_shard: int = Field(default=1024, ge=1)
+    """Items between two commits."""
 
 
 class Candidates(Table):
@@ -73,6 +79,7 @@ class Candidates(Table):
     """`grounded` (BIGRec): the title that the teacher writes is embedded, the nearest items by L2
     are taken. `scored`: log-probability of each title of a shortlist after the history."""
     k: int = Field(default=10, ge=1, le=1024)
+    """Items of one list."""
     seen: Literal["drop", "keep"] = "drop"
     """Whether items of the history itself may be candidates; the paper keeps them."""
     written_tokens: int = Field(default=24, ge=1)
@@ -81,12 +88,14 @@ class Candidates(Table):
     """`scored`: the items taken most often in training, or those nearest to the mean embedding of
     the history."""
     shortlist_size: int = Field(default=20, ge=1)
+    """`scored`: items of the shortlist; every one costs a prompt."""
     exact: bool = True
     """`grounded`, `similar`: compare with every item; False searches a graph (HNSW), which is
     faster above some 100,000 items and may miss some."""
     histories_per_user: int = Field(default=0, ge=0)
     """Ask about the latest this many training histories of each user; 0 asks about all."""
     histories_per_shard: int = Field(default=256, ge=1)
+    """Histories between two commits."""
     batch: int = Field(default=128, ge=1)
     """Histories that are answered together; a matter of speed."""
 
@@ -104,11 +113,15 @@ class Recommender(Table):
     """`[recommender]`: a small sequential recommender in the place of a language-model student."""
 
     kind: Literal["sasrec", "gru4rec", "caser"] = "sasrec"
+    """Self-attention, a GRU, or convolutions over the history."""
     width: int = Field(default=64, ge=1)
+    """Of an item's vector."""
     blocks: int = Field(default=1, ge=1)
     """Attention blocks, or layers of the GRU."""
     heads: int = Field(default=1, ge=1)
+    """`sasrec`: attention heads; they share the width."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of values left out in training."""
     filters: int = Field(default=16, ge=1)
     """`caser`: horizontal filters of each height, and vertical ones."""
     distilled: Distilled | None = None

@@ -30,6 +30,7 @@ class Generate(Table):
     temperature: float = Field(default=1.0, ge=0)
     """0 takes the most probable token every time."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the most probable tokens whose mass reaches this."""
     teacher_share: float = Field(default=1.0, ge=0, le=1)
     """Share of the teacher in the mixture a * teacher + (1 - a) * student that every token is drawn
     from (MiniLLM's alpha; they take 0.2). 1 needs no student."""
@@ -45,6 +46,7 @@ class Generate(Table):
     prompts_per_part: int = Field(default=64, ge=1)
     """Prompts answered between two commits."""
     seed: int = 0
+    """Of the draws."""
 
 
 class Teacher(Table):
@@ -53,8 +55,11 @@ class Teacher(Table):
     model: PathText
     """HF directory or hub id."""
     revision: str = ""
+    """Of a hub id: branch, tag or commit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the forward pass; `auto` takes the checkpoint's."""
     quantization: str = ""
+    """vLLM's method, where the checkpoint does not name one."""
     adapter: str = ""
     """Directory of a PEFT adapter that is applied to the model; part of what the teacher is."""
     trust_remote_code: bool = False
@@ -98,14 +103,18 @@ class Capture(Table):
     temperatures: tuple[float, ...] = (1.0,)
     """Log-sum-exps are kept at each; 1.0 is always among them."""
     entropy: bool = True
+    """Keep the entropy of every row's full softmax, in nats."""
     moments: bool = False
     """Logit mean, standard deviation and z-score log-sum-exp (LLaVADI's `norm_logits`)."""
     hidden_layers: tuple[int | Literal["final"], ...] = ()
     """Blocks (1-based) whose output is kept; "final" is what the LM head's
     matrix is multiplied with."""
     hidden_rows: Literal["all", "answer"] = "all"
+    """States of every scored row, or of rows under the loss mask only."""
     hidden_stride: int = Field(default=1, ge=1)
+    """Keep the states of every so-many-th of those rows."""
     hidden_codec: Literal["bf16", "fp16", "int8", "fp8", "step"] = "step"
+    """How a state is stored; FORMAT.md states each one's error."""
     hidden_step: float = Field(default=0.05, gt=0)
     """Step of the RMS-scaled integers of codec `step`; normalised squared error is step^2/12."""
     profile: Literal["small", "strict", "exact", "portable"] = "small"
@@ -118,7 +127,9 @@ class Capture(Table):
     score_images: bool = False
     """Also keep rows at image placeholder positions."""
     examples_per_shard: int = Field(default=16, ge=1)
+    """Examples between two commits."""
     seed: int = 0
+    """Of the tail's draws."""
 
     @model_validator(mode="before")
     @classmethod
@@ -146,6 +157,7 @@ class Run(Table):
     """A whole TOML file. Stages read the tables they need; all tables are checked by all stages."""
 
     name: str
+    """What tables, pictures and cards call the run."""
     directory: PathText
     """Where results go, relative to the working directory."""
     prepare: Prepare | None = None

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, WithJsonSchema
 
 from stillroom.cache_schemas.errors import ConfigError
 
@@ -23,14 +23,16 @@ def _expanded(path: str) -> str:
     return expanded
 
 
-PathText = Annotated[str, AfterValidator(_expanded)]
+PathText = Annotated[
+    str, AfterValidator(_expanded), WithJsonSchema({"type": "string", "format": "path"})
+]
 """A path, URL or hub id in a run file."""
 
 
 class Table(BaseModel):
     """A TOML table: immutable, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 T = TypeVar("T", bound=Table)

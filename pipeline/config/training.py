@@ -26,6 +26,9 @@ class Student(Table):
     """Where the student's first weights come from."""
 
     init: Literal["prune_layers", "prune_width", "config", "model", "parts"] = "prune_layers"
+    """`prune_layers`, `prune_width`: the teacher with fewer blocks, or narrower ones. `config`: fresh
+    weights. `model`: a model that is there. `parts`: a LLaVA-type student of a vision tower and a
+    language model."""
     model: PathText = ""
     """HF directory or hub id for `model`, JSON config for `config`; empty takes the teacher.
     `parts`: the language model."""
@@ -49,8 +52,11 @@ class Lora(Table):
     """Low-rank adapters in place of full training (PEFT)."""
 
     rank: int = Field(default=16, ge=1)
+    """Of the two matrices."""
     alpha: float = 32.0
+    """The adapter's output is multiplied with alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapter's inputs left out in training."""
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of modules, embeddings and head among them; `all-linear` leaves the head out."""
     modules_to_save: tuple[str, ...] = ()
@@ -64,7 +70,9 @@ class Objective(Table):
     """One `[[objective]]`: a loss, its weight, the rows it is about and its own options."""
 
     name: str
+    """Which loss; the objectives and their options are listed at the end of the reference."""
     weight: float = 1.0
+    """Factor of this loss in the sum that is trained on; 0 computes and shows it."""
     final_weight: float | None = None
     """Weight at the last step; the weight moves to it linearly. Unset keeps `weight`."""
     mask: Literal["answer", "all", "text", "image"] = "answer"
@@ -126,17 +134,21 @@ class Train(Table):
     shuffle_shards: int = Field(default=16, ge=1)
     """Shards that are shuffled together; bounds how far apart a step's reads lie."""
     learning_rate: float = Field(default=6e-4, gt=0)
+    """Highest rate, after the warm-up."""
     warmup: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """How the rate falls; `wsd` (warm-up, stable, decay) holds it and falls at the end."""
     decay: float = Field(default=0.2, ge=0, le=1)
     """`wsd`: share of the steps at the end in which the rate falls."""
     final_rate: float = Field(default=0.0, ge=0, le=1)
     """Rate at the last step, as a share of `learning_rate`."""
     weight_decay: float = 0.0
+    """Of AdamW, on matrices."""
     clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`bfloat16`: autocast over fp32 master weights; `auto` is that on CUDA and fp32 elsewhere."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -154,7 +166,9 @@ class Train(Table):
     """Add the router's load-balancing loss, times the config's `router_aux_loss_coef`, where the
     student has experts and a coefficient."""
     activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more work."""
     compile: bool = False
+    """Run the student through `torch.compile`."""
     kernel: Literal["auto", "chunked", "eager", "triton"] = "auto"
     """Implementation of the divergences: `auto` is triton on CUDA and chunked elsewhere; one that
     is named and cannot run here is an error."""
@@ -163,11 +177,15 @@ class Train(Table):
     workers: int = Field(default=1, ge=0)
     """Threads that decode ahead of training; 0 decodes between steps."""
     seed: int = 0
+    """Of the order of examples, and of what is drawn in training."""
     checkpoint_every: int = Field(default=50, ge=1)
+    """Steps between two checkpoints."""
     async_checkpoint: bool = False
     """Write checkpoints while training goes on."""
     keep_last: int = Field(default=2, ge=1)
+    """Checkpoints that stay."""
     log_every: int = Field(default=1, ge=1)
+    """Steps between two lines of the curves."""
     evaluate_every: int = Field(default=0, ge=0)
     """Steps between measurements on `heldout_cache`; 0 measures only with `stillroom evaluate`."""
     heldout_cache: PathText = ""

@@ -30,10 +30,13 @@ class Encoder(Table):
     name: Name
     """The target is the signal `image.<name>`."""
     kind: Kind
+    """Which family of encoders `model` belongs to."""
     model: PathText = ""
     """HF directory or hub id; `teacher_tower` takes the teacher's when it is empty."""
     revision: str = ""
+    """Of a hub id: branch, tag or commit."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the forward pass."""
     layers: tuple[int | Literal["final"], ...] = ()
     """Blocks (1-based) whose outputs are averaged; "final" is the model's own last state. Empty
     takes "final"; `depth_anything` takes the layers its decoder reads (mean of four, as OLA-VLM
@@ -52,6 +55,7 @@ class Encoder(Table):
     grid: int = Field(default=0, ge=0, le=256)
     """Side of the patch grid after pooling (averages; bilinear where it grows); 0: as it is."""
     codec: Literal["bf16", "fp16", "int8", "fp8", "step"] = "fp16"
+    """How a target is stored; FORMAT.md states each one's error."""
     step: float = Field(default=0.05, gt=0)
     """Step of the RMS-scaled integers of codec `step`."""
 
@@ -61,6 +65,7 @@ class Vision(Table):
 
     encoder: tuple[Encoder, ...] = Field(min_length=1)
     images_per_shard: int = Field(default=64, ge=1)
+    """Images between two commits."""
     batch: int = Field(default=16, ge=1)
     """Images of one forward pass; a matter of speed."""
     decoders: int = Field(default=4, ge=1)

@@ -30,6 +30,7 @@ class HiddenOptions(Table):
     """(teacher layer, student layer): block numbers (1-based), or "final" for the state after the
     final norm. The value is the mean over pairs."""
     distance: Literal["mse", "cosine", "smooth_l1"] = "mse"
+    """Of two states: means over channels, or 1 - cosine."""
     projector: Literal["none", "linear", "mlp"] = "mlp"
     """On the student's side; `mlp` is Linear(d_s, d_t)-GELU-Linear(d_t, d_t) as in LLaVADI."""
 
@@ -38,11 +39,14 @@ class AffinityOptions(Table):
     """Options of `affinity`."""
 
     teacher_layer: Layer = "final"
+    """Block (1-based) of the cached state, or "final"."""
     student_layer: Layer = "final"
+    """Block of the student's."""
     rows: Where = "image"
+    """Positions that span the rows of the block of cosines that is compared; LLaVADI compares image
+    rows with answer columns."""
     columns: Where = "answer"
-    """Which positions span the block of cosines that is compared; LLaVADI compares image rows with
-    answer columns."""
+    """Positions that span its columns."""
 
 
 def distance(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.Tensor:

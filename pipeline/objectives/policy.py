@@ -40,10 +40,15 @@ class PolicyOptions(Table):
     behaviour: Literal["teacher", "cached"] = "teacher"
     """Who wrote the text: the teacher, or a mixture whose `behaviour_logprob` is cached."""
     discount: float = Field(default=0.95, gt=0, le=1)
+    """What a reward one token later counts for (gamma)."""
     reward_scale: float = Field(default=0.5, gt=0)
+    """Rewards, log-probabilities in nats, are divided by it."""
     reward_clip: float = Field(default=100.0, gt=0)
+    """Largest size of a reward."""
     clip: float = Field(default=0.2, gt=0)
+    """The importance ratio counts within 1 - clip and 1 + clip, as in PPO."""
     length_normalise: bool = True
+    """Divide a return by the number of rewards in it."""
     whiten: bool = True
     """Returns of a microbatch to mean 0 and standard deviation 1 (their code; not in the paper)."""
     include_own_reward: bool = False

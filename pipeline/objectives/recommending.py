@@ -8,7 +8,7 @@ A row that the teacher was not asked about adds nothing to what needs its answer
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,7 @@ class DrosOptions(Table):
     """Options of `dros`; its weight in the table is the paper's alpha (1)."""
 
     beta: float = Field(default=1.0, gt=0)
+    """Radius of the worst case over items."""
     power: float = Field(default=0.05, ge=0)
     """Of the share of training targets that an item has."""
 
@@ -120,19 +121,25 @@ class RankingOptions(DrosOptions):
 
     k: int = Field(default=10, ge=1)
     """Candidates used; the student's own best this many decide what is consistent."""
-    weights: str = Field(default="importance", pattern="^(importance|uniform)$")
+    weights: Literal["importance", "uniform"] = "importance"
+    """The paper's three weights, or the same for every candidate."""
     position: float = Field(default=0.3, ge=0)
+    """Share of the weight that falls with the rank in the teacher's list; 0 switches it off."""
     confidence: float = Field(default=0.5, ge=0)
+    """Share of the weight that falls with the distance of what the teacher wrote; likewise."""
     consistency: float = Field(default=0.1, ge=0)
-    """Shares of the three weights; 0 switches one off."""
-    normalise: str = Field(default="list", pattern="^(list|none)$")
+    """Share of the weight of items that teacher and student both list; likewise."""
+    normalise: Literal["list", "none"] = "list"
     """`list`: weights of one list sum to 1, as in the paper, so that confidence tells items of a
     list apart and never one list from another. `none`: a list far from everything weighs less."""
     position_temperature: float = Field(default=1.0, gt=0)
+    """How slowly the weight falls with the rank."""
     confidence_temperature: float = Field(default=1.0, gt=0)
+    """How slowly the weight falls with the distance."""
     dros: float = Field(default=1.0, ge=0)
     """Weight of DROS on every candidate beside its BCE: the paper's alpha."""
     legacy_negatives: bool = False
+    """-log sigmoid(1 - s) for the negatives, as in DLLM2Rec's code."""
 
     @model_validator(mode="after")
     def _something_weighs(self) -> "RankingOptions":

@@ -28,8 +28,11 @@ class FullVocabularyOptions(Table):
     temperature: float = Field(default=1.0, gt=0)
     """Any: nothing about it has to be in the cache."""
     beta: float = Field(default=0.5, gt=0, lt=1)
+    """`jsd`: the teacher's share of the mixture."""
     alpha: float = Field(default=0.1, ge=0, le=1)
+    """The skewed divergences: the share mixed in of the other distribution."""
     ce_weight: float = Field(default=0.0, ge=0)
+    """Weight of cross-entropy on the text's own tokens, from the same sweep of the head."""
 
 
 def _full_vocabulary(context: Context) -> torch.Tensor:

@@ -14,7 +14,8 @@ import typer
 
 from stillroom.stages.console import out, say, table
 from stillroom.stages.demos.recsys_findings import COLUMNS, draw, findings, paired, rows_of
-from stillroom.stages.demos.stage_process import perform
+from stillroom.stages.stage_process import perform
+from stillroom.stages.whole_run import up_to_the_cache
 
 RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
 
@@ -38,9 +39,8 @@ def demo_recsys(
     run = config.load(run_file)
     chosen = [name for name in arms.split(",") if name] or list(ARMS)
     make_inputs(run)
-    perform("prepare", run_file, engine)
-    perform("capture", run_file, engine)
-    perform("capture", run_file, engine, "--split", "heldout")
+    for command in up_to_the_cache(run, str(run_file), engine):
+        perform(command)
     if not run.path(SHUFFLED, "manifest.json").exists():
         shuffle(run.path("candidates"), run.path(SHUFFLED))
     results: dict[str, Any] = compared_with(run) | {"arms": {}}

@@ -7,8 +7,6 @@ it ran with; the second run only shows the results.
 
 import hashlib
 import json
-import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,23 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, ConfigError, StillroomError
+from stillroom.cache_schemas.errors import ConfigError
 from stillroom.stages.arguments import Engine, EngineChoice, RunFile
 from stillroom.stages.console import out, say, table
+from stillroom.stages.stage_process import perform as run_command
 
 if TYPE_CHECKING:
     from stillroom.pipeline.config import Run
 
 Control = Annotated[Path, typer.Option(help="A run to compare with, trained without the teacher.")]
 INSTALL_SECONDS = Path(sys.prefix, ".install-seconds")
-
-
-class StageFailed(StillroomError):
-    """A stage that ended early; it has already said why."""
-
-    def __init__(self, stage: str, code: int):
-        super().__init__(f"the {stage} stage ended with exit code {code}; its message is above")
-        self.exit_code = code
 
 
 @dataclass(frozen=True)
@@ -162,15 +153,12 @@ def perform(stage: Stage, ledger: Ledger) -> None:
     Raises:
         StageFailed: it did not end with 0.
     """
-    say(f"$ stillroom {shlex.join(stage.command)}")
-    command = [sys.executable, "-m", "stillroom.stages", *stage.command]
-    started, code = time.monotonic(), EXIT_INCOMPLETE
+    started, done = time.monotonic(), False
     try:
-        code = subprocess.run(command, check=False).returncode
+        run_command(stage.command)
+        done = True
     finally:
-        ledger.note(stage, time.monotonic() - started, code == 0)
-    if code:
-        raise StageFailed(stage.name, code if code > 0 else EXIT_INCOMPLETE)
+        ledger.note(stage, time.monotonic() - started, done)
 
 
 def summarise(directory: Path, ledger: Ledger) -> dict[str, Any]:

@@ -16,9 +16,10 @@ import typer
 
 from stillroom.stages.arguments import Engine, EngineChoice, RunFile
 from stillroom.stages.console import out, say, table
-from stillroom.stages.demos.stage_process import perform
 from stillroom.stages.demos.vision_findings import findings, in_words, spread
 from stillroom.stages.demos.vision_page import page
+from stillroom.stages.stage_process import perform
+from stillroom.stages.whole_run import up_to_the_cache
 
 DATA = Path(".cache/easy-vqa")
 PAGE_PICTURES = 24
@@ -45,8 +46,8 @@ def demo_vision(
     run = config.load(run_file)
     chosen = [name for name in arms.split(",") if name] or list(ARMS)
     make_models(run)
-    for stage in ("prepare", "capture"):
-        perform(stage, run_file, engine)
+    for command in up_to_the_cache(run, str(run_file), engine):
+        perform(command)
     facts = facts_of(run, pictures)
     teacher = facts.pop("teacher_said")
     measured: dict[str, dict[int, dict]] = {}

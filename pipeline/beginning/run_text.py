@@ -1,0 +1,96 @@
+"""The text of a first run file: TOML with a word on every choice.
+
+One idea: a person changes this file next, so it says what each number came from and leaves out what
+is at its default. It decides nothing.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillroom.pipeline.beginning.choices import EVALUATED, Choices
+from stillroom.pipeline.beginning.sampling import Sample
+
+TEXT = """\
+# A first run. Every table and key: runbooks/reference.md, or `stillroom schema`.
+name = {name}
+directory = {directory}
+
+[teacher]
+model = {teacher}
+
+[prepare]
+window = {window}{padding}# tokens; {cut} of the examples looked at are longer and are cut
+
+[[prepare.source]]
+name = {name}
+path = {data}
+
+[capture]                       # what is left out is default: 12 ids and draws from the tail, about 40 bytes a token
+
+[student]
+{student}
+
+[[objective]]
+name = "forward_kl"
+options = {{ ce_weight = 0.1 }}   # plus a tenth of cross-entropy on the text's own tokens
+
+[train]
+steps = {steps}{steps_padding}# {passes} the data looked at, in steps of {batch_tokens} tokens
+batch_tokens = {batch_tokens}
+learning_rate = {rate}
+checkpoint_every = {every}
+
+[evaluate]
+examples = {evaluated}                   # of the held-out tenth; 0 takes all
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the student is to be.
+
+    Attributes:
+        table: lines of [student].
+        kept: share of the teacher's blocks that it has, or about that much of its weights.
+        rate: learning rate to begin with.
+    """
+
+    table: str
+    kept: float
+    rate: str
+
+
+def wish(student: str) -> Wish:
+    """`third`, `half`, a model's directory or hub id, or a JSON config of a fresh model."""
+    if student in ("third", "half"):
+        every = {"third": 3, "half": 2}[student]
+        line = f'init = "prune_layers"\nkeep_every = {every}                  # blocks 0, {every}, {2 * every}, ... of the teacher'
+        return Wish(line, 1 / every, "6e-4")
+    fresh = Path(student).suffix == ".json"
+    kind, rate = ("config", "6e-4") if fresh else ("model", "1e-4")
+    return Wish(f'init = "{kind}"\nmodel = {json.dumps(student)}', 1.0, rate)
+
+
+def run_text(
+    name: str, data: str, teacher: str, wished: Wish, sample: Sample, made: Choices
+) -> str:
+    """The file."""
+    passes = made.steps * made.batch_tokens / max(0.9 * sample.tokens, 1)
+    return TEXT.format(
+        name=json.dumps(name, ensure_ascii=False),
+        directory=json.dumps(f"runs/{name}", ensure_ascii=False),
+        teacher=json.dumps(teacher, ensure_ascii=False),
+        data=json.dumps(data, ensure_ascii=False),
+        window=made.window,
+        padding=" " * max(1, 23 - len(str(made.window))),
+        cut=f"{made.cut:.1%}",
+        student=wished.table,
+        steps=made.steps,
+        steps_padding=" " * max(1, 24 - len(str(made.steps))),
+        passes=f"{passes:.1f} times over",
+        batch_tokens=made.batch_tokens,
+        rate=wished.rate,
+        evaluated=EVALUATED,
+        every=max(20, made.steps // 10),
+    )
