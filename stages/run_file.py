@@ -14,9 +14,10 @@ from stillroom.stages.console import out
 
 INTRODUCTION = """# Run files: every table and key
 
-A run is one TOML file. This page is written from the models that check it: `stillroom schema --page`. For an editor,
-`stillroom schema > run.schema.json`; of one run, with every default spelled out, `stillroom config RUN.toml`. A key that is not
-here is refused with the nearest one. A path may begin with `~` and hold `$VARIABLES`.
+A run is one TOML file. This page is written from the models that check it: `stillroom schema
+--page`. For an editor, `stillroom schema > run.schema.json`; of one run, with every default spelled
+out, `stillroom config RUN.toml`. A key that is not here is refused with the nearest one. A path may
+begin with `~` and hold `$VARIABLES`.
 """
 
 

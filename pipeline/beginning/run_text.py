@@ -26,7 +26,7 @@ window = {window}{padding}# tokens; {cut} of the examples looked at are longer a
 name = {name}
 path = {data}
 
-[capture]                       # what is left out is default: 12 ids and draws from the tail, about 40 bytes a token
+[capture]                       # default: 12 ids and draws from the tail, about 40 bytes a token
 
 [student]
 {student}
@@ -65,8 +65,8 @@ def wish(student: str) -> Wish:
     """`third`, `half`, a model's directory or hub id, or a JSON config of a fresh model."""
     if student in ("third", "half"):
         every = {"third": 3, "half": 2}[student]
-        line = f'init = "prune_layers"\nkeep_every = {every}                  # blocks 0, {every}, {2 * every}, ... of the teacher'
-        return Wish(line, 1 / every, "6e-4")
+        kept = f"keep_every = {every}{' ' * 18}# blocks 0, {every}, {2 * every}, ... of the teacher"
+        return Wish(f'init = "prune_layers"\n{kept}', 1 / every, "6e-4")
     fresh = Path(student).suffix == ".json"
     kind, rate = ("config", "6e-4") if fresh else ("model", "1e-4")
     return Wish(f'init = "{kind}"\nmodel = {json.dumps(student)}', 1.0, rate)

@@ -26,9 +26,9 @@ class Student(Table):
     """Where the student's first weights come from."""
 
     init: Literal["prune_layers", "prune_width", "config", "model", "parts"] = "prune_layers"
-    """`prune_layers`, `prune_width`: the teacher with fewer blocks, or narrower ones. `config`: fresh
-    weights. `model`: a model that is there. `parts`: a LLaVA-type student of a vision tower and a
-    language model."""
+    """`prune_layers`, `prune_width`: the teacher with fewer blocks, or narrower ones. `config`:
+    fresh weights. `model`: a model that is there. `parts`: a LLaVA-type student of a vision tower
+    and a language model."""
     model: PathText = ""
     """HF directory or hub id for `model`, JSON config for `config`; empty takes the teacher.
     `parts`: the language model."""

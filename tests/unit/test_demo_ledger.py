@@ -8,7 +8,8 @@ import pytest
 
 from stillroom.pipeline import config
 from stillroom.stages.demos import text as demo
-from stillroom.stages.demos.text import Ledger, Stage, StageFailed, perform, plan_stages
+from stillroom.stages.demos.text import Ledger, Stage, perform, plan_stages
+from stillroom.stages.stage_process import StageFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN, CONTROL = ROOT / "runbooks" / "demo.toml", ROOT / "runbooks" / "demo-control.toml"

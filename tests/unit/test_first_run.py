@@ -31,23 +31,23 @@ def chats(tmp_path, monkeypatch):
     return "my chats.jsonl"
 
 
-@pytest.mark.parametrize("student", ["third", "half", "some/model", "fresh.json"])
-def test_the_file_that_is_written_is_a_run(chats, tiny_llama, tmp_path, student, capsys):
+@pytest.mark.parametrize(
+    ("student", "init"),
+    [
+        ("third", "prune_layers"),
+        ("half", "prune_layers"),
+        ("some/model", "model"),
+        ("fresh.json", "config"),
+    ],
+)
+def test_the_file_that_is_written_is_a_run(chats, tiny_llama, tmp_path, student, init, capsys):
     arguments = ["init", chats, "--teacher", str(tiny_llama), "--student", student]
     assert command(arguments) == 0
     written = config.load(tmp_path / "my chats.toml")
     assert written.prepare
     assert written.prepare.source[0].path == chats
     assert written.student
-    assert (
-        written.student.init
-        == {
-            "third": "prune_layers",
-            "half": "prune_layers",
-            "some/model": "model",
-            "fresh.json": "config",
-        }[student]
-    )
+    assert written.student.init == init
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == "my chats.toml"
     assert "40 documents" in said.err

@@ -1,4 +1,4 @@
-"""The reference of run files is current and complete, and the JSON schema says what the code does."""
+"""The reference of run files is current and complete, and the schema says what the code does."""
 
 import json
 import tomllib
