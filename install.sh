@@ -2,12 +2,14 @@
 # Builds .venv with pinned dependencies. Run through `make setup`; the second time it does nothing.
 #
 # Picks the vLLM build by looking for an NVIDIA GPU. VARIANT=cpu|gpu overrides the choice, and
-# PYTHON=/path/to/python overrides the interpreter (3.11, 3.12 or 3.13).
+# PYTHON=/path/to/python overrides the interpreter (3.11, 3.12 or 3.13). Where no package index in use
+# has PyTorch's CPU build, it is taken from TORCH_INDEX, by default PyTorch's own.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 VENV=.venv
 STAMP=$VENV/.installed
+TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 
 fail() {
     printf '\nmake setup: %s\n' "$1" >&2
@@ -55,10 +57,10 @@ explain() {
     local log=$1 line
     tail -n 20 "$log" >&2
     line=$(grep -m1 -E 'No matching distribution found|ResolutionImpossible|conflicting dependencies|requires a different Python|No space left|Could not fetch URL|ConnectionError|Failed to build' "$log" || true)
-    if grep -qE '(No matching distribution found for|Cannot install) torch==[0-9.]+\+cpu' "$log"; then
-        fail "no package index in use has PyTorch's CPU build for $("$VENV/bin/python" -V).
-vLLM for CPU needs it, and it is not on PyPI but on PyTorch's own index. Set PIP_EXTRA_INDEX_URL to
-that index (pytorch.org, Get Started, CPU) and run make setup again."
+    if lacks_cpu_torch; then
+        fail "neither the package indexes in use nor $TORCH_INDEX have PyTorch's CPU build for $("$VENV/bin/python" -V).
+vLLM for CPU needs it, and it is not on PyPI. Let this machine reach that address, or set TORCH_INDEX
+or PIP_EXTRA_INDEX_URL to an index that has it, and run make setup again."
     fi
     case $line in
         *"No matching distribution found"*)
@@ -73,6 +75,34 @@ Pinned versions contradict each other on this machine; see the lines above and c
         *) fail "$line
 Check the network and run make setup again; what was downloaded is kept in pip's cache." ;;
     esac
+}
+
+# Called where errexit is off, so that a grep without lines ends nothing.
+install() {
+    "$VENV/bin/python" -m pip install --progress-bar off --constraint constraints.txt "$@" \
+        "${WANTS[@]}" 2>&1 | tee "$LOG" |
+        grep --line-buffered -E '^(  Downloading|Installing)' | cut -c-100
+    return "${PIPESTATUS[0]}"
+}
+
+lacks_cpu_torch() {
+    grep -qE '(No matching distribution found for|Cannot install) torch==[0-9.]+\+cpu' "$LOG"
+}
+
+from_pytorch() {
+    echo "make setup: no package index in use has PyTorch's CPU build; taking it from PyTorch's own, $TORCH_INDEX"
+    install --extra-index-url "$TORCH_INDEX"
+}
+
+# Beside torch's CPU build pip may find a torchvision of CUDA, which does not load: mended for every
+# program of this environment, whatever it imports first.
+mend_wheels() {
+    if ! "$VENV/bin/python" -c 'import torchvision' 2>/dev/null; then
+        local site
+        site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        cp pipeline/cpu_wheels.py "$site/_cpu_wheels.py"
+        echo 'import _cpu_wheels; _cpu_wheels.install()' >"$site/_cpu_wheels.pth"
+    fi
 }
 
 VARIANT=$(pick_variant)
@@ -101,10 +131,8 @@ if [ "$VARIANT" = cpu ]; then
 fi
 LOG=$(mktemp)
 trap 'rm -f "$LOG"' EXIT
-"$VENV/bin/python" -m pip install --progress-bar off --constraint constraints.txt "${WANTS[@]}" \
-    2>&1 | tee "$LOG" |
-    grep --line-buffered -E '^(  Downloading|Installing)' | cut -c-100 ||
-    [ "${PIPESTATUS[0]}" = 0 ] || explain "$LOG"
+install || { lacks_cpu_torch && from_pytorch; } || explain "$LOG"
+mend_wheels
 echo "$(($(date +%s) - STARTED))" >"$VENV/.install-seconds"
 echo "$WANTED" >"$STAMP"
 echo "make setup: done in $(cat "$VENV/.install-seconds") s"

@@ -29,6 +29,7 @@ from stillroom.stages.corpus import group as corpus
 from stillroom.stages.demos import recsys as demo_recsys
 from stillroom.stages.demos import text as demo
 from stillroom.stages.demos import vision as demo_vision
+from stillroom.stages.doctor import doctor
 from stillroom.stages.init import init
 from stillroom.stages.run_file import config, schema
 from stillroom.stages.whole_run import whole_run
@@ -57,6 +58,7 @@ app.command()(demo_vision.demo_vision)
 app.command()(demo_recsys.demo_recsys)
 app.add_typer(teacher.app, name="teacher")
 app.command("run")(whole_run)
+app.command()(doctor)
 app.command()(config)
 app.command()(schema)
 
