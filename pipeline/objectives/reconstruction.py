@@ -25,6 +25,7 @@ class FullVocabularyOptions(Table):
     """Options of `full_vocabulary`."""
 
     divergence: DivergenceName = "forward_kl"
+    """Which one, of teacher and student over the whole vocabulary."""
     temperature: float = Field(default=1.0, gt=0)
     """Any: nothing about it has to be in the cache."""
     beta: float = Field(default=0.5, gt=0, lt=1)

@@ -7,8 +7,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+import stillroom.pipeline.objectives  # noqa: F401  (it registers them)
 from stillroom.pipeline.config import Run
 from stillroom.pipeline.config.reference import page, tables
+from stillroom.pipeline.objectives.registry import OBJECTIVES
 from stillroom.stages.__main__ import run as command
 from stillroom.stages.run_file import reference
 
@@ -32,8 +34,6 @@ def test_every_key_says_what_it_means():
 
 
 def test_options_of_every_objective_say_what_they_mean():
-    from stillroom.pipeline.objectives.registry import OBJECTIVES
-
     silent = [
         f"{name} {key}"
         for name, spec in OBJECTIVES.items()
