@@ -40,7 +40,9 @@ def refused(monkeypatch, run, cache, match, error=ConfigError):
 
 def works(run, cache):
     train(run, caches={"": cache})
-    assert losses(run)[-1] > 0
+    # The student may still be its teacher: then the value is 0, give or take k roundings of
+    # p log p in float32.
+    assert losses(run)[-1] > -1e-6
 
 
 def test_a_pattern_that_fits_no_weight(monkeypatch, tmp_path, teacher, cache):

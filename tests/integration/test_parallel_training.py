@@ -143,14 +143,15 @@ def test_sharded_bf16_is_taught_what_ddp_is(tmp_path, teacher, cache):
     """FSDP leaves the teacher as it is cached: in bf16 the first loss would be off by 1.6e-3.
 
     What may differ is the student: FSDP gathers its weights in bf16 where autocast casts them, and
-    rounds the residual stream between blocks, 2^-9 of each state at random.
+    rounds the residual stream between blocks, 2^-9 of each state at random; in the mean over the
+    rows of this batch 2e-4 to 6e-4, by the matrix products of the machine.
     """
     changes = {"cache": cache, "batch_tokens": 96, "accumulate": 2, "precision": "bfloat16"}
     changes |= {"objective": [{"name": "forward_kl"}], "steps": 1}
     for kind in ("ddp", "fsdp"):
         launch(2, tmp_path / kind, teacher, parallel=kind, **changes)
     (plain,), (sharded,) = losses(tmp_path / "ddp"), losses(tmp_path / "fsdp")
-    assert sharded == pytest.approx(plain, rel=5e-4)
+    assert sharded == pytest.approx(plain, rel=1e-3)
 
 
 def test_sharding_sees_the_teacher_as_it_is(tmp_path, teacher, cache):
