@@ -90,6 +90,8 @@ class Records(Document):
         entropy, tail: mean over rows of the entropy (nats) and of the tail's mass; null if not
             kept.
         preview: the beginning of its text, for people.
+        chunks: dense signal -> xxh3-64 (hex) of every example's chunk; receipts of the first caches
+            have none.
     """
 
     offset: list[Count]
@@ -102,6 +104,14 @@ class Records(Document):
     entropy: list[float | None]
     tail: list[float | None]
     preview: list[str]
+    chunks: dict[str, list[Xxh3]] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialise: Any) -> dict[str, Any]:
+        made = serialise(self)
+        if not made["chunks"]:
+            del made["chunks"]
+        return made
 
     def __len__(self) -> int:
         return len(self.offset)

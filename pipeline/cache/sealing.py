@@ -166,8 +166,11 @@ def check_receipt(receipt: ShardReceipt, form: Format, number: int, where: str) 
     expected = set(layout.shard_files(number, list(form.all_dense)))
     if receipt.shard != number or set(receipt.files) != expected:
         raise ShardCorrupt(f"is the receipt of shard {receipt.shard}", where=where)
-    lengths = {len(column) for column in receipt.records.model_dump().values()}
-    if lengths != {len(form.plan.shard_range(number))}:
+    columns = receipt.records.model_dump()
+    chunks = columns.pop("chunks", {})
+    lengths = {len(column) for column in (*columns.values(), *chunks.values())}
+    known = chunks.keys() in (set(), form.all_dense.keys())
+    if lengths != {len(form.plan.shard_range(number))} or not known:
         raise ShardCorrupt("does not list the shard's examples", where=where)
 
 
