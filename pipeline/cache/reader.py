@@ -16,14 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from stillroom.cache_schemas import layout, rows
+from stillroom.cache_schemas import frames, layout, rows
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
 from stillroom.cache_schemas.lists import Lists
-from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from stillroom.cache_schemas.manifest import FileEntry, Manifest, Plan, ShardReceipt, read
 from stillroom.cache_schemas.rankings import Rankings
 from stillroom.pipeline.cache import shard as shards
 from stillroom.pipeline.cache.formats import Encoded, Format, read_codec
 from stillroom.pipeline.cache.partial import present_signals
+from stillroom.pipeline.cache.pieces import Pieces
 from stillroom.pipeline.cache.sealing import check_files, check_receipt
 from stillroom.pipeline.cache.storage.location import open_storage
 from stillroom.pipeline.cache.storage.protocol import Storage
@@ -42,7 +43,9 @@ class _Offsets:
     starts: np.ndarray
     sizes: np.ndarray
     checksums: np.ndarray
-    file_bytes: dict[str, int]
+    files: dict[str, FileEntry]
+    chunks: dict[str, np.ndarray]
+    """Checksums of the chunks of each dense signal; receipts of the first caches have none."""
 
 
 class TeacherCache:
@@ -54,6 +57,7 @@ class TeacherCache:
         held = min(SHARDS_HELD, max(EXAMPLES_HELD // self.plan.examples_per_shard, 8))  # shards
         self._offsets = lru_cache(held)(self._read_offsets)
         self._dense_index = lru_cache(held)(self._read_dense_index)
+        self._whole: set[str] = set()  # files that were hashed
 
     @classmethod
     def open(
@@ -205,27 +209,23 @@ class TeacherCache:
     def _read_offsets(self, shard: int) -> _Offsets:
         receipt = self.receipt(shard)
         listed = receipt.records
-        sizes = {name: entry.bytes for name, entry in receipt.files.items()}
-        checksums = np.array([int(digits, 16) for digits in listed.xxh3], dtype=np.uint64)
-        return _Offsets(np.array(listed.offset), np.array(listed.bytes), checksums, sizes)
+        chunks = {name: _numbers(column) for name, column in listed.chunks.items()}
+        places = np.array(listed.offset), np.array(listed.bytes), _numbers(listed.xxh3)
+        return _Offsets(*places, receipt.files, chunks)
 
     def _message(self, shard: int, position: int) -> bytes:
         offsets, name = self._offsets(shard), layout.rows(shard)
         start, size = int(offsets.starts[position]), int(offsets.sizes[position])
-        if start + size > offsets.file_bytes[name]:
+        if start + size > offsets.files[name].bytes or size > frames.MAX_MESSAGE:
             raise ShardCorrupt("names bytes beyond its file", where=layout.receipt(shard))
         message = self._present(name, start, size)
         if xxhash.xxh3_64_intdigest(message) != int(offsets.checksums[position]):
-            raise ShardCorrupt(
-                f"example {position} of the shard does not fit its checksum",
-                where=f"{self.storage.location}/{name}",
-                remedy="Pull it again, or run `stillroom cache repair` and capture again.",
-            )
+            raise self._changed(f"example {position} of the shard does not fit its checksum", name)
         return message
 
     def _read_dense_index(self, name: str, shard: int) -> np.ndarray:
         array, path = self.form.dense[name], layout.dense_shard(name, shard)
-        size = self._offsets(shard).file_bytes[path]
+        size = self._offsets(shard).files[path].bytes
         count, where = len(self.plan.shard_range(shard)), f"{self.storage.location}/{path}"
         if size < array.index_bytes:
             raise ShardCorrupt("is too short for its index", where=where)
@@ -238,8 +238,35 @@ class TeacherCache:
         return self.form.dense[name].decode(self._chunk(name, shard, position), used, where)
 
     def _chunk(self, name: str, shard: int, position: int) -> bytes:
+        path, sums = layout.dense_shard(name, shard), self._offsets(shard).chunks.get(name)
+        if sums is None:
+            self._check_whole(path, shard)
         offset, length = (int(value) for value in self._dense_index(name, shard)[position])
-        return self._present(layout.dense_shard(name, shard), offset, length)
+        chunk = self._present(path, offset, length)
+        if sums is not None and xxhash.xxh3_64_intdigest(chunk) != int(sums[position]):
+            raise self._changed(f"chunk {position} is not the one that was written", path)
+        return chunk
+
+    def _check_whole(self, path: str, shard: int) -> None:
+        """Hash a file once: what binds its chunks where the receipt has no sum of each."""
+        if path in self._whole:
+            return
+        try:
+            found = Pieces(self.storage, path).entry()
+        except FileNotFoundError:
+            self._present(path)  # says what to do
+            raise
+        if found != self._offsets(shard).files[path]:
+            raise self._changed("does not have the hash that its receipt names", path)
+        self._whole.add(path)
+
+    def _changed(self, found: str, name: str) -> ShardCorrupt:
+        remedy = "Pull it again, or run `stillroom cache repair` and capture again."
+        return ShardCorrupt(found, where=f"{self.storage.location}/{name}", remedy=remedy)
+
+
+def _numbers(digits: list[str]) -> np.ndarray:
+    return np.array([int(sixteen, 16) for sixteen in digits], dtype=np.uint64)
 
 
 def _manifest_bytes(storage: Storage) -> bytes:
