@@ -18,6 +18,7 @@ from stillroom.pipeline.config.recommending import Candidates, Items, Recommende
 from stillroom.pipeline.config.strict import PathText, Table, validate
 from stillroom.pipeline.config.training import Attention, Evaluate, Objective, Student, Train
 from stillroom.pipeline.config.vision import Vision
+from stillroom.pipeline.scrubbing import scrubbed
 
 
 class Generate(Table):
@@ -190,8 +191,9 @@ def require(table: Any, name: str, where: str) -> Any:
 
 
 def dump(run: Table, path: str | Path) -> None:
-    """Write the resolved run as JSON (every default spelled out) beside its result."""
-    text = json.dumps(run.model_dump(mode="json"), indent=2, sort_keys=True)
+    """Write the resolved run as JSON (every default spelled out, no credential) beside its
+    result."""
+    text = json.dumps(scrubbed(run.model_dump(mode="json")), indent=2, sort_keys=True)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text + "\n")
 

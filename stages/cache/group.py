@@ -19,7 +19,7 @@ from stillroom.stages.cache.arguments import (
     tokenizer_near,
     tokenizer_of,
 )
-from stillroom.stages.console import out, progress, say, table
+from stillroom.stages.console import progress, put, say, table
 
 app = typer.Typer(help="Look at caches, check, mend and share them.", no_args_is_help=True)
 
@@ -88,12 +88,12 @@ def verify(cache: Cache, public_key: PublicKey = "") -> None:
     for problem in result.problems:
         shard = "" if problem.shard is None else f"shard {problem.shard}: "
         say(f"{shard}{problem.name}: {problem.found}")
-    out.print(
+    put(
         f"{result.num_shards} shards, {result.num_examples:,} examples, {result.num_tokens:,} "
         f"tokens, {result.num_bytes:,} bytes are right"
     )
     if result.rounding is not None:
-        out.print(f"rounding costs {result.rounding:.2g} nats per row, measured on a sample")
+        put(f"rounding costs {result.rounding:.2g} nats per row, measured on a sample")
     if result.problems:
         raise CacheError(
             f"{len(result.problems)} problems",
@@ -120,10 +120,10 @@ def repair(cache: Cache) -> None:
     for name in done.removed:
         say(f"removed {name}")
     if done.sealed:
-        out.print("the cache is whole and sealed")
+        put("the cache is whole and sealed")
         return
     listed = ", ".join(str(shard) for shard in done.shards) or "none"
-    out.print(f"shards to capture again: {listed}")
+    put(f"shards to capture again: {listed}")
     raise CacheIncomplete(
         "the cache is not sealed", where=storage.location, remedy="Run the capture again."
     )

@@ -19,7 +19,7 @@ from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.sharing.copying import Copied, check_target, wanted
 from stillroom.pipeline.cache.storage.bucket import BucketStorage
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
-from stillroom.pipeline.cache.storage.scrubbing import scrub
+from stillroom.pipeline.scrubbing import scrub
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri

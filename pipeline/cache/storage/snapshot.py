@@ -28,6 +28,9 @@ class Snapshot:
             self._manifest = self._storage.read(name)
         return self._manifest[start:] if length is None else self._manifest[start : start + length]
 
+    def forget(self, name: str, start: int = 0, length: int | None = None) -> None:
+        self._storage.forget(name, start, length)
+
     def check_still_there(self) -> None:
         """Refuse to go on with a cache that was replaced by another while it was read.
 
@@ -68,6 +71,9 @@ class Snapshot:
 
     def claim(self, name: str) -> Claim | None:
         return self._storage.claim(name)
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        return self._storage.alone()
 
 
 def pinned(storage: Storage) -> Snapshot:
