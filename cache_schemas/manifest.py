@@ -36,6 +36,7 @@ __all__ = [
 
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, StringConstraints(max_length=1 << 12)]
 Xxh3 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 
 
@@ -97,13 +98,13 @@ class Records(Document):
     offset: list[Count]
     bytes: list[Count]
     xxh3: list[Xxh3]
-    example_id: list[str]
-    source: list[str]
+    example_id: list[Text]
+    source: list[Text]
     num_tokens: list[Count]
     num_rows: list[Count]
     entropy: list[float | None]
     tail: list[float | None]
-    preview: list[str]
+    preview: list[Text]
     chunks: dict[str, list[Xxh3]] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")

@@ -115,6 +115,11 @@ class RowCodec:
         tables = rankings.tables()
         return cls(profile, mean_kl=mean_kl, codebook=codebook, tables=tables, **sizes)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether lists are rounded to levels."""
+        return self._lossy is not None
+
     def facts(self) -> dict[str, Any]:
         """What a reader needs to know, as JSON; tables appear by their digest."""
         facts: dict[str, Any] = {"profile": self.profile, "record_version": streams.VERSION}

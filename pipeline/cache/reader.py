@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from stillroom.cache_schemas import frames, layout, rows
@@ -23,9 +22,16 @@ from stillroom.cache_schemas.manifest import FileEntry, Manifest, Plan, ShardRec
 from stillroom.cache_schemas.rankings import Rankings
 from stillroom.pipeline.cache import shard as shards
 from stillroom.pipeline.cache.formats import Encoded, Format, read_codec
+from stillroom.pipeline.cache.index import Index
 from stillroom.pipeline.cache.partial import present_signals
 from stillroom.pipeline.cache.pieces import Pieces
-from stillroom.pipeline.cache.sealing import check_files, check_receipt
+from stillroom.pipeline.cache.sealing import (
+    by_folder,
+    check_files,
+    check_receipt,
+    check_table,
+    open_index,
+)
 from stillroom.pipeline.cache.storage.location import open_storage
 from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.cache.storage.readthrough import ReadThrough
@@ -34,6 +40,7 @@ from stillroom.pipeline.record import TeacherRecord
 
 EXAMPLES_HELD, SHARDS_HELD = 2_000_000, 4096
 """How many examples' offsets (24 bytes each) are kept in memory, and of how many shards."""
+REMEDY = "Pull it again, or run `stillroom cache repair` and capture again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +91,7 @@ class TeacherCache:
             identity = hashlib.sha256(data).hexdigest()
             storage = ReadThrough(storage, local, local_bytes, identity)
         plan = Plan.from_facts(manifest.plan, where)
-        if {len(column) for column in manifest.shards.model_dump().values()} != {plan.num_shards}:
-            raise ShardCorrupt("does not list the plan's shards", where=where)
+        check_table(manifest, plan, where)
         codec = read_codec(storage, manifest.codec, plan)
         form = Format(plan, codec, present_signals(storage))
         check_files(manifest, form, where)
@@ -172,13 +178,14 @@ class TeacherCache:
 
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """The index, one row per example in order (columns: see FORMAT.md)."""
-        parts = (name for name in self.manifest.files if name.startswith("index/"))
-        return pa.concat_tables(
-            [
-                pq.read_table(pa.BufferReader(self._fixed(name)), columns=columns)
-                for name in sorted(parts)
-            ]
-        )
+        folders = by_folder(self.plan.num_shards)
+        return pa.concat_tables([self._index_of(at).read(columns) for at, _ in folders])
+
+    def _index_of(self, folder: int) -> Index:
+        try:
+            return open_index(self.storage, self.manifest, self.plan, folder)
+        except FileNotFoundError:
+            raise self._missing(layout.index(folder)) from None
 
     def receipt(self, shard: int) -> ShardReceipt:
         """The receipt of a shard, checked against the manifest."""
@@ -191,20 +198,11 @@ class TeacherCache:
         check_receipt(receipt, self.form, shard, where)
         return receipt
 
-    def _fixed(self, name: str) -> bytes:
-        """A small file, checked against the manifest."""
-        data = self._present(name)
-        if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
-            raise ShardCorrupt("has been changed", where=f"{self.storage.location}/{name}")
-        return data
-
     def _present(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         try:
             return self.storage.read(name, start, length)
         except FileNotFoundError:
-            where = f"{self.storage.location}/{name}"
-            remedy = "Pull it again, or run `stillroom cache repair` and capture again."
-            raise ShardCorrupt("is missing", where=where, remedy=remedy) from None
+            raise self._missing(name) from None
 
     def _read_offsets(self, shard: int) -> _Offsets:
         receipt = self.receipt(shard)
@@ -254,15 +252,16 @@ class TeacherCache:
         try:
             found = Pieces(self.storage, path).entry()
         except FileNotFoundError:
-            self._present(path)  # says what to do
-            raise
+            raise self._missing(path) from None
         if found != self._offsets(shard).files[path]:
             raise self._changed("does not have the hash that its receipt names", path)
         self._whole.add(path)
 
+    def _missing(self, name: str) -> ShardCorrupt:
+        return self._changed("is missing", name)
+
     def _changed(self, found: str, name: str) -> ShardCorrupt:
-        remedy = "Pull it again, or run `stillroom cache repair` and capture again."
-        return ShardCorrupt(found, where=f"{self.storage.location}/{name}", remedy=remedy)
+        return ShardCorrupt(found, where=f"{self.storage.location}/{name}", remedy=REMEDY)
 
 
 def _numbers(digits: list[str]) -> np.ndarray:

@@ -1,17 +1,20 @@
 """What a cache is, in a few numbers, whether it is sealed or still being written.
 
 One idea: everything here comes from the manifest, the plan and a few receipts, so it is quick for a
-cache of any size. It checks nothing; that is `verification.py`.
+cache of any size. Receipts are bound to the manifest;
+whether shards fit them is `verification.py`'s question.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas import layout
-from stillroom.cache_schemas.errors import CacheError, StillroomError
+from stillroom.cache_schemas.errors import CacheError, ShardCorrupt, StillroomError
 from stillroom.cache_schemas.manifest import DefinitionCheck, Manifest, Plan, ShardReceipt, read
-from stillroom.pipeline.cache.sealing import committed, noted_definition
+from stillroom.pipeline.cache.reader import REMEDY
+from stillroom.pipeline.cache.sealing import check_table, committed, noted_definition
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.storage.protocol import Storage
 
@@ -60,9 +63,11 @@ def overview(storage: Storage) -> Overview:
     """
     manifest = _manifest(storage)
     plan = _plan(storage, manifest)
+    if manifest:
+        check_table(manifest, plan, f"{storage.location}/{layout.MANIFEST}")
     every = range(plan.num_shards)
     done = sorted(committed(storage, every)) if manifest is None else list(every)
-    receipts = [_receipt(storage, shard) for shard in done[:RECEIPTS_LOOKED_AT]]
+    receipts = [_receipt(storage, shard, manifest) for shard in done[:RECEIPTS_LOOKED_AT]]
     tokens = sum(receipt.num_tokens for receipt in receipts)
     return Overview(
         location=storage.location,
@@ -123,9 +128,18 @@ def _plan(storage: Storage, manifest: Manifest | None) -> Plan:
         ) from None
 
 
-def _receipt(storage: Storage, shard: int) -> ShardReceipt:
+def _receipt(storage: Storage, shard: int, manifest: Manifest | None) -> ShardReceipt:
+    """One receipt; of a sealed cache the one that its manifest names."""
     name = layout.receipt(shard)
-    return read(ShardReceipt, storage.read(name), f"{storage.location}/{name}")
+    where = f"{storage.location}/{name}"
+    try:
+        data = storage.read(name)
+    except FileNotFoundError:
+        raise ShardCorrupt("is missing", where=where, remedy=REMEDY) from None
+    if manifest and hashlib.sha256(data).hexdigest() != manifest.shards.receipt[shard]:
+        found = "is not the receipt that the manifest names"
+        raise ShardCorrupt(found, where=where, remedy=REMEDY)
+    return read(ShardReceipt, data, where)
 
 
 def _by_kind(receipts: list[ShardReceipt], tokens: int) -> dict[str, float]:
