@@ -9,7 +9,7 @@ divergence; `portable` has no record at all: its arrays are plain Arrow columns.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -38,6 +38,8 @@ MEAN_KL = 1e-4
 """Mean KL divergence, in nats per row, that profile `small` may add; no row may add MAX_KL times
 as much."""
 MAX_KL = 3.0
+JOINED_ELEMENTS = 1 << 20
+"""Of the widest signal, in records that are decoded together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,16 +187,20 @@ class RowCodec:
             streams.corrupt(f"{record.rows} rows", f"{rows}")
         return self._decoded(record, NAMES if names is None else names)
 
-    def decode_many(self, blobs: Iterable[bytes | memoryview]) -> Iterator["Decoded"]:
+    def decode_many(self, blobs: Sequence[bytes | memoryview]) -> Iterator["Decoded"]:
         """Everything in many records, decoded in groups, at a fraction of the cost of each alone.
 
         Raises:
             ShardCorrupt: one of them is not a record of this codec; `decode` tells which.
         """
-        for places, record in joined((self._record(blob) for blob in blobs), [PARAMETERS]):
-            lists = self._lossy.lists(record) if self._lossy else None
+        for places, record in joined(blobs, JOINED_ELEMENTS // self._widest, [PARAMETERS]):
+            self._check(record.profile, int(max(record.rows_of.max(), record.tokens_of.max())))
+            try:
+                lists = self._lossy.lists(record) if self._lossy else None
+            except (IndexError, ValueError) as error:
+                streams.corrupt(f"its streams contradict each other ({error})")
             signals = self._decoded(record, NAMES, lists)
-            yield Decoded(np.array(places), record.rows_of, record.tokens_of, signals, lists)
+            yield Decoded(places, record.rows_of, record.tokens_of, signals, lists)
 
     def _decoded(
         self, record: streams.Record | Joined, wanted: Collection[str], lists: Lists | None = None
@@ -229,12 +235,19 @@ class RowCodec:
 
     def _record(self, blob: bytes | memoryview) -> streams.Record:
         record = streams.parse(blob)
-        if record.profile != PROFILE_CODES.get(self.profile):
-            streams.corrupt(f"profile {record.profile}", f"{self.profile!r}")
-        limit = streams.MAX_ELEMENTS // max(self.k, self.draws, self.temperatures, 1)
-        if max(record.rows, record.tokens) > limit:
-            streams.corrupt(f"{record.rows} rows, {record.tokens} tokens", f"at most {limit}")
+        self._check(record.profile, max(record.rows, record.tokens))
         return record
+
+    @property
+    def _widest(self) -> int:
+        return max(self.k, self.draws, self.temperatures, 1)
+
+    def _check(self, profile: int, longest: int) -> None:
+        if profile != PROFILE_CODES.get(self.profile):
+            streams.corrupt(f"profile {profile}", f"{self.profile!r}")
+        limit = streams.MAX_ELEMENTS // self._widest
+        if longest > limit:
+            streams.corrupt(f"{longest} rows or tokens", f"at most {limit}")
 
     def _exact(self, record: streams.Record | Joined, name: str) -> np.ndarray:
         if name == TOKENS:

@@ -14,7 +14,7 @@ How many elements a stream has follows from rows, tokens and the streams before 
 
 import importlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -81,12 +81,16 @@ class Record:
         Raises:
             ShardCorrupt: it is absent, is something else or does not unpack.
         """
-        entry = entry_of(self, number, dtypes)
+        entry = self.entries.get(number)
+        if entry is None:
+            corrupt(f"stream {number} is missing")
+        if entry[0] not in dtypes:
+            corrupt(f"stream {number} is {entry[0]}", " or ".join(dtypes))
         of_rows = rows * self.rows if isinstance(rows, int) else int(rows.sum(dtype=np.int64))
-        count = checked(of_rows + tokens * self.tokens + once, number)
-        out = np.empty(count, dtype=entry[0])
-        unpack([entry], [count], out, number)
-        return out
+        count = of_rows + tokens * self.tokens + once
+        if not 0 <= count <= MAX_ELEMENTS:
+            corrupt(f"stream {number} would have {count} elements", f"at most {MAX_ELEMENTS}")
+        return unpack(entry, count, number)
 
     def by_column(self, flat: np.ndarray, width: int) -> np.ndarray:
         """[R, width] of a stream that holds one column after another."""
@@ -184,53 +188,28 @@ def _compress(flat: np.ndarray) -> bytes:
     return standalone.simple_compress(flat, config)
 
 
-def entry_of(record: Record, number: int, dtypes: tuple[str, ...]) -> Entry:
-    """The line of a stream, which must be there and of one of `dtypes`."""
-    entry = record.entries.get(number)
-    if entry is None:
-        corrupt(f"stream {number} is missing")
-    if entry[0] not in dtypes:
-        corrupt(f"stream {number} is {entry[0]}", " or ".join(dtypes))
-    return entry
-
-
-def checked(count: int, number: int) -> int:
-    """A number of elements, before anything is allocated for them."""
-    if not 0 <= count <= MAX_ELEMENTS:
-        corrupt(f"stream {number} would have {count} elements", f"at most {MAX_ELEMENTS}")
-    return count
-
-
-def unpack(
-    entries: Sequence[Entry], counts: Sequence[int], out: np.ndarray, number: int
-) -> None:
-    """Fill `out`, whose dtype is the widest of theirs, with the elements of streams in order.
+def unpack(entry: Entry, count: int, number: int) -> np.ndarray:
+    """All elements of a stream.
 
     Raises:
-        ShardCorrupt: one does not have exactly its count of elements.
+        ShardCorrupt: it does not have exactly `count`.
     """
-    at, size, view = 0, out.itemsize, memoryview(out.view(np.uint8))  # type: ignore[arg-type]
-    for (dtype, coding, payload), count in zip(entries, counts, strict=True):
-        end, given = at + count, len(payload)
-        if count > FREE_ELEMENTS + MAX_RATIO * given:
-            corrupt(f"stream {number} has {given} bytes for {count} elements")
-        expected = dtype.itemsize * (count if coding == RAW else 1)
-        if coding != PCO and given != expected:
-            corrupt(f"stream {number} holds {given} bytes", f"{expected} bytes")
-        if dtype.itemsize != size:  # narrower than others
-            part = np.empty(count, dtype=dtype)
-            unpack([(dtype, coding, payload)], [count], part, number)
-            out[at:end] = part
-        elif coding == PCO:
-            _decompress(payload, out[at:end], number)
-        elif coding == RAW:
-            view[at * size : end * size] = payload
-        else:
-            out[at:end] = np.frombuffer(payload, dtype=dtype)  # a constant fills it
-        at = end
+    dtype, coding, payload = entry
+    if not _plausible(count, len(payload)):
+        corrupt(f"stream {number} has {len(payload)} bytes for {count} elements")
+    out = np.empty(count, dtype=dtype)
+    if coding == PCO:
+        decompress(payload, out, number)
+        return out
+    expected = dtype.itemsize * (count if coding == RAW else 1)
+    if len(payload) != expected:
+        corrupt(f"stream {number} holds {len(payload)} bytes", f"{expected} bytes")
+    out[:] = np.frombuffer(payload, dtype=dtype)  # a constant fills it
+    return out
 
 
-def _decompress(payload: memoryview, out: np.ndarray, number: int) -> None:
+def decompress(payload: bytes | memoryview, out: np.ndarray, number: int) -> None:
+    """Fill `out` with what pcodec packed."""
     try:
         progress = standalone.simple_decompress_into(bytes(payload), out)
     except BaseException as error:  # a panic of the Rust library is not an Exception
