@@ -40,6 +40,13 @@ def message_bytes(start: bytes | memoryview, where: str) -> int:
     Raises:
         ShardCorrupt: it is no message, or longer than an example may be.
     """
+    try:
+        return _message_bytes(start, where)
+    except (struct.error, IndexError):
+        raise ShardCorrupt("is not an Arrow file (a message)", where=where) from None
+
+
+def _message_bytes(start: bytes | memoryview, where: str) -> int:
     body, header = _field_of(start, 3), _field_of(start, 2)
     length = struct.unpack_from("<q", start, body)[0] if body else 0
     total = PREFIX + struct.unpack_from("<I", start, 4)[0] + length
