@@ -3,7 +3,8 @@
 One idea: an inner chunk is one example, so a Zarr shard is the examples' encoded chunks one after
 another and an index. We lay out and look up that index ourselves, because a reader must tell a
 missing chunk from zeros and must not pay a request to do so; the chunk's own bytes are Zarr's. Any
-Zarr library opens the result as an ordinary array. Which codec a chunk has is `dense_codec.py`'s
+Zarr library opens the result as an ordinary array; we decode a chunk without one, and of it only the
+positions that are used. Which codec a chunk has is `dense_codec.py`'s
 business; shorter examples are padded with zeros.
 """
 
@@ -87,7 +88,9 @@ class DenseArray:
         padded = np.zeros(chunk.shape, dtype=stored.dtype)
         padded[0, :used] = stored
         chunk[...] = padded
-        return store._store_dict.pop(_CHUNK).to_bytes()
+        encoded = store._store_dict.pop(_CHUNK).to_bytes()
+        self.decode(encoded, used, "a dense chunk")  # what a reader would refuse is not written
+        return encoded
 
     def decode(self, chunk: bytes, used: int, where: str) -> np.ndarray:
         """The first `used` positions of one example.
@@ -98,16 +101,19 @@ class DenseArray:
         if not 0 <= used <= self.positions:
             limit = f"at most {self.positions}"
             raise ShardCorrupt(f"{used} positions", expected=limit, where=where)
-        store, array = self._one_chunk()
+        body, checksum = chunk[:-_CHECKSUM], chunk[-_CHECKSUM:]
+        if struct.pack("<I", google_crc32c.value(body)) != checksum:
+            raise ShardCorrupt("a chunk does not fit its checksum", where=where)
+        if used * self.width > dense_codec.FREE_ELEMENTS + dense_codec.MAX_RATIO * len(body):
+            found = f"a chunk of {len(body):,} bytes for {used} positions of {self.width}"
+            raise ShardCorrupt(found, where=where)
         self._check_header(chunk, where)
-        store._store_dict[_CHUNK] = default_buffer_prototype().buffer.from_bytes(chunk)
         try:
-            stored = np.asarray(array[0])[:used]
+            return dense_codec.decode(self.codec, body, used, self.width)
+        except ShardCorrupt:
+            raise
         except Exception as error:
             raise ShardCorrupt(f"does not decode ({str(error)[:120]})", where=where) from None
-        finally:
-            store._store_dict.pop(_CHUNK, None)
-        return dense_codec.from_stored(self.codec, stored)
 
     def pack(self, chunks: list[bytes]) -> bytes:
         """A Zarr shard of the chunks of its examples (fewer in the last shard)."""

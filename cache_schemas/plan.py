@@ -216,8 +216,9 @@ def signals_of(
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,40}(\.[A-Za-z0-9_-]{1,64})?$")]
 
 
-MAX_CHUNK_ELEMENTS = 1 << 28
-"""Elements of one example's chunk of a dense signal, at most: 1 GB of float32."""
+MAX_CHUNK_ELEMENTS = 1 << 27
+"""Elements of one example's chunk of a dense signal, at most: 256 MB of 16 bits, unpacked whole
+though the example may use little of it."""
 
 
 class _DenseCodec(BaseModel):

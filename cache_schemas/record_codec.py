@@ -38,6 +38,8 @@ MEAN_KL = 1e-4
 """Mean KL divergence, in nats per row, that profile `small` may add; no row may add MAX_KL times
 as much."""
 MAX_KL = 3.0
+MAX_LISTED = 1 << 24
+"""Elements of the widest signal of a record, at most: 262,144 rows of 64 ids."""
 JOINED_ELEMENTS = 1 << 20
 """Of the widest signal, in records that are decoded together."""
 
@@ -165,6 +167,13 @@ class RowCodec:
     def encode_measured(self, signals: Signals) -> tuple[bytes, RowError]:
         """`encode`, and what it changed."""
         arrays = self._checked(signals)
+        if sum(map(len, arrays.values())) and max(map(len, arrays.values())) * self._widest > MAX_LISTED:
+            raise CacheError(
+                f"{max(map(len, arrays.values()))} rows of {self._widest}",
+                expected=f"at most {MAX_LISTED:,} entries in an example",
+                where="record",
+                remedy="Cut the text into shorter examples, or keep fewer ids.",
+            )
         rows = next((len(array) for name, array in arrays.items() if name != TOKENS), 0)
         tokens = len(arrays[TOKENS]) if TOKENS in arrays else 0
         parts, error = self._lossy.encode(arrays, rows) if self._lossy else ({}, RowError())
@@ -245,7 +254,7 @@ class RowCodec:
     def _check(self, profile: int, longest: int) -> None:
         if profile != PROFILE_CODES.get(self.profile):
             streams.corrupt(f"profile {profile}", f"{self.profile!r}")
-        limit = streams.MAX_ELEMENTS // self._widest
+        limit = MAX_LISTED // self._widest
         if longest > limit:
             streams.corrupt(f"{longest} rows or tokens", f"at most {limit}")
 

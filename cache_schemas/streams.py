@@ -29,8 +29,8 @@ standalone: Any = importlib.import_module("pcodec.standalone")
 
 MAGIC = b"SR"
 VERSION = 1
-MAX_ELEMENTS = 1 << 24
-"""Elements of one stream, at most: 64 MB of int32. Larger counts are refused before allocation."""
+MAX_ELEMENTS = 1 << 26
+"""Elements of one stream, at most: 256 MB of int32. Larger counts are refused before allocation."""
 
 FREE_ELEMENTS, MAX_RATIO = 1 << 20, 1 << 6
 """A packed stream of more elements than FREE_ELEMENTS holds at most MAX_RATIO per further byte, so

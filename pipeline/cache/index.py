@@ -75,6 +75,8 @@ class Index:
 
     def __init__(self, data: bytes, sizes: list[int], where: str):
         self.where = where
+        if data[-4:] != b"PAR1":
+            raise ShardCorrupt("is not a Parquet file", where=where)
         if int.from_bytes(data[-8:-4], "little") > FREE_BYTES + FOOTER_BYTES * len(sizes):
             raise ShardCorrupt("its footer is too large", where=where)
         try:

@@ -4,6 +4,7 @@ One idea: every verb takes a cache (directory, URL, or the run file that made it
 on stdout; exit code 0 means that the cache is what it claims to be.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -73,8 +74,12 @@ def ls(
 
 
 @app.command()
-def verify(cache: Cache, public_key: PublicKey = "") -> None:
-    """Hash every file and decode every record again."""
+def verify(
+    cache: Cache,
+    public_key: PublicKey = "",
+    workers: Annotated[int, typer.Option(help="Processes; 0: one for each core.", min=0)] = 0,
+) -> None:
+    """Hash every file, decode every record again, and see that all values make sense."""
     from stillroom.pipeline.cache.care.verification import verify
     from stillroom.pipeline.cache.storage.location import open_storage
     from stillroom.pipeline.cache.storage.snapshot import pinned
@@ -82,7 +87,7 @@ def verify(cache: Cache, public_key: PublicKey = "") -> None:
     storage = pinned(open_storage(location(cache)))
     check_signature(storage, public_key)
     with progress("verify", "shards") as report:
-        result = verify(storage, report)
+        result = verify(storage, report, workers or len(os.sched_getaffinity(0)))
     for note in result.notes:
         say(f"note: {note}")
     for problem in result.problems:

@@ -98,7 +98,7 @@ def test_an_index_that_does_not_fit_the_receipts_is_found(cache, monkeypatch, ch
 
 
 def test_rubbish_for_an_index_is_found(cache):
-    (cache / layout.index(0)).write_bytes(b"PAR1 rubbish PAR1")
+    (cache / layout.index(0)).write_bytes(b"<html>not found</html>")
     hostile_caches.sign_manifest(cache, hostile_caches.form_of(cache))
     assert "is not a Parquet file" in found(cache)[0]
     with pytest.raises(ShardCorrupt, match="is not a Parquet file"):
