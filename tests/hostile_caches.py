@@ -205,3 +205,41 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "ids repeated": (_swap_rows, "repeated"),
 }
 """Name -> change of one example, and what verification must say of it."""
+
+
+def _of_record(change: Change) -> Callable[[Path, int, random.Random], None]:
+    return lambda root, number, choice: rewrite_record(root, number, change, choice)
+
+
+def _swap(root: Path, number: int, choice: random.Random) -> None:
+    swap_chunks(root, number // form_of(root).plan.examples_per_shard)
+
+
+def _claim(name: str, value: Any) -> Callable[[Path, int, random.Random], None]:
+    def claim(root: Path, number: int, choice: random.Random) -> None:
+        form = form_of(root)
+        shard = number // form.plan.examples_per_shard
+        redo(root, shard, **{name: [value] * len(form.plan.shard_range(shard))})
+
+    return claim
+
+
+def _shuffled_index(root: Path, number: int, choice: random.Random) -> None:
+    rewrite_index(root, form_of(root), lambda table: table.take(list(range(len(table)))[::-1]))
+
+
+def _nudge(values: Values, choice: random.Random) -> None:
+    """Another value that could be the teacher's."""
+    array = values[choice.choice(["entropy", "lse"])]
+    array.reshape(-1)[choice.randrange(array.size)] += np.float32(0.25)
+
+
+NONSENSE: dict[str, Callable[[Path, int, random.Random], None]] = {
+    **{name: _of_record(change) for name, (change, _) in CHANGES.items()},
+    "chunks swapped": _swap,
+    "tokens claimed": _claim("num_tokens", 1 << 20),
+    "entropy claimed": _claim("entropy", 0.125),
+    "index shuffled": _shuffled_index,
+}
+"""Damages that verification must find (or that a codec cannot even write)."""
+DAMAGES = NONSENSE | {"another entropy": _of_record(_nudge)}
