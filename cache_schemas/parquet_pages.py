@@ -6,7 +6,7 @@ It decodes no value.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from stillroom.cache_schemas.errors import ShardCorrupt
 
@@ -42,16 +42,21 @@ def _values(fields: dict[int, Any], where: str) -> int:
     """How many values a page holds; 0 for a dictionary."""
     for number, encoding in DATA_PAGES.items():
         if isinstance(own := fields.get(number), dict):
-            if own.get(encoding) not in PLAIN_ENCODINGS:
+            count = own.get(1)
+            if not _is_plain(own.get(encoding)) or type(count) is not int or count < 0:
                 _refuse(where)
-            return int(own.get(1, 0))
+            return count
     own = fields.get(DICTIONARY_PAGE)
-    if not isinstance(own, dict) or own.get(2) not in PLAIN_ENCODINGS:
+    if not isinstance(own, dict) or not _is_plain(own.get(2)):
         _refuse(where)
     return 0
 
 
-def _refuse(where: str) -> None:
+def _is_plain(encoding: Any) -> bool:
+    return type(encoding) is int and encoding in PLAIN_ENCODINGS
+
+
+def _refuse(where: str) -> NoReturn:
     raise ShardCorrupt("is not a Parquet file that we write", where=where)
 
 
@@ -83,7 +88,7 @@ class _Compact:
             return self._list(depth + 1)
         if kind == 12 and depth < MAX_NESTED:
             return self.struct(depth + 1)
-        return _refuse(self.where)
+        _refuse(self.where)
 
     def _list(self, depth: int) -> list[Any]:
         head = self._byte()
@@ -110,7 +115,7 @@ class _Compact:
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-        return _refuse(self.where) or 0
+        _refuse(self.where)
 
     def _signed(self) -> int:
         value = self._unsigned()

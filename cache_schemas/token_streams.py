@@ -34,7 +34,7 @@ def decode_tokens(
     record: Record | Joined, lists: Lists, rankings: Rankings
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [L], places int64 [R] of the following tokens; empty when L < R + 1)."""
-    each = int(record.tokens > record.rows)  # tokens that follow a row
+    each = int(record.tokens > record.rows > 0)  # tokens that follow a row
     prompt = record.stream(PROMPT, "u4", tokens=1, rows=-each)
     if prompt.max(initial=0) >= rankings.common.size:
         corrupt("a prompt token outside the vocabulary")

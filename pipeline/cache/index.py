@@ -83,12 +83,13 @@ class Index:
             buffer = pa.py_buffer(data)
             self._file = pq.ParquetFile(pa.BufferReader(buffer), read_dictionary=TEXTS)
             described = self._file.schema_arrow
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             text = f"is not a Parquet file ({str(error)[:120]})"
             raise ShardCorrupt(text, where=where) from None
         texts = {name: pa.dictionary(pa.int32(), pa.string()) for name in TEXTS}
         expected = pa.schema([(f.name, texts.get(f.name, f.type)) for f in SCHEMA])
-        if not described.equals(expected):
+        names = [self._file.metadata.schema.column(at).path for at in range(len(described))]
+        if not described.equals(expected) or names != SCHEMA.names:
             raise ShardCorrupt("has other columns than an index", where=where)
         self._check_sizes(memoryview(data), sizes)
 
@@ -102,8 +103,12 @@ class Index:
         """The rows of one of its shards."""
         try:
             read = self._file.read_row_group(at, columns=columns, use_threads=False)
-        except (pa.ArrowException, OSError, ValueError) as error:
+            read.validate(full=True)
+            return self._in_words(read)
+        except (pa.ArrowException, OSError, ValueError, IndexError) as error:
             raise ShardCorrupt(f"does not unpack ({str(error)[:120]})", where=self.where) from None
+
+    def _in_words(self, read: pa.Table) -> pa.Table:
         for place, name in enumerate(read.column_names):
             if name in ROW_BYTES:
                 plain = self._plain(read.column(place), name)

@@ -46,7 +46,7 @@ def teacher(deep_llama, tmp_path_factory):
     """A sharp teacher: its lists hold nearly all mass, so what a profile rounds may pass 1."""
     model = AutoModelForCausalLM.from_pretrained(deep_llama)
     with torch.no_grad():
-        model.model.norm.weight *= 40
+        model.model.norm.weight *= 12
     root = tmp_path_factory.mktemp("sharp") / "teacher"
     shutil.copytree(deep_llama, root)
     model.save_pretrained(root)
