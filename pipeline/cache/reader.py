@@ -26,7 +26,7 @@ from stillroom.pipeline.cache.formats import Encoded, Format, read_codec
 from stillroom.pipeline.cache.partial import present_signals
 from stillroom.pipeline.cache.sealing import check_files, check_receipt
 from stillroom.pipeline.cache.storage.location import open_storage
-from stillroom.pipeline.cache.storage.protocol import Storage
+from stillroom.pipeline.cache.storage.protocol import IsRight, Storage, read_right
 from stillroom.pipeline.cache.storage.readthrough import ReadThrough
 from stillroom.pipeline.cache.storage.snapshot import pinned
 from stillroom.pipeline.record import TeacherRecord
@@ -180,8 +180,8 @@ class TeacherCache:
         """The receipt of a shard, checked against the manifest."""
         name = layout.receipt(shard)
         where = f"{self.storage.location}/{name}"
-        data = self._present(name)
-        if hashlib.sha256(data).hexdigest() != self.manifest.shards.receipt[shard]:
+        data = self._right(name, _has_hash(self.manifest.shards.receipt[shard]))
+        if data is None:
             raise ShardCorrupt("is not the receipt that the manifest names", where=where)
         receipt = read(ShardReceipt, data, where)
         check_receipt(receipt, self.form, shard, where)
@@ -189,14 +189,22 @@ class TeacherCache:
 
     def _fixed(self, name: str) -> bytes:
         """A small file, checked against the manifest."""
-        data = self._present(name)
-        if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
+        data = self._right(name, _has_hash(self.manifest.files[name].sha256))
+        if data is None:
             raise ShardCorrupt("has been changed", where=f"{self.storage.location}/{name}")
         return data
 
     def _present(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        data = self._right(name, lambda data: True, start, length)
+        assert data is not None
+        return data
+
+    def _right(
+        self, name: str, is_right: IsRight, start: int = 0, length: int | None = None
+    ) -> bytes | None:
+        """`read_right`; a file that is missing is said to be."""
         try:
-            return self.storage.read(name, start, length)
+            return read_right(self.storage, name, is_right, start, length)
         except FileNotFoundError:
             where = f"{self.storage.location}/{name}"
             remedy = "Pull it again, or run `stillroom cache repair` and capture again."
@@ -214,8 +222,10 @@ class TeacherCache:
         start, size = int(offsets.starts[position]), int(offsets.sizes[position])
         if start + size > offsets.file_bytes[name]:
             raise ShardCorrupt("names bytes beyond its file", where=layout.receipt(shard))
-        message = self._present(name, start, size)
-        if xxhash.xxh3_64_intdigest(message) != int(offsets.checksums[position]):
+        checksum = int(offsets.checksums[position])
+        is_right = lambda data: xxhash.xxh3_64_intdigest(data) == checksum  # noqa: E731
+        message = self._right(name, is_right, start, size)
+        if message is None:
             raise ShardCorrupt(
                 f"example {position} of the shard does not fit its checksum",
                 where=f"{self.storage.location}/{name}",
@@ -240,6 +250,10 @@ class TeacherCache:
     def _chunk(self, name: str, shard: int, position: int) -> bytes:
         offset, length = (int(value) for value in self._dense_index(name, shard)[position])
         return self._present(layout.dense_shard(name, shard), offset, length)
+
+
+def _has_hash(sha256: str) -> IsRight:
+    return lambda data: hashlib.sha256(data).hexdigest() == sha256
 
 
 def _manifest_bytes(storage: Storage) -> bytes:

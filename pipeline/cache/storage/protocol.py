@@ -132,12 +132,13 @@ def check_whole(where: str, found: int, most: int) -> None:
 
 
 TRIES = 3
+IsRight = Callable[[bytes], bool]
 
 
 def read_right(
     storage: Storage,
     name: str,
-    is_right: Callable[[bytes], bool],
+    is_right: IsRight,
     start: int = 0,
     length: int | None = None,
 ) -> bytes | None:
