@@ -41,8 +41,8 @@ class WebStorage(BucketStorage):
     """Named bytes below a http or https URL; its query, if it has one, goes with every file."""
 
     rights = (
-        "Ask whoever runs the server for access; a name and password go into the URL "
-        "(https://NAME:PASSWORD@HOST/...), and a signed link may have expired."
+        "Ask whoever runs the server for access; name and password go into the URL, before the "
+        "host and an @, and a signed link may have expired."
     )
 
     def __init__(self, url: str, *more: Any, **named: Any):
