@@ -152,6 +152,11 @@ def read_right(
     return None
 
 
+def looks_like_a_document(data: bytes) -> bool:
+    """False for a page of a server and for half a document, which the next answer may mend."""
+    return data.startswith(b"{") and data.endswith(b"}\n")
+
+
 def cut_short(where: str, found: int, expected: int) -> None:
     """Refuse a file that ends too early."""
     raise ShardCorrupt(

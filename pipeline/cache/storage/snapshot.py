@@ -11,7 +11,12 @@ from pathlib import Path
 
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError
-from stillroom.pipeline.cache.storage.protocol import Claim, Storage, read_right
+from stillroom.pipeline.cache.storage.protocol import (
+    Claim,
+    Storage,
+    looks_like_a_document,
+    read_right,
+)
 
 
 class Snapshot:
@@ -25,7 +30,7 @@ class Snapshot:
         if name != layout.MANIFEST:
             return self._storage.read(name, start, length)
         if self._manifest is None:
-            data = read_right(self._storage, name, _looks_like_a_document)
+            data = read_right(self._storage, name, looks_like_a_document)
             self._manifest = self._storage.read(name) if data is None else data
         return self._manifest[start:] if length is None else self._manifest[start : start + length]
 
@@ -75,11 +80,6 @@ class Snapshot:
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         return self._storage.alone()
-
-
-def _looks_like_a_document(data: bytes) -> bool:
-    """False for a page of a server and for half a document, which the next answer may mend."""
-    return data.startswith(b"{") and data.endswith(b"}\n")
 
 
 def pinned(storage: Storage) -> Snapshot:

@@ -47,6 +47,7 @@ class WebStorage(BucketStorage):
 
     def __init__(self, url: str, *more: Any, **named: Any):
         super().__init__(url, *more, **named)
+        self.location = scrub(url.partition("?")[0]).rstrip("/")
         self._kept = _Kept()
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
