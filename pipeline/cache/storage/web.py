@@ -18,6 +18,7 @@ from typing import Any
 
 from fsspec.asyn import sync
 
+from stillroom.cache_schemas.scrubbing import scrub
 from stillroom.pipeline.cache.storage.bucket import (
     GRACE_SECONDS,
     LEAST_RATE,
