@@ -17,10 +17,11 @@ import zarr
 import zarr.storage
 from zarr.core.buffer import default_buffer_prototype
 
-from stillroom.cache_schemas import dense_codec
+from stillroom.cache_schemas import canonical, dense_codec
 from stillroom.cache_schemas.errors import ShardCorrupt
 
 MISSING = (1 << 64) - 1
+MAX_METADATA = 1 << 16
 _CHECKSUM = 4
 _CHUNK = "c/0/0/0"
 
@@ -47,6 +48,24 @@ class DenseArray:
         shape = (self.num_examples, self.positions, self.width)
         self._create(store, shape, (self.per_shard, *shape[1:]))
         return store._store_dict["zarr.json"].to_bytes()
+
+    def check_metadata(self, data: bytes, where: str) -> None:
+        """Refuse a zarr.json that does not describe this array, or by other codecs.
+
+        Raises:
+            ShardCorrupt: it does not.
+        """
+        if len(data) > MAX_METADATA:
+            raise ShardCorrupt(f"has {len(data):,} bytes", where=where)
+        canonical.parse(data, where)
+        try:
+            found, own = _described(data), _described(self.metadata())
+        except Exception as error:
+            text = f"is no Zarr metadata ({str(error)[:120]})"
+            raise ShardCorrupt(text, where=where) from None
+        if different := sorted(key for key in own if found.get(key) != own[key]):
+            found = f"'{different[0]}' is not the plan's"
+            raise ShardCorrupt(found, where=where)
 
     def encode(self, array: np.ndarray) -> bytes:
         """The chunk of one example; float32 [positions used, width].
@@ -143,3 +162,10 @@ class DenseArray:
             config={"write_empty_chunks": True},
             **dense_codec.chain(self.codec),
         )
+
+
+def _described(metadata: bytes) -> dict[str, Any]:
+    """What a zarr.json says, defaults written out."""
+    store = zarr.storage.MemoryStore()
+    store._store_dict["zarr.json"] = default_buffer_prototype().buffer.from_bytes(metadata)
+    return dict(zarr.open_array(store, mode="r").metadata.to_dict())

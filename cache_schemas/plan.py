@@ -25,6 +25,8 @@ from stillroom.cache_schemas.errors import CacheError, FormatTooNew, ShardCorrup
 from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS, ROW_SIGNALS, hidden_name
 
 FORMAT_VERSION = 1
+MAX_SHARDS, MAX_PER_SHARD = 1 << 18, 1 << 16
+"""Shards of a cache, and examples of one: what a manifest and a receipt have room for."""
 
 
 def check_version(found: Any, where: str) -> None:
@@ -89,6 +91,7 @@ class Plan:
             remedy = "Prepare more text, or choose another split."
             raise CacheError("there is no example to keep", where="plan", remedy=remedy)
         per_shard = int(capture["examples_per_shard"])
+        _check_room(num_examples, per_shard)
         facts = {
             "format_version": FORMAT_VERSION,
             "teacher": dict(teacher),
@@ -181,6 +184,18 @@ class Plan:
         return cls(facts)
 
 
+def _check_room(num_examples: int, per_shard: int) -> None:
+    """Refuse a capture whose receipts or manifest would be larger than a reader takes."""
+    shards = -(-num_examples // per_shard)
+    if per_shard > MAX_PER_SHARD or shards > MAX_SHARDS:
+        raise CacheError(
+            f"{num_examples:,} examples, {per_shard:,} to a shard, make {shards:,} shards",
+            expected=f"at most {MAX_PER_SHARD:,} examples in each of at most {MAX_SHARDS:,}",
+            where="examples_per_shard",
+            remedy=f"Keep {min(max(16, -(-num_examples // 4096)), MAX_PER_SHARD)} to a shard.",
+        )
+
+
 def signals_of(
     capture: Mapping[str, Any], teacher: Mapping[str, Any], max_tokens: int
 ) -> dict[str, Any]:
@@ -249,14 +264,14 @@ class _Signals(BaseModel):
 
 class _Shards(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    count: Annotated[int, Field(ge=1, le=1 << 32)]
-    examples_per_shard: Annotated[int, Field(ge=1, le=1 << 24)]
-    num_examples: Annotated[int, Field(ge=1, le=1 << 48)]
+    count: Annotated[int, Field(ge=1, le=MAX_SHARDS)]
+    examples_per_shard: Annotated[int, Field(ge=1, le=MAX_PER_SHARD)]
+    num_examples: Annotated[int, Field(ge=1, le=MAX_SHARDS * MAX_PER_SHARD)]
 
 
 class _Teacher(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
-    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)] = 1
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 22)] = 1
 
 
 class _Catalogue(BaseModel):

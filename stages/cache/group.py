@@ -97,7 +97,7 @@ def verify(cache: Cache, public_key: PublicKey = "") -> None:
         f"tokens, {result.num_bytes:,} bytes are right"
     )
     if result.rounding is not None:
-        put(f"rounding costs {result.rounding:.2g} nats per row, measured on a sample")
+        put(f"rounding costs {result.rounding:.2g} nats per row, measured on every row")
     if result.problems:
         raise CacheError(
             f"{len(result.problems)} problems",

@@ -1,7 +1,8 @@
 """What a cache is, in a few numbers, whether it is sealed or still being written.
 
 One idea: everything here comes from the manifest, the plan and a few receipts, so it is quick for a
-cache of any size. It checks nothing; that is `verification.py`.
+cache of any size. Receipts are bound to the manifest;
+whether shards fit them is `verification.py`'s question.
 """
 
 import hashlib
@@ -14,13 +15,13 @@ from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt, StillroomError
 from stillroom.cache_schemas.manifest import DefinitionCheck, Manifest, Plan, ShardReceipt, read
 from stillroom.pipeline.cache import partial
-from stillroom.pipeline.cache.sealing import committed, noted_definition
+from stillroom.pipeline.cache.reader import REMEDY
+from stillroom.pipeline.cache.sealing import check_table, committed, noted_definition
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.storage.protocol import Storage
 
 RECEIPTS_LOOKED_AT, THREADS = 16, 16
 ROWS = "rows"
-REPAIR = "Pull it again, or run `stillroom cache repair` where it was made."
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ def overview(storage: Storage) -> Overview:
     """
     manifest = _manifest(storage)
     plan = _plan(storage, manifest)
+    if manifest:
+        check_table(manifest, plan, f"{storage.location}/{layout.MANIFEST}")
     every = range(plan.num_shards)
     done = sorted(committed(storage, every)) if manifest is None else list(every)
     held = partial.present_signals(storage)
@@ -148,15 +151,16 @@ def _receipts(
 
 
 def _receipt(storage: Storage, shard: int, manifest: Manifest | None) -> ShardReceipt:
+    """One receipt; of a sealed cache the one that its manifest names."""
     name = layout.receipt(shard)
     where = f"{storage.location}/{name}"
     try:
         data = storage.read(name)
     except FileNotFoundError:
-        raise ShardCorrupt("is missing", where=where, remedy=REPAIR) from None
+        raise ShardCorrupt("is missing", where=where, remedy=REMEDY) from None
     if manifest and hashlib.sha256(data).hexdigest() != manifest.shards.receipt[shard]:
         found = "is not the receipt that the manifest names"
-        raise ShardCorrupt(found, where=where, remedy=REPAIR)
+        raise ShardCorrupt(found, where=where, remedy=REMEDY)
     return read(ShardReceipt, data, where)
 
 

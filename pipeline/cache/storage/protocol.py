@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Protocol
 
-from stillroom.cache_schemas import layout
+from stillroom.cache_schemas import canonical, layout
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 
 
@@ -110,7 +110,7 @@ def check_vacant(storage: Storage) -> None:
         )
 
 
-MOST_BYTES = {"json": 1 << 28, "sig": 1 << 16, "md": 1 << 20, "npy": 1 << 28}
+MOST_BYTES = {"json": canonical.MAX_BYTES, "sig": 1 << 16, "md": 1 << 20, "npy": 1 << 27}
 """Kind of file -> bytes that one may have; `canonical` parses no more JSON."""
 MOST_BYTES_OF_DATA = 1 << 34
 
