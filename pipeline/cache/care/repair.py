@@ -43,13 +43,13 @@ def repair(storage: Storage, progress: Progress = lambda done, total: None) -> R
     report = verify(storage, progress)
     _check_not_newer(storage, report.bad_shards)
     removed: list[str] = []
+    _restore(storage, form)  # while the manifest still says what plan and codec are
     if report.problems:
         _remove(storage, [layout.MANIFEST, layout.SIGNATURE], removed)  # first: nobody reads it now
     for number in report.bad_shards:
         _remove(storage, [layout.receipt(number)], removed)
         _remove(storage, layout.shard_files(number, list(form.dense)), removed)
     _remove_broken_leftovers(storage, form, removed)
-    _restore(storage, form)
     sealed = _seal(storage, form, manifest, report)
     return Repair(report.bad_shards, removed, sealed)
 

@@ -19,14 +19,19 @@ from stillroom.pipeline.cache import partial
 from stillroom.pipeline.cache.card import README
 from stillroom.pipeline.cache.care.verification import Progress
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.storage.protocol import TRIES, Storage, check_vacant
+from stillroom.pipeline.cache.storage.protocol import (
+    TRIES,
+    IsRight,
+    Storage,
+    check_vacant,
+    looks_like_a_document,
+    read_right,
+)
 from stillroom.pipeline.cache.storage.snapshot import Snapshot, pinned
 
 PIECE_BYTES = 1 << 25
 """Bytes of one read; a broken connection costs at most this much."""
 LOGITS = "logits"
-BESIDE = {README: 1 << 20, layout.SIGNATURE: 1 << 16}
-"""Files that travel though the manifest does not bind them, and their most bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +98,8 @@ def _copied(
     with ThreadPoolExecutor(threads) as pool:
         for done, _ in enumerate(pool.map(work.shard, range(cache.plan.num_shards)), start=1):
             progress(done, cache.plan.num_shards)
-    for name, most in BESIDE.items():
-        _copy_beside(source, target, name, most)
+    _copy_beside(source, target, README, lambda data: True)
+    _copy_beside(source, target, layout.SIGNATURE, looks_like_a_document)
     with target.alone():  # another copy may be adding its signals
         held = {*dense, *_held_already(cache, target)}
         partial.mark(target, None if held == set(cache.plan.dense_signals) else sorted(held))
@@ -102,13 +107,13 @@ def _copied(
     return Copied(len(work.moved), sum(work.moved), sorted(held))
 
 
-def _copy_beside(source: Storage, target: Storage, name: str, most: int) -> None:
-    """A small file that the manifest does not bind; one that is too large stays where it is."""
-    size = source.size(name)
-    if size is None or size > most:
-        return
-    with contextlib.suppress(FileNotFoundError):
-        target.replace(name, source.read(name, 0, size))
+def _copy_beside(source: Storage, target: Storage, name: str, is_right: IsRight) -> None:
+    """A small file that the manifest does not bind; one that is too large, or a page of the server
+    in its place, stays where it is."""
+    with contextlib.suppress(FileNotFoundError, ShardCorrupt):
+        data = None if source.size(name) is None else read_right(source, name, is_right)
+        if data is not None:
+            target.replace(name, data)
 
 
 def _seal(target: Storage, manifest: bytes) -> None:
