@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from stillroom.pipeline.scrubbing import scrub, scrubbed
+from stillroom.cache_schemas.scrubbing import scrub, scrubbed
 
 PACKAGES = (
     "stillroom",

@@ -21,7 +21,7 @@ from stillroom.cache_schemas.errors import (
     CacheIncomplete,
     StillroomError,
 )
-from stillroom.pipeline.scrubbing import scrub
+from stillroom.cache_schemas.scrubbing import scrub
 from stillroom.stages import capture, evaluate, generate, prepare, recommend, teacher, train
 from stillroom.stages.cache import group as cache
 from stillroom.stages.console import say, show_traceback

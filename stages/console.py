@@ -21,8 +21,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from stillroom.cache_schemas.scrubbing import scrub, scrubbed
 from stillroom.pipeline.plain_text import plain, plain_json
-from stillroom.pipeline.scrubbing import scrub, scrubbed
 
 SECONDS_BETWEEN_LINES = 15.0
 WIDE = 100_000

@@ -33,7 +33,7 @@ from stillroom.pipeline.cache.sealing import (
     open_index,
 )
 from stillroom.pipeline.cache.storage.location import open_storage
-from stillroom.pipeline.cache.storage.protocol import Storage
+from stillroom.pipeline.cache.storage.protocol import IsRight, Storage, read_right
 from stillroom.pipeline.cache.storage.readthrough import ReadThrough
 from stillroom.pipeline.cache.storage.snapshot import pinned
 from stillroom.pipeline.record import TeacherRecord
@@ -191,16 +191,24 @@ class TeacherCache:
         """The receipt of a shard, checked against the manifest."""
         name = layout.receipt(shard)
         where = f"{self.storage.location}/{name}"
-        data = self._present(name)
-        if hashlib.sha256(data).hexdigest() != self.manifest.shards.receipt[shard]:
+        data = self._right(name, _has_hash(self.manifest.shards.receipt[shard]))
+        if data is None:
             raise ShardCorrupt("is not the receipt that the manifest names", where=where)
         receipt = read(ShardReceipt, data, where)
         check_receipt(receipt, self.form, shard, where)
         return receipt
 
     def _present(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        data = self._right(name, lambda data: True, start, length)
+        assert data is not None
+        return data
+
+    def _right(
+        self, name: str, is_right: IsRight, start: int = 0, length: int | None = None
+    ) -> bytes | None:
+        """`read_right`; a file that is missing is said to be."""
         try:
-            return self.storage.read(name, start, length)
+            return read_right(self.storage, name, is_right, start, length)
         except FileNotFoundError:
             raise self._missing(name) from None
 
@@ -216,10 +224,16 @@ class TeacherCache:
         start, size = int(offsets.starts[position]), int(offsets.sizes[position])
         if start + size > offsets.files[name].bytes or size > frames.MAX_MESSAGE:
             raise ShardCorrupt("names bytes beyond its file", where=layout.receipt(shard))
-        message = self._present(name, start, size)
-        if xxhash.xxh3_64_intdigest(message) != int(offsets.checksums[position]):
-            raise self._changed(f"example {position} of the shard does not fit its checksum", name)
-        return message
+        found = f"example {position} of the shard does not fit its checksum"
+        return self._summed(name, start, size, int(offsets.checksums[position]), found)
+
+    def _summed(self, name: str, start: int, size: int, checksum: int, found: str) -> bytes:
+        """A part of a file with its xxh3-64; `found` says what is wrong with another."""
+        is_right = lambda data: xxhash.xxh3_64_intdigest(data) == checksum  # noqa: E731
+        data = self._right(name, is_right, start, size)
+        if data is None:
+            raise self._changed(found, name)
+        return data
 
     def _read_dense_index(self, name: str, shard: int) -> np.ndarray:
         array, path = self.form.dense[name], layout.dense_shard(name, shard)
@@ -240,10 +254,10 @@ class TeacherCache:
         if sums is None:
             self._check_whole(path, shard)
         offset, length = (int(value) for value in self._dense_index(name, shard)[position])
-        chunk = self._present(path, offset, length)
-        if sums is not None and xxhash.xxh3_64_intdigest(chunk) != int(sums[position]):
-            raise self._changed(f"chunk {position} is not the one that was written", path)
-        return chunk
+        if sums is None:
+            return self._present(path, offset, length)
+        found = f"chunk {position} is not the one that was written"
+        return self._summed(path, offset, length, int(sums[position]), found)
 
     def _check_whole(self, path: str, shard: int) -> None:
         """Hash a file once: what binds its chunks where the receipt has no sum of each."""
@@ -266,6 +280,10 @@ class TeacherCache:
 
 def _numbers(digits: list[str]) -> np.ndarray:
     return np.array([int(sixteen, 16) for sixteen in digits], dtype=np.uint64)
+
+
+def _has_hash(sha256: str) -> IsRight:
+    return lambda data: hashlib.sha256(data).hexdigest() == sha256
 
 
 def _manifest_bytes(storage: Storage) -> bytes:

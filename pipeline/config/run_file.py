@@ -13,12 +13,12 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stillroom.cache_schemas.errors import ConfigError
+from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config.preparation import Prepare
 from stillroom.pipeline.config.recommending import Candidates, Items, Recommender
 from stillroom.pipeline.config.strict import PathText, Table, validate
 from stillroom.pipeline.config.training import Attention, Evaluate, Objective, Student, Train
 from stillroom.pipeline.config.vision import Vision
-from stillroom.pipeline.scrubbing import scrubbed
 
 
 class Generate(Table):

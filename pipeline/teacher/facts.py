@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config import Teacher
-from stillroom.pipeline.scrubbing import scrubbed
 from stillroom.pipeline.teacher.adapter import CONFIG as ADAPTER_CONFIG
 from stillroom.pipeline.teacher.adapter import adapter_facts
 from stillroom.pipeline.teacher.arguments import meaningful

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, StillroomError, StudentError
+from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.data.loader import RecordSource
 from stillroom.pipeline.data.packing import Position
-from stillroom.pipeline.scrubbing import scrubbed
 from stillroom.pipeline.training.checkpoint import (
     Best,
     TrainingState,

@@ -20,7 +20,7 @@ from stillroom.stages.cache.arguments import (
     tokenizer_near,
     tokenizer_of,
 )
-from stillroom.stages.console import progress, put, say, table
+from stillroom.stages.console import document, progress, put, say, table
 
 app = typer.Typer(help="Look at caches, check, mend and share them.", no_args_is_help=True)
 
@@ -35,16 +35,20 @@ def show(
     guesses: Annotated[int, typer.Option(help="Top guesses per row.", min=1)] = 5,
     tokenizer: Tokenizer = "",
     corpus: Annotated[str, typer.Option(help="Of a cache of items or lists, for titles.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The facts alone, as JSON.")] = False,
 ) -> None:
     """What a cache holds, and a few tokens with the teacher's top guesses; of a cache about a
     catalogue an item, or a history with the teacher's list and what came."""
     from stillroom.pipeline.cache.care.overview import overview
     from stillroom.pipeline.cache.storage.location import open_storage
     from stillroom.stages.cache.lists_view import catalogue_table, is_about_a_catalogue
-    from stillroom.stages.cache.view import facts_table, guesses_table
+    from stillroom.stages.cache.view import facts_json, facts_table, guesses_table
 
     storage = open_storage(location(cache))
     seen = overview(storage)
+    if as_json:
+        document(facts_json(seen))
+        return
     facts_table(seen)
     if seen.sealed and rows and is_about_a_catalogue(seen.plan):
         catalogue_table(storage, example, corpus)

@@ -20,9 +20,9 @@ from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete
+from stillroom.cache_schemas.scrubbing import remember, scrub
 from stillroom.pipeline.cache.storage.directory import locked
 from stillroom.pipeline.cache.storage.protocol import Claim, cut_short, most_bytes
-from stillroom.pipeline.scrubbing import remember, scrub
 
 ATTEMPTS = 6
 PATIENCE_SECONDS = 150.0

@@ -132,12 +132,13 @@ def check_whole(where: str, found: int, most: int) -> None:
 
 
 TRIES = 3
+IsRight = Callable[[bytes], bool]
 
 
 def read_right(
     storage: Storage,
     name: str,
-    is_right: Callable[[bytes], bool],
+    is_right: IsRight,
     start: int = 0,
     length: int | None = None,
 ) -> bytes | None:
@@ -149,6 +150,11 @@ def read_right(
             return data
         storage.forget(name, start, length)
     return None
+
+
+def looks_like_a_document(data: bytes) -> bool:
+    """False for a page of a server and for half a document, which the next answer may mend."""
+    return data.startswith(b"{") and data.endswith(b"}\n")
 
 
 def cut_short(where: str, found: int, expected: int) -> None:

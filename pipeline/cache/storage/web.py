@@ -18,6 +18,7 @@ from typing import Any
 
 from fsspec.asyn import sync
 
+from stillroom.cache_schemas.scrubbing import scrub
 from stillroom.pipeline.cache.storage.bucket import (
     GRACE_SECONDS,
     LEAST_RATE,
@@ -41,12 +42,13 @@ class WebStorage(BucketStorage):
     """Named bytes below a http or https URL; its query, if it has one, goes with every file."""
 
     rights = (
-        "Ask whoever runs the server for access; a name and password go into the URL "
-        "(https://NAME:PASSWORD@HOST/...), and a signed link may have expired."
+        "Ask whoever runs the server for access; name and password go into the URL, before the "
+        "host and an @, and a signed link may have expired."
     )
 
     def __init__(self, url: str, *more: Any, **named: Any):
         super().__init__(url, *more, **named)
+        self.location = scrub(url.partition("?")[0]).rstrip("/")
         self._kept = _Kept()
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
