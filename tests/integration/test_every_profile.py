@@ -15,6 +15,7 @@ from stillroom.pipeline.cache.writer import CacheWriter
 from stillroom.pipeline.objectives.registry import OBJECTIVES
 from stillroom.pipeline.training.trainer import train
 from tests import memory_cache
+from tests.integration.test_every_objective import written_by
 from tests.integration.test_training import losses, make_run
 
 PROFILES = ("exact", "strict", "small", "portable")
@@ -56,7 +57,7 @@ def teacher(deep_llama, tmp_path_factory):
 @pytest.fixture(scope="module")
 def captured(teacher):
     """tail -> the teacher's records."""
-    texts = memory_cache.examples(8, longest=16)
+    texts = written_by(teacher, 8, seed=0)
     common = {"moments": True, "temperatures": (0.5, 1.0), "entropy": True}
     return {
         tail: memory_cache.captured(teacher, texts, **common, **settings)

@@ -83,11 +83,12 @@ def _remove(storage: Storage, names: list[str], removed: list[str]) -> None:
 
 def _remove_broken_leftovers(storage: Storage, form: Format, removed: list[str]) -> None:
     """Files without a receipt are kept for the next capture only if they are whole."""
-    for number in range(form.plan.num_shards):
+    every = range(form.plan.num_shards)
+    left = sealing.listed(storage, "rows", layout.rows, every)
+    done = sealing.committed(storage, every)
+    for number in (number for number in every if number not in done):
         names = layout.shard_files(number, list(form.dense))
-        if storage.size(layout.receipt(number)) is not None:
-            continue
-        if all(storage.size(name) is None for name in names):
+        if number not in left and all(storage.size(name) is None for name in names[1:]):
             continue
         try:
             shards.inspect(storage, form, number)

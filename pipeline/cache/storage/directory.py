@@ -221,7 +221,10 @@ class DirectoryStorage:
                 lock = os.open(made, os.O_RDONLY)
             except FileNotFoundError:
                 continue
-            except (FileExistsError, NotADirectoryError):
+            except (FileExistsError, NotADirectoryError) as error:
+                gone = isinstance(error, FileExistsError) and not os.path.lexists(parent)
+                if gone or parent.is_dir():
+                    continue  # taken away between being found there and looked at
                 remedy = "Choose another place for the cache."
                 raise CacheError("is not a directory", where=self.location, remedy=remedy) from None
             with contextlib.suppress(OSError):
