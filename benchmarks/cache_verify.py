@@ -92,7 +92,7 @@ def measured(root: Path) -> dict:
     reading = seconds(lambda: [cache.read(number) for number in order])
     with tempfile.TemporaryDirectory(dir=root.parent) as folder:
         target = DirectoryStorage(Path(folder, "copy"), Unsynced())
-        pulled = seconds(copy, DirectoryStorage(root), target)
+        pulled = seconds(lambda: copy(DirectoryStorage(root), target, threads=1))
     found = {
         "examples": len(cache),
         "shards": cache.plan.num_shards,
@@ -119,7 +119,7 @@ def main() -> None:
     options: argparse.Namespace = parser.parse_args()
     folder = options.kept or Path(tempfile.mkdtemp(dir="/dev/shm"))
     roots = {name: written(folder / name, plan_of(name)) for name in SIZES}
-    result = {name: measured(root) for name, root in roots.items()}
+    result: dict = {name: measured(root) for name, root in roots.items()}
     result["peak_megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     if not options.kept:
         shutil.rmtree(folder)

@@ -3,9 +3,9 @@
 One idea: an inner chunk is one example, so a Zarr shard is the examples' encoded chunks one after
 another and an index. We lay out and look up that index ourselves, because a reader must tell a
 missing chunk from zeros and must not pay a request to do so; the chunk's own bytes are Zarr's. Any
-Zarr library opens the result as an ordinary array; we decode a chunk without one, and of it only the
-positions that are used. Which codec a chunk has is `dense_codec.py`'s
-business; shorter examples are padded with zeros.
+Zarr library opens the result as an ordinary array; we decode a chunk without one, and of it only
+what is used. Which codec a chunk has is `dense_codec.py`'s business; shorter examples are padded
+with zeros.
 """
 
 import struct

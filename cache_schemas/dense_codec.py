@@ -6,12 +6,12 @@ library; the others are one codec that this module registers, `stillroom.row_sca
 array and writes no file.
 """
 
+import importlib
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import zarr.codecs
-from numcodecs import blosc
 from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.common import parse_named_configuration
 from zarr.registry import register_codec
@@ -19,6 +19,7 @@ from zarr.registry import register_codec
 from stillroom.cache_schemas import row_scaling
 from stillroom.cache_schemas.errors import CacheError
 
+blosc: Any = importlib.import_module("numcodecs.blosc")  # compiled, without type stubs
 NAMES = ("bf16", "fp16", "int8", "fp8", "step")
 CODEC_NAME = "stillroom.row_scaled"
 FREE_ELEMENTS, MAX_RATIO = 1 << 24, 1 << 6

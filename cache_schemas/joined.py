@@ -9,11 +9,13 @@ here too; which record it was is not told (`streams.parse` tells).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
 
 from stillroom.cache_schemas import streams
+from stillroom.cache_schemas.lists import Lists
 from stillroom.cache_schemas.streams import CHECKSUM_BYTES, CONSTANT, HEAD, LINE, PCO, corrupt
 
 HEADS = np.dtype(
@@ -27,6 +29,24 @@ HEADS = np.dtype(
     ]
 )
 LINES = np.dtype([("number", "u1"), ("kind", "u1"), ("bytes", "<u4")])
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Some records, one after another.
+
+    Attributes:
+        places: int64 [N]: which of the records that were asked for these are.
+        rows, tokens: int64 [N] of each.
+        signals: as of one record of all rows and all tokens.
+        lists: their top-k lists as they are coded, where the profile codes them.
+    """
+
+    places: np.ndarray
+    rows: np.ndarray
+    tokens: np.ndarray
+    signals: dict[str, np.ndarray]
+    lists: Lists | None
 
 
 class Joined:

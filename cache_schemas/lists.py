@@ -38,8 +38,8 @@ class Lists:
     def rounding(self) -> np.ndarray:
         """KL divergence that rounding to levels costs each row, as far as the lists tell, nats [R].
 
-        An entry anywhere in its level of width w costs p (1 - p) w^2 / 24 on average: p w^2 / 24 (see
-        `codebook`), less what normalising the row gives back.
+        An entry anywhere in its level of width w costs p (1 - p) w^2 / 24 on average: p w^2 / 24
+        (see `codebook`), less what normalising the row gives back.
         """
         widths = np.append(np.diff(self.table.edges), 0.0)
         held = self.ids >= 0

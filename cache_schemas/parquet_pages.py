@@ -30,7 +30,11 @@ def pages(data: memoryview, start: int, length: int, where: str) -> Iterator[tup
         header = _Compact(data[at:end], where)
         fields = header.struct(0)
         unpacked, packed = fields.get(2), fields.get(3)
-        if not isinstance(unpacked, int) or not isinstance(packed, int) or min(unpacked, packed) < 0:
+        if (
+            not isinstance(unpacked, int)
+            or not isinstance(packed, int)
+            or min(unpacked, packed) < 0
+        ):
             _refuse(where)
         yield unpacked, _values(fields, where)
         at += header.at + packed

@@ -22,11 +22,10 @@ from pydantic import (
 
 from stillroom.cache_schemas import canonical
 from stillroom.cache_schemas.errors import CacheError, FormatTooNew, ShardCorrupt
+from stillroom.cache_schemas.room import MAX_PER_SHARD, MAX_SHARDS, check_room
 from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS, ROW_SIGNALS, hidden_name
 
 FORMAT_VERSION = 1
-MAX_SHARDS, MAX_PER_SHARD = 1 << 18, 1 << 16
-"""Shards of a cache, and examples of one: what a manifest and a receipt have room for."""
 
 
 def check_version(found: Any, where: str) -> None:
@@ -91,7 +90,7 @@ class Plan:
             remedy = "Prepare more text, or choose another split."
             raise CacheError("there is no example to keep", where="plan", remedy=remedy)
         per_shard = int(capture["examples_per_shard"])
-        _check_room(num_examples, per_shard)
+        check_room(num_examples, per_shard)
         facts = {
             "format_version": FORMAT_VERSION,
             "teacher": dict(teacher),
@@ -182,18 +181,6 @@ class Plan:
         if -(-shards["num_examples"] // shards["examples_per_shard"]) != shards["count"]:
             raise ShardCorrupt("the plan's shard count does not fit its examples", where=where)
         return cls(facts)
-
-
-def _check_room(num_examples: int, per_shard: int) -> None:
-    """Refuse a capture whose receipts or manifest would be larger than a reader takes."""
-    shards = -(-num_examples // per_shard)
-    if per_shard > MAX_PER_SHARD or shards > MAX_SHARDS:
-        raise CacheError(
-            f"{num_examples:,} examples, {per_shard:,} to a shard, make {shards:,} shards",
-            expected=f"at most {MAX_PER_SHARD:,} examples in each of at most {MAX_SHARDS:,}",
-            where="examples_per_shard",
-            remedy=f"Keep {min(max(16, -(-num_examples // 4096)), MAX_PER_SHARD)} to a shard.",
-        )
 
 
 def signals_of(

@@ -10,7 +10,6 @@ divergence; `portable` has no record at all: its arrays are plain Arrow columns.
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from stillroom.cache_schemas import streams
 from stillroom.cache_schemas.codebook import Codebook
 from stillroom.cache_schemas.errors import CacheError
-from stillroom.cache_schemas.joined import Joined, joined
+from stillroom.cache_schemas.joined import Decoded, Joined, joined
 from stillroom.cache_schemas.lists import Lists, RowError
 from stillroom.cache_schemas.lossy_rows import LossyRows
 from stillroom.cache_schemas.rankings import Rankings
@@ -42,24 +41,6 @@ MAX_LISTED = 1 << 24
 """Elements of the widest signal of a record, at most: 262,144 rows of 64 ids."""
 JOINED_ELEMENTS = 1 << 20
 """Of the widest signal, in records that are decoded together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """Some records, one after another.
-
-    Attributes:
-        places: int64 [N]: which of the records that were asked for these are.
-        rows, tokens: int64 [N] of each.
-        signals: as of one record of all rows and all tokens.
-        lists: their top-k lists as they are coded, where the profile codes them.
-    """
-
-    places: np.ndarray
-    rows: np.ndarray
-    tokens: np.ndarray
-    signals: Signals
-    lists: Lists | None
 
 
 class RowCodec:
@@ -167,13 +148,7 @@ class RowCodec:
     def encode_measured(self, signals: Signals) -> tuple[bytes, RowError]:
         """`encode`, and what it changed."""
         arrays = self._checked(signals)
-        if sum(map(len, arrays.values())) and max(map(len, arrays.values())) * self._widest > MAX_LISTED:
-            raise CacheError(
-                f"{max(map(len, arrays.values()))} rows of {self._widest}",
-                expected=f"at most {MAX_LISTED:,} entries in an example",
-                where="record",
-                remedy="Cut the text into shorter examples, or keep fewer ids.",
-            )
+        self._check_length(max((len(array) for array in arrays.values()), default=0))
         rows = next((len(array) for name, array in arrays.items() if name != TOKENS), 0)
         tokens = len(arrays[TOKENS]) if TOKENS in arrays else 0
         parts, error = self._lossy.encode(arrays, rows) if self._lossy else ({}, RowError())
@@ -196,7 +171,7 @@ class RowCodec:
             streams.corrupt(f"{record.rows} rows", f"{rows}")
         return self._decoded(record, NAMES if names is None else names)
 
-    def decode_many(self, blobs: Sequence[bytes | memoryview]) -> Iterator["Decoded"]:
+    def decode_many(self, blobs: Sequence[bytes | memoryview]) -> Iterator[Decoded]:
         """Everything in many records, decoded in groups, at a fraction of the cost of each alone.
 
         Raises:
@@ -246,6 +221,15 @@ class RowCodec:
         record = streams.parse(blob)
         self._check(record.profile, max(record.rows, record.tokens))
         return record
+
+    def _check_length(self, longest: int) -> None:
+        if longest * self._widest > MAX_LISTED:
+            raise CacheError(
+                f"{longest} rows of {self._widest}",
+                expected=f"at most {MAX_LISTED:,} entries in an example",
+                where="record",
+                remedy="Cut the text into shorter examples, or keep fewer ids.",
+            )
 
     @property
     def _widest(self) -> int:

@@ -53,7 +53,11 @@ def encode(name: str, values: np.ndarray, predicted: np.ndarray, finer: int = 1)
 
 
 def decode(
-    name: str, record: Record | Joined, predicted: np.ndarray, shape: tuple[int, ...], finer: int = 1
+    name: str,
+    record: Record | Joined,
+    predicted: np.ndarray,
+    shape: tuple[int, ...],
+    finer: int = 1,
 ) -> np.ndarray:
     """float32 array of `shape`."""
     width = int(np.prod(shape[1:]))

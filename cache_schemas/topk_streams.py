@@ -195,7 +195,9 @@ class TopkCoder:
             corrupt(f"a list of {counts.max()} entries", f"at most {k}")
         return counts
 
-    def _merged_levels(self, record: Record | Joined, counts: np.ndarray, k: int, finer: int) -> np.ndarray:
+    def _merged_levels(
+        self, record: Record | Joined, counts: np.ndarray, k: int, finer: int
+    ) -> np.ndarray:
         from stillroom.cache_schemas.kernels.topk_decoding import merge_levels
 
         sizes = _stream_sizes(counts, k, full=COUNTS not in record.entries)

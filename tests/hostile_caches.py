@@ -7,6 +7,7 @@ only meaning can.
 
 import hashlib
 import io
+import itertools
 import json
 import random
 import struct
@@ -99,7 +100,7 @@ def _bounds(data: bytes, count: int) -> list[tuple[int, int]]:
     for _ in range(count):
         pa.ipc.read_message(source)
         ends.append(source.tell())
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
 
 
 def chunks_of(root: Path, form: Format, name: str, shard: int) -> list[bytes]:

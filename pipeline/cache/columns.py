@@ -233,9 +233,7 @@ def columns_of(part: Part, form: Format) -> Iterator[tuple[np.ndarray, Columns]]
         yield decoded.places, _columns(part, own, decoded, form)
 
 
-def _check_heads(
-    blobs: Sequence[memoryview], num_rows: np.ndarray, tokens: np.ndarray
-) -> None:
+def _check_heads(blobs: Sequence[memoryview], num_rows: np.ndarray, tokens: np.ndarray) -> None:
     """Refuse records whose numbers of rows and tokens are not what their examples have, before
     anything is allocated for them."""
     heads = [bytes(blob[4:12]) if len(blob) >= 12 else bytes(8) for blob in blobs]
@@ -299,5 +297,3 @@ def _images(table: pa.Table) -> list[tuple[ImageSpan, ...]]:
     if "images" not in table.column_names:
         return []
     return [tuple(ImageSpan(**one) for one in own) for own in table.column("images").to_pylist()]
-
-

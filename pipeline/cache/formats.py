@@ -20,7 +20,7 @@ from stillroom.cache_schemas.dense_array import DenseArray
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 from stillroom.cache_schemas.manifest import FORMAT_VERSION, Plan, check_version
 from stillroom.cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
-from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS, ROW_SIGNALS
+from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS
 from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.record import Example, ImageSpan, TeacherRecord
 

@@ -218,7 +218,9 @@ def dense_values(storage: Storage, form: Format, shard: int, name: str) -> Itera
         ShardCorrupt: a file is not what the plan says.
     """
     numbers, array = form.plan.shard_range(shard), form.dense[name]
-    file, dense = (Pieces(storage, n) for n in (layout.rows(shard), layout.dense_shard(name, shard)))
+    file, dense = (
+        Pieces(storage, n) for n in (layout.rows(shard), layout.dense_shard(name, shard))
+    )
     lengths = [own for part in parts(file, form, numbers) for own in _dense_lengths(part, form)]
     for used, chunk in zip(lengths, _chunks(dense, array, len(numbers)), strict=True):
         yield array.decode(chunk, used[name], dense.where)

@@ -145,8 +145,8 @@ def message(data: bytes) -> None:
 
 
 def file(data: bytes) -> None:
-    """A rows file of three examples, walked and decoded as verification does; the first byte chooses
-    the profile."""
+    """A rows file of three examples, walked and decoded as verification does; the first byte
+    chooses the profile."""
     name = sorted(FORMS)[data[0] % len(FORMS)] if data else "exact"
     form, numbers = FORMS[name], range(3)
     for part in parts(Pieces(Whole(data[1:]), "file"), form, numbers):  # type: ignore[arg-type]

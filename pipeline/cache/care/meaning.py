@@ -5,6 +5,8 @@ its example. Values that a profile rounds may pass a bound by what rounding can 
 It decodes nothing; that bytes are the bytes that were written is the receipts' business.
 """
 
+from typing import Any
+
 import numpy as np
 
 from stillroom.cache_schemas.candidates import check_distances, check_ids
@@ -56,7 +58,7 @@ def check(columns: Columns, plan: Plan) -> None:
     _check_lists(columns, plan, vocab)
 
 
-def _refuse(bad: np.ndarray, owner: np.ndarray, found: str) -> None:
+def _refuse(bad: Any, owner: np.ndarray, found: str) -> None:
     """Name the example of the first bad entry."""
     if bad.any():
         flat = bad.reshape(len(bad), -1).any(axis=1)
@@ -178,13 +180,14 @@ def _check_draws(rows: dict[str, np.ndarray], vocab: int, draws: int, owner: np.
     _refuse(_repeated(both), owner, "a draw is one of the top-k ids")
 
 
-def _repeated(ids: np.ndarray) -> np.ndarray:
+def _repeated(ids: np.ndarray) -> Any:
     """bool [R]: whether a row names an id twice; -1 pads."""
     ordered = np.sort(ids, axis=1)
-    return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    return np.any(twice, axis=1)
 
 
-def _outside(ids: np.ndarray, vocab: int) -> np.ndarray:
+def _outside(ids: np.ndarray, vocab: int) -> Any:
     """bool [R]: whether a row has an id that is neither padding nor of the vocabulary."""
     return ((ids < -1) | (ids >= vocab)).any(axis=1)
 
