@@ -2,9 +2,11 @@
 
     python -m benchmarks.cache_faults --json
 
-2,000 flipped bits anywhere in a sealed cache: found by `verify`, or harmless because every record
-still reads as it was written; the training path is tried as well. 200 processes killed with
-SIGKILL at random moments of writing, 50 full disks, 50 power losses: the cache that the same
+1,000 flipped bits anywhere in a sealed cache: found by `verify`, or harmless because every record
+still reads as it was written; the training path is tried as well. 1,000 values changed at random
+with every checksum above them redone: found by `verify`, or still sense. (A value that makes sense
+and is not the teacher's own cannot be told from one that is; these are counted by themselves.)
+200 processes killed with SIGKILL at random moments of writing, 50 full disks, 50 power losses: the cache that the same
 command then seals must be bit for bit the one of an uninterrupted run, and only shards without a
 receipt may be written again. The trials of `tests/cache_trials.py` raise when one fails.
 """
@@ -19,8 +21,10 @@ from pathlib import Path
 
 from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
+from stillroom.cache_schemas.errors import CacheError
 from stillroom.pipeline.cache.reader import TeacherCache
 from tests import cache_trials as trials
+from tests import hostile_caches
 from tests.faulty_disk import full
 
 
@@ -40,6 +44,30 @@ def flips(root: Path, plan, count: int, seed: int) -> dict:
         outcome["detected" if found else "harmless"] += 1
         (root / name).write_bytes(expected[name])
     return outcome
+
+
+def consistent(root: Path, plan, count: int, seed: int) -> dict:
+    """Outcome of changed values whose checksums were redone, one at a time."""
+    trials.write(root, plan)
+    expected, choice = trials.contents(root), random.Random(seed)
+    outcome = {"detected": 0, "makes_sense": 0, "not_writable": 0, "silent": 0}
+    kinds: dict[str, int] = {}
+    for _ in range(count):
+        name = choice.choice(sorted(hostile_caches.DAMAGES))
+        number = choice.randrange(plan.num_examples)
+        try:
+            hostile_caches.DAMAGES[name](root, number, choice)
+        except (CacheError, ValueError):  # the codec itself refuses such a value
+            outcome["not_writable"] += 1
+            trials.restore(root, expected)
+            continue
+        found = trials.is_found_by_verify(root)
+        nonsense = name in hostile_caches.NONSENSE
+        kind = "detected" if found else "silent" if nonsense else "makes_sense"
+        outcome[kind] += 1
+        kinds[f"{name}: {kind}"] = kinds.get(f"{name}: {kind}", 0) + 1
+        trials.restore(root, expected)
+    return outcome | {"kinds": dict(sorted(kinds.items()))}
 
 
 def kills(folder: Path, plan, expected: dict, count: int, seed: int) -> dict:
@@ -92,7 +120,8 @@ def at_operations(folder: Path, plan, expected: dict, count: int, trial) -> dict
 def main() -> None:
     """Measure and print."""
     parser = asking(__doc__)
-    parser.add_argument("--flips", type=int, default=2000)
+    parser.add_argument("--flips", type=int, default=1000)
+    parser.add_argument("--consistent", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--others", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -107,6 +136,15 @@ def main() -> None:
         result = {
             **sizes,
             "flips": flips(folder / "flips", plan, options.flips, options.seed),
+            "consistent": {
+                profile: consistent(
+                    folder / profile,
+                    trials.small_plan(profile),
+                    options.consistent // 2,
+                    options.seed,
+                )
+                for profile in ("small", "exact")
+            },
             "kills": kills(folder, plan, expected, options.kills, options.seed),
             "full_disks": at_operations(
                 folder / "full", plan, expected, options.others, trials.filled

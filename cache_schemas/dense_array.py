@@ -3,8 +3,9 @@
 One idea: an inner chunk is one example, so a Zarr shard is the examples' encoded chunks one after
 another and an index. We lay out and look up that index ourselves, because a reader must tell a
 missing chunk from zeros and must not pay a request to do so; the chunk's own bytes are Zarr's. Any
-Zarr library opens the result as an ordinary array. Which codec a chunk has is `dense_codec.py`'s
-business; shorter examples are padded with zeros.
+Zarr library opens the result as an ordinary array; we decode a chunk without one, and of it only
+what is used. Which codec a chunk has is `dense_codec.py`'s business; shorter examples are padded
+with zeros.
 """
 
 import struct
@@ -17,10 +18,11 @@ import zarr
 import zarr.storage
 from zarr.core.buffer import default_buffer_prototype
 
-from stillroom.cache_schemas import dense_codec
+from stillroom.cache_schemas import canonical, dense_codec
 from stillroom.cache_schemas.errors import ShardCorrupt
 
 MISSING = (1 << 64) - 1
+MAX_METADATA = 1 << 16
 _CHECKSUM = 4
 _CHUNK = "c/0/0/0"
 
@@ -41,12 +43,35 @@ class DenseArray:
         self._own = threading.local()
         self.index_bytes = 16 * per_shard + _CHECKSUM  # offset and length, 8 bytes each; a CRC32C
 
+    def __reduce__(self) -> tuple:
+        """As another process makes it anew."""
+        sizes = self.num_examples, self.per_shard, self.positions, self.width
+        return type(self), (*sizes, self.codec)
+
     def metadata(self) -> bytes:
         """Content of the array's zarr.json."""
         store = zarr.storage.MemoryStore()
         shape = (self.num_examples, self.positions, self.width)
         self._create(store, shape, (self.per_shard, *shape[1:]))
         return store._store_dict["zarr.json"].to_bytes()
+
+    def check_metadata(self, data: bytes, where: str) -> None:
+        """Refuse a zarr.json that does not describe this array, or by other codecs.
+
+        Raises:
+            ShardCorrupt: it does not.
+        """
+        if len(data) > MAX_METADATA:
+            raise ShardCorrupt(f"has {len(data):,} bytes", where=where)
+        canonical.parse(data, where)
+        try:
+            found, own = _described(data), _described(self.metadata())
+        except Exception as error:
+            text = f"is no Zarr metadata ({str(error)[:120]})"
+            raise ShardCorrupt(text, where=where) from None
+        if different := sorted(key for key in own if found.get(key) != own[key]):
+            found = f"'{different[0]}' is not the plan's"
+            raise ShardCorrupt(found, where=where)
 
     def encode(self, array: np.ndarray) -> bytes:
         """The chunk of one example; float32 [positions used, width].
@@ -63,7 +88,9 @@ class DenseArray:
         padded = np.zeros(chunk.shape, dtype=stored.dtype)
         padded[0, :used] = stored
         chunk[...] = padded
-        return store._store_dict.pop(_CHUNK).to_bytes()
+        encoded = store._store_dict.pop(_CHUNK).to_bytes()
+        self.decode(encoded, used, "a dense chunk")  # what a reader would refuse is not written
+        return encoded
 
     def decode(self, chunk: bytes, used: int, where: str) -> np.ndarray:
         """The first `used` positions of one example.
@@ -74,16 +101,19 @@ class DenseArray:
         if not 0 <= used <= self.positions:
             limit = f"at most {self.positions}"
             raise ShardCorrupt(f"{used} positions", expected=limit, where=where)
-        store, array = self._one_chunk()
+        body, checksum = chunk[:-_CHECKSUM], chunk[-_CHECKSUM:]
+        if struct.pack("<I", google_crc32c.value(body)) != checksum:
+            raise ShardCorrupt("a chunk does not fit its checksum", where=where)
+        if used * self.width > dense_codec.FREE_ELEMENTS + dense_codec.MAX_RATIO * len(body):
+            found = f"a chunk of {len(body):,} bytes for {used} positions of {self.width}"
+            raise ShardCorrupt(found, where=where)
         self._check_header(chunk, where)
-        store._store_dict[_CHUNK] = default_buffer_prototype().buffer.from_bytes(chunk)
         try:
-            stored = np.asarray(array[0])[:used]
+            return dense_codec.decode(self.codec, body, used, self.width)
+        except ShardCorrupt:
+            raise
         except Exception as error:
             raise ShardCorrupt(f"does not decode ({str(error)[:120]})", where=where) from None
-        finally:
-            store._store_dict.pop(_CHUNK, None)
-        return dense_codec.from_stored(self.codec, stored)
 
     def pack(self, chunks: list[bytes]) -> bytes:
         """A Zarr shard of the chunks of its examples (fewer in the last shard)."""
@@ -143,3 +173,10 @@ class DenseArray:
             config={"write_empty_chunks": True},
             **dense_codec.chain(self.codec),
         )
+
+
+def _described(metadata: bytes) -> dict[str, Any]:
+    """What a zarr.json says, defaults written out."""
+    store = zarr.storage.MemoryStore()
+    store._store_dict["zarr.json"] = default_buffer_prototype().buffer.from_bytes(metadata)
+    return dict(zarr.open_array(store, mode="r").metadata.to_dict())

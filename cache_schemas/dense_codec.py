@@ -6,6 +6,7 @@ library; the others are one codec that this module registers, `stillroom.row_sca
 array and writes no file.
 """
 
+import importlib
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,8 +19,12 @@ from zarr.registry import register_codec
 from stillroom.cache_schemas import row_scaling
 from stillroom.cache_schemas.errors import CacheError
 
+blosc: Any = importlib.import_module("numcodecs.blosc")  # compiled, without type stubs
 NAMES = ("bf16", "fp16", "int8", "fp8", "step")
 CODEC_NAME = "stillroom.row_scaled"
+FREE_ELEMENTS, MAX_RATIO = 1 << 24, 1 << 6
+"""The used part of a chunk has at most MAX_RATIO elements per byte, and FREE_ELEMENTS besides, so
+that a short chunk cannot ask for much memory."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def chain(codec: dict[str, Any]) -> dict[str, Any]:
     return {
         "dtype": "float32",
         "fill_value": 0.0,
-        "serializer": RowScaled(name, float(codec["step"]) if name == "step" else 0.0),
+        "serializer": RowScaled(name, _step(codec)),
         "compressors": [crc],
         "attributes": {},
     }
@@ -130,6 +135,25 @@ def from_stored(codec: dict[str, Any], stored: np.ndarray) -> np.ndarray:
     if _name(codec) == "bf16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32)
+
+
+def decode(codec: dict[str, Any], body: bytes, used: int, width: int) -> np.ndarray:
+    """float32 [used, width]: the first positions of a chunk, from its bytes without the crc32c.
+
+    Raises:
+        ShardCorrupt: the bytes are not such a chunk.
+        RuntimeError: Blosc cannot unpack them.
+    """
+    name = _name(codec)
+    if name not in ("bf16", "fp16"):
+        return row_scaling.decode(body, used, width, name, _step(codec))
+    dtype = np.dtype("<u2" if name == "bf16" else "<f2")
+    whole = np.frombuffer(blosc.decompress(body), dtype=dtype)
+    return from_stored(codec, whole[: used * width].reshape(used, width))
+
+
+def _step(codec: dict[str, Any]) -> float:
+    return float(codec["step"]) if codec["name"] == "step" else 0.0
 
 
 def _name(codec: dict[str, Any]) -> str:

@@ -1,8 +1,11 @@
 """The errors a person may meet, and the exit code each one means.
 
-One idea: an error says what was found, what was expected, where, and what to do about it.
-Programming mistakes are not here: those stay ordinary Python exceptions with a traceback.
+One idea: an error says what was found, what was expected, where, and what to do about it, and
+never holds a credential, whoever prints or keeps it. Programming mistakes are not here: those stay
+ordinary Python exceptions with a traceback.
 """
+
+from stillroom.cache_schemas.scrubbing import scrub
 
 EXIT_USER_ERROR = 2
 EXIT_INCOMPLETE = 3
@@ -21,7 +24,8 @@ class StillroomError(Exception):
     exit_code = EXIT_USER_ERROR
 
     def __init__(self, found: str, *, expected: str = "", where: str = "", remedy: str = ""):
-        self.found, self.expected, self.where, self.remedy = found, expected, where, remedy
+        self.found, self.expected = scrub(found), scrub(expected)
+        self.where, self.remedy = scrub(where), scrub(remedy)
         super().__init__(self._sentence())
 
     def _sentence(self) -> str:

@@ -38,13 +38,14 @@ class Lists:
     def rounding(self) -> np.ndarray:
         """KL divergence that rounding to levels costs each row, as far as the lists tell, nats [R].
 
-        An entry anywhere in its level of width w costs p w^2 / 24 on average (see `codebook`).
+        An entry anywhere in its level of width w costs p (1 - p) w^2 / 24 on average: p w^2 / 24
+        (see `codebook`), less what normalising the row gives back.
         """
         widths = np.append(np.diff(self.table.edges), 0.0)
         held = self.ids >= 0
         width = widths[np.where(held, self.levels, len(widths) - 1)]  # [R, k], nats
         p = np.where(held, np.exp(self.logprobs, dtype=np.float64), 0.0)
-        return (p * width**2).sum(axis=1) / 24
+        return (p * (1 - p) * width**2).sum(axis=1) / 24
 
 
 @dataclass(frozen=True, slots=True)

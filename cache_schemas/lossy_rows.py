@@ -10,6 +10,7 @@ import numpy as np
 
 from stillroom.cache_schemas import scalar_streams, token_streams
 from stillroom.cache_schemas.codebook import Codebook
+from stillroom.cache_schemas.joined import Joined
 from stillroom.cache_schemas.lists import Lists, RowError
 from stillroom.cache_schemas.rankings import Rankings
 from stillroom.cache_schemas.streams import Record, Streams
@@ -63,14 +64,17 @@ class LossyRows:
         self._encode_scalars(arrays, lists, places, rows, streams)
         return streams, error
 
-    def lists(self, record: Record) -> Lists | None:
+    def lists(self, record: Record | Joined) -> Lists | None:
         """The record's lists with the levels and classes they were coded in, if it codes any."""
         return self._lists.decode(record, self.k) if PARAMETERS in record.entries else None
 
-    def decode(self, record: Record, names: Collection[str]) -> dict[str, np.ndarray]:
-        """Those of `names` that the record codes."""
+    def decode(
+        self, record: Record | Joined, names: Collection[str], lists: Lists | None = None
+    ) -> dict[str, np.ndarray]:
+        """Those of `names` that the record codes; `lists` where they are decoded already."""
         found: dict[str, np.ndarray] = {}
-        lists = None if _FROM_LISTS.isdisjoint(names) else self.lists(record)
+        if lists is None and not _FROM_LISTS.isdisjoint(names):
+            lists = self.lists(record)
         places = None
         if lists is not None:
             found = {"topk_ids": lists.ids, "topk_logprobs": lists.logprobs}
@@ -131,7 +135,7 @@ class LossyRows:
 
     def _decode_scalars(
         self,
-        record: Record,
+        record: Record | Joined,
         names: Collection[str],
         lists: Lists | None,
         places: np.ndarray | None,

@@ -36,6 +36,7 @@ __all__ = [
 
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, StringConstraints(max_length=1 << 12)]
 Xxh3 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 
 
@@ -90,18 +91,28 @@ class Records(Document):
         entropy, tail: mean over rows of the entropy (nats) and of the tail's mass; null if not
             kept.
         preview: the beginning of its text, for people.
+        chunks: dense signal -> xxh3-64 (hex) of every example's chunk; receipts of the first caches
+            have none.
     """
 
     offset: list[Count]
     bytes: list[Count]
     xxh3: list[Xxh3]
-    example_id: list[str]
-    source: list[str]
+    example_id: list[Text]
+    source: list[Text]
     num_tokens: list[Count]
     num_rows: list[Count]
     entropy: list[float | None]
     tail: list[float | None]
-    preview: list[str]
+    preview: list[Text]
+    chunks: dict[str, list[Xxh3]] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialise: Any) -> dict[str, Any]:
+        made = serialise(self)
+        if not made["chunks"]:
+            del made["chunks"]
+        return made
 
     def __len__(self) -> int:
         return len(self.offset)

@@ -22,6 +22,7 @@ from pydantic import (
 
 from stillroom.cache_schemas import canonical
 from stillroom.cache_schemas.errors import CacheError, FormatTooNew, ShardCorrupt
+from stillroom.cache_schemas.room import MAX_PER_SHARD, MAX_SHARDS, check_room
 from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS, ROW_SIGNALS, hidden_name
 
 FORMAT_VERSION = 1
@@ -89,6 +90,7 @@ class Plan:
             remedy = "Prepare more text, or choose another split."
             raise CacheError("there is no example to keep", where="plan", remedy=remedy)
         per_shard = int(capture["examples_per_shard"])
+        check_room(num_examples, per_shard)
         facts = {
             "format_version": FORMAT_VERSION,
             "teacher": dict(teacher),
@@ -201,8 +203,9 @@ def signals_of(
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,40}(\.[A-Za-z0-9_-]{1,64})?$")]
 
 
-MAX_CHUNK_ELEMENTS = 1 << 28
-"""Elements of one example's chunk of a dense signal, at most: 1 GB of float32."""
+MAX_CHUNK_ELEMENTS = 1 << 27
+"""Elements of one example's chunk of a dense signal, at most: 256 MB of 16 bits, unpacked whole
+though the example may use little of it."""
 
 
 class _DenseCodec(BaseModel):
@@ -249,14 +252,14 @@ class _Signals(BaseModel):
 
 class _Shards(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    count: Annotated[int, Field(ge=1, le=1 << 32)]
-    examples_per_shard: Annotated[int, Field(ge=1, le=1 << 24)]
-    num_examples: Annotated[int, Field(ge=1, le=1 << 48)]
+    count: Annotated[int, Field(ge=1, le=MAX_SHARDS)]
+    examples_per_shard: Annotated[int, Field(ge=1, le=MAX_PER_SHARD)]
+    num_examples: Annotated[int, Field(ge=1, le=MAX_SHARDS * MAX_PER_SHARD)]
 
 
 class _Teacher(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
-    vocab_size: Annotated[int, Field(ge=1, le=1 << 24)] = 1
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 22)] = 1
 
 
 class _Catalogue(BaseModel):

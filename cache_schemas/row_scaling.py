@@ -46,16 +46,16 @@ def decode(blob: bytes, num_rows: int, width: int, form: str, step: float) -> np
     Raises:
         ShardCorrupt: the bytes are not such rows.
     """
-    record = streams.unpack(blob)
+    record = streams.parse(blob)
     if record.profile != FORMS[form] or record.rows > num_rows or record.tokens != width:
         found = f"form {record.profile}, {record.rows} rows of {record.tokens}"
         streams.corrupt(found, f"form {FORMS[form]}, at most {num_rows} rows of {width}")
     out = np.zeros((num_rows, width), dtype=np.float32)
-    scales = _scales(record.stream(SCALES, record.rows, "u2"))
+    scales = _scales(record.stream(SCALES, "u2", rows=1))
     if form == "step":
         _from_steps(record, scales, step, out[: record.rows])
     else:
-        values = record.stream(VALUES, record.rows * width, "u1")
+        values = record.stream(VALUES, "u1", rows=width)
         numbers = _signed_bytes() if form == "int8" else _fp8_values()
         rows = numbers[values].reshape(record.rows, width)
         np.multiply(rows, scales[:, None], out=out[: record.rows])
@@ -81,13 +81,13 @@ def _to_steps(rows: np.ndarray, step: float) -> streams.Streams:
 
 def _from_steps(record: streams.Record, scales: np.ndarray, step: float, out: np.ndarray) -> None:
     rows, width = out.shape
-    groups = record.stream(GROUPS, width, "u1")
+    groups = record.stream(GROUPS, "u1", once=width)
     if groups.max(initial=0) >= NUM_GROUPS:
         streams.corrupt(f"channel group {groups.max()}", f"below {NUM_GROUPS}")
-    offsets = record.stream(OFFSETS, width, "i4").astype(np.int64)
+    offsets = record.stream(OFFSETS, "i4", once=width).astype(np.int64)
     for group in range(NUM_GROUPS):
         channels = np.flatnonzero(groups == group)
-        own = record.stream(VALUES + group, rows * len(channels), "i2", "i4")
+        own = record.stream(VALUES + group, "i2", "i4", rows=len(channels))
         out[:, channels] = own.reshape(rows, len(channels)) + offsets[channels]
     out *= (scales.astype(np.float64) * step).astype(np.float32)[:, None]
 

@@ -6,20 +6,18 @@ request, and checked (xxh3-64) before it is parsed. The row signals travel as th
 This module maps dicts of values to messages; which codec, which file and which shard are others'.
 """
 
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from stillroom.cache_schemas import frames
 from stillroom.cache_schemas.errors import ShardCorrupt
 from stillroom.cache_schemas.manifest import Plan
 from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS, ROW_SIGNALS
 
 PAYLOAD = "record"
-FIRST_MESSAGE = 8
-"""Offset of the schema message in an Arrow IPC file: after the magic and its padding."""
 
 IMAGE = pa.struct([("sha256", pa.string()), ("start", pa.int32()), ("length", pa.int32())])
 EXAMPLE_COLUMNS: list[tuple[str, pa.DataType]] = [
@@ -78,41 +76,53 @@ def parse(message: bytes, schema: pa.Schema, where: str) -> dict[str, Any]:
     Raises:
         ShardCorrupt: the bytes are not one example of this schema.
     """
-    if _is_compressed(message):
+    if frames.is_compressed(message):
         raise ShardCorrupt("has compressed buffers", expected="plain ones", where=where)
     try:
         read = pa.ipc.read_record_batch(pa.py_buffer(message), schema)
         read.validate(full=True)
     except (pa.ArrowException, OSError, EOFError, ValueError) as error:
         raise ShardCorrupt(f"is not a record batch ({str(error)[:120]})", where=where) from None
-    if read.num_rows != 1 or any(column.null_count for column in read.columns):
+    if read.num_rows != 1:
         raise ShardCorrupt(f"holds {read.num_rows} examples", expected="1", where=where)
+    check_no_nulls(read.columns, where)
     return {name: _value(column) for name, column in zip(schema.names, read.columns)}
 
 
-def _is_compressed(message: bytes) -> bool:
-    """True if a message declares compressed buffers, or cannot be understood.
+def parse_many(messages: bytes | memoryview, count: int, schema: pa.Schema, where: str) -> pa.Table:
+    """The examples of consecutive messages, one row each, every column in one piece.
 
-    pyarrow would allocate whatever size such a buffer names. The field is `compression`, the fourth
-    of the flatbuffers table RecordBatch, which is the third field of Message.
+    Raises:
+        ShardCorrupt: the bytes are not `count` messages of one example each.
     """
+    stream = b"".join([schema.serialize().to_pybytes(), messages, END])
     try:
-        start = 8  # behind the continuation mark and the length, 4 bytes each
-        table = start + struct.unpack_from("<I", message, start)[0]
-        header = _field(message, table, 2)
-        batch = header + struct.unpack_from("<I", message, header)[0]
-        return header == 0 or _field(message, batch, 3) != 0
-    except struct.error:
-        return True
+        batches = list(pa.ipc.open_stream(pa.py_buffer(stream)))
+        table = pa.Table.from_batches(batches, schema=schema)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
+        raise ShardCorrupt(f"is not a record batch ({str(error)[:120]})", where=where) from None
+    if len(batches) != count or any(batch.num_rows != 1 for batch in batches):
+        found = f"{table.num_rows} examples in {len(batches)} batches"
+        raise ShardCorrupt(found, expected=f"{count}, each in one", where=where)
+    table = table.combine_chunks()
+    check_no_nulls([column.chunk(0) for column in table.columns], where)
+    return table
 
 
-def _field(message: bytes, table: int, number: int) -> int:
-    """Position of a field of a flatbuffers table; 0 if it is not set."""
-    vtable = table - struct.unpack_from("<i", message, table)[0]
-    size = struct.unpack_from("<H", message, max(vtable, 0))[0]
-    slot = 4 + 2 * number
-    offset = struct.unpack_from("<H", message, vtable + slot)[0] if slot < size else 0
-    return table + offset if offset else 0
+END = b"\xff\xff\xff\xff\0\0\0\0"
+"""Of a stream of messages."""
+
+
+def check_no_nulls(columns: Iterable[pa.Array], where: str) -> None:
+    """Refuse absent values, inside lists and structs too: nothing in a cache is absent."""
+    for column in columns:
+        if column.null_count:
+            raise ShardCorrupt("holds an absent value", where=where)
+        if pa.types.is_list(column.type):
+            check_no_nulls([column.flatten()], where)
+        elif pa.types.is_struct(column.type):
+            check_no_nulls(column.flatten(), where)
 
 
 def _value(column: pa.Array) -> Any:

@@ -8,6 +8,7 @@ small. A signal that cannot be coded so (not finite, or enormous) is kept exactl
 import numpy as np
 
 from stillroom.cache_schemas.errors import CacheError
+from stillroom.cache_schemas.joined import Joined
 from stillroom.cache_schemas.lists import Lists
 from stillroom.cache_schemas.streams import Record, Streams
 
@@ -52,13 +53,17 @@ def encode(name: str, values: np.ndarray, predicted: np.ndarray, finer: int = 1)
 
 
 def decode(
-    name: str, record: Record, predicted: np.ndarray, shape: tuple[int, ...], finer: int = 1
+    name: str,
+    record: Record | Joined,
+    predicted: np.ndarray,
+    shape: tuple[int, ...],
+    finer: int = 1,
 ) -> np.ndarray:
     """float32 array of `shape`."""
-    count = int(np.prod(shape))
+    width = int(np.prod(shape[1:]))
     if name == "logit_std":
-        return _from_rounded(record.stream(stream_of(name), count, "u4")).reshape(shape)
-    steps = record.stream(stream_of(name), count, "i4").reshape(shape[::-1]).T  # column by column
+        return _from_rounded(record.stream(stream_of(name), "u4", rows=width)).reshape(shape)
+    steps = record.by_column(record.stream(stream_of(name), "i4", rows=width), width).reshape(shape)
     return _decoded(steps, predicted, STEPS[name] / finer)
 
 

@@ -32,7 +32,7 @@ VERSION = 1
 MAX_ELEMENTS = 1 << 26
 """Elements of one stream, at most: 256 MB of int32. Larger counts are refused before allocation."""
 
-FREE_ELEMENTS, MAX_RATIO = 1 << 20, 1 << 10
+FREE_ELEMENTS, MAX_RATIO = 1 << 20, 1 << 6
 """A packed stream of more elements than FREE_ELEMENTS holds at most MAX_RATIO per further byte, so
 that a short record cannot ask for much memory; the writer keeps to it by storing numbers raw."""
 
@@ -40,18 +40,18 @@ DTYPES = tuple(np.dtype(name) for name in ("u1", "<u2", "<u4", "<i4", "<f4", "<u
 Streams = dict[int, np.ndarray]
 
 RAW, PCO, CONSTANT = 0, 1, 2
+KINDS = {
+    number | coding << 4: (dtype, coding)  # four bits each
+    for number, dtype in enumerate(DTYPES)
+    for coding in (RAW, PCO, CONSTANT)
+}
 HEAD = struct.Struct("<2sBBIIH")
 LINE = struct.Struct("<BBI")
 CHECKSUM_BYTES = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One line of the directory: where a stream's payload lies and what it unpacks to."""
-
-    dtype: np.dtype
-    coding: int
-    payload: memoryview
+Entry = tuple[np.dtype, int, memoryview]
+"""One line of the directory: element type, coding and payload of a stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,20 @@ class Record:
     tokens: int
     entries: Mapping[int, Entry]
 
-    def stream(self, number: int, count: int, *dtypes: str) -> np.ndarray:
-        """Unpack one stream, which must have `count` elements of one of `dtypes`.
+    def stream(
+        self,
+        number: int,
+        *dtypes: str,
+        rows: int | np.ndarray = 0,
+        tokens: int = 0,
+        once: int = 0,
+    ) -> np.ndarray:
+        """Unpack one stream of one of `dtypes`, of as many elements as all of these ask for.
+
+        Args:
+            rows: elements of every row, or of each [R].
+            tokens: elements of every token.
+            once: elements besides.
 
         Raises:
             ShardCorrupt: it is absent, is something else or does not unpack.
@@ -72,11 +84,21 @@ class Record:
         entry = self.entries.get(number)
         if entry is None:
             corrupt(f"stream {number} is missing")
-        if entry.dtype not in dtypes:
-            corrupt(f"stream {number} is {entry.dtype}", " or ".join(dtypes))
-        if count > MAX_ELEMENTS:
+        if entry[0] not in dtypes:
+            corrupt(f"stream {number} is {entry[0]}", " or ".join(dtypes))
+        of_rows = rows * self.rows if isinstance(rows, int) else int(rows.sum(dtype=np.int64))
+        count = of_rows + tokens * self.tokens + once
+        if not 0 <= count <= MAX_ELEMENTS:
             corrupt(f"stream {number} would have {count} elements", f"at most {MAX_ELEMENTS}")
-        return _unpack(entry, count, number)
+        return unpack(entry, count, number)
+
+    def by_column(self, flat: np.ndarray, width: int) -> np.ndarray:
+        """[R, width] of a stream that holds one column after another."""
+        return flat.reshape(width, self.rows).T
+
+    def in_order(self, prompt: np.ndarray, following: np.ndarray) -> np.ndarray:
+        """All tokens, of those before the ones that follow a row and of these."""
+        return np.concatenate([prompt, following])
 
 
 def corrupt(found: str, expected: str = "") -> NoReturn:
@@ -93,14 +115,14 @@ def pack(profile: int, rows: int, tokens: int, streams: Mapping[int, np.ndarray]
     return body + xxhash.xxh3_64_intdigest(body).to_bytes(CHECKSUM_BYTES, "little")
 
 
-def unpack(blob: bytes | memoryview) -> Record:
-    """Check a record's checksum and read its directory.
+def parse(blob: bytes | memoryview) -> Record:
+    """Check a record's checksum and read its directory; `joined.py` unpacks many at once.
 
     Raises:
         ShardCorrupt: the bytes are not a record, or not the bytes that were written.
         FormatTooNew: a later release wrote it.
     """
-    view = memoryview(blob)
+    view = memoryview(blob).cast("B")
     if len(view) < HEAD.size + CHECKSUM_BYTES or bytes(view[:2]) != MAGIC:
         corrupt("it does not start as a record", "the bytes 'SR'")
     body, checksum = view[:-CHECKSUM_BYTES], view[-CHECKSUM_BYTES:]
@@ -123,11 +145,11 @@ def _directory(body: memoryview) -> Record:
         corrupt("its directory is cut short")
     entries: dict[int, Entry] = {}
     for number, kind, length in LINE.iter_unpack(body[HEAD.size : at]):
-        dtype, coding = kind & 15, kind >> 4  # four bits each
-        if dtype >= len(DTYPES) or coding > CONSTANT or number in entries:
+        if kind not in KINDS or number in entries:
             corrupt(f"stream {number} has an impossible directory line")
-        entries[number] = Entry(DTYPES[dtype], coding, body[at : at + length])
-        at += length
+        end = at + length
+        entries[number] = (*KINDS[kind], body[at:end])
+        at = end
     if at != len(body):
         corrupt(f"it has {len(body)} bytes", f"{at}")
     return Record(profile, rows, tokens, entries)
@@ -166,22 +188,28 @@ def _compress(flat: np.ndarray) -> bytes:
     return standalone.simple_compress(flat, config)
 
 
-def _unpack(entry: Entry, count: int, number: int) -> np.ndarray:
-    if not _plausible(count, len(entry.payload)):
-        corrupt(f"stream {number} has {len(entry.payload)} bytes for {count} elements")
-    out = np.empty(count, dtype=entry.dtype)
-    if entry.coding == PCO:
-        _decompress(entry.payload, out, number)
+def unpack(entry: Entry, count: int, number: int) -> np.ndarray:
+    """All elements of a stream.
+
+    Raises:
+        ShardCorrupt: it does not have exactly `count`.
+    """
+    dtype, coding, payload = entry
+    if not _plausible(count, len(payload)):
+        corrupt(f"stream {number} has {len(payload)} bytes for {count} elements")
+    out = np.empty(count, dtype=dtype)
+    if coding == PCO:
+        decompress(payload, out, number)
         return out
-    raw = np.frombuffer(entry.payload, dtype=np.uint8)
-    expected = entry.dtype.itemsize * (count if entry.coding == RAW else 1)
-    if raw.size != expected:
-        corrupt(f"stream {number} holds {raw.size} bytes", f"{expected} bytes")
-    out[:] = raw.view(entry.dtype)  # a constant is one element, repeated
+    expected = dtype.itemsize * (count if coding == RAW else 1)
+    if len(payload) != expected:
+        corrupt(f"stream {number} holds {len(payload)} bytes", f"{expected} bytes")
+    out[:] = np.frombuffer(payload, dtype=dtype)  # a constant fills it
     return out
 
 
-def _decompress(payload: memoryview, out: np.ndarray, number: int) -> None:
+def decompress(payload: bytes | memoryview, out: np.ndarray, number: int) -> None:
+    """Fill `out` with what pcodec packed."""
     try:
         progress = standalone.simple_decompress_into(bytes(payload), out)
     except BaseException as error:  # a panic of the Rust library is not an Exception

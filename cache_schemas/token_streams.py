@@ -8,6 +8,7 @@ of their ranks).
 import numpy as np
 
 from stillroom.cache_schemas.errors import CacheError
+from stillroom.cache_schemas.joined import Joined
 from stillroom.cache_schemas.lists import Lists
 from stillroom.cache_schemas.rankings import Rankings
 from stillroom.cache_schemas.streams import Record, Streams, corrupt
@@ -30,27 +31,27 @@ def encode_tokens(tokens: np.ndarray, lists: Lists, rankings: Rankings) -> Strea
 
 
 def decode_tokens(
-    record: Record, lists: Lists, rankings: Rankings
+    record: Record | Joined, lists: Lists, rankings: Rankings
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [L], places int64 [R] of the following tokens; empty when L < R + 1)."""
-    num_following = record.rows if record.tokens > record.rows else 0
-    prompt = record.stream(PROMPT, record.tokens - num_following, "u4")
+    each = int(record.tokens > record.rows > 0)  # tokens that follow a row
+    prompt = record.stream(PROMPT, "u4", tokens=1, rows=-each)
     if prompt.max(initial=0) >= rankings.common.size:
         corrupt("a prompt token outside the vocabulary")
     prompt = rankings.common[prompt]
-    if not num_following:
+    if not each:
         return prompt, np.empty(0, dtype=np.int64)
     from stillroom.cache_schemas.kernels.places import tokens_after
 
-    places = record.stream(PLACES, num_following, "u2").astype(np.int64)
+    places = record.stream(PLACES, "u2", rows=1).astype(np.int64)
     k = lists.ids.shape[1]
-    outsiders = record.stream(OUTSIDERS, int((places >= k).sum()), "u4")
-    following = np.empty(num_following, dtype=np.int32)
+    outsiders = record.stream(OUTSIDERS, "u4", rows=places >= k)
+    following = np.empty(record.rows, dtype=np.int32)
     bases, length = rankings.base(lists.classes), rankings.lists.shape[1]
     tables = rankings.lookup, length, rankings.num_ranks
     if tokens_after(lists.ids, places, outsiders, bases, *tables, following)[0]:
         corrupt("a token's place or rank that does not exist")
-    return np.concatenate([prompt, following]), np.minimum(places, k)
+    return record.in_order(prompt, following), np.minimum(places, k)
 
 
 def places_of(following: np.ndarray, lists: Lists) -> np.ndarray:
@@ -73,7 +74,7 @@ def encode_ranks(ranks: np.ndarray, places: np.ndarray, lists: Lists) -> Streams
     }
 
 
-def decode_ranks(record: Record, places: np.ndarray, lists: Lists) -> np.ndarray:
+def decode_ranks(record: Record | Joined, places: np.ndarray, lists: Lists) -> np.ndarray:
     """token_rank, int32 [R]."""
     start, alone, inside = _groups(places, lists)
     ranks = start
@@ -82,7 +83,7 @@ def decode_ranks(record: Record, places: np.ndarray, lists: Lists) -> np.ndarray
         (RANKS_IN_GROUP, inside & ~alone),
         (RANKS_OUTSIDE, ~inside),
     ):
-        ranks[rows] += record.stream(number, int(rows.sum()), "i4")
+        ranks[rows] += record.stream(number, "i4", rows=rows)
     return ranks.astype(np.int32)
 
 
@@ -111,22 +112,21 @@ def encode_draws(
 
 
 def decode_draws(
-    record: Record, draws: int, classes: np.ndarray, rankings: Rankings
+    record: Record | Joined, draws: int, classes: np.ndarray, rankings: Rankings
 ) -> tuple[np.ndarray, np.ndarray]:
     """(draw_ids, draw_counts), int32 [R, draws]."""
-    sizes = record.stream(DRAW_SIZES, record.rows, "u2").astype(np.int64)
+    sizes = record.stream(DRAW_SIZES, "u2", rows=1).astype(np.int64)
     if sizes.max(initial=0) > draws:
         corrupt(f"{sizes.max()} draws in a row", f"at most {draws}")
     held = np.arange(draws) < sizes[:, None]
-    total = int(sizes.sum())
     ranks = np.zeros(held.shape, dtype=np.int64)
-    ranks[held] = record.stream(DRAW_STEPS, total, "u2", "u4")
+    ranks[held] = record.stream(DRAW_STEPS, "u2", "u4", rows=sizes)
     ranks = np.cumsum(ranks, axis=1)  # past a row's end it repeats, and is not read
     ids = np.full(held.shape, -1, dtype=np.int32)
     row_classes = np.broadcast_to(classes[:, None], held.shape)[held]
     ids[held] = _looked_up(ranks[held], row_classes, rankings)
     times = np.zeros(held.shape, dtype=np.int32)
-    times[held] = (record.stream(DRAW_TIMES, total, "u4") + 1).astype(np.int32)
+    times[held] = (record.stream(DRAW_TIMES, "u4", rows=sizes) + 1).astype(np.int32)
     return ids, times
 
 

@@ -7,11 +7,13 @@ while it is written; a record with a row above the bound is written again with f
 
 import functools
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from stillroom.cache_schemas.codebook import Codebook
 from stillroom.cache_schemas.errors import CacheError
+from stillroom.cache_schemas.joined import Joined
 from stillroom.cache_schemas.lists import LevelTable, Lists, RowError, explain, refuse
 from stillroom.cache_schemas.rankings import Rankings
 from stillroom.cache_schemas.streams import Record, Streams, corrupt
@@ -90,7 +92,7 @@ class TopkCoder:
             error,
         )
 
-    def decode(self, record: Record, k: int) -> Lists:
+    def decode(self, record: Record | Joined, k: int) -> Lists:
         """The lists of a record.
 
         Raises:
@@ -98,16 +100,16 @@ class TopkCoder:
         """
         from stillroom.cache_schemas.kernels.topk_decoding import merge_ids
 
-        finer, scale = (int(value) for value in record.stream(PARAMETERS, 2, "u1"))
+        finer, scale = (int(value) for value in record.stream(PARAMETERS, "u1", once=2)[:2])
         if finer > MAX_FINER or scale > 1:
             corrupt(f"parameters {finer}, {scale}")
         counts = self._counts(record, k)
-        classes = record.stream(CLASSES, record.rows, "u1")
+        classes = record.stream(CLASSES, "u1", rows=1)
         if classes.size and classes.max() >= len(self.rankings.lists):
             corrupt(f"class {classes.max()}", f"below {len(self.rankings.lists)}")
         levels = self._merged_levels(record, counts, k, finer)
         ids = np.empty(levels.shape, dtype=np.int32)
-        steps = record.stream(STEPS, int(counts.sum(dtype=np.int64)), "u2", "u4")
+        steps = record.stream(STEPS, "u2", "u4", rows=counts)
         rankings = self.rankings
         bases = rankings.base(classes)
         length = rankings.lists.shape[1]
@@ -185,24 +187,26 @@ class TopkCoder:
         merge_logprobs(levels, tail_levels, counts, *values, scale, logprobs, tail, shifts)
         return Lists(ids, logprobs, tail, levels, counts, classes, shifts, table)
 
-    def _counts(self, record: Record, k: int) -> np.ndarray:
+    def _counts(self, record: Record | Joined, k: int) -> np.ndarray:
         if COUNTS not in record.entries:
             return np.full(record.rows, k, dtype=np.int32)
-        counts = record.stream(COUNTS, record.rows, "u2").astype(np.int32)
+        counts = record.stream(COUNTS, "u2", rows=1).astype(np.int32)
         if counts.max(initial=0) > k:
             corrupt(f"a list of {counts.max()} entries", f"at most {k}")
         return counts
 
-    def _merged_levels(self, record: Record, counts: np.ndarray, k: int, finer: int) -> np.ndarray:
+    def _merged_levels(
+        self, record: Record | Joined, counts: np.ndarray, k: int, finer: int
+    ) -> np.ndarray:
         from stillroom.cache_schemas.kernels.topk_decoding import merge_levels
 
         sizes = _stream_sizes(counts, k, full=COUNTS not in record.entries)
-        first = record.stream(FIRST_GAP, sizes[0], "u2")
+        first = record.stream(FIRST_GAP, "u2", rows=sizes[0])
         if first.size != record.rows:
             first = _spread(first, counts > 0)
-        following = record.stream(NEXT_GAPS, sizes[1], "u2")
-        quads = [record.stream(QUADS + i, sizes[2 + i], "u4", "u8") for i in range(NUM_QUADS)]
-        at = np.cumsum([0, *sizes[2:-1]], dtype=np.int64)
+        following = record.stream(NEXT_GAPS, "u2", rows=sizes[1])
+        quads = [record.stream(QUADS + i, "u4", "u8", rows=sizes[2 + i]) for i in range(NUM_QUADS)]
+        at = np.cumsum([0, *(len(quad) for quad in quads[:-1])], dtype=np.int64)
         levels = np.empty((record.rows, k), dtype=np.uint32)
         last = len(self._table(finer).logprobs) - 1  # that of p = 0
         joined = np.concatenate(quads)
@@ -210,10 +214,10 @@ class TopkCoder:
         refuse(merge_levels(*parts, counts, np.uint64(last), _running_sums(), levels))
         return levels
 
-    def _tail_levels(self, record: Record, finer: int) -> np.ndarray:
+    def _tail_levels(self, record: Record | Joined, finer: int) -> np.ndarray:
         if TAIL not in record.entries:
             return np.empty(0, dtype=np.uint16)
-        levels = record.stream(TAIL, record.rows, "u2")
+        levels = record.stream(TAIL, "u2", rows=1)
         if levels.max(initial=0) >= len(self._table(finer).logprobs):
             corrupt(f"tail level {levels.max()}")
         return levels
@@ -256,20 +260,20 @@ def _spread(values: np.ndarray, where: np.ndarray) -> np.ndarray:
     return full
 
 
-def _stream_sizes(counts: np.ndarray, k: int, full: bool) -> list[int]:
-    """Lengths of the gap streams: first, next, and the quads."""
+def _stream_sizes(counts: np.ndarray, k: int, full: bool) -> list[Any]:
+    """Elements of every row, or of each, in the gap streams: first, next, and the quads."""
     from stillroom.cache_schemas.kernels.topk import QUAD_STARTS, SINGLE_GAPS
 
     if full:
-        return [len(counts) * size for size in _row_sizes(k)]
+        return _row_sizes(k)
     counts = counts.astype(np.int64)
-    sizes = [(counts > 0).sum(), np.clip(counts - 1, 0, SINGLE_GAPS - 1).sum()]
+    sizes = [counts > 0, np.clip(counts - 1, 0, SINGLE_GAPS - 1)]
     for start, end in pairwise(QUAD_STARTS):
-        sizes.append((-(-(np.clip(counts, start, end) - start) // 4)).sum())
-    return [int(size) for size in sizes]
+        sizes.append(-(-(np.clip(counts, start, end) - start) // 4))
+    return sizes
 
 
 @functools.cache
 def _row_sizes(k: int) -> list[int]:
     """Elements that one row of `k` entries has in each gap stream."""
-    return _stream_sizes(np.array([k]), k, full=False)
+    return [int(size[0]) for size in _stream_sizes(np.array([k]), k, full=False)]

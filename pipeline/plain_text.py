@@ -4,6 +4,7 @@ One idea: whatever could move a cursor, hide, reorder or clear text becomes a vi
 else, in any script, stays. It is for terminals and log files; it does not escape HTML.
 """
 
+import json
 import unicodedata
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -18,3 +19,10 @@ def plain(text: str, limit: int = 0) -> str:
         for c in text
     )
     return shown[: limit - 1] + "…" if limit and len(shown) > limit else shown
+
+
+def plain_json(text: str) -> str:
+    """JSON text with the same characters as JSON's own escapes; line ends stay."""
+    return "".join(
+        json.dumps(c)[1:-1] if unicodedata.category(c) in HIDDEN and c != "\n" else c for c in text
+    )

@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from stillroom.cache_schemas.scrubbing import scrub, scrubbed
+
 PACKAGES = (
     "stillroom",
     "torch",
@@ -33,7 +35,7 @@ PACKAGES = (
 def provenance() -> dict[str, Any]:
     """The facts of this process as JSON; starts no GPU and imports none of the packages."""
     return {
-        "command": sys.argv,
+        "command": [scrub(argument) for argument in sys.argv],
         "git": git_state(),
         "packages": package_versions(),
         "python": platform.python_version(),
@@ -52,7 +54,7 @@ def record(path: Path, stage: str, **more: Any) -> None:
     except (OSError, ValueError):
         entries = {}
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    entries[stage] = provenance() | {"finished": finished} | more
+    entries[stage] = provenance() | {"finished": finished} | scrubbed(more)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # workers may end at one time
     temporary.write_text(json.dumps(entries, indent=2) + "\n")

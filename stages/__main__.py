@@ -10,7 +10,6 @@ import os
 import shlex
 import signal
 import sys
-import traceback
 import warnings
 from typing import Annotated, NoReturn
 
@@ -22,9 +21,10 @@ from stillroom.cache_schemas.errors import (
     CacheIncomplete,
     StillroomError,
 )
+from stillroom.cache_schemas.scrubbing import scrub
 from stillroom.stages import capture, evaluate, generate, prepare, recommend, teacher, train
 from stillroom.stages.cache import group as cache
-from stillroom.stages.console import say
+from stillroom.stages.console import say, show_traceback
 from stillroom.stages.corpus import group as corpus
 from stillroom.stages.demos import recsys as demo_recsys
 from stillroom.stages.demos import text as demo
@@ -89,6 +89,7 @@ def main() -> NoReturn:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: finished work is kept
+    sys.excepthook = lambda _, error, __: show_traceback(error)  # without credentials
     if not debug:
         hush_libraries()
     code = run(arguments, debug)
@@ -153,8 +154,8 @@ def surroundings(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int, debug: bool, advice: str = "") -> int:
-    if debug:
-        traceback.print_exc()
+    if debug and (error := sys.exception()):
+        show_traceback(error)
     say(f"error: {message}" + (f"\n{advice}" if advice else ""))
     return code
 
@@ -182,7 +183,8 @@ def _usage(arguments: list[str]) -> str:
 
 
 def _line(arguments: list[str]) -> str:
-    return shlex.join(["stillroom", *arguments])
+    """A command to copy; what stands for a credential is to be typed again."""
+    return shlex.join(["stillroom", *(scrub(argument) for argument in arguments)])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stillroom.stages.arguments import Engine, EngineChoice, Rank, RunFile, WorldSize, check_worker
-from stillroom.stages.console import out, progress, say
+from stillroom.stages.console import progress, put, say
 
 if TYPE_CHECKING:
     from stillroom.pipeline.capture.progress import CaptureProgress
@@ -83,7 +83,7 @@ def _capture(run, **options) -> None:
     if manifest is None:
         say("this worker's shards are done; the last worker to finish seals the cache")
         return
-    out.print(options["location"] or str(run.path("cache")))
+    put(options["location"] or str(run.path("cache")))
 
 
 def _watched(score, run, title: str, unit: str, numbers: Numbers, **options):
@@ -163,7 +163,7 @@ def _capture_more(run, about: str, engine: str, split: str, **worker) -> None:
         say(f"this worker's shards are done; the last worker to finish seals the {title}")
         return
     kept = {"images": run.path("vision"), "items": run.path("items")}
-    out.print(str(kept.get(about) or default_location(run, split)))
+    put(kept.get(about) or default_location(run, split))
 
 
 def _dry_run(run, engine: str, split: str) -> None:

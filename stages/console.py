@@ -1,24 +1,43 @@
 """How every stage talks: progress on stderr, results on stdout, one style.
 
-One idea: on a terminal a live bar, otherwise a plain line now and then, so that a log file of a
-ten-hour job stays readable. The pipeline reports numbers through a callback and never draws.
+One idea: this is the only place that writes to a terminal, and all text on its way passes `shown`:
+credentials are hidden and whatever could act on a terminal is escaped, so a caller need not ask
+whose text it prints. On a terminal a live bar, otherwise a plain line now and then, so that a log
+file of a ten-hour job stays readable. The pipeline reports numbers through a callback and never
+draws.
 """
 
+import json
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-SECONDS_BETWEEN_LINES = 15.0
+from stillroom.cache_schemas.scrubbing import scrub, scrubbed
+from stillroom.pipeline.plain_text import plain, plain_json
 
-out = Console()
-err = Console(stderr=True)
+SECONDS_BETWEEN_LINES = 15.0
+WIDE = 100_000
+"""Columns of a file or pipe: nothing is wrapped there."""
+
+# Text is never markup: `[/b]` in a stranger's text is four characters.
+out = Console(markup=False, highlight=False, emoji=False)
+err = Console(markup=False, highlight=False, emoji=False, stderr=True)
+
+
+def shown(text: str) -> str:
+    """A text as a person may see it; line ends and tabs stay."""
+    return "\n".join(
+        "\t".join(plain(cell) for cell in line.split("\t")) for line in scrub(text).split("\n")
+    )
 
 
 class Report(Protocol):
@@ -31,17 +50,56 @@ class Report(Protocol):
 
 def say(message: str) -> None:
     """One line for a person; stderr, so that stdout holds results only."""
-    err.print(message, highlight=False, markup=False, soft_wrap=True)
+    err.print(Text(shown(message)), soft_wrap=True)
+
+
+def put(line: object) -> None:
+    """One result, such as a path: a line on stdout, never wrapped or styled."""
+    print(shown(str(line)), flush=True)
+
+
+def document(value: Any) -> None:
+    """A JSON value on stdout."""
+    print(plain_json(json.dumps(scrubbed(value), indent=2, ensure_ascii=False)), flush=True)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A small result table on stdout; numbers are right-aligned."""
-    made = Table(title=title, title_justify="left")
+    """A small result table on stdout; numbers are right-aligned. Its title and its first column,
+    where names and paths are, are never wrapped; nothing is where stdout is no terminal."""
+    cells = [[Text(_line(cell)) for cell in row] for row in rows]
+    made = Table()
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
+        widest = max([cell_len(row[index].plain) for row in cells], default=0)
+        least = {"min_width": widest, "no_wrap": True} if index == 0 else {}
+        made.add_column(Text(_line(column)), justify="left" if index == 0 else "right", **least)
+    for row in cells:
         made.add_row(*row)
-    out.print(made)
+    put(_line(title))
+    drawn = out if out.is_terminal else Console(width=WIDE)
+    drawn.print(made, crop=False)
+
+
+def coloured(pieces: Iterable[tuple[str, str]]) -> None:
+    """Text in pieces, each with its rich style, on stdout."""
+    made = Text()
+    for text, style in pieces:
+        made.append(shown(text), style)
+    out.print(made, soft_wrap=True)
+
+
+def has_colours() -> bool:
+    """Whether styles can be seen on stdout."""
+    return out.is_terminal
+
+
+def show_traceback(error: BaseException) -> None:
+    """Where an error came from; stderr."""
+    say("".join(traceback.format_exception(error)).rstrip("\n"))
+
+
+def _line(text: str) -> str:
+    """Text that may not end its line."""
+    return plain(scrub(text))
 
 
 @contextmanager
@@ -51,17 +109,17 @@ def progress(title: str, unit: str = "tokens") -> Iterator[Report]:
         yield _Lines(title, unit)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         _Count(unit),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}", style="dim"),
+        TextColumn("{task.fields[numbers]}", style="dim", markup=False),
     )
     with Progress(*columns, console=err) as drawn:
-        task = drawn.add_task(title, total=None, numbers="")
+        task = drawn.add_task(_line(title), total=None, numbers="")
 
         def report(done: float, total: float | None, **numbers: float | str) -> None:
-            drawn.update(task, completed=done, total=total, numbers=describe(numbers))
+            drawn.update(task, completed=done, total=total, numbers=_line(describe(numbers)))
 
         yield report
 
@@ -111,7 +169,7 @@ class _Lines:
         self.finished, self.printed = complete, now
         line = f"{self.title}: {short(done)}/{short(total) if total else '?'} {self.unit}"
         line += f"{self._left(now, done, total)}  {describe(numbers)}"
-        print(line, file=sys.stderr, flush=True)
+        print(_line(line), file=sys.stderr, flush=True)
 
     def _left(self, now: float, done: float, total: float | None) -> str:
         passed = now - self.started

@@ -1,14 +1,12 @@
 """`stillroom corpus`: look at what a run's corpus teaches, before a teacher is paid for it."""
 
-import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from stillroom.stages.arguments import RunFile
-from stillroom.stages.console import out, say, table
+from stillroom.stages.console import coloured, document, has_colours, put, say, table
 
 group = typer.Typer(name="corpus", help="Look at a prepared corpus.", no_args_is_help=True)
 AsJson = Annotated[bool, typer.Option("--json", help="What is shown, as JSON.")]
@@ -52,7 +50,7 @@ def present(run: Any, corpus: Any, examples: int, as_json: bool) -> None:
     seen = overview(corpus)
     if as_json:
         listed = [{**one, "segments": [asdict(s) for s in one["segments"]]} for one in made]
-        print(json.dumps(seen | {"examples": listed}, indent=2, ensure_ascii=False))
+        document(seen | {"examples": listed})
         return
     for example in made:
         _draw(example)
@@ -84,16 +82,15 @@ def _draw(example: dict[str, Any]) -> None:
     """One example: what is learned is green, or between brackets where there are no colours."""
     words = f"{example['tokens']:,} tokens, {example['targets']:,} targets"
     images = f", {example['images']} images" if example["images"] else ""
-    out.rule(f"{example['source']}  {example['example_id'][:12]}  {words}{images}", align="left")
-    text, inside = Text(), False
+    put(f"── {example['source']}  {example['example_id'][:12]}  {words}{images}")
+    pieces, inside, marks = [], False, not has_colours()
     for segment in example["segments"]:
-        if segment.target != inside and not out.is_terminal:
-            text.append("⟦" if segment.target else "⟧")
+        if segment.target != inside and marks:
+            pieces.append(("⟦" if segment.target else "⟧", ""))
         inside = segment.target
         style = SPECIAL if segment.special else ""
-        text.append(segment.text, f"{style} {TARGET}".strip() if segment.target else style)
-    text.append("⟧" if inside and not out.is_terminal else "")
-    out.print(text, soft_wrap=True)
+        pieces.append((segment.text, f"{style} {TARGET}".strip() if segment.target else style))
+    coloured([*pieces, ("⟧" if inside and marks else "", "")])
 
 
 def _numbers(seen: dict[str, Any]) -> None:
@@ -107,7 +104,7 @@ def _numbers(seen: dict[str, Any]) -> None:
         for low, high, count in zip(edges, edges[1:], counts)
     ]
     table("lengths", ["tokens", "examples", ""], bars)
-    out.print(f"targets: {seen['share_of_targets']:.1%} of the tokens")
+    put(f"targets: {seen['share_of_targets']:.1%} of the tokens")
     if seen["share_without_targets"]:
         share = seen["share_without_targets"]
         say(f"warning: {share:.1%} of the examples had no target at all and are left out")
@@ -117,7 +114,7 @@ def _numbers(seen: dict[str, Any]) -> None:
 def _overlap(found: dict[str, int]) -> None:
     if found["examples"]:
         shared = found["shared"] / max(found["spans"], 1)
-        out.print(
+        put(
             f"held-out answers that are in the training split too: {shared:.1%} of spans of "
             f"{found['span']} tokens; {found['examples_shared']:,} of {found['examples']:,} "
             "examples by half or more"

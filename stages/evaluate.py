@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from stillroom.stages.arguments import RunFile
-from stillroom.stages.console import out, progress, table
+from stillroom.stages.console import progress, put, table
 
 
 def evaluate(run_file: RunFile) -> None:
@@ -42,7 +42,7 @@ def evaluate(run_file: RunFile) -> None:
     columns = ["model", "KL to teacher", "top-1 agreement", "perplexity", "on no token"]
     columns += ["parameters (M)"]
     table(f"held-out text, {run.name}", columns, rows)
-    out.print(str(run.path("evaluation.json")))
+    put(run.path("evaluation.json"))
 
 
 def _recommender(run) -> None:
@@ -57,4 +57,4 @@ def _recommender(run) -> None:
         for label, r in found.items()
     ]
     table(f"test rows, full ranking, {run.name}", ["", *names], rows)
-    out.print(str(run.path(RESULT)))
+    put(run.path(RESULT))

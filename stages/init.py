@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from stillroom.cache_schemas.errors import ConfigError
-from stillroom.stages.console import out, say, table
+from stillroom.stages.console import put, say, table
 
 STUDENTS = "third, half (of the teacher's blocks), a model's directory or hub id, a JSON config"
 UP_TO_A_DAY = 24 * 60
@@ -49,7 +49,7 @@ def _tell(found, made, target: Path) -> None:
     rows = [[f"stillroom {stage} {target}", _about(made.minutes[stage])] for stage in made.minutes]
     table("what comes next, and about how long here (reckoned, not measured)", ["", ""], rows)
     say(f"the cache: about {made.megabytes:,.0f} MB. All four at once: stillroom run {target}")
-    out.print(str(target), markup=False, highlight=False, soft_wrap=True)
+    put(target)
 
 
 def _about(minutes: float) -> str:

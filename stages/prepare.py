@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stillroom.stages.arguments import RunFile
-from stillroom.stages.console import out, progress, say, table
+from stillroom.stages.console import progress, put, say, table
 from stillroom.stages.corpus import AsJson, present, tell
 
 if TYPE_CHECKING:
@@ -65,4 +65,4 @@ def show_corpus(corpus: "Corpus", told: bool = False) -> None:
         say(f"{fact.replace('_', ' ')}: {number:,}")
     if not told:
         tell(corpus)
-    out.print(str(corpus.directory))
+    put(corpus.directory)

@@ -28,5 +28,5 @@ def recommend(
     named = tuple(item for item in items.split(",") if item)
     history, found = ask(run, top, user, named)
     say("after " + "; ".join(plain(title, 60) for title in history))
-    rows = [[plain(one.item_id), plain(one.title, 80), f"{one.score:.3f}"] for one in found]
+    rows = [[one.item_id, plain(one.title, 80), f"{one.score:.3f}"] for one in found]
     table(f"recommended to {user or 'you'}", ["item", "title", "score"], rows)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from stillroom.stages.arguments import RunFile
-from stillroom.stages.console import out
+from stillroom.stages.console import document
 
 INTRODUCTION = """# Run files: every table and key
 
@@ -25,7 +25,7 @@ def config(run_file: RunFile) -> None:
     """Print a run as it will be read: every default spelled out, as JSON."""
     from stillroom.pipeline.config import load
 
-    out.print_json(json.dumps(load(run_file).model_dump(mode="json")))
+    document(load(run_file).model_dump(mode="json"))
 
 
 def schema(

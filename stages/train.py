@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stillroom.stages.arguments import RunFile
-from stillroom.stages.console import out, progress, say, table
+from stillroom.stages.console import progress, put, say, table
 
 if TYPE_CHECKING:
     from stillroom.pipeline.config import Run
@@ -53,7 +53,7 @@ def train(
     draw_curves({run.name: run.path()}, run.path("curves.png"))
     if not result.seconds:
         say(f"already trained: {result.steps} steps")
-    out.print(result.student)
+    put(result.student)
 
 
 def _sweep(sweep_file: Path) -> None:
@@ -82,7 +82,7 @@ def _sweep(sweep_file: Path) -> None:
     if base.recommender is not None:
         columns = ["arm", "last loss", "histories", "validation", "weights", ""]
     table(f"sweep of {base.name}", columns, rows)
-    out.print(str(picture))
+    put(picture)
     if failed:
         reasons = "".join(f"\n- {name}: {reason}" for name, reason in failed.items())
         raise trained_arms.SweepIncomplete(
@@ -136,7 +136,7 @@ def student(run_file: RunFile) -> None:
     run = config.load(run_file)
     settings = config.require(run.student, "student", str(run_file))
     made = initial_student(settings, run.teacher, run.path("student-initial"))
-    out.print(str(made))
+    put(made)
 
 
 def is_main_process() -> bool:

@@ -40,6 +40,13 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
+def restore(root: Path, expected: dict[str, bytes]) -> None:
+    """Put every file back."""
+    for name, data in expected.items():
+        if (root / name).read_bytes() != data:
+            (root / name).write_bytes(data)
+
+
 def receipts(root: Path) -> int:
     """How many shards are committed."""
     return len(list(root.glob("receipts/*/*.json")))

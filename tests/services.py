@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tests.wire_faults import Exchange, Fault
+
 ACCESS_KEY, SECRET_KEY = "ACCESSKEY1234567890", "SECRETKEY1234567890abcdef"
 FAULTS = ("reset", "truncate", "unavailable", "drip")
 
@@ -67,8 +69,8 @@ class Proxy:
     Attributes:
         address: where it listens.
         requests: "METHOD path range" of every request so far.
-        fault: called with (how many requests came before, method, path); returns one of `FAULTS`
-            or None.
+        fault: called with (how many requests came before, method, path); returns one of `FAULTS`,
+            a fault of `wire_faults`, or None.
         conditional: when True, a PUT with `If-None-Match: *` of a name that was put before is
             answered 412, as Amazon's S3 does and rclone's does not.
     """
@@ -76,7 +78,7 @@ class Proxy:
     def __init__(self, upstream: str):
         self.upstream = upstream
         self.requests: list[str] = []
-        self.fault: Callable[[int, str, str], str | None] = lambda count, method, path: None
+        self.fault: Callable[[int, str, str], str | Fault | None] = lambda *request: None
         self.conditional = False
         self.taken: set[str] = set()
         self.lock = threading.Lock()
@@ -100,7 +102,7 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
             """Quiet."""
 
         def handle(self) -> None:
-            with contextlib.suppress(ConnectionError):  # a client may hang up when it likes
+            with contextlib.suppress(OSError):  # a client may hang up when it likes
                 super().handle()
 
         def _forward(self) -> None:
@@ -115,6 +117,8 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 self._reset()
             elif fault == "unavailable":
                 self._answer(503, [("Retry-After", "0")], b"try later", None)
+            elif callable(fault):
+                fault(Exchange(self, *self._ask(body)))
             else:
                 self._answer(*self._ask(body), fault)
 

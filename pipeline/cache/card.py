@@ -4,9 +4,8 @@ One idea: it follows from the plan alone and says nothing that the manifest does
 edited or deleted, so nothing binds it.
 """
 
-import html
-
 from stillroom.cache_schemas.manifest import Plan
+from stillroom.cache_schemas.scrubbing import scrub
 from stillroom.pipeline.plain_text import plain
 
 README = "README.md"
@@ -47,13 +46,14 @@ def card(plan: Plan) -> bytes:
         digest=plan.digest[:12],
         num_examples=plan.num_examples,
         teacher=_safe(teacher + str(facts["teacher"].get("weights_sha256", "unknown"))[:16]),
-        rows=", ".join(plan.row_signals) or "none",
-        dense=", ".join(plan.dense_signals) or "none",
-        profile=facts["capture"]["profile"],
+        rows=_safe(", ".join(plan.row_signals) or "none"),
+        dense=_safe(", ".join(plan.dense_signals) or "none"),
+        profile=_safe(facts["capture"]["profile"]),
     )
     return text.encode()
 
 
 def _safe(text: str) -> str:
-    """A stranger's text that stays text in Markdown and HTML."""
-    return html.escape(plain(text, 120)).replace("|", "&#124;").replace("`", "&#96;")
+    """A stranger's text as a code span of a table: no link, image or HTML can be in one."""
+    shown = plain(scrub(text), 400).replace("`", "'").replace("|", "\\|")
+    return f"` {shown} `"

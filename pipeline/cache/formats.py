@@ -20,7 +20,7 @@ from stillroom.cache_schemas.dense_array import DenseArray
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 from stillroom.cache_schemas.manifest import FORMAT_VERSION, Plan, check_version
 from stillroom.cache_schemas.record_codec import MEAN_KL, TOKENS, RowCodec
-from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS, ROW_SIGNALS
+from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS
 from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.record import Example, ImageSpan, TeacherRecord
 
@@ -284,8 +284,7 @@ def dense_arrays(plan: Plan) -> dict[str, DenseArray]:
 def _unflatten(name: str, flat: np.ndarray, num_rows: int, codec: RowCodec) -> np.ndarray:
     if name == TOKENS:
         return flat
-    widths = {"k": codec.k, "draws": codec.draws, "temperatures": codec.temperatures}
-    shape = (num_rows, *(widths[word] for word in ROW_SIGNALS[name].shape))
+    shape = (num_rows, *codec.width(name))
     if flat.size != int(np.prod(shape)):
         raise ShardCorrupt(f"{name} has {flat.size} values", expected=f"{int(np.prod(shape))}")
     return flat.reshape(shape)

@@ -6,17 +6,21 @@ including the manifest, is the original's, so hashes and signatures still hold. 
 
 from stillroom.cache_schemas import canonical
 from stillroom.cache_schemas.errors import ShardCorrupt
-from stillroom.pipeline.cache.storage.protocol import Storage
+from stillroom.pipeline.cache.storage.protocol import Storage, looks_like_a_document, read_right
 
 PARTIAL = "partial.json"
 
 
 def present_signals(storage: Storage) -> tuple[str, ...] | None:
     """Dense signals of a partial copy; None where all are there."""
-    if storage.size(PARTIAL) is None:
-        return None
     where = f"{storage.location}/{PARTIAL}"
-    listed = canonical.check(storage.read(PARTIAL), where).get("dense")
+    try:
+        if storage.size(PARTIAL) is None:
+            return None
+        data = read_right(storage, PARTIAL, looks_like_a_document)
+    except FileNotFoundError:  # what was there first was a page of the server
+        return None
+    listed = canonical.check(data or b"", where).get("dense")
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise ShardCorrupt("does not list signals", where=where)
     return tuple(listed)

@@ -13,26 +13,34 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
-from stillroom.cache_schemas import layout, rows
+from stillroom.cache_schemas import frames, layout, rows
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
 from stillroom.cache_schemas.lists import Lists
-from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
+from stillroom.cache_schemas.manifest import FileEntry, Manifest, Plan, ShardReceipt, read
 from stillroom.cache_schemas.rankings import Rankings
 from stillroom.pipeline.cache import shard as shards
 from stillroom.pipeline.cache.formats import Encoded, Format, read_codec
+from stillroom.pipeline.cache.index import Index
 from stillroom.pipeline.cache.partial import present_signals
-from stillroom.pipeline.cache.sealing import check_files, check_receipt
+from stillroom.pipeline.cache.pieces import Pieces
+from stillroom.pipeline.cache.sealing import (
+    by_folder,
+    check_files,
+    check_receipt,
+    check_table,
+    open_index,
+)
 from stillroom.pipeline.cache.storage.location import open_storage
-from stillroom.pipeline.cache.storage.protocol import Storage
+from stillroom.pipeline.cache.storage.protocol import IsRight, Storage, read_right
 from stillroom.pipeline.cache.storage.readthrough import ReadThrough
 from stillroom.pipeline.cache.storage.snapshot import pinned
 from stillroom.pipeline.record import TeacherRecord
 
 EXAMPLES_HELD, SHARDS_HELD = 2_000_000, 4096
 """How many examples' offsets (24 bytes each) are kept in memory, and of how many shards."""
+REMEDY = "Pull it again, or run `stillroom cache repair` and capture again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +50,9 @@ class _Offsets:
     starts: np.ndarray
     sizes: np.ndarray
     checksums: np.ndarray
-    file_bytes: dict[str, int]
+    files: dict[str, FileEntry]
+    chunks: dict[str, np.ndarray]
+    """Checksums of the chunks of each dense signal; receipts of the first caches have none."""
 
 
 class TeacherCache:
@@ -54,6 +64,7 @@ class TeacherCache:
         held = min(SHARDS_HELD, max(EXAMPLES_HELD // self.plan.examples_per_shard, 8))  # shards
         self._offsets = lru_cache(held)(self._read_offsets)
         self._dense_index = lru_cache(held)(self._read_dense_index)
+        self._whole: set[str] = set()  # files that were hashed
 
     @classmethod
     def open(
@@ -80,8 +91,7 @@ class TeacherCache:
             identity = hashlib.sha256(data).hexdigest()
             storage = ReadThrough(storage, local, local_bytes, identity)
         plan = Plan.from_facts(manifest.plan, where)
-        if {len(column) for column in manifest.shards.model_dump().values()} != {plan.num_shards}:
-            raise ShardCorrupt("does not list the plan's shards", where=where)
+        check_table(manifest, plan, where)
         codec = read_codec(storage, manifest.codec, plan)
         form = Format(plan, codec, present_signals(storage))
         check_files(manifest, form, where)
@@ -168,64 +178,66 @@ class TeacherCache:
 
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """The index, one row per example in order (columns: see FORMAT.md)."""
-        parts = (name for name in self.manifest.files if name.startswith("index/"))
-        return pa.concat_tables(
-            [
-                pq.read_table(pa.BufferReader(self._fixed(name)), columns=columns)
-                for name in sorted(parts)
-            ]
-        )
+        folders = by_folder(self.plan.num_shards)
+        return pa.concat_tables([self._index_of(at).read(columns) for at, _ in folders])
+
+    def _index_of(self, folder: int) -> Index:
+        try:
+            return open_index(self.storage, self.manifest, self.plan, folder)
+        except FileNotFoundError:
+            raise self._missing(layout.index(folder)) from None
 
     def receipt(self, shard: int) -> ShardReceipt:
         """The receipt of a shard, checked against the manifest."""
         name = layout.receipt(shard)
         where = f"{self.storage.location}/{name}"
-        data = self._present(name)
-        if hashlib.sha256(data).hexdigest() != self.manifest.shards.receipt[shard]:
+        data = self._right(name, _has_hash(self.manifest.shards.receipt[shard]))
+        if data is None:
             raise ShardCorrupt("is not the receipt that the manifest names", where=where)
         receipt = read(ShardReceipt, data, where)
         check_receipt(receipt, self.form, shard, where)
         return receipt
 
-    def _fixed(self, name: str) -> bytes:
-        """A small file, checked against the manifest."""
-        data = self._present(name)
-        if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
-            raise ShardCorrupt("has been changed", where=f"{self.storage.location}/{name}")
+    def _present(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        data = self._right(name, lambda data: True, start, length)
+        assert data is not None
         return data
 
-    def _present(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+    def _right(
+        self, name: str, is_right: IsRight, start: int = 0, length: int | None = None
+    ) -> bytes | None:
+        """`read_right`; a file that is missing is said to be."""
         try:
-            return self.storage.read(name, start, length)
+            return read_right(self.storage, name, is_right, start, length)
         except FileNotFoundError:
-            where = f"{self.storage.location}/{name}"
-            remedy = "Pull it again, or run `stillroom cache repair` and capture again."
-            raise ShardCorrupt("is missing", where=where, remedy=remedy) from None
+            raise self._missing(name) from None
 
     def _read_offsets(self, shard: int) -> _Offsets:
         receipt = self.receipt(shard)
         listed = receipt.records
-        sizes = {name: entry.bytes for name, entry in receipt.files.items()}
-        checksums = np.array([int(digits, 16) for digits in listed.xxh3], dtype=np.uint64)
-        return _Offsets(np.array(listed.offset), np.array(listed.bytes), checksums, sizes)
+        chunks = {name: _numbers(column) for name, column in listed.chunks.items()}
+        places = np.array(listed.offset), np.array(listed.bytes), _numbers(listed.xxh3)
+        return _Offsets(*places, receipt.files, chunks)
 
     def _message(self, shard: int, position: int) -> bytes:
         offsets, name = self._offsets(shard), layout.rows(shard)
         start, size = int(offsets.starts[position]), int(offsets.sizes[position])
-        if start + size > offsets.file_bytes[name]:
+        if start + size > offsets.files[name].bytes or size > frames.MAX_MESSAGE:
             raise ShardCorrupt("names bytes beyond its file", where=layout.receipt(shard))
-        message = self._present(name, start, size)
-        if xxhash.xxh3_64_intdigest(message) != int(offsets.checksums[position]):
-            raise ShardCorrupt(
-                f"example {position} of the shard does not fit its checksum",
-                where=f"{self.storage.location}/{name}",
-                remedy="Pull it again, or run `stillroom cache repair` and capture again.",
-            )
-        return message
+        found = f"example {position} of the shard does not fit its checksum"
+        return self._summed(name, start, size, int(offsets.checksums[position]), found)
+
+    def _summed(self, name: str, start: int, size: int, checksum: int, found: str) -> bytes:
+        """A part of a file with its xxh3-64; `found` says what is wrong with another."""
+        is_right = lambda data: xxhash.xxh3_64_intdigest(data) == checksum  # noqa: E731
+        data = self._right(name, is_right, start, size)
+        if data is None:
+            raise self._changed(found, name)
+        return data
 
     def _read_dense_index(self, name: str, shard: int) -> np.ndarray:
         array, path = self.form.dense[name], layout.dense_shard(name, shard)
-        size = self._offsets(shard).file_bytes[path]
+        size = self._offsets(shard).files[path].bytes
         count, where = len(self.plan.shard_range(shard)), f"{self.storage.location}/{path}"
         if size < array.index_bytes:
             raise ShardCorrupt("is too short for its index", where=where)
@@ -238,8 +250,40 @@ class TeacherCache:
         return self.form.dense[name].decode(self._chunk(name, shard, position), used, where)
 
     def _chunk(self, name: str, shard: int, position: int) -> bytes:
+        path, sums = layout.dense_shard(name, shard), self._offsets(shard).chunks.get(name)
+        if sums is None:
+            self._check_whole(path, shard)
         offset, length = (int(value) for value in self._dense_index(name, shard)[position])
-        return self._present(layout.dense_shard(name, shard), offset, length)
+        if sums is None:
+            return self._present(path, offset, length)
+        found = f"chunk {position} is not the one that was written"
+        return self._summed(path, offset, length, int(sums[position]), found)
+
+    def _check_whole(self, path: str, shard: int) -> None:
+        """Hash a file once: what binds its chunks where the receipt has no sum of each."""
+        if path in self._whole:
+            return
+        try:
+            found = Pieces(self.storage, path).entry()
+        except FileNotFoundError:
+            raise self._missing(path) from None
+        if found != self._offsets(shard).files[path]:
+            raise self._changed("does not have the hash that its receipt names", path)
+        self._whole.add(path)
+
+    def _missing(self, name: str) -> ShardCorrupt:
+        return self._changed("is missing", name)
+
+    def _changed(self, found: str, name: str) -> ShardCorrupt:
+        return ShardCorrupt(found, where=f"{self.storage.location}/{name}", remedy=REMEDY)
+
+
+def _numbers(digits: list[str]) -> np.ndarray:
+    return np.array([int(sixteen, 16) for sixteen in digits], dtype=np.uint64)
+
+
+def _has_hash(sha256: str) -> IsRight:
+    return lambda data: hashlib.sha256(data).hexdigest() == sha256
 
 
 def _manifest_bytes(storage: Storage) -> bytes:

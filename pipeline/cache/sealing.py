@@ -7,11 +7,11 @@ is `image_error`, a number per image and encoder, which is read to be summed up.
 
 import hashlib
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.cache_schemas import layout
@@ -19,12 +19,14 @@ from stillroom.cache_schemas.errors import PlanMismatch, ShardCorrupt
 from stillroom.cache_schemas.manifest import (
     DefinitionCheck,
     Manifest,
+    Plan,
     ShardReceipt,
     ShardTable,
     StoredError,
     read,
 )
 from stillroom.cache_schemas.signals import IMAGE_ERROR
+from stillroom.pipeline.cache import index
 from stillroom.pipeline.cache import shard as shards_of
 from stillroom.pipeline.cache.card import README, card
 from stillroom.pipeline.cache.formats import Format
@@ -32,22 +34,6 @@ from stillroom.pipeline.cache.shard import file_entry
 from stillroom.pipeline.cache.storage.protocol import Storage
 
 THREADS = 16
-INDEX_SCHEMA = pa.schema(
-    [
-        ("number", pa.int64()),
-        ("shard", pa.int32()),
-        ("example_id", pa.string()),
-        ("source", pa.string()),
-        ("num_tokens", pa.int32()),
-        ("num_rows", pa.int32()),
-        ("entropy", pa.float32()),
-        ("tail", pa.float32()),
-        ("offset", pa.int64()),
-        ("bytes", pa.int64()),
-        ("xxh3", pa.string()),
-        ("preview", pa.string()),
-    ]
-)
 
 
 def seal(storage: Storage, form: Format) -> Manifest:
@@ -59,13 +45,13 @@ def seal(storage: Storage, form: Format) -> Manifest:
     """
     table: dict[str, list] = {name: [] for name in ShardTable.model_fields}
     files = {name: file_entry(storage.read(name)) for name in fixed_files(form)}
-    for number, shards in _by_folder(form.plan.num_shards):
+    for number, shards in by_folder(form.plan.num_shards):
         sink = io.BytesIO()
         sizes = _sizes(storage, form, number, shards)
-        with pq.ParquetWriter(sink, INDEX_SCHEMA, **PARQUET) as index:
+        with pq.ParquetWriter(sink, index.SCHEMA, **index.PARQUET) as file:
             for receipt, sha256 in read_receipts(storage, form, shards):
                 _check_sizes(storage, receipt, sizes)
-                index.write_table(_index_rows(form, receipt))
+                file.write_table(index.rows_of(form, receipt))
                 _append(table, receipt, sha256)
         files[layout.index(number)] = file_entry(sink.getvalue())
         storage.replace(layout.index(number), sink.getvalue())
@@ -81,9 +67,6 @@ def seal(storage: Storage, form: Format) -> Manifest:
     storage.replace(layout.MANIFEST, manifest.to_bytes())  # last: now it can be read
     storage.sweep()
     return manifest
-
-
-PARQUET = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": ["source"]}
 
 
 def noted_definition(storage: Storage) -> DefinitionCheck | None:
@@ -123,10 +106,11 @@ def listed(
     storage: Storage, kind: str, name_of: Callable[[int], str], shards: Iterable[int]
 ) -> set[int]:
     """Those of some shards whose file `name_of(shard)` lies below the folder `kind`."""
-    names = {number: name_of(number) for number in shards}
-    folders = sorted({layout.folder(number) for number in names})
-    there = {name for folder in folders for name in storage.list(f"{kind}/{folder}")}
-    return {number for number, name in names.items() if name in there}
+    found: set[int] = set()
+    for folder, numbers in itertools.groupby(shards, layout.folder):
+        if there := storage.list(f"{kind}/{folder}"):
+            found |= {number for number in numbers if name_of(number) in there}
+    return found
 
 
 def read_receipts(
@@ -166,8 +150,11 @@ def check_receipt(receipt: ShardReceipt, form: Format, number: int, where: str) 
     expected = set(layout.shard_files(number, list(form.all_dense)))
     if receipt.shard != number or set(receipt.files) != expected:
         raise ShardCorrupt(f"is the receipt of shard {receipt.shard}", where=where)
-    lengths = {len(column) for column in receipt.records.model_dump().values()}
-    if lengths != {len(form.plan.shard_range(number))}:
+    columns = receipt.records.model_dump()
+    chunks = columns.pop("chunks", {})
+    lengths = {len(column) for column in (*columns.values(), *chunks.values())}
+    known = chunks.keys() in (set(), form.all_dense.keys())
+    if lengths != {len(form.plan.shard_range(number))} or not known:
         raise ShardCorrupt("does not list the shard's examples", where=where)
 
 
@@ -188,9 +175,35 @@ def check_files(manifest: Manifest, form: Format, where: str) -> None:
         )
 
 
+def check_table(manifest: Manifest, plan: Plan, where: str) -> None:
+    """Refuse a manifest that does not list the plan's shards."""
+    if {len(column) for column in manifest.shards.model_dump().values()} != {plan.num_shards}:
+        raise ShardCorrupt("does not list the plan's shards", where=where)
+
+
+def open_index(storage: Storage, manifest: Manifest, plan: Plan, folder: int) -> index.Index:
+    """The index of a folder of shards, checked against the manifest.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ShardCorrupt: it is not the one that the manifest names, or no index.
+    """
+    name = layout.index(folder)
+    entry, where = manifest.files[name], f"{storage.location}/{name}"
+    first = folder * layout.SHARDS_PER_FOLDER
+    shards = range(first, min(first + layout.SHARDS_PER_FOLDER, plan.num_shards))
+    sizes = [len(plan.shard_range(shard)) for shard in shards]
+    if entry.bytes > index.index_bytes(sizes):
+        raise ShardCorrupt("is larger than its examples can make it", where=where)
+    data = storage.read(name, 0, entry.bytes)
+    if file_entry(data) != entry:
+        raise ShardCorrupt("has been changed", where=where)
+    return index.Index(data, sizes, where)
+
+
 def index_names(form: Format) -> list[str]:
     """The index files of a sealed cache."""
-    return [layout.index(number) for number, _ in _by_folder(form.plan.num_shards)]
+    return [layout.index(number) for number, _ in by_folder(form.plan.num_shards)]
 
 
 def fixed_files(form: Format) -> list[str]:
@@ -200,7 +213,8 @@ def fixed_files(form: Format) -> list[str]:
     return sorted([*tables, *metadata, layout.PLAN, layout.CODEC])
 
 
-def _by_folder(num_shards: int) -> Iterator[tuple[int, range]]:
+def by_folder(num_shards: int) -> Iterator[tuple[int, range]]:
+    """The folders of a cache, each with its shards."""
     step = layout.SHARDS_PER_FOLDER
     for number, first in enumerate(range(0, num_shards, step)):
         yield number, range(first, min(first + step, num_shards))
@@ -233,10 +247,3 @@ def _append(table: dict[str, list], receipt: ShardReceipt, sha256: str) -> None:
     table["num_rows"].append(sum(receipt.records.num_rows))
     table["bytes"].append(receipt.num_bytes)
     table["receipt"].append(sha256)
-
-
-def _index_rows(form: Format, receipt: ShardReceipt) -> pa.Table:
-    columns = receipt.records.model_dump()
-    columns["number"] = list(form.plan.shard_range(receipt.shard))
-    columns["shard"] = [receipt.shard] * receipt.num_examples
-    return pa.table({name: columns[name] for name in INDEX_SCHEMA.names}, schema=INDEX_SCHEMA)

@@ -6,9 +6,8 @@ worker's files and verifying all compare against it. It publishes nothing.
 """
 
 import hashlib
-import itertools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,12 @@ import pyarrow as pa
 import xxhash
 
 from stillroom.cache_schemas import layout, rows
-from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
+from stillroom.cache_schemas.dense_array import DenseArray
+from stillroom.cache_schemas.errors import CacheError, ShardCorrupt, StillroomError
 from stillroom.cache_schemas.manifest import FileEntry, Records, ShardReceipt
+from stillroom.pipeline.cache.columns import Columns, Part, columns_of, parts
 from stillroom.pipeline.cache.formats import Encoded, Format
+from stillroom.pipeline.cache.pieces import Pieces
 from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.plain_text import plain
 from stillroom.pipeline.record import Example, TeacherRecord
@@ -27,6 +29,8 @@ from stillroom.pipeline.record import Example, TeacherRecord
 PREVIEW_CHARACTERS = 160
 Preview = Callable[[Example], str]
 """The beginning of an example's text, for people."""
+Examine = Callable[[Columns], None]
+"""Raises a ShardCorrupt whose `where` names an example, if it does not like what it sees."""
 
 
 def build(folder: Path, form: Format, shard: int, examples: Iterable[Encoded]) -> None:
@@ -61,37 +65,129 @@ def inspect(
     form: Format,
     shard: int,
     preview: Preview | None = None,
-    examine: Callable[[TeacherRecord], None] = lambda record: None,
+    examine: Examine = lambda columns: None,
 ) -> ShardReceipt:
     """The receipt of the files in place; every record is decoded, and examined, on the way.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ShardCorrupt: a file is not what the plan says.
+        ShardCorrupt: a file is not what the plan says; names the example where one is to blame.
     """
-    files: dict[str, FileEntry] = {}
-    data = _read(storage, layout.rows(shard), files)
-    dense = {name: _DenseShard(storage, form, name, shard, files) for name in form.dense}
-    where = f"{storage.location}/{layout.rows(shard)}"
-    messages, numbers = _messages(data, form, where), form.plan.shard_range(shard)
-    if len(messages) != len(numbers):
-        raise ShardCorrupt(f"{len(messages)} examples", expected=f"{len(numbers)}", where=where)
-    entries = []
-    for position, (start, stop) in enumerate(messages):
-        number, message = numbers[position], data[start:stop]
-        fetch = partial(_fetch, dense, position)
-        record = decode(form, message, number, f"{where} example {number}", fetch)
-        examine(record)
-        place = {"offset": start, "bytes": stop - start, "xxh3": xxhash.xxh3_64_hexdigest(message)}
-        entries.append(place | summary(record, preview))
-    columns = {name: [entry[name] for entry in entries] for name in Records.model_fields}
+    numbers = form.plan.shard_range(shard)
+    file = Pieces(storage, layout.rows(shard))
+    entries: list[dict[str, Any]] = []
+    lengths: list[dict[str, int]] = []
+    for part in parts(file, form, numbers):
+        entries += _entries(part, form, preview, examine, file.where)
+        lengths += _dense_lengths(part, form)
+    files, chunks = {file.name: file.entry()}, {}
+    for name in form.dense:
+        dense = Pieces(storage, layout.dense_shard(name, shard))
+        chunks[name] = _inspect_dense(dense, form, name, [used[name] for used in lengths])
+        files[dense.name] = dense.entry()
+    names = Records.model_fields.keys() - {"chunks"}
+    columns = {name: [entry[name] for entry in entries] for name in names}
     return ShardReceipt(
         plan=form.plan.digest,
         codec=form.codec_digest,
         shard=shard,
         files=files,
-        records=Records(**columns),
+        records=Records(chunks=chunks, **columns),
     )
+
+
+def _entries(
+    part: Part, form: Format, preview: Preview | None, examine: Examine, where: str
+) -> list[dict[str, Any]]:
+    """What the receipt says of each example of a part."""
+    try:
+        found = _examined(part, form, preview, examine)
+    except StillroomError as error:
+        _blame(part, form, examine, where)
+        raise type(error)(error.found, expected=error.expected, where=where) from None
+    for at, (start, stop) in enumerate(part.bounds.tolist()):
+        checksum = xxhash.xxh3_64_hexdigest(part.message(at))
+        found[at] |= {"offset": start, "bytes": stop - start, "xxh3": checksum}
+    return found
+
+
+def _examined(
+    part: Part, form: Format, preview: Preview | None, examine: Examine
+) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{}] * len(part.numbers)
+    for places, columns in columns_of(part, form):
+        examine(columns)
+        for place, entry in zip(places.tolist(), summaries(columns, preview), strict=True):
+            found[place] = entry
+    return found
+
+
+def _blame(part: Part, form: Format, examine: Examine, where: str) -> None:
+    """Examine example by example, to name the one that is wrong."""
+    for at, number in enumerate(part.numbers):
+        try:
+            _examined(part.alone(at), form, None, examine)
+        except StillroomError as error:
+            named = {"expected": error.expected, "remedy": error.remedy}
+            raise type(error)(error.found, where=f"{where} example {number}", **named) from None
+
+
+def _dense_lengths(part: Part, form: Format) -> list[dict[str, int]]:
+    if not form.all_dense:
+        return [{}] * len(part.numbers)
+    return [
+        form.dense_lengths({"dense_lengths": own, "example_id": f"example {number}"})
+        for number, own in zip(part.numbers, part.table.column("dense_lengths").to_pylist())
+    ]
+
+
+def _inspect_dense(file: Pieces, form: Format, name: str, lengths: list[int]) -> list[str]:
+    """The checksum of every chunk of a dense signal's shard, each decoded on the way."""
+    array, found = form.dense[name], []
+    for number, chunk in enumerate(_chunks(file, array, len(lengths))):
+        values = array.decode(chunk, lengths[number], file.where)
+        if not np.isfinite(values).all():
+            text = f"example {number} of the shard has a value that is not finite"
+            raise ShardCorrupt(text, where=file.where)
+        found.append(xxhash.xxh3_64_hexdigest(chunk))
+    return found
+
+
+def _chunks(file: Pieces, array: DenseArray, count: int) -> Iterator[bytes]:
+    start = max(file.size - array.index_bytes, 0)  # at the end, where Zarr puts it
+    index = bytes(file.range(start, file.size))
+    for offset, length in array.parse_index(index, file.size, count, file.where).tolist():
+        yield bytes(file.range(offset, offset + length))
+
+
+def summaries(columns: Columns, preview: Preview | None) -> Iterator[dict[str, Any]]:
+    """What the index tells about each of some examples."""
+    sizes, ends = columns.num_rows, np.cumsum(columns.num_rows)
+    entropy, tail = columns.rows.get("entropy"), columns.rows.get("tail_logprob")
+    shares = None if tail is None else np.exp(tail.astype(np.float64))
+    entropies, tails = _means(entropy, ends, sizes), _means(shares, ends, sizes)
+    lines = zip(columns.ids, columns.sources, columns.tokens.sizes.tolist(), sizes.tolist())
+    for at, (name, source, tokens, rows_) in enumerate(lines):
+        yield {
+            "example_id": name,
+            "source": source,
+            "num_tokens": tokens,
+            "num_rows": rows_,
+            "entropy": entropies[at],
+            "tail": tails[at],
+            "preview": plain(preview(columns.example(at)), PREVIEW_CHARACTERS) if preview else "",
+        }
+
+
+def _means(values: np.ndarray | None, ends: np.ndarray, sizes: np.ndarray) -> list[float | None]:
+    """The mean of each example's rows, to six decimals; None where there are no values."""
+    if values is None:
+        return [None] * len(sizes)
+    sums, held = np.zeros(len(sizes)), sizes > 0
+    if held.any():
+        sums[held] = np.add.reduceat(values.astype(np.float64), (ends - sizes)[held])
+    means = (sums / np.maximum(sizes, 1)).tolist()
+    return [round(mean, 6) if math.isfinite(mean) else None for mean in means]  # JSON has no NaN
 
 
 def decode(
@@ -121,12 +217,13 @@ def dense_values(storage: Storage, form: Format, shard: int, name: str) -> Itera
         FileNotFoundError: a file is missing.
         ShardCorrupt: a file is not what the plan says.
     """
-    data, where = storage.read(layout.rows(shard)), f"{storage.location}/{layout.rows(shard)}"
-    dense = {name: _DenseShard(storage, form, name, shard, {})}
-    numbers = form.plan.shard_range(shard)
-    for position, (start, stop) in enumerate(_messages(data, form, where)):
-        values = parse(form, data[start:stop], numbers[position], where)
-        yield _fetch(dense, position, name, form.dense_lengths(values)[name])
+    numbers, array = form.plan.shard_range(shard), form.dense[name]
+    file, dense = (
+        Pieces(storage, n) for n in (layout.rows(shard), layout.dense_shard(name, shard))
+    )
+    lengths = [own for part in parts(file, form, numbers) for own in _dense_lengths(part, form)]
+    for used, chunk in zip(lengths, _chunks(dense, array, len(numbers)), strict=True):
+        yield array.decode(chunk, used[name], dense.where)
 
 
 def parse(form: Format, message: bytes, number: int, where: str) -> dict[str, Any]:
@@ -137,71 +234,6 @@ def parse(form: Format, message: bytes, number: int, where: str) -> dict[str, An
     return values
 
 
-def summary(record: TeacherRecord, preview: Preview | None) -> dict[str, Any]:
-    """What the index tells about a record."""
-    signals = record.signals
-    entropy, tail = signals.get("entropy"), signals.get("tail_logprob")
-    return {
-        "example_id": record.example.example_id,
-        "source": record.example.source,
-        "num_tokens": len(record.example.token_ids),
-        "num_rows": record.num_rows,
-        "entropy": _mean(entropy) if entropy is not None else None,
-        "tail": _mean(np.exp(tail.astype(np.float64))) if tail is not None else None,
-        "preview": plain(preview(record.example), PREVIEW_CHARACTERS) if preview else "",
-    }
-
-
-def _mean(array: np.ndarray) -> float | None:
-    mean = float(np.mean(array, dtype=np.float64)) if array.size else 0.0
-    return round(mean, 6) if np.isfinite(mean) else None  # JSON has no NaN
-
-
-def _read(storage: Storage, name: str, files: dict[str, FileEntry]) -> bytes:
-    data = storage.read(name)
-    files[name] = file_entry(data)
-    return data
-
-
 def file_entry(data: bytes) -> FileEntry:
     """Size and sha256 of bytes."""
     return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def _messages(data: bytes, form: Format, where: str) -> list[tuple[int, int]]:
-    """Start and end of every record batch message of an Arrow IPC file."""
-    try:
-        with pa.ipc.open_file(pa.py_buffer(data)) as file:
-            num_batches, schema = file.num_record_batches, file.schema
-        source = pa.BufferReader(data)
-        source.seek(rows.FIRST_MESSAGE)
-        pa.ipc.read_message(source)  # the schema
-        bounds = [source.tell()]
-        for _ in range(num_batches):
-            pa.ipc.read_message(source)
-            bounds.append(source.tell())
-    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
-        raise ShardCorrupt(f"is not an Arrow file ({str(error)[:120]})", where=where) from None
-    if not schema.equals(form.schema):
-        raise ShardCorrupt("has another schema than the plan's", where=where)
-    return list(itertools.pairwise(bounds))
-
-
-class _DenseShard:
-    """One Zarr shard held in memory."""
-
-    def __init__(
-        self, storage: Storage, form: Format, name: str, shard: int, files: dict[str, FileEntry]
-    ):
-        path = layout.dense_shard(name, shard)
-        self.array, self.where = form.dense[name], f"{storage.location}/{path}"
-        self.data = _read(storage, path, files)
-        tail = self.data[-self.array.index_bytes :]  # where Zarr puts the index
-        count = len(form.plan.shard_range(shard))
-        self.entries = self.array.parse_index(tail, len(self.data), count, self.where)
-
-
-def _fetch(dense: dict[str, _DenseShard], position: int, name: str, used: int) -> np.ndarray:
-    held = dense[name]
-    offset, length = (int(value) for value in held.entries[position])
-    return held.array.decode(held.data[offset : offset + length], used, held.where)

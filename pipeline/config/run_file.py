@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stillroom.cache_schemas.errors import ConfigError
+from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config.preparation import Prepare
 from stillroom.pipeline.config.recommending import Candidates, Items, Recommender
 from stillroom.pipeline.config.strict import PathText, Table, validate
@@ -202,8 +203,9 @@ def require(table: Any, name: str, where: str) -> Any:
 
 
 def dump(run: Table, path: str | Path) -> None:
-    """Write the resolved run as JSON (every default spelled out) beside its result."""
-    text = json.dumps(run.model_dump(mode="json"), indent=2, sort_keys=True)
+    """Write the resolved run as JSON (every default spelled out, no credential) beside its
+    result."""
+    text = json.dumps(scrubbed(run.model_dump(mode="json")), indent=2, sort_keys=True)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text + "\n")
 

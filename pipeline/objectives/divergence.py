@@ -28,6 +28,7 @@ from stillroom.pipeline.objectives.teacher_rows import (
     sampled_tail,
     self_information,
     teacher_logprobs,
+    together_certain,
     zscore_logprobs,
 )
 
@@ -89,6 +90,7 @@ def _divergence(context: Context, divergence: str) -> torch.Tensor:
     tail_ids, tail_weights = (None, None)
     if options.tail == "sampled":
         tail_ids, tail_weights = sampled_tail(context.teacher)
+        logprobs, tail_weights = together_certain(logprobs, tail_weights)
     if not ids.shape[1]:
         ids, logprobs = _no_exact_ids(context)
     k = options.k or ids.shape[1]

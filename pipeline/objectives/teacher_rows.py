@@ -27,7 +27,7 @@ def teacher_logprobs(
     """
     logprobs = signals["topk_logprobs"]
     if temperature == 1.0:
-        return logprobs
+        return at_most_certain(logprobs) if logprobs.shape[1] else logprobs
     lse = signals["lse"]
     at_one, at_t = (
         lse[:, temperatures.index(1.0), None],
@@ -39,8 +39,8 @@ def teacher_logprobs(
 def at_most_certain(logprobs: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [N, k] of rows whose mass is more than 1, scaled to 1.
 
-    What a cache stores is rounded, and a low temperature multiplies the rounding: at 0.25 a row may
-    come to 1.05 where nothing lies outside its list.
+    What a cache stores is rounded: under profile `strict` a row may come to 1.02 where nothing lies
+    outside its list, and a low temperature multiplies that: at 0.25 to 1.05.
     """
     return logprobs - logprobs.logsumexp(dim=1, keepdim=True).clamp_min(0.0)
 
@@ -84,6 +84,15 @@ def sampled_tail(signals: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.
     counts = signals["draw_counts"].to(signals["tail_logprob"].dtype)
     total = counts.sum(dim=-1, keepdim=True).clamp_min(1.0)
     return signals["draw_ids"], counts / total * signals["tail_logprob"].exp()[:, None]
+
+
+def together_certain(
+    logprobs: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists [N, k] and weights of draws [N, n] of rows whose mass is more than 1, scaled to 1."""
+    mass = logprobs.exp().sum(dim=1, keepdim=True) + weights.sum(dim=1, keepdim=True)
+    over = mass.clamp_min(1.0)
+    return logprobs - over.log().to(logprobs.dtype), weights / over
 
 
 def self_information(logprobs: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:

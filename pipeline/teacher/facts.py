@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.adapter import CONFIG as ADAPTER_CONFIG
 from stillroom.pipeline.teacher.adapter import adapter_facts
@@ -53,7 +54,7 @@ def teacher_facts(teacher: Teacher) -> dict[str, Any]:
         "dtype": dtype_of(teacher),
         "revision": teacher.revision,
         "quantization": teacher.quantization,
-        "engine_args": meaningful(teacher.engine_args),
+        "engine_args": scrubbed(meaningful(teacher.engine_args)),
         **directory_facts(model_directory(teacher), teacher.trust_remote_code),
     }
     return facts | ({"adapter": adapter_facts(teacher)} if teacher.adapter else {})

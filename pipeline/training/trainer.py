@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, StillroomError, StudentError
+from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.data.loader import RecordSource
 from stillroom.pipeline.data.packing import Position
@@ -86,7 +87,7 @@ class Training(Setup):
         log = None
         if self.parallel.is_main:
             run, tracker = self.settings_run, self.settings.tracker
-            config = run.model_dump(mode="json")
+            config = scrubbed(run.model_dump(mode="json"))
             log = MetricsLog(run.path(), state.step, tracker, run.name, config)
         try:
             state = self._loop(state, log, on_progress, stop)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stillroom.cache_schemas.errors import CacheError, PlanMismatch
-from stillroom.pipeline.plain_text import plain
 from stillroom.stages.arguments import Engine, EngineChoice
 from stillroom.stages.cache.arguments import Cache, location
 from stillroom.stages.console import say, table
@@ -33,7 +32,7 @@ def diff(
     caches = [TeacherCache.open(location(cache)) for cache in (first, second)]
     found = diff(caches[0], caches[1], sample)
     for line in found.plan:
-        say(f"plan: {plain(line)}")
+        say(f"plan: {line}")
     rows = [
         ["examples in both", f"{found.shared:,}"],
         ["only in the first", f"{found.only_first:,}"],

@@ -4,6 +4,7 @@ One idea: every verb takes a cache (directory, URL, or the run file that made it
 on stdout; exit code 0 means that the cache is what it claims to be.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from stillroom.stages.cache.arguments import (
     tokenizer_near,
     tokenizer_of,
 )
-from stillroom.stages.console import out, progress, say, table
+from stillroom.stages.console import document, progress, put, say, table
 
 app = typer.Typer(help="Look at caches, check, mend and share them.", no_args_is_help=True)
 
@@ -34,16 +35,20 @@ def show(
     guesses: Annotated[int, typer.Option(help="Top guesses per row.", min=1)] = 5,
     tokenizer: Tokenizer = "",
     corpus: Annotated[str, typer.Option(help="Of a cache of items or lists, for titles.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The facts alone, as JSON.")] = False,
 ) -> None:
     """What a cache holds, and a few tokens with the teacher's top guesses; of a cache about a
     catalogue an item, or a history with the teacher's list and what came."""
     from stillroom.pipeline.cache.care.overview import overview
     from stillroom.pipeline.cache.storage.location import open_storage
     from stillroom.stages.cache.lists_view import catalogue_table, is_about_a_catalogue
-    from stillroom.stages.cache.view import facts_table, guesses_table
+    from stillroom.stages.cache.view import facts_json, facts_table, guesses_table
 
     storage = open_storage(location(cache))
     seen = overview(storage)
+    if as_json:
+        document(facts_json(seen))
+        return
     facts_table(seen)
     if seen.sealed and rows and is_about_a_catalogue(seen.plan):
         catalogue_table(storage, example, corpus)
@@ -73,8 +78,12 @@ def ls(
 
 
 @app.command()
-def verify(cache: Cache, public_key: PublicKey = "") -> None:
-    """Hash every file and decode every record again."""
+def verify(
+    cache: Cache,
+    public_key: PublicKey = "",
+    workers: Annotated[int, typer.Option(help="Processes; 0: one for each core.", min=0)] = 0,
+) -> None:
+    """Hash every file, decode every record again, and see that all values make sense."""
     from stillroom.pipeline.cache.care.verification import verify
     from stillroom.pipeline.cache.storage.location import open_storage
     from stillroom.pipeline.cache.storage.snapshot import pinned
@@ -82,18 +91,18 @@ def verify(cache: Cache, public_key: PublicKey = "") -> None:
     storage = pinned(open_storage(location(cache)))
     check_signature(storage, public_key)
     with progress("verify", "shards") as report:
-        result = verify(storage, report)
+        result = verify(storage, report, workers or len(os.sched_getaffinity(0)))
     for note in result.notes:
         say(f"note: {note}")
     for problem in result.problems:
         shard = "" if problem.shard is None else f"shard {problem.shard}: "
         say(f"{shard}{problem.name}: {problem.found}")
-    out.print(
+    put(
         f"{result.num_shards} shards, {result.num_examples:,} examples, {result.num_tokens:,} "
         f"tokens, {result.num_bytes:,} bytes are right"
     )
     if result.rounding is not None:
-        out.print(f"rounding costs {result.rounding:.2g} nats per row, measured on a sample")
+        put(f"rounding costs {result.rounding:.2g} nats per row, measured on every row")
     if result.problems:
         raise CacheError(
             f"{len(result.problems)} problems",
@@ -120,10 +129,10 @@ def repair(cache: Cache) -> None:
     for name in done.removed:
         say(f"removed {name}")
     if done.sealed:
-        out.print("the cache is whole and sealed")
+        put("the cache is whole and sealed")
         return
     listed = ", ".join(str(shard) for shard in done.shards) or "none"
-    out.print(f"shards to capture again: {listed}")
+    put(f"shards to capture again: {listed}")
     raise CacheIncomplete(
         "the cache is not sealed", where=storage.location, remedy="Run the capture again."
     )

@@ -1,7 +1,7 @@
 """How caches about a catalogue look in a terminal: a history, the teacher's list, the truth.
 
 One idea: such a cache holds numbers and hashes only; the words are in the corpus it was made from,
-so without that corpus numbers are shown. Text from either is a stranger's and passes `plain`.
+so without that corpus numbers are shown. Text from either is a stranger's; `console` makes it safe.
 """
 
 from pathlib import Path
@@ -68,7 +68,7 @@ def _item(cache: TeacherCache, number: int, corpus: Corpus | None) -> None:
     title = open_catalogue(corpus).titles[number] if corpus else f"item {number}"
     shown = ", ".join(f"{value:.3f}" for value in vector[0][:DIMENSIONS]) if len(vector) else "none"
     length = float(np.linalg.norm(vector))
-    rows = [["item id", plain(record.example.document_id)], ["title", plain(title, 80)]]
+    rows = [["item id", record.example.document_id], ["title", plain(title, 80)]]
     rows += [["length", f"{length:.3f}"], [f"first of {vector.shape[1]}", shown]]
     table(f"item {number} of {len(cache):,}", ["", "value"], rows)
 

@@ -11,7 +11,7 @@ import typer
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.stages.arguments import Engine, EngineChoice
-from stillroom.stages.console import out, progress, say, table
+from stillroom.stages.console import progress, put, say, table
 
 COLUMNS = ["k", "tail", "profile", "B/token", "mass", "KL", "error", "GB"]
 PARTS = ["bias", "noise"]
@@ -58,7 +58,7 @@ def plan(
     plan_files.plot(points, chosen, picture)
     target = write or str(run_file.with_suffix(".planned.toml"))
     plan_files.write_run(run_file, target, chosen.setting.table())
-    out.print(f"{chosen.bytes_per_token:.1f} bytes/token, {chosen.corpus_bytes / 1e9:.3g} GB for "
+    put(f"{chosen.bytes_per_token:.1f} bytes/token, {chosen.corpus_bytes / 1e9:.3g} GB for "
         f"{sample.corpus_rows:,} rows, {chosen.hours:.2g} hours on this machine")  # fmt: skip
     say(f"* chosen; run file: {target}")
     say(f"picture: {picture}")

@@ -11,7 +11,7 @@ import typer
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.stages.cache.arguments import Cache, PublicKey, check_signature, location
-from stillroom.stages.console import out, progress, say
+from stillroom.stages.console import progress, put, say
 
 if TYPE_CHECKING:
     from stillroom.pipeline.cache.sharing.copying import Copied
@@ -61,7 +61,7 @@ def sign(
 
     storage = open_storage(location(cache))
     sign(storage, key)
-    out.print(f"{storage.location}/manifest.sig")
+    put(f"{storage.location}/manifest.sig")
 
 
 def merge(
@@ -80,7 +80,7 @@ def merge(
     opened = [TeacherCache.open(location(cache)) for cache in caches]
     with progress("merge", "shards") as report:
         merge(opened, target, recode, report)
-    out.print(target)
+    put(target)
 
 
 def subset(
@@ -100,7 +100,7 @@ def subset(
     chosen = Selection(tuple(source or ()), (min_entropy, max_entropy), examples, tokens)
     with progress("subset", "shards") as report:
         subset(opened, target, chosen, report)
-    out.print(target)
+    put(target)
 
 
 def reshard(
@@ -121,7 +121,7 @@ def reshard(
     opened = TeacherCache.open(location(cache))
     with progress("reshard", "shards") as report:
         reshard(opened, target, examples_per_shard, profile, report)
-    out.print(target)
+    put(target)
 
 
 def _copy(
@@ -152,4 +152,4 @@ def _publish(source: str, target: str, signals: list[str] | None) -> None:
 
 def _say_copied(done: "Copied", where: str) -> None:
     say(f"{done.files:,} files, {done.num_bytes:,} bytes; dense: {', '.join(done.dense) or 'none'}")
-    out.print(where)
+    put(where)

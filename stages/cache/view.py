@@ -1,12 +1,14 @@
-"""How caches look in a terminal: tables of facts, and tokens with the teacher's guesses.
+"""How caches look: tables of facts, and tokens with the teacher's guesses; or the facts as JSON.
 
-One idea: text from a cache is a stranger's, so every string passes `plain` before it is printed.
+One idea: text from a cache is a stranger's, and is printed by `console`, which makes it safe; here
+it is only kept short.
 """
 
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +25,7 @@ def ls_row(seen: Overview, directory: Path) -> list[str]:
     """One line of `ls`, its path relative to where it looked."""
     state = "sealed" if seen.sealed else "unfinished"
     return [
-        plain(os.path.relpath(seen.location, directory)),
+        os.path.relpath(seen.location, directory),
         state,
         f"{seen.shards_done:,}/{seen.plan.num_shards:,}",
         f"{seen.num_tokens:,}",
@@ -40,14 +42,14 @@ def facts_table(seen: Overview) -> None:
     rows = [
         ("plan", seen.plan.digest[:16]),
         ("teacher", seen.teacher),
-        ("engine", " ".join(str(value) for value in facts.get("engine", {}).values())),
+        ("engine", _engine(facts.get("engine"))),
         ("against definition", _definition(seen.definition)),
         ("tokenizer", str(facts["tokenizer"].get("sha256", ""))[:16]),
         ("corpus", str(facts["corpus"].get("digest", ""))[:16]),
         ("profile", f"{capture.get('profile')}, k = {capture.get('k')}"),
         ("temperatures", ", ".join(f"{t:g}" for t in capture.get("temperatures", ()))),
         ("row signals", ", ".join(seen.plan.row_signals)),
-        ("dense signals", ", ".join(seen.plan.dense_signals) or "none"),
+        ("dense signals", _dense(seen)),
         *[("example signals", ", ".join(seen.plan.example_signals))]
         * bool(seen.plan.example_signals),
         ("shards", f"{seen.shards_done:,} of {seen.plan.num_shards:,}"),
@@ -56,7 +58,39 @@ def facts_table(seen: Overview) -> None:
         ("bytes", f"{seen.num_bytes:,}"),
         ("bytes/token", per_token),
     ]
-    table(plain(seen.location), ["", "value"], [[name, plain(value)] for name, value in rows])
+    table(seen.location, ["", "value"], [list(row) for row in rows])
+
+
+def facts_json(seen: Overview) -> dict[str, Any]:
+    """The same for a program; sizes are of what is there."""
+    return {
+        "location": seen.location,
+        "plan": seen.plan.digest,
+        "sealed": seen.sealed,
+        "shards": {"done": seen.shards_done, "count": seen.plan.num_shards},
+        "examples": seen.plan.num_examples,
+        "tokens": seen.num_tokens,
+        "bytes": seen.num_bytes,
+        "bytes_per_token": seen.bytes_per_token,
+        "signals": {
+            "rows": list(seen.plan.row_signals),
+            "dense": list(seen.dense),
+            "dense_of_the_whole": list(seen.plan.dense_signals),
+            "examples": list(seen.plan.example_signals),
+        },
+        "definition": seen.definition.model_dump(mode="json") if seen.definition else None,
+        "facts": seen.plan.facts,
+    }
+
+
+def _engine(facts: Any) -> str:
+    values = facts.values() if isinstance(facts, dict) else [facts]
+    return " ".join(str(value) for value in values)
+
+
+def _dense(seen: Overview) -> str:
+    held, every = ", ".join(seen.dense) or "none", seen.plan.dense_signals
+    return held if len(seen.dense) == len(every) else f"{held} (a part of {', '.join(every)})"
 
 
 def _definition(found: DefinitionCheck | None) -> str:

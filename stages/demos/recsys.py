@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stillroom.stages.console import out, say, table
+from stillroom.stages.console import put, say, table
 from stillroom.stages.demos.recsys_findings import COLUMNS, draw, findings, paired, rows_of
 from stillroom.stages.stage_process import perform
 from stillroom.stages.whole_run import up_to_the_cache
@@ -53,7 +53,7 @@ def demo_recsys(
             results["arms"].setdefault(arm, {}).setdefault(key, []).append(found[key])
         keep(run, results)
     table("test rows, full ranking", COLUMNS, rows_of(results["arms"]))
-    out.print(str(run.path("results.json")))
+    put(run.path("results.json"))
 
 
 def make_inputs(run: Any) -> None:

@@ -17,7 +17,7 @@ import typer
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.stages.arguments import Engine, EngineChoice, RunFile
-from stillroom.stages.console import out, say, table
+from stillroom.stages.console import put, say, table
 from stillroom.stages.stage_process import perform as run_command
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def show(results: dict[str, Any], directory: Path) -> None:
     table("seconds", list(seconds), [list(seconds.values())])
     tokens, size = results["tokens_captured"], results["bytes_per_token"]
     say(f"cache: {tokens:,} tokens, {size:.1f} bytes per token, everything on disk counted")
-    out.print(f"{directory}/results.json  {directory}/curves.png")
+    put(f"{directory}/results.json  {directory}/curves.png")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from stillroom.stages.arguments import Engine, EngineChoice, RunFile
-from stillroom.stages.console import out, say, table
+from stillroom.stages.console import put, say, table
 from stillroom.stages.demos.vision_findings import findings, in_words, spread
 from stillroom.stages.demos.vision_page import page
 from stillroom.stages.stage_process import perform
@@ -61,7 +61,7 @@ def demo_vision(
         made = page(results, test_pictures(pictures)[:PAGE_PICTURES], shown)
         run.path("page.html").write_text(made)
     show(results)
-    out.print(str(run.path("page.html")))
+    put(run.path("page.html"))
 
 
 def make_models(run: Any) -> None:

@@ -4,11 +4,14 @@ One idea: a decoder may refuse (StillroomError) or succeed; anything else is a f
 checksums are made right first, because a stranger can make them right too.
 """
 
+import io
 import struct
 from collections.abc import Callable
 
 import google_crc32c
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import xxhash
 
 from stillroom.cache_schemas import canonical, layout, rows
@@ -16,6 +19,8 @@ from stillroom.cache_schemas.dense_array import DenseArray
 from stillroom.cache_schemas.errors import StillroomError
 from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
 from stillroom.cache_schemas.record_codec import RowCodec
+from stillroom.pipeline.cache.care.meaning import check
+from stillroom.pipeline.cache.columns import columns_of, parts
 from stillroom.pipeline.cache.formats import (
     Format,
     codec_sizes,
@@ -23,6 +28,8 @@ from stillroom.pipeline.cache.formats import (
     read_codec,
     table_bytes,
 )
+from stillroom.pipeline.cache.index import PARQUET, SCHEMA, Index
+from stillroom.pipeline.cache.pieces import Pieces
 from stillroom.pipeline.cache.sealing import check_receipt
 from tests.synthetic_records import make_plan, make_record, records_of
 
@@ -40,6 +47,21 @@ class Memory:
         if name not in self.files:
             raise FileNotFoundError(name)
         return self.files[name]
+
+
+class Whole(Memory):
+    """A storage of one file."""
+
+    def __init__(self, data: bytes):
+        super().__init__({"file": data})
+
+    def size(self, name: str) -> int:
+        """Bytes of it."""
+        return len(self.files[name])
+
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """Some of them."""
+        return self.files[name][start:][:length]
 
 
 PLANS = {
@@ -70,6 +92,12 @@ def _tables() -> Memory:
 
 
 TABLES = _tables()
+SOUND = {
+    name: bytes(FORMS[name].encode(make_record(FORMS[name].plan, 1)).values["record"])
+    for name in FORMS
+    if name != "portable"
+}
+"""A sound record of every codec."""
 
 
 def manifest(data: bytes) -> None:
@@ -116,6 +144,45 @@ def message(data: bytes) -> None:
     form.record(values, {})
 
 
+def file(data: bytes) -> None:
+    """A rows file of three examples, walked and decoded as verification does; the first byte
+    chooses the profile."""
+    name = sorted(FORMS)[data[0] % len(FORMS)] if data else "exact"
+    form, numbers = FORMS[name], range(3)
+    for part in parts(Pieces(Whole(data[1:]), "file"), form, numbers):  # type: ignore[arg-type]
+        for _, columns in columns_of(part, form):
+            check(columns, form.plan)
+
+
+def records(data: bytes) -> None:
+    """Two records decoded together, the first one damaged: refused like that one alone."""
+    name = sorted(set(FORMS) - {"portable"})[data[0] % 3] if data else "exact"
+    body = data[1:-8]
+    blob = body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
+    together = _outcome(lambda: list(CODECS[name].decode_many([blob, SOUND[name]])))
+    assert together == _outcome(lambda: CODECS[name].decode(blob)), "alone and together differ"
+    if not together:
+        raise StillroomError("refused")
+
+
+def _outcome(work: Callable[[], object]) -> bool:
+    try:
+        work()
+    except StillroomError:
+        return False
+    return True
+
+
+def parquet(data: bytes) -> None:
+    """An index of three rows."""
+    Index(data, [3], "index").read()
+
+
+def zarr(data: bytes) -> None:
+    """A zarr.json."""
+    DENSE["bf16"].check_metadata(data, "zarr.json")
+
+
 def record(data: bytes) -> None:
     """The bytes of row signals, their checksum made right; the first byte chooses the profile."""
     name = sorted(set(FORMS) - {"portable"})[data[0] % 3] if data else "exact"
@@ -146,15 +213,37 @@ def seeds() -> dict[str, list[bytes]]:
         if name != "portable":
             at = sorted(set(FORMS) - {"portable"}).index(name)
             found["record"].append(bytes([at]) + bytes(example.values["record"]))
+            found["records"].append(bytes([at]) + bytes(example.values["record"]))
+        found["file"].append(bytes([number]) + _file(form))
     for number, (_, array) in enumerate(sorted(DENSE.items())):
         values = np.linspace(-3, 3, 60, dtype=np.float32).reshape(5, 12)
         found["dense"].append(bytes([number]) + array.encode(values)[:-4])
+    found["zarr"].append(DENSE["bf16"].metadata())
+    found["parquet"].append(_index())
     found["index"].append(struct.pack("<QQQQ", 0, 10, 10, 10))
     for file in TABLES.files.values():
         found["table"].append(file)
     found["manifest"].append(_sample_manifest())
     found["receipt"].append(_sample_receipt())
     return found
+
+
+def _file(form: Format) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, form.schema) as writer:
+        for number in range(3):
+            values = form.encode(make_record(form.plan, number)).values
+            writer.write_batch(rows.batch(form.schema, {**values, "number": number}))
+    return sink.getvalue()
+
+
+def _index() -> bytes:
+    texts = {field.name: ["a", "b", "c"] for field in SCHEMA if field.type == pa.string()}
+    columns = {field.name: texts.get(field.name, [1, 2, 3]) for field in SCHEMA}
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, SCHEMA, **PARQUET) as writer:
+        writer.write_table(pa.table(columns, schema=SCHEMA))
+    return sink.getvalue()
 
 
 def _sample_receipt() -> bytes:
@@ -198,7 +287,10 @@ def _with_crc(body: bytes) -> bytes:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
-    for target in (manifest, plan, receipt, codec, table, message, record, dense, index)
+    for target in (
+        *(manifest, plan, receipt, codec, table, message, record, dense, index),
+        *(file, records, parquet, zarr),
+    )
 }
 
 

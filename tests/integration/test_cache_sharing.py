@@ -14,6 +14,7 @@ from stillroom.pipeline.cache.sharing.copying import copy
 from stillroom.pipeline.cache.storage.bucket import BucketStorage
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.storage.readthrough import ReadThrough
+from stillroom.pipeline.cache.storage.web import WebStorage
 from stillroom.pipeline.cache.writer import CacheWriter
 from tests.cache_trials import contents
 from tests.services import ACCESS_KEY, FAULTS, SECRET_KEY, Proxy, rclone, s3_options
@@ -72,7 +73,7 @@ def bucket_behind(proxy, name):
 
 
 def website(proxy):
-    return BucketStorage(f"http://{proxy.address}", pause=lambda s: None)
+    return WebStorage(f"http://{proxy.address}", pause=lambda s: None)
 
 
 def every(count, fault):
@@ -249,7 +250,7 @@ def test_a_bucket_without_permission_says_so_and_shows_no_secret(cache, proxy):
 
 
 def test_credentials_in_a_url_are_not_shown():
-    storage = BucketStorage("https://alice:hunter2@127.0.0.1:1/x?X-Amz-Signature=abc", pause=bool)
+    storage = WebStorage("https://alice:hunter2@127.0.0.1:1/x?X-Amz-Signature=abc", pause=bool)
     with pytest.raises(CacheIncomplete) as caught:
         TeacherCache.open(storage)
     assert "hunter2" not in str(caught.value) + storage.location

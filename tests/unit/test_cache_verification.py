@@ -8,8 +8,9 @@ import pytest
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 from stillroom.cache_schemas.lists import Lists
+from stillroom.pipeline.cache.care.meaning import check_record
 from stillroom.pipeline.cache.care.repair import repair
-from stillroom.pipeline.cache.care.verification import check_record, verify
+from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.writer import CacheWriter

@@ -1,21 +1,27 @@
 """What a cache is, in a few numbers, whether it is sealed or still being written.
 
 One idea: everything here comes from the manifest, the plan and a few receipts, so it is quick for a
-cache of any size. It checks nothing; that is `verification.py`.
+cache of any size. Receipts are bound to the manifest;
+whether shards fit them is `verification.py`'s question.
 """
 
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stillroom.cache_schemas import layout
-from stillroom.cache_schemas.errors import CacheError, StillroomError
+from stillroom.cache_schemas.errors import CacheError, ShardCorrupt, StillroomError
 from stillroom.cache_schemas.manifest import DefinitionCheck, Manifest, Plan, ShardReceipt, read
-from stillroom.pipeline.cache.sealing import committed, noted_definition
+from stillroom.pipeline.cache import partial
+from stillroom.pipeline.cache.reader import REMEDY
+from stillroom.pipeline.cache.sealing import check_table, committed, noted_definition
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.storage.protocol import Storage
 
-RECEIPTS_LOOKED_AT = 16
+RECEIPTS_LOOKED_AT, THREADS = 16, 16
+ROWS = "rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +33,10 @@ class Overview:
         plan: its plan.
         sealed: True when it can be read.
         shards_done: shards with a receipt.
-        num_tokens, num_bytes: of a sealed cache; of the receipts looked at otherwise.
+        num_tokens: of a sealed cache; of the receipts looked at otherwise.
+        num_bytes: the same, of the files that are there.
         bytes_per_token: kind of data (`rows` or a dense signal) -> bytes, from some receipts.
+        dense: dense signals that are there; fewer than the plan's in a partial copy.
         definition: how far the engine was from the model's definition, if it was noted.
     """
 
@@ -39,6 +47,7 @@ class Overview:
     num_tokens: int
     num_bytes: int
     bytes_per_token: dict[str, float]
+    dense: tuple[str, ...]
     definition: DefinitionCheck | None = None
 
     @property
@@ -47,7 +56,8 @@ class Overview:
         facts = self.plan.facts["teacher"]
         sha = str(facts.get("weights_sha256", ""))[:12]
         adapter = facts.get("adapter")
-        over = f" with adapter {str(adapter.get('weights_sha256'))[:12]}" if adapter else ""
+        named = adapter.get("weights_sha256") if isinstance(adapter, dict) else adapter
+        over = f" with adapter {str(named)[:12]}" if adapter else ""
         return f"{facts.get('architecture', 'teacher')} {sha}{over}".strip()
 
 
@@ -60,18 +70,25 @@ def overview(storage: Storage) -> Overview:
     """
     manifest = _manifest(storage)
     plan = _plan(storage, manifest)
+    if manifest:
+        check_table(manifest, plan, f"{storage.location}/{layout.MANIFEST}")
     every = range(plan.num_shards)
     done = sorted(committed(storage, every)) if manifest is None else list(every)
-    receipts = [_receipt(storage, shard) for shard in done[:RECEIPTS_LOOKED_AT]]
+    held = partial.present_signals(storage)
+    looked_at = done[:RECEIPTS_LOOKED_AT] if held is None or manifest is None else done
+    receipts = list(_receipts(storage, looked_at, manifest))
     tokens = sum(receipt.num_tokens for receipt in receipts)
+    sizes = _by_kind(receipts, {ROWS, *(plan.dense_signals if held is None else held)})
+    whole = manifest is not None and held is None
     return Overview(
         location=storage.location,
         plan=plan,
         sealed=manifest is not None,
         shards_done=len(done),
         num_tokens=manifest.num_tokens if manifest else tokens,
-        num_bytes=manifest.num_bytes if manifest else sum(r.num_bytes for r in receipts),
-        bytes_per_token=_by_kind(receipts, max(tokens, 1)),
+        num_bytes=manifest.num_bytes if whole and manifest else sum(sizes.values()),
+        bytes_per_token={kind: size / max(tokens, 1) for kind, size in sorted(sizes.items())},
+        dense=tuple(name for name in plan.dense_signals if held is None or name in held),
         definition=manifest.definition if manifest else noted_definition(storage),
     )
 
@@ -93,6 +110,8 @@ def _look(path: Path) -> Overview | tuple[str, str]:
         return overview(DirectoryStorage(path))
     except StillroomError as error:
         return str(path), error.found
+    except OSError as error:
+        return str(path), error.strerror or type(error).__name__
 
 
 def _plans(root: Path, depth: int) -> set[Path]:
@@ -123,16 +142,35 @@ def _plan(storage: Storage, manifest: Manifest | None) -> Plan:
         ) from None
 
 
-def _receipt(storage: Storage, shard: int) -> ShardReceipt:
+def _receipts(
+    storage: Storage, shards: list[int], manifest: Manifest | None
+) -> Iterator[ShardReceipt]:
+    """Receipts, fetched in parallel and checked against the manifest, where there is one."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(lambda shard: _receipt(storage, shard, manifest), shards)
+
+
+def _receipt(storage: Storage, shard: int, manifest: Manifest | None) -> ShardReceipt:
+    """One receipt; of a sealed cache the one that its manifest names."""
     name = layout.receipt(shard)
-    return read(ShardReceipt, storage.read(name), f"{storage.location}/{name}")
+    where = f"{storage.location}/{name}"
+    try:
+        data = storage.read(name)
+    except FileNotFoundError:
+        raise ShardCorrupt("is missing", where=where, remedy=REMEDY) from None
+    if manifest and hashlib.sha256(data).hexdigest() != manifest.shards.receipt[shard]:
+        found = "is not the receipt that the manifest names"
+        raise ShardCorrupt(found, where=where, remedy=REMEDY)
+    return read(ShardReceipt, data, where)
 
 
-def _by_kind(receipts: list[ShardReceipt], tokens: int) -> dict[str, float]:
-    kinds: dict[str, Any] = {}
+def _by_kind(receipts: list[ShardReceipt], kinds: set[str]) -> dict[str, int]:
+    """Bytes of the files of some kinds."""
+    sizes: dict[str, int] = {}
     for receipt in receipts:
         for name, entry in receipt.files.items():
             # dense/SIGNAL/c/...
-            kind = name.split("/")[1] if name.startswith("dense/") else "rows"
-            kinds[kind] = kinds.get(kind, 0) + entry.bytes
-    return {kind: total / tokens for kind, total in sorted(kinds.items())}
+            kind = name.split("/")[1] if name.startswith("dense/") else ROWS
+            if kind in kinds:
+                sizes[kind] = sizes.get(kind, 0) + entry.bytes
+    return sizes

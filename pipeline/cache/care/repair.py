@@ -4,11 +4,12 @@ One idea: a shard without a receipt is a shard to capture, so repairing is remov
 manifest, then the receipts of bad shards, then their files. Sound shards are never touched.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 from stillroom.cache_schemas import canonical, layout
-from stillroom.cache_schemas.errors import CacheError, StillroomError
-from stillroom.cache_schemas.manifest import Manifest
+from stillroom.cache_schemas.errors import CacheError, FormatTooNew, ShardCorrupt, StillroomError
+from stillroom.cache_schemas.manifest import Manifest, ShardReceipt, read
 from stillroom.pipeline.cache import sealing
 from stillroom.pipeline.cache import shard as shards
 from stillroom.pipeline.cache.care.verification import Progress, Report, identity, verify
@@ -36,17 +37,19 @@ def repair(storage: Storage, progress: Progress = lambda done, total: None) -> R
 
     Raises:
         CacheError: plan and codec are both lost, so nothing can be judged.
+        FormatTooNew: a later release wrote some of it; nothing is removed.
     """
     manifest, form = _identity(storage)
     report = verify(storage, progress)
+    _check_not_newer(storage, report.bad_shards)
     removed: list[str] = []
+    _restore(storage, form)  # while the manifest still says what plan and codec are
     if report.problems:
         _remove(storage, [layout.MANIFEST, layout.SIGNATURE], removed)  # first: nobody reads it now
     for number in report.bad_shards:
         _remove(storage, [layout.receipt(number)], removed)
         _remove(storage, layout.shard_files(number, list(form.dense)), removed)
     _remove_broken_leftovers(storage, form, removed)
-    _restore(storage, form)
     sealed = _seal(storage, form, manifest, report)
     return Repair(report.bad_shards, removed, sealed)
 
@@ -55,11 +58,20 @@ def _identity(storage: Storage) -> tuple[Manifest | None, Format]:
     """Plan and codec from the manifest or, where that is damaged, from their own files."""
     try:
         return identity(storage)
+    except FormatTooNew:
+        raise
     except CacheError:
         if storage.size(layout.PLAN) is None or storage.size(layout.MANIFEST) is None:
             raise
     storage.delete(layout.MANIFEST)
     return identity(storage)
+
+
+def _check_not_newer(storage: Storage, shards: list[int]) -> None:
+    """What this release cannot read is not broken for that."""
+    for name in map(layout.receipt, shards):
+        with contextlib.suppress(ShardCorrupt, FileNotFoundError):
+            read(ShardReceipt, storage.read(name), f"{storage.location}/{name}")
 
 
 def _remove(storage: Storage, names: list[str], removed: list[str]) -> None:
@@ -71,11 +83,12 @@ def _remove(storage: Storage, names: list[str], removed: list[str]) -> None:
 
 def _remove_broken_leftovers(storage: Storage, form: Format, removed: list[str]) -> None:
     """Files without a receipt are kept for the next capture only if they are whole."""
-    for number in range(form.plan.num_shards):
+    every = range(form.plan.num_shards)
+    left = sealing.listed(storage, "rows", layout.rows, every)
+    done = sealing.committed(storage, every)
+    for number in (number for number in every if number not in done):
         names = layout.shard_files(number, list(form.dense))
-        if storage.size(layout.receipt(number)) is not None:
-            continue
-        if all(storage.size(name) is None for name in names):
+        if number not in left and all(storage.size(name) is None for name in names[1:]):
             continue
         try:
             shards.inspect(storage, form, number)

@@ -5,6 +5,7 @@ was cut off is an unsealed cache, and copying again fetches only what is missing
 hashed before it gets its name. It converts nothing; a copy is byte for byte the original.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,14 @@ from stillroom.pipeline.cache import partial
 from stillroom.pipeline.cache.card import README
 from stillroom.pipeline.cache.care.verification import Progress
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.storage.protocol import Storage, check_vacant
+from stillroom.pipeline.cache.storage.protocol import (
+    TRIES,
+    IsRight,
+    Storage,
+    check_vacant,
+    looks_like_a_document,
+    read_right,
+)
 from stillroom.pipeline.cache.storage.snapshot import Snapshot, pinned
 
 PIECE_BYTES = 1 << 25
@@ -65,11 +73,14 @@ def copy(
     dense = wanted(cache, signals)
     check_target(cache, target)
     check_vacant(target)
+    target.sweep()  # what a copy that was killed has left
     try:
-        return _copied(cache, pin, target, dense, threads, progress)
+        copied = _copied(cache, pin, target, dense, threads, progress)
     except ShardCorrupt:
         pin.check_still_there()
         raise
+    target.sweep()
+    return copied
 
 
 def _copied(
@@ -87,13 +98,22 @@ def _copied(
     with ThreadPoolExecutor(threads) as pool:
         for done, _ in enumerate(pool.map(work.shard, range(cache.plan.num_shards)), start=1):
             progress(done, cache.plan.num_shards)
-    held = {*dense, *_held_already(cache, target)}  # a copy may be added to, signal by signal
-    partial.mark(target, None if held == set(cache.plan.dense_signals) else sorted(held))
-    for name in (README, layout.SIGNATURE):
-        if source.size(name) is not None:
-            target.replace(name, source.read(name))
-    _seal(target, source.read(layout.MANIFEST))
+    _copy_beside(source, target, README, lambda data: True)
+    _copy_beside(source, target, layout.SIGNATURE, looks_like_a_document)
+    with target.alone():  # another copy may be adding its signals
+        held = {*dense, *_held_already(cache, target)}
+        partial.mark(target, None if held == set(cache.plan.dense_signals) else sorted(held))
+        _seal(target, source.read(layout.MANIFEST))
     return Copied(len(work.moved), sum(work.moved), sorted(held))
+
+
+def _copy_beside(source: Storage, target: Storage, name: str, is_right: IsRight) -> None:
+    """A small file that the manifest does not bind; one that is too large, or a page of the server
+    in its place, stays where it is."""
+    with contextlib.suppress(FileNotFoundError, ShardCorrupt):
+        data = None if source.size(name) is None else read_right(source, name, is_right)
+        if data is not None:
+            target.replace(name, data)
 
 
 def _seal(target: Storage, manifest: bytes) -> None:
@@ -149,20 +169,31 @@ class _Copy:
         return True
 
     def _fetch(self, name: str, entry: FileEntry, folder: Path) -> Path:
-        """A local file with the checked content."""
-        path, digest = folder / "file", hashlib.sha256()
-        source = self.cache.storage
-        with open(path, "wb") as file:
-            for piece in _pieces(source, name, entry.bytes):
-                digest.update(piece)
-                file.write(piece)
-        if digest.hexdigest() != entry.sha256:
-            raise ShardCorrupt(
-                "does not have the hash that its receipt names",
-                where=f"{source.location}/{name}",
-                remedy="Copy again; if it stays so, its publisher must repair it.",
-            )
-        return path
+        """A local file with the checked content; what came wrong is asked for again."""
+        path, source = folder / "file", self.cache.storage
+        for _ in range(TRIES):
+            found = self._download(name, entry, path)
+            if found == "":
+                return path
+            source.forget(name)
+        raise ShardCorrupt(
+            found,
+            where=f"{source.location}/{name}",
+            remedy="Copy again; if it stays so, its publisher must repair it.",
+        )
+
+    def _download(self, name: str, entry: FileEntry, path: Path) -> str:
+        """What is wrong with a file that was copied; empty: nothing."""
+        digest = hashlib.sha256()
+        try:
+            with open(path, "wb") as file:
+                for piece in _pieces(self.cache.storage, name, entry.bytes):
+                    digest.update(piece)
+                    file.write(piece)
+        except FileNotFoundError:
+            return "is missing"
+        right = digest.hexdigest() == entry.sha256
+        return "" if right else "does not have the hash that its receipt names"
 
     def _at_target(self, name: str) -> str:
         return f"{self.target.location}/{name}"
@@ -195,11 +226,12 @@ def wanted(cache: TeacherCache, signals: list[str] | None) -> list[str]:
 
 
 def _held_already(cache: TeacherCache, target: Storage) -> list[str]:
-    """Dense signals of a finished copy that is being added to."""
-    if target.size(layout.MANIFEST) is None:
-        return []
+    """Dense signals of a finished copy that is being added to, or of one that another process is
+    about to finish."""
     present = partial.present_signals(target)
-    return list(cache.plan.dense_signals if present is None else present)
+    if present is None:
+        return [] if target.size(layout.MANIFEST) is None else list(cache.plan.dense_signals)
+    return [name for name in present if name in cache.plan.dense_signals]
 
 
 def _is_wanted(name: str, dense: list[str]) -> bool:

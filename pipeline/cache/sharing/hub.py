@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
+from stillroom.cache_schemas.scrubbing import scrub
 from stillroom.pipeline.cache import partial
 from stillroom.pipeline.cache.care.verification import Progress, verify
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.sharing.copying import Copied, check_target, wanted
 from stillroom.pipeline.cache.storage.bucket import BucketStorage
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
-from stillroom.pipeline.cache.storage.scrubbing import scrub
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri

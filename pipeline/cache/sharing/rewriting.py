@@ -25,6 +25,8 @@ from stillroom.pipeline.cache.writer import CacheWriter
 
 Pick = tuple[int, int]
 """(which cache, which of its examples)."""
+MOST_PER_SHARD = 1 << 14
+"""Examples that one shard may get: it is built in memory, and is what a failure loses."""
 MAY_DIFFER = ("corpus", "shards", "images", "derived", "format_version", "signals")
 """Facts in which merged caches may differ; of `signals` only the sizes may."""
 
@@ -117,7 +119,19 @@ def reshard(
     profile: str = "",
     progress: Progress = lambda done, total: None,
 ) -> Manifest:
-    """The same examples in shards of another size, or in another codec profile."""
+    """The same examples in shards of another size, or in another codec profile.
+
+    Raises:
+        CacheError: a shard would have more examples than there are, or than may be built at once.
+    """
+    most = min(len(source), max(MOST_PER_SHARD, source.plan.examples_per_shard))
+    if per_shard > most:
+        raise CacheError(
+            f"{per_shard:,} examples per shard",
+            expected=f"at most {most:,}, of {len(source):,} in all",
+            where=source.storage.location,
+            remedy="Shards are built one at a time in memory: choose fewer.",
+        )
     picks = [(0, number) for number in range(len(source))]
     capture = {"examples_per_shard": per_shard}
     capture |= {"profile": profile} if profile else {}

@@ -1,12 +1,13 @@
-"""A cache in a bucket or behind a web server, through fsspec.
+"""A cache in a bucket, through fsspec.
 
-One idea: every call is retried a bounded number of times, its answer's length is checked, and a
-file is created with a conditional put where the service has one. What a person reads never shows
-a credential. It keeps nothing between calls.
+One idea: every call is retried a bounded number of times and ends in a bounded time, its answer's
+length is checked, and a file is created with a conditional put where the service has one. What a
+person reads never shows a credential. It keeps nothing between calls. Web servers are `web.py`.
 """
 
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,28 +16,52 @@ from typing import Any, TypeVar
 
 import fsspec
 import fsspec.config
+from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete
-from stillroom.pipeline.cache.storage.protocol import Claim, cut_short
-from stillroom.pipeline.cache.storage.scrubbing import scrub
+from stillroom.cache_schemas.scrubbing import remember, scrub
+from stillroom.pipeline.cache.storage.directory import locked
+from stillroom.pipeline.cache.storage.protocol import Claim, cut_short, most_bytes
 
 ATTEMPTS = 6
+PATIENCE_SECONDS = 150.0
+"""After so long no attempt is begun."""
 READ_TIMEOUT_SECONDS = 60
+GRACE_SECONDS, LEAST_RATE = 60.0, 1 << 14
+"""An attempt may take so long, and a second more for every 16 KiB."""
+NO_RIGHTS = (401, 403, 407)
+STAGING = "stillroom-"
 FINAL = (FileNotFoundError, FileExistsError, NotImplementedError, TypeError, CacheError)
 """Failures that another attempt does not mend."""
 
 Answer = TypeVar("Answer")
 
 
+class RefusedError(OSError):
+    """A service's answer that says no rather than not now.
+
+    Args:
+        said: in its words.
+        status: of HTTP.
+    """
+
+    def __init__(self, said: str, status: int):
+        super().__init__(said)
+        self.status = status
+
+
 class BucketStorage:
     """Named bytes below a fsspec URL.
 
     Args:
-        url: such as `s3://bucket/cache`, `hf://datasets/owner/name`, `https://host/cache`.
+        url: such as `s3://bucket/cache`, `hf://datasets/owner/name`.
         options: passed to the file system; credentials belong there or in the environment.
         pause: waits between attempts.
     """
+
+    rights = "Check the credentials and their rights on this bucket."
+    """What to do where access is denied."""
 
     def __init__(
         self,
@@ -46,6 +71,7 @@ class BucketStorage:
     ):
         self.url, self.location, self.pause = url.rstrip("/"), scrub(url).rstrip("/"), pause
         self.options = options or {}
+        remember(url)
         self._opened: tuple[int, Any, str] | None = None
 
     def __reduce__(self) -> tuple:
@@ -55,17 +81,20 @@ class BucketStorage:
         stop = None if length is None else start + length
         if length == 0:
             return b""
+        size = most_bytes(name) if length is None else length
 
         def attempt() -> bytes:
-            data = self._call("cat_file", name, start=start or None, end=stop)
-            if length is not None and len(data) < length:
-                raise OSError(f"{len(data)} bytes came of {length}")
+            data = self._call("cat_file", name, size, start=start or None, end=stop)
+            check_length(data, length)
             return data
 
         data = self._retry(attempt, name, "read")
         if length is not None and len(data) != length:
             cut_short(f"{self.location}/{name}", len(data), length)
         return data
+
+    def forget(self, name: str, start: int = 0, length: int | None = None) -> None:
+        """Nothing of a file is kept."""
 
     def size(self, name: str) -> int | None:
         try:
@@ -100,11 +129,16 @@ class BucketStorage:
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="stillroom-") as folder:
+        with tempfile.TemporaryDirectory(prefix=STAGING) as folder, locked(Path(folder)):
             yield Path(folder)
 
     def sweep(self) -> None:
-        """Staging is on this machine's own disk, and is removed with its owner's session."""
+        """Staging is on this machine's own disk; what nobody holds there has lost its owner."""
+        for left in Path(tempfile.gettempdir()).glob(f"{STAGING}*"):
+            with contextlib.suppress(OSError):
+                if not left.is_symlink() and left.stat().st_uid == os.getuid():
+                    with locked(left):
+                        shutil.rmtree(left)
 
     def strangers(self) -> tuple[str, ...]:
         return tuple(sorted(self.list("")))
@@ -112,6 +146,10 @@ class BucketStorage:
     def claim(self, name: str) -> Claim:
         """Always granted: a bucket cannot tell whether a claimant is alive."""
         return Claim()
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """A bucket has no locks."""
+        return contextlib.nullcontext()
 
     def _files(self) -> tuple[Any, str]:
         """The file system and the root in it, anew after a fork."""
@@ -127,54 +165,75 @@ class BucketStorage:
                 ) from None
         return self._opened[1], self._opened[2]
 
-    def _call(self, verb: str, name: str, **options: Any) -> Any:
+    def _call(self, verb: str, name: str, num_bytes: int = 0, **options: Any) -> Any:
         """Ask the file system, without trusting what it remembers of its folders; but a finished
-        file never changes, so reading one may."""
+        file never changes, so reading one may. `num_bytes` may come."""
         files, root = self._files()
         path = f"{root}/{name}".rstrip("/")
         if verb == "cat_file":
             with contextlib.suppress(FileNotFoundError):
-                return files.cat_file(path, **options)
+                return _within(files, verb, num_bytes, path, **options)
         files.invalidate_cache()
-        return getattr(files, verb)(path, **options)
+        return _within(files, verb, num_bytes, path, **options)
 
     def _put(self, source: bytes | Path, name: str, **options: Any) -> None:
         files, root = self._files()
         path = f"{root}/{name}"
         try:
             if isinstance(source, bytes):
-                files.pipe_file(path, source, **options)
+                _within(files, "pipe_file", len(source), path, source, **options)
             else:
-                files.put_file(str(source), path, **options)
+                size = source.stat().st_size
+                _within(files, "put_file", size, str(source), path, **options)
         except Exception as error:
             if _is_taken(error):
                 raise FileExistsError(path) from error
             raise
 
     def _retry(self, attempt: Callable[[], Answer], name: str, verb: str) -> Answer:
+        began = time.monotonic()
         for count in range(ATTEMPTS):
             try:
                 return attempt()
             except FINAL:
                 raise
-            except PermissionError as error:
-                raise self._forbidden(name, verb, error) from None
             except Exception as error:
-                if _is_final(error):
+                if isinstance(error, PermissionError) or _is_final(error):
                     raise self._forbidden(name, verb, error) from None
                 last = error
-                self.pause(0.1 * 2**count)  # seconds: 0.1, 0.2, 0.4, ...
-        raise CacheIncomplete(
-            f"cannot be {verb} ({type(last).__name__}: {scrub(str(last))[:200]})",
-            where=f"{self.location}/{name}",
-        )
+            if time.monotonic() - began > PATIENCE_SECONDS:
+                break
+            self.pause(0.1 * 2**count)  # seconds: 0.1, 0.2, 0.4, ...
+        raise CacheIncomplete(f"cannot be {verb} ({_told(last)})", where=f"{self.location}/{name}")
 
     def _forbidden(self, name: str, verb: str, error: Exception) -> CacheError:
+        rights = getattr(error, "status", 403) in NO_RIGHTS
         return CacheError(
-            f"may not be {verb} ({scrub(str(error))[:200]})",
+            f"{'may not' if rights else 'cannot'} be {verb} ({scrub(str(error))[:200]})",
             where=f"{self.location}/{name}",
-            remedy="Check the credentials and their rights on this bucket.",
+            remedy=self.rights if rights else "Check the URL.",
         )
+
+
+def check_length(data: bytes, length: int | None) -> None:
+    """Refuse, for this once, an answer that ends too early."""
+    if length is not None and len(data) < length:
+        raise OSError(f"{len(data)} bytes came of {length}")
+
+
+def _within(files: Any, verb: str, num_bytes: int, *more: Any, **options: Any) -> Any:
+    """A call of a file system, with an end where it can be given one."""
+    if not getattr(files, "async_impl", False):
+        return getattr(files, verb)(*more, **options)
+    seconds = GRACE_SECONDS + num_bytes / LEAST_RATE
+    return sync(files.loop, getattr(files, f"_{verb}"), *more, timeout=seconds, **options)
+
+
+def _told(error: Exception) -> str:
+    """What went wrong, in few words."""
+    if isinstance(error, TimeoutError):
+        return f"{type(error).__name__}: too little came in {GRACE_SECONDS:g} seconds"
+    return f"{type(error).__name__}: {scrub(str(error))[:200]}"
 
 
 def _missing_package(url: str) -> str:
@@ -196,7 +255,8 @@ def _is_taken(error: BaseException | None) -> bool:
 def _is_final(error: Exception) -> bool:
     """True for an answer of the service that says no rather than not now."""
     status = getattr(error, "status", None)
-    return status in (401, 403) or "Credentials" in type(error).__name__
+    no = isinstance(error, RefusedError) or status in NO_RIGHTS
+    return no or "Credentials" in type(error).__name__
 
 
 def _defaults(url: str) -> dict[str, Any]:

@@ -10,15 +10,18 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from stillroom.cache_schemas import layout
-from stillroom.cache_schemas.errors import CacheError
-from stillroom.pipeline.cache.storage.protocol import Claim, cut_short
+from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
+from stillroom.pipeline.cache.storage.protocol import Claim, check_whole, cut_short, most_bytes
 
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+BROKEN = {errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENXIO, errno.EREMOTEIO, errno.ESTALE}
+"""What a failing disk answers, or a file server that has lost the file."""
 PATHS_CHECKED = 1 << 16
 """How many names are known not to be reached through a link."""
 
@@ -70,7 +73,7 @@ class DirectoryStorage:
             CacheError: the name, or a link on its way, leads out of the cache.
         """
         path = self.root / name
-        if any(part in ("", ".", "..") for part in name.split("/")):
+        if _leads_out(name):
             raise CacheError("is no name of a cache's file", where=f"{self.location}: {name!r}")
         found = os.path.realpath(path)
         if found != os.path.join(os.path.realpath(self.root), name) and not self._is_blob(found):
@@ -89,14 +92,21 @@ class DirectoryStorage:
         return Path(found).parent in homes
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        with open(self.path(name), "rb") as file:
-            size = os.fstat(file.fileno()).st_size - start
-            wanted = size if length is None else length
-            if wanted > size:
-                cut_short(f"{self.location}/{name}", size, wanted)
-            return os.pread(file.fileno(), wanted, start)
+        where = f"{self.location}/{name}"
+        try:
+            with open(self.path(name), "rb", opener=_without_waiting) as file:
+                wanted = _wanted(os.fstat(file.fileno()), name, start, length, where)
+                return _read_fully(file.fileno(), wanted, start, where)
+        except OSError as error:
+            raise _unreadable(error, where) from None
+
+    def forget(self, name: str, start: int = 0, length: int | None = None) -> None:
+        """Nothing of a file is kept."""
 
     def size(self, name: str) -> int | None:
+        # Most names that are asked for are not there, and links cost many calls to look for.
+        if not _leads_out(name) and not os.path.lexists(f"{self.location}/{name}"):
+            return None
         try:
             return self.path(name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
@@ -146,7 +156,7 @@ class DirectoryStorage:
         for left in list(parent.iterdir()) if parent.is_dir() else []:
             if not layout.is_staged(left.name) or left.is_symlink():
                 continue
-            with contextlib.suppress(OSError), _locked(left):
+            with contextlib.suppress(OSError), locked(left):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         with contextlib.suppress(OSError):
             parent.rmdir()
@@ -189,6 +199,17 @@ class DirectoryStorage:
             return Claim(path, file)
         return Claim(path, file)
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        self._make_folder(self.root)
+        lock = os.open(self.root, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some network file systems lock no directories
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
     def _new_staging(self) -> tuple[Path, int]:
         """A directory and the lock that tells others that its owner is alive.
 
@@ -203,7 +224,10 @@ class DirectoryStorage:
                 lock = os.open(made, os.O_RDONLY)
             except FileNotFoundError:
                 continue
-            except (FileExistsError, NotADirectoryError):
+            except (FileExistsError, NotADirectoryError) as error:
+                gone = isinstance(error, FileExistsError) and not os.path.lexists(parent)
+                if gone or parent.is_dir():
+                    continue  # taken away between being found there and looked at
                 remedy = "Choose another place for the cache."
                 raise CacheError("is not a directory", where=self.location, remedy=remedy) from None
             with contextlib.suppress(OSError):
@@ -245,8 +269,51 @@ class DirectoryStorage:
         self.disk.sync(folder.parent)
 
 
+def _leads_out(name: str) -> bool:
+    return any(part in ("", ".", "..") for part in name.split("/"))
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A named pipe opens at once, and is seen to be none of our files."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _wanted(found: os.stat_result, name: str, start: int, length: int | None, where: str) -> int:
+    """How many bytes to read of what was opened."""
+    if not stat.S_ISREG(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "no regular file", where)
+    size = found.st_size - start
+    if length is None:
+        check_whole(where, size, most_bytes(name))
+    elif length > size:
+        cut_short(where, size, length)
+    return size if length is None else length
+
+
+def _read_fully(descriptor: int, length: int, start: int, where: str) -> bytes:
+    """Exactly these bytes; one call gives at most 2 GiB."""
+    parts, left = [], length
+    while left and (part := os.pread(descriptor, left, start + length - left)):
+        parts.append(part)
+        left -= len(part)
+    if left:
+        cut_short(where, length - left, length)
+    return b"".join(parts)
+
+
+def _unreadable(error: OSError, where: str) -> Exception:
+    """The error that a failed reading deserves."""
+    if error.errno == errno.EISDIR:
+        return ShardCorrupt("is no file", where=where, remedy="Put the file itself there.")
+    if error.errno in BROKEN:
+        remedy = "Look at the disk; then pull it again, or repair the cache and capture again."
+        return ShardCorrupt(f"cannot be read: {error.strerror}", where=where, remedy=remedy)
+    error.filename = error.filename or where
+    return error
+
+
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Holds what lies in staging; OSError if its owner lives, or where there are no such locks."""
     lock = os.open(folder, os.O_RDONLY)
     try:

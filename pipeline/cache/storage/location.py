@@ -14,7 +14,15 @@ def open_storage(root: str | Path | Storage) -> Storage:
     if isinstance(root, str) and "://" in root:
         if root.startswith("file://"):
             return DirectoryStorage(root.removeprefix("file://"))
-        from stillroom.pipeline.cache.storage.bucket import BucketStorage
-
-        return BucketStorage(root)
+        return _far(root)
     return DirectoryStorage(root) if isinstance(root, (str, Path)) else root
+
+
+def _far(url: str) -> Storage:
+    if url.startswith(("http://", "https://")):
+        from stillroom.pipeline.cache.storage.web import WebStorage
+
+        return WebStorage(url)
+    from stillroom.pipeline.cache.storage.bucket import BucketStorage
+
+    return BucketStorage(url)

@@ -6,10 +6,11 @@ no locks, no appends, no renames over finished files.
 """
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Protocol
 
-from stillroom.cache_schemas import layout
+from stillroom.cache_schemas import canonical, layout
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 
 
@@ -24,8 +25,13 @@ class Storage(Protocol):
 
         Raises:
             FileNotFoundError: no such file.
-            ShardCorrupt: the file ends too early.
+            ShardCorrupt: the file ends too early, cannot be read from its disk, or is larger than
+                any file of that name may be.
         """
+        ...
+
+    def forget(self, name: str, start: int = 0, length: int | None = None) -> None:
+        """Keep nothing of such a read, which gave something wrong: the next one asks again."""
         ...
 
     def size(self, name: str) -> int | None:
@@ -68,6 +74,11 @@ class Storage(Protocol):
         """
         ...
 
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Within it no other holds the same, where the storage has locks: for a file that is read
+        and then written."""
+        ...
+
 
 class Claim:
     """A name that is held; see `Storage.claim`."""
@@ -97,6 +108,53 @@ def check_vacant(storage: Storage) -> None:
             where=storage.location,
             remedy="Choose another place.",
         )
+
+
+MOST_BYTES = {"json": canonical.MAX_BYTES, "sig": 1 << 16, "md": 1 << 20, "npy": 1 << 27}
+"""Kind of file -> bytes that one may have; `canonical` parses no more JSON."""
+MOST_BYTES_OF_DATA = 1 << 34
+
+
+def most_bytes(name: str) -> int:
+    """What a file of that name may have, if it is read whole."""
+    return MOST_BYTES.get(name.rpartition(".")[2], MOST_BYTES_OF_DATA)
+
+
+def check_whole(where: str, found: int, most: int) -> None:
+    """Refuse to read a file whole that is larger than any of its kind."""
+    if found > most:
+        raise ShardCorrupt(
+            f"has {found:,} bytes or more",
+            expected=f"at most {most:,}",
+            where=where,
+            remedy="Do not use this copy; ask its publisher.",
+        )
+
+
+TRIES = 3
+IsRight = Callable[[bytes], bool]
+
+
+def read_right(
+    storage: Storage,
+    name: str,
+    is_right: IsRight,
+    start: int = 0,
+    length: int | None = None,
+) -> bytes | None:
+    """What `Storage.read` gives, asked for again while it is wrong: one wrong answer on the way is
+    no wrong file. None if it stays wrong."""
+    for _ in range(TRIES):
+        data = storage.read(name, start, length)
+        if is_right(data):
+            return data
+        storage.forget(name, start, length)
+    return None
+
+
+def looks_like_a_document(data: bytes) -> bool:
+    """False for a page of a server and for half a document, which the next answer may mend."""
+    return data.startswith(b"{") and data.endswith(b"}\n")
 
 
 def cut_short(where: str, found: int, expected: int) -> None:

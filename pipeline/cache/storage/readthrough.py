@@ -59,13 +59,20 @@ class ReadThrough:
         return type(self), (self.behind, self.directory, self.limit_bytes, self.identity)
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        asked = f"{self.identity}\n{name}\n{start}\n{length}".encode()
-        path = self.directory / hashlib.sha256(asked).hexdigest()
+        path = self._path(name, start, length)
         data = _kept(path)
         if data is None:
             data = self.behind.read(name, start, length)
             self._keep(path, data)
         return data
+
+    def forget(self, name: str, start: int = 0, length: int | None = None) -> None:
+        self._path(name, start, length).unlink(missing_ok=True)
+        self.behind.forget(name, start, length)
+
+    def _path(self, name: str, start: int, length: int | None) -> Path:
+        asked = f"{self.identity}\n{name}\n{start}\n{length}".encode()
+        return self.directory / hashlib.sha256(asked).hexdigest()
 
     def size(self, name: str) -> int | None:
         return self.behind.size(name)
@@ -93,6 +100,9 @@ class ReadThrough:
 
     def claim(self, name: str) -> Claim | None:
         return self.behind.claim(name)
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        return self.behind.alone()
 
     def _keep(self, path: Path, data: bytes) -> None:
         """Store a range; a full disk only means that it is not kept."""

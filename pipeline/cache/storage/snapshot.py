@@ -11,7 +11,12 @@ from pathlib import Path
 
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError
-from stillroom.pipeline.cache.storage.protocol import Claim, Storage
+from stillroom.pipeline.cache.storage.protocol import (
+    Claim,
+    Storage,
+    looks_like_a_document,
+    read_right,
+)
 
 
 class Snapshot:
@@ -25,8 +30,12 @@ class Snapshot:
         if name != layout.MANIFEST:
             return self._storage.read(name, start, length)
         if self._manifest is None:
-            self._manifest = self._storage.read(name)
+            data = read_right(self._storage, name, looks_like_a_document)
+            self._manifest = self._storage.read(name) if data is None else data
         return self._manifest[start:] if length is None else self._manifest[start : start + length]
+
+    def forget(self, name: str, start: int = 0, length: int | None = None) -> None:
+        self._storage.forget(name, start, length)
 
     def check_still_there(self) -> None:
         """Refuse to go on with a cache that was replaced by another while it was read.
@@ -68,6 +77,9 @@ class Snapshot:
 
     def claim(self, name: str) -> Claim | None:
         return self._storage.claim(name)
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        return self._storage.alone()
 
 
 def pinned(storage: Storage) -> Snapshot:
