@@ -5,12 +5,13 @@
     python -m benchmarks.architectures --table      # the runbook's table, from the kept rows
 
 Each row is a process of its own, so that one crash stops nothing, and is kept as a file; run again,
-only what is missing is measured: after a change of the code, use `--again`. A row goes the way of a capture: vLLM is started as capture starts
-it and held against the model's definition by the same check; beyond that check, every number is
-measured here. `engine_difference`: vLLM against the reference, nats (log p, log-sum-exp, entropy);
-`hidden_difference`: the same of every block's state and the final one, as a share of the largest
-value; `definition_difference`: the reference against plain eager transformers, nats;
-`full_vocabulary_kl`: what the kept head makes of the captured final states against live logits.
+only what is missing is measured: after a change of the code, use `--again`. A row goes the way of a
+capture: vLLM is started as capture starts it and held against the model's definition by the same
+check; beyond that check, every number is measured here. `engine_difference`: vLLM against the
+reference, nats (log p, log-sum-exp, entropy); `hidden_difference`: the same of every block's state
+and the final one, as a share of the largest value; `definition_difference`: the reference against
+plain eager transformers, nats; `full_vocabulary_kl`: what the kept head makes of the captured final
+states against live logits.
 """
 
 import argparse

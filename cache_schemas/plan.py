@@ -149,7 +149,7 @@ class Plan:
     def differences(self, other: "Plan") -> list[str]:
         """One sentence per fact that differs: `key: found other's, expected this one's`. What only
         one of the two records at all, such as a table that is newer than the other, is one fact."""
-        return sorted(_differences(self.facts, other.facts, ""))
+        return differences(self.facts, other.facts)
 
     def to_bytes(self) -> bytes:
         """The content of plan.json."""
@@ -296,6 +296,11 @@ class _PlanShape(BaseModel):
         if lists and (len(lists) < 2 or not capture.candidates or capture.catalogue is None):
             raise ValueError("candidates need ids, distances, capture.candidates and .catalogue")
         return self
+
+
+def differences(mine: Mapping, theirs: Mapping) -> list[str]:
+    """One sentence per fact of two nested tables that differs; see `Plan.differences`."""
+    return sorted(_differences(mine, theirs, ""))
 
 
 def _differences(mine: Mapping, theirs: Mapping, prefix: str) -> Iterator[str]:

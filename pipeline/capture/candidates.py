@@ -139,7 +139,7 @@ def make_plan(
     names = ["candidate_distances", "candidate_ids"]
     names += ["written_ids"] * (table.method == "grounded")
     return Plan.make(
-        teacher=teacher_facts(teacher),
+        teacher=teacher_facts(teacher, engine),
         engine=engine_facts(engine),
         tokenizer=corpus.facts["tokenizer"],
         corpus={"digest": corpus.digest, "split": split},

@@ -85,7 +85,7 @@ def make_plan(run: Run, corpus: Corpus, engine: EngineName) -> Plan:
     """The plan of a run's item embeddings."""
     table: Items = require(run.items, "items", run.directory)
     teacher = require(run.teacher, "teacher", run.directory)
-    facts = teacher_facts(teacher)
+    facts = teacher_facts(teacher, engine)
     catalogue = corpus.facts["catalogue"]
     step = table.step if table.codec == "step" else None
     shape = {"positions": 1, "width": facts["hidden_size"]}

@@ -137,7 +137,7 @@ class _Job:
                 "settings": settings.model_dump(mode="json", exclude={"student"}),
                 "engine": engine_facts(engine),
                 "stop_ids": list(tokenizer.stop_ids),
-                "teacher": teacher_facts(teacher),
+                "teacher": teacher_facts(teacher, engine),
                 "student": _student_facts(settings, tokenizer),
             },
         }

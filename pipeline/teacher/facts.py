@@ -38,8 +38,12 @@ class ModelShape:
     context: int
 
 
-def teacher_facts(teacher: Teacher) -> dict[str, Any]:
+def teacher_facts(teacher: Teacher, engine: str = "") -> dict[str, Any]:
     """Identity of a teacher as nested JSON, for a plan.
+
+    Args:
+        teacher: which.
+        engine: what runs it; transformers' attention belongs to the identity where it matters.
 
     Raises:
         TeacherError: no such directory or hub id, no weights or config in it, no such adapter.
@@ -56,6 +60,8 @@ def teacher_facts(teacher: Teacher) -> dict[str, Any]:
         "engine_args": meaningful(teacher.engine_args),
         **directory_facts(model_directory(teacher), teacher.trust_remote_code),
     }
+    if engine == "reference" and teacher.attention != "auto":
+        facts["attention"] = teacher.attention
     return facts | ({"adapter": adapter_facts(teacher)} if teacher.adapter else {})
 
 

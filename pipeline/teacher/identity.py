@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -118,13 +117,6 @@ def weights_sha256(directory: Path) -> str:
             remedy="Download or convert the model's weights.",
         )
     return _combined(files)
-
-
-def weights_named(facts: Mapping[str, Any]) -> str:
-    """One name for the weights of a teacher's facts: of the model, and of its adapter over them."""
-    adapter = facts.get("adapter")
-    own = facts["weights_sha256"]
-    return f"{own}+{adapter['weights_sha256']}" if adapter else own
 
 
 def stored_dtype(directory: Path) -> str:

@@ -29,6 +29,7 @@ OF_VLLM_ALONE = frozenset(
     )
 )
 """How vLLM comes to its answers: another choice may change them, but not what the model means."""
+OVERRIDES = "hf_overrides"
 WHERE = "[teacher.engine_args]"
 
 
@@ -38,15 +39,15 @@ def check_applicable(teacher: Teacher) -> None:
     Raises:
         ConfigError: names the arguments.
     """
-    beyond = sorted(meaningful(teacher.engine_args).keys() - OF_VLLM_ALONE - {"hf_overrides"})
+    beyond = sorted(meaningful(teacher.engine_args).keys() - OF_VLLM_ALONE - {OVERRIDES})
     if teacher.quantization:
         beyond.append("quantization")
     if beyond:
         raise ConfigError(
-            f"the reference engine cannot apply {', '.join(beyond)}",
+            f"the reference engine (transformers) cannot apply {', '.join(beyond)}",
             expected="engine arguments that leave the answers alone, or hf_overrides",
             where=WHERE,
-            remedy="Leave them out for this command, or use `--engine vllm`.",
+            remedy="Leave them out for this command, or use `--engine vllm` where there is one.",
         )
 
 
@@ -61,7 +62,7 @@ def overridden(config: Any, directory: Path, teacher: Teacher) -> Any:
     Raises:
         ConfigError: an override says nothing to transformers, or is none that it takes.
     """
-    overrides = teacher.engine_args.get("hf_overrides") or {}
+    overrides = teacher.engine_args.get(OVERRIDES) or {}
     if not overrides:
         return config
     if not isinstance(overrides, dict):
