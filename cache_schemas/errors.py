@@ -8,6 +8,16 @@ EXIT_USER_ERROR = 2
 EXIT_INCOMPLETE = 3
 
 
+LONGEST = 300
+"""Letters of another library's message that are told."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of any exception that says something, or its name."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:LONGEST]
+
+
 class StillroomError(Exception):
     """A mistake in the input or the surroundings that a person can put right.
 

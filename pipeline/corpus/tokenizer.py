@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stillroom.cache_schemas.errors import CorpusError, PlanMismatch
+from stillroom.cache_schemas.errors import CorpusError, PlanMismatch, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.corpus.chat import ChatSettings, ChatTokenizer, Tokens
 from stillroom.pipeline.corpus.documents import Document
@@ -200,7 +200,7 @@ def _load(directory: Path, trusts_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trusts_code)
     except Exception as error:  # whatever a broken tokenizer file makes the libraries raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CorpusError(
             f"no tokenizer can be loaded ({reason})",
             where=str(directory),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stillroom.cache_schemas.errors import ConfigError, TeacherError
+from stillroom.cache_schemas.errors import ConfigError, TeacherError, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.vision import Encoder
 from stillroom.pipeline.encoders.families import DTYPES, FAMILIES, Features
@@ -90,8 +90,7 @@ def open_encoder(table: Encoder, teacher: Teacher | None = None) -> ImageEncoder
         _ = encoder.shape
     except (ValueError, RuntimeError) as error:
         raise TeacherError(
-            f"does not take pictures of {encoder.preparation.size} pixels "
-            f"({str(error).splitlines()[0][:120]})",
+            f"does not take pictures of {encoder.preparation.size} pixels ({first_line(error)})",
             where=f"[[vision.encoder]] '{table.name}'",
             remedy="Change size, or leave it out.",
         ) from None

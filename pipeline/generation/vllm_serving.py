@@ -71,12 +71,25 @@ class ServedWriter:
             self._llm = None
 
 
+def _keeps_states(arguments: dict[str, Any]) -> bool:
+    """Whether vLLM's model remembers in another way than by keys and values alone."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    try:
+        made = EngineArgs(**arguments).create_model_config()
+    except Exception:  # whatever vLLM will say again, and be told of, when it starts
+        return False
+    return made.is_hybrid or made.is_attention_free
+
+
 def _arguments(model: Teacher, writers: Writers, needed: dict[str, Any]) -> dict[str, Any]:
     """Arguments of an engine that writes."""
     arguments = vllm_arguments(model, model_shape(model).context, writers.max_tokens, 1.0)
     if not torch.cuda.is_available():
         # A seeded request whose prompt is read in pieces needs what CPU generators do not have.
         arguments.setdefault("enable_chunked_prefill", False)
+        if not arguments["enable_chunked_prefill"] and _keeps_states(arguments):
+            arguments.setdefault("enable_prefix_caching", False)  # of states: by pieces only
     needed = LOADING | needed
     if writers.pictures is not None:
         check_served(model)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import StillroomError, TeacherError
+from stillroom.cache_schemas.errors import StillroomError, TeacherError, first_line
 from stillroom.pipeline.teacher.quantised import cannot_run, method_of
 
 
@@ -84,18 +84,16 @@ def unloadable(
     """What to raise for a directory that a library does not load."""
     if method := method_of(directory):
         return cannot_run(directory, method, "transformers", first_line(reason), error)
-    if "trust_remote_code" in str(reason):
+    if "ignore_mismatched_sizes" in str(reason):
+        found = "cannot be loaded (its weights have other shapes than its config says)"
+        remedy = "Check that weights and config.json belong together."
+    elif "trust_remote_code" in str(reason):
         found = "needs Python code of its own directory, and nothing there is run"
         remedy = "Read that code; if you trust it, set [teacher] trust_remote_code = true."
     else:
         found = f"cannot be loaded ({first_line(reason)})"
         remedy = "Check that weights and config.json belong together."
     return error(found, where=str(directory), remedy=remedy)
-
-
-def first_line(reason: Exception) -> str:
-    """The first line of an exception, shortened."""
-    return (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
 
 
 def _name_unexpected(names: Iterable[str], directory: str | Path, model: str) -> None:

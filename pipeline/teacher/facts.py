@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.errors import TeacherError, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.adapter import CONFIG as ADAPTER_CONFIG
 from stillroom.pipeline.teacher.adapter import adapter_facts
@@ -153,7 +153,7 @@ def model_config(teacher: Teacher) -> Any:
     except Exception as error:  # whatever a broken or foreign config makes the library raise
         if "trust_remote_code" in str(error) and not trusted:
             raise _not_trusted(directory) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise TeacherError(
             f"config.json cannot be understood ({reason})",
             where=str(directory),

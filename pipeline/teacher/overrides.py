@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import ConfigError
+from stillroom.cache_schemas.errors import ConfigError, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.arguments import meaningful
 
@@ -92,7 +92,7 @@ def _with(config: Any, directory: Path, overrides: dict) -> Any:
     try:
         return type(config).from_dict(_merged(written, overrides))
     except Exception as error:  # whatever a class raises at values that it does not take
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(
             f"{type(config).__name__} does not take these ({reason})",
             where=f"{WHERE} hf_overrides",

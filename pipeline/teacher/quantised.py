@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stillroom.cache_schemas.errors import StillroomError, TeacherError
+from stillroom.cache_schemas.errors import StillroomError, TeacherError, first_line
 
 REMEDY = (
     "Use a machine and packages that run it, the other engine, or the same model in bfloat16 "
@@ -76,5 +76,5 @@ def try_forward(model: Any, directory: Path) -> None:
     try:
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
     except Exception as error:  # whatever a kernel that is not there makes the libraries raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise cannot_run(directory, method, "transformers", reason, TeacherError) from None
