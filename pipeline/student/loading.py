@@ -13,6 +13,7 @@ import torch
 
 from stillroom.cache_schemas.errors import StudentError, first_line
 from stillroom.pipeline.teacher.checkpoint import load_whole, unloadable
+from stillroom.pipeline.teacher.identity import refuse_pickles
 
 ADAPTER = "adapter_config.json"
 """File by which PEFT and transformers know an adapter."""
@@ -99,5 +100,6 @@ def _with_adapter(directory: Path, attention: str, dtype) -> Any:
 
     from stillroom.pipeline.student.lora import merged
 
+    refuse_pickles(directory, StudentError)
     plain = _plain(plain_model(directory), attention, dtype)
     return merged(PeftModel.from_pretrained(plain, str(directory)))

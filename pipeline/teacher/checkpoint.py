@@ -1,8 +1,9 @@
 """Loading by transformers that fills nothing in: a weight that the checkpoint lacks is an error.
 
-One idea: transformers itself says what it loaded, so tied heads and renamed weights are no false
-alarms. What the checkpoint has beyond the model is named once. The same report is made without
-reading a weight (on torch's meta device), so that a model which vLLM will load is looked at first.
+One idea: weights come from safetensors alone, and transformers itself says what it loaded, so tied
+heads and renamed weights are no false alarms. What the checkpoint has beyond the model is named
+once. The same report is made without reading a weight (on torch's meta device), so that a model
+which vLLM will load is looked at first.
 """
 
 import warnings
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import StillroomError, TeacherError, first_line
+from stillroom.pipeline.teacher.identity import refuse_pickles
 from stillroom.pipeline.teacher.quantised import cannot_run, method_of
 
 
@@ -34,7 +36,8 @@ def load_whole(
     Raises:
         StillroomError: of the kind `error`: it cannot be loaded, or weights are missing.
     """
-    options["trust_remote_code"] = trusts_code
+    refuse_pickles(Path(directory), error)
+    options |= {"trust_remote_code": trusts_code, "use_safetensors": True}
     try:
         model, found = load_with_report(loader, directory, **options)
     except Exception as reason:  # whatever a broken directory makes the libraries raise

@@ -14,9 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.errors import StillroomError, TeacherError
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+"""Files that are read by unpickling them, which can run code; no weights are taken from one."""
 FURTHER_FILES = ("*quant*.json", "params.json")
 """Beside config.json, what vLLM reads of a directory: how weights are quantised, and Mistral's own
 form of a config."""
@@ -107,8 +109,27 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(p for pattern in WEIGHT_PATTERNS for p in directory.glob(pattern))
 
 
+def refuse_pickles(directory: Path, error: type[StillroomError] = TeacherError) -> None:
+    """Raise `error` for a directory whose weights are there as pickles alone."""
+    if any(directory.glob("*.safetensors")):
+        return
+    if found := sorted(path.name for pattern in PICKLES for path in directory.glob(pattern)):
+        raise error(
+            f"holds its weights as a pickle ({found[0]}), and nothing is unpickled",
+            expected="*.safetensors",
+            where=str(directory),
+            remedy="Load it with a library that you trust it to, and save it again with "
+            "save_pretrained, which writes safetensors.",
+        )
+
+
 def weights_sha256(directory: Path) -> str:
-    """sha256 over the name and sha256 of every weight file, in name order."""
+    """sha256 over the name and sha256 of every weight file, in name order.
+
+    Raises:
+        TeacherError: there are none, or pickles alone.
+    """
+    refuse_pickles(directory)
     files = weight_files(directory)
     if not files:
         raise TeacherError(

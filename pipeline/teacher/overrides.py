@@ -44,7 +44,7 @@ def check_applicable(teacher: Teacher) -> None:
         beyond.append("quantization")
     if beyond:
         raise ConfigError(
-            f"the reference engine (transformers) cannot apply {', '.join(beyond)}",
+            f"the reference engine cannot apply {', '.join(beyond)}",
             expected="engine arguments that leave the answers alone, or hf_overrides",
             where=WHERE,
             remedy="Leave them out for this command, or use `--engine vllm` where there is one.",
