@@ -13,9 +13,12 @@ LONGEST = 300
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of any exception that says something, or its name."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)[:LONGEST]
+    """The first line of any exception that says something, and what it announces; or its name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines or isinstance(error, KeyError):  # a key alone says nothing
+        lines = [": ".join([type(error).__name__, *lines])]
+    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return told[:LONGEST]
 
 
 class StillroomError(Exception):

@@ -318,4 +318,11 @@ def _differences(mine: Mapping, theirs: Mapping, prefix: str) -> Iterator[str]:
 
 def _shown(value: Any) -> str:
     """A value in a sentence; a table by its number of keys."""
-    return f"a table of {len(value)} keys" if isinstance(value, Mapping) else repr(value)
+    if isinstance(value, Mapping):
+        return f"a table of {len(value)} keys"
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+LONGEST = 160
+"""Letters of a value in a sentence."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import ConfigError, PlanMismatch
+from stillroom.cache_schemas.plan import differences
 from stillroom.pipeline.capture.plan import engine_facts
 from stillroom.pipeline.config import Generate, Prepare, Run, Teacher, require
 from stillroom.pipeline.corpus.files import (
@@ -48,6 +49,8 @@ from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.protocol import EngineName
 
 Open = Callable[[], Generator]
+SHOWN = 5
+"""Differences in one message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ def generate(
     """
     job = _Job.open(run, engine)
     target = run.path("corpus")
-    if (made := _made_before(target, job.digest)) is not None:
+    if (made := _made_before(target, job)) is not None:
         return made
     work = run.path(f"generated-{job.digest[:16]}")
     prompts = job.prompts(work)
@@ -218,11 +221,11 @@ def _assemble(job: _Job, work: Path, parts: Parts, target: Path) -> None:
         try:
             replace_directory(made, target)
         except OSError:
-            if _made_before(target, job.digest) is None:  # else another worker was faster
+            if _made_before(target, job) is None:  # else another worker was faster
                 raise
 
 
-def _made_before(target: Path, digest: str) -> Corpus | None:
+def _made_before(target: Path, job: _Job) -> Corpus | None:
     """The corpus in place if it is this generation's; None where there is none, or a prepared one.
 
     Raises:
@@ -232,10 +235,13 @@ def _made_before(target: Path, digest: str) -> Corpus | None:
         return None
     corpus = Corpus.open(target)
     found = corpus.facts.get("generated", {}).get("identity", "")
-    if found and found != digest:
+    if found and found != job.digest:
+        kept = {key: corpus.facts[key] for key in job.identity if key in corpus.facts}
+        drawn = job.identity["generated"].keys()
+        kept["generated"] = {k: v for k, v in kept["generated"].items() if k in drawn}
+        different = "; ".join(differences(job.identity, kept)[:SHOWN])
         raise PlanMismatch(
-            f"answers of other prompts, models or settings are here ({found[:12]})",
-            expected=f"those of this run ({digest[:12]})",
+            f"answers of another generation are here: {different}",
             where=str(target),
             remedy="Give the run another directory, or delete this corpus.",
         )

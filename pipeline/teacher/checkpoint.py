@@ -13,7 +13,7 @@ from typing import Any
 
 from stillroom.cache_schemas.errors import StillroomError, TeacherError, first_line
 from stillroom.pipeline.teacher.identity import refuse_pickles
-from stillroom.pipeline.teacher.quantised import cannot_run, method_of
+from stillroom.pipeline.teacher.quantised import cannot_run, check_stored, method_of
 
 
 def load_whole(
@@ -37,6 +37,7 @@ def load_whole(
         StillroomError: of the kind `error`: it cannot be loaded, or weights are missing.
     """
     refuse_pickles(Path(directory), error)
+    check_stored(Path(directory), error)
     options |= {"trust_remote_code": trusts_code, "use_safetensors": True}
     try:
         model, found = load_with_report(loader, directory, **options)

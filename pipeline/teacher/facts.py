@@ -18,6 +18,8 @@ from stillroom.pipeline.teacher.arguments import meaningful
 from stillroom.pipeline.teacher.identity import directory_facts, stored_dtype
 from stillroom.pipeline.teacher.overrides import overridden
 
+DTYPES = frozenset({"float64", "float32", "bfloat16", "float16"})
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -172,9 +174,21 @@ def _not_trusted(directory: Path) -> TeacherError:
 
 def dtype_of(teacher: Teacher) -> str:
     """The dtype that a teacher runs in, whichever engine runs it: as [teacher] says; for "auto" as
-    the config says, else as most of the weights are."""
+    the config says, else as most of the weights are.
+
+    Raises:
+        TeacherError: the config says one that no model runs in.
+    """
     if teacher.dtype != "auto":
         return teacher.dtype
     config = model_config(teacher)
     stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return str(stated or stored_dtype(model_directory(teacher))).removeprefix("torch.")
+    found = str(stated or stored_dtype(model_directory(teacher))).removeprefix("torch.")
+    if found not in DTYPES:
+        raise TeacherError(
+            f"says dtype = {found[:80]}",
+            expected=", ".join(sorted(DTYPES)),
+            where=f"{model_directory(teacher)}/config.json",
+            remedy='Name the dtype to run it in as [teacher] dtype, such as "bfloat16".',
+        )
+    return found

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -152,14 +153,27 @@ def stored_dtype(directory: Path) -> str:
     return sizes.most_common(1)[0][0]
 
 
+def stored_dtypes(directory: Path) -> Iterator[tuple[str, str]]:
+    """Name and dtype (as safetensors calls it) of every tensor in a directory's safetensors."""
+    for path in sorted(directory.glob("*.safetensors")):
+        for name, entry in _header(path).items():
+            if "dtype" in entry:
+                yield name, entry["dtype"]
+
+
 def _header(path: Path) -> dict[str, Any]:
     """Names, dtypes and places of the tensors in a safetensors file."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(min(length, MAX_HEADER)))
-    except (OSError, ValueError) as error:
-        raise TeacherError(f"is not safetensors ({error})", where=str(path)) from None
+            found = json.loads(file.read(min(length, MAX_HEADER)))
+        return {name: entry for name, entry in found.items() if isinstance(entry, dict)}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise TeacherError(
+            f"is not safetensors ({error})",
+            where=str(path),
+            remedy="Get the file again; where git wrote it, `git lfs pull` brings its content.",
+        ) from None
 
 
 def _combined(files: list[Path]) -> str:

@@ -11,11 +11,18 @@ from typing import Any
 import torch
 
 from stillroom.cache_schemas.errors import StillroomError, TeacherError, first_line
+from stillroom.pipeline.teacher.identity import stored_dtypes
 
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Of safetensors: what plain weights are stored as."""
 REMEDY = (
     "Use a machine and packages that run it, the other engine, or the same model in bfloat16 "
     "(another teacher: its answers differ)."
 )
+
+
+KEYS = ("quantization_config", "compression_config")
+"""Where a config says how its weights are quantised; the second is what vLLM reads too."""
 
 
 def method_of(directory: str | Path) -> str:
@@ -30,9 +37,12 @@ def _written(directory: str | Path) -> dict[str, Any]:
         config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    if not isinstance(config, dict):
+        return {}
     for part in (config, *config.values()):
-        if isinstance(part, dict) and (found := part.get("quantization_config")):
-            return found
+        for key in KEYS if isinstance(part, dict) else ():
+            if isinstance(found := part.get(key), dict) and found:
+                return found
     return {}
 
 
@@ -42,6 +52,25 @@ def cannot_run(
     """What to raise where `by` cannot run a quantised directory on this machine."""
     found = f"is quantised ({method}), and {by} cannot run that on this machine ({reason})"
     return error(found, where=str(directory), remedy=REMEDY)
+
+
+def check_stored(directory: Path, error: type[StillroomError]) -> None:
+    """Refuse matrices of whole or 8-bit numbers whose config says nothing of quantisation: they
+    would be read as plain numbers, without their scales.
+
+    Raises:
+        StillroomError: of the kind `error`, as described.
+    """
+    if method_of(directory):
+        return
+    for name, dtype in stored_dtypes(directory):
+        if dtype not in FLOATS and name.endswith("weight"):
+            raise error(
+                f"{name} is stored as {dtype}, and config.json says nothing of quantisation",
+                expected=f"{', '.join(sorted(FLOATS))}, or a quantization_config",
+                where=str(directory),
+                remedy="Get config.json again from where the weights are from.",
+            )
 
 
 def check_as_written(model: Any, directory: Path) -> None:

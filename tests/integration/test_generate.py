@@ -182,7 +182,7 @@ def test_interruption_workers_and_repetition_do_not_change_what_is_written(
     assert written(shared, on_progress=pytest.fail).digest == digest
     assert [p.name for p in (tmp_path / "shared").iterdir()] == ["corpus"]
     again = settings | {"seed": 1}
-    with pytest.raises(PlanMismatch, match="answers of other prompts"):
+    with pytest.raises(PlanMismatch, match=r"generated\.settings\.seed: found 0, expected 1"):
         written(run_in(tmp_path / "shared", tiny_llama, **again))
     assert written(run_in(tmp_path / "other", tiny_llama, **again)).digest != digest
 

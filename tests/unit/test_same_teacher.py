@@ -115,7 +115,7 @@ def test_a_kept_head_is_of_the_whole_teacher(tiny_llama, changed, tmp_path):
     teacher = Teacher(model=str(tiny_llama))
     path = keep_teacher_head(teacher, changed({}), tmp_path / "head")
     keep_teacher_head(None, changed(RUNNING["dtype"]), path)
-    with pytest.raises(PlanMismatch, match="rope_theta"):
+    with pytest.raises(PlanMismatch, match="hf_overrides"):
         keep_teacher_head(None, changed(MEANING["overrides"]), path)
 
 
@@ -131,7 +131,7 @@ def test_evaluation_refuses_another_teacher_than_its_cache(tiny_llama, changed, 
     kept = Plan(plan.facts | {"teacher": changed({})})
     (tmp_path / "cache" / "plan.json").write_bytes(kept.to_bytes())
     held_out._check_cache(run, Teacher(model=str(tiny_llama), dtype="bfloat16"))
-    with pytest.raises(PlanMismatch, match="rope_theta"):
+    with pytest.raises(PlanMismatch, match="hf_overrides"):
         held_out._check_cache(run, Teacher(model=str(tiny_llama), engine_args=OTHER_ROPE))
 
 
