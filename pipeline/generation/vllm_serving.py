@@ -31,7 +31,7 @@ class ServedWriter:
     """
 
     def __init__(self, model: Teacher, writers: Writers, needed: dict[str, Any]):
-        self._writers = writers
+        self.model, self._writers = model, writers
         self._llm: Any = start_vllm(model, _arguments(model, writers, needed))
         self._num_asked = 0
 
@@ -48,6 +48,13 @@ class ServedWriter:
     def step(self) -> list[Any]:
         """One scheduler step; the outputs that it finished."""
         return [output for output in step(self._llm) if output.finished]
+
+    def answer_alone(self, text: Example, sampling: Any) -> Any:
+        """vLLM's output for one text while nothing else is asked."""
+        self.ask(text, sampling)
+        while not (finished := self.step()):
+            pass
+        return finished[0]
 
     def sampling(self, max_tokens: int, seed: int, **more: Any) -> Any:
         """`SamplingParams` of at most `max_tokens` tokens at the writers' temperature."""

@@ -39,6 +39,7 @@ from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prompts import PromptReader
 from stillroom.pipeline.corpus.splits import canonical_json, deal
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer, tokenizer_facts
+from stillroom.pipeline.generation.definition import check_writers
 from stillroom.pipeline.generation.opening import open_generator
 from stillroom.pipeline.generation.parts import Parts, answered
 from stillroom.pipeline.generation.writers import Generator, Writers
@@ -49,6 +50,7 @@ from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.protocol import EngineName
 
 Open = Callable[[], Generator]
+DEFINITION = "definition.json"
 SHOWN = 5
 """Differences in one message."""
 
@@ -112,6 +114,7 @@ class _Job:
 
     Attributes:
         identity: those facts as JSON.
+        check: whether whoever writes is held against its definition; see `[capture] check`.
         digest: names them.
     """
 
@@ -120,6 +123,7 @@ class _Job:
     teacher: Teacher
     tokenizer: CorpusTokenizer
     identity: dict[str, Any]
+    check: str
 
     @classmethod
     def open(cls, run: Run, engine: EngineName) -> "_Job":
@@ -144,7 +148,8 @@ class _Job:
                 "student": _student_facts(settings, tokenizer),
             },
         }
-        return cls(prepare, settings, teacher, tokenizer, made)
+        check = run.capture.check if run.capture else "auto"
+        return cls(prepare, settings, teacher, tokenizer, made, check)
 
     @property
     def digest(self) -> str:
@@ -172,7 +177,10 @@ class _Job:
             pictures = Pictures(read, self.prepare.processor_args)
         stop_ids = self.tokenizer.stop_ids
         writers = Writers(self.teacher, self.settings, stop_ids, self.prepare.window, pictures)
-        return open_generator(engine, writers)
+        generator = open_generator(engine, writers)
+        noted = work / DEFINITION
+        check_writers(generator, self.prompts(work), pictures, self.check, noted)
+        return generator
 
 
 def _answer(parts: Parts, missing: list[int], start: Open, tell) -> None:
@@ -216,6 +224,8 @@ def _assemble(job: _Job, work: Path, parts: Parts, target: Path) -> None:
         meaning = job.identity | {name: read[name] for name in read if name != "dropped"}
         dealt = deal(made / "all.arrow", documents, job.prepare.heldout, job.prepare.seed, meaning)
         generated = job.identity["generated"] | {"identity": job.digest, "answers": dict(endings)}
+        if (noted := work / DEFINITION).is_file():
+            generated |= {"definition": json.loads(noted.read_bytes())}
         facts = job.identity | read | dealt | {"generated": generated}
         write_facts(made, facts | {"chat_template": job.tokenizer.template})
         try:
