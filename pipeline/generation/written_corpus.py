@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stillroom.cache_schemas.differing import differences
 from stillroom.cache_schemas.errors import ConfigError, PlanMismatch
-from stillroom.cache_schemas.plan import differences
 from stillroom.pipeline.capture.plan import engine_facts
 from stillroom.pipeline.config import Generate, Prepare, Run, Teacher, require
 from stillroom.pipeline.corpus.files import (

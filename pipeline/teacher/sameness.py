@@ -8,8 +8,8 @@ cache of an earlier release does not record are named, not guessed. It reads no 
 from collections.abc import Mapping
 from typing import Any
 
+from stillroom.cache_schemas.differing import differences
 from stillroom.cache_schemas.errors import PlanMismatch
-from stillroom.cache_schemas.plan import differences
 from stillroom.pipeline.teacher.overrides import OF_VLLM_ALONE, OVERRIDES
 
 NAMES = frozenset({"revision"})

@@ -137,7 +137,7 @@ def test_a_kept_head_belongs_to_model_and_adapter(tiny_llama, tmp_path):
     path, teacher = tmp_path / "head.safetensors", Teacher(model=str(tiny_llama), adapter=str(lora))
     keep_teacher_head(teacher, teacher_facts(teacher), path)
     assert read_teacher_head(path).weight.shape == (768, 64)
-    with pytest.raises(PlanMismatch, match="is the head of teacher"):
+    with pytest.raises(PlanMismatch, match="is another teacher: adapter: found a table"):
         keep_teacher_head(None, teacher_facts(Teacher(model=str(tiny_llama))), path)
 
 
