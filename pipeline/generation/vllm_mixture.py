@@ -41,7 +41,13 @@ class VllmMixture:
         models = writers.models()
         _check(writers, [model for _, model in models])
         self._writers = writers
-        self._models = [_Model(share, model, writers) for share, model in models]
+        self._models: list[_Model] = []
+        try:
+            for share, model in models:
+                self._models.append(_Model(share, model, writers))
+        except BaseException:  # one of two would be left running
+            self.close()
+            raise
 
     def served(self) -> list[ServedWriter]:
         """See `Generator.served`."""

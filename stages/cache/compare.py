@@ -54,7 +54,7 @@ def audit(
     from stillroom.pipeline import config
     from stillroom.pipeline.cache.care.audit import audit
     from stillroom.pipeline.cache.reader import TeacherCache
-    from stillroom.pipeline.capture.plan import pictures_of
+    from stillroom.pipeline.capture.plan import check_processor, pictures_of
     from stillroom.pipeline.corpus.preparing import Corpus
     from stillroom.pipeline.teacher.facts import teacher_facts
     from stillroom.pipeline.teacher.opening import open_engine
@@ -66,7 +66,11 @@ def audit(
     _check_teacher(opened.plan.facts, teacher_facts(teacher, engine.value), engine.value, run_file)
     capture = _capture_table(opened.plan.facts["capture"])
     images = opened.plan.facts["images"]
-    pictures = pictures_of(Corpus.open(run.path("corpus"))) if images else None
+    pictures = None
+    if images:
+        corpus = Corpus.open(run.path("corpus"))
+        check_processor(corpus, teacher)
+        pictures = pictures_of(corpus)
     running = open_engine(engine.value, teacher, capture, pictures=pictures)
     precision = other_precision(opened.plan.facts, engine.value, teacher)
 

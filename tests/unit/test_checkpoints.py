@@ -225,6 +225,16 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
+def test_a_tower_is_not_read_as_another_than_it_is_run(tmp_path):
+    model = str(tiny_encoders.save("teacher_tower", tmp_path / "model"))
+    tower, changed = Encoder(name="tower", kind="teacher_tower"), {"layer_norm_eps": 0.5}
+    teacher = Teacher(model=model, engine_args={"hf_overrides": {"vision_config": changed}})
+    with pytest.raises(ConfigError, match="read without hf_overrides"):
+        open_encoder(tower, teacher)
+    changed = {"hf_overrides": {"text_config": {"rms_norm_eps": 1e-3}}}
+    open_encoder(tower, Teacher(model=model, engine_args=changed))
+
+
 @pytest.fixture
 def own_code(tiny_llama, tmp_path, monkeypatch):
     """A model that only its own Python file describes, and the mark that the file leaves."""
