@@ -14,6 +14,7 @@ from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.identity import (
     SILENT_ADAPTER_KEYS,
     canonical_config,
+    refuse_pickles,
     weights_sha256,
 )
 
@@ -25,7 +26,7 @@ def adapter_directory(teacher: Teacher) -> Path:
     """Where the adapter of a teacher lies.
 
     Raises:
-        TeacherError: no PEFT adapter is there.
+        TeacherError: no PEFT adapter is there, or one that would have to be unpickled.
     """
     directory = Path(teacher.adapter)
     if not (directory / CONFIG).is_file():
@@ -35,6 +36,7 @@ def adapter_directory(teacher: Teacher) -> Path:
             where=f"{WHERE} {directory}",
             remedy="Check [teacher] adapter.",
         )
+    refuse_pickles(directory)
     return directory
 
 
