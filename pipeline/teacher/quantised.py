@@ -80,12 +80,17 @@ def check_as_written(model: Any, directory: Path) -> None:
     Raises:
         TeacherError: as described.
     """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
     written, method = _written(directory), method_of(directory)
     made = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    if written and made is None:
+    plain = made is None or getattr(made, "dequantize", False)
+    if not written or not plain:
+        return
+    if made is None and method not in KNOWN:
         reason = "it does not know this method, and takes the weights for plain ones"
         raise cannot_run(directory, method, "transformers", reason, TeacherError)
-    if getattr(made, "dequantize", False) and not written.get("dequantize"):
+    if not written.get("dequantize"):
         reason = (
             "it would turn the weights back into plain ones; if that is wanted, write "
             '"dequantize": true into quantization_config in config.json'

@@ -323,6 +323,19 @@ def test_a_real_quantised_checkpoint_is_what_it_says_or_is_refused(label, tiny_l
     assert gap < (1.0 if rounds_inputs else 1e-3)
 
 
+def test_weights_are_turned_back_into_plain_ones_where_that_is_asked_for(tiny_llama, tmp_path):
+    made, plain = save_quantised(tiny_llama, tmp_path, "fp8")
+    config = json.loads((made / "config.json").read_text())
+    teacher = Teacher(model=str(made), dtype="float32")
+    with pytest.raises(TeacherError, match='"dequantize": true'):
+        open_engine("reference", teacher, Capture(k=8))
+    config["quantization_config"]["dequantize"] = True
+    (made / "config.json").write_text(json.dumps(config))
+    (said,) = open_engine("reference", teacher, Capture(k=8)).score([EXAMPLE])
+    (truth,) = open_engine("reference", Teacher(model=str(plain)), Capture(k=8)).score([EXAMPLE])
+    assert np.abs(said.signals["token_logprob"] - truth.signals["token_logprob"]).max() < 0.05
+
+
 def test_scales_that_a_config_forgets_are_not_left_out_in_silence(tiny_llama, tmp_path):
     made, _ = save_quantised(tiny_llama, tmp_path, "int8")
     config = json.loads((made / "config.json").read_text())
