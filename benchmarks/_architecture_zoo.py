@@ -334,6 +334,7 @@ ZOO: dict[str, Kind] = {
         {
             **BROAD,
             **STATE,
+            "tie_word_embeddings": False,
             "mamba_dt_rank": 4,
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
@@ -382,6 +383,7 @@ ZOO: dict[str, Kind] = {
         {
             "layer_types": ["conv", "full_attention", "conv"],
             "block_auto_adjust_ff_dim": False,
+            "block_dim": 64,
             "conv_dim": 64,
         },
     ),
@@ -416,6 +418,7 @@ ZOO: dict[str, Kind] = {
         "GptOssForCausalLM",
         "attention sinks, MoE, sliding window, yarn",
         {
+            "tie_word_embeddings": False,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "sliding_window": 32,

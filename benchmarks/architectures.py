@@ -1,15 +1,17 @@
 """Which teachers are captured as they are: tiny random models of many architectures, or refused.
 
     python -m benchmarks.architectures --json
-    python -m benchmarks.architectures --table      # the runbook's table, from the kept cells
+    python -m benchmarks.architectures --json --again   # forget the kept rows first
+    python -m benchmarks.architectures --table      # the runbook's table, from the kept rows
 
 Each row is a process of its own, so that one crash stops nothing, and is kept as a file; run again,
-only what is missing is measured. A row goes the way of a capture: vLLM is started as capture starts
-it and held against the model's definition by the same check; beyond that check, every number is
-measured here. `engine_difference`: vLLM against the reference, nats (log p, log-sum-exp, entropy);
-`hidden_difference`: the same of every block's state and the final one, as a share of the largest
-value; `definition_difference`: the reference against plain eager transformers, nats;
-`full_vocabulary_kl`: what the kept head makes of the captured final states against live logits.
+only what is missing is measured: after a change of the code, use `--again`. A row goes the way of a
+capture: vLLM is started as capture starts it and held against the model's definition by the same
+check; beyond that check, every number is measured here. `engine_difference`: vLLM against the
+reference, nats (log p, log-sum-exp, entropy); `hidden_difference`: the same of every block's state
+and the final one, as a share of the largest value; `definition_difference`: the reference against
+plain eager transformers, nats; `full_vocabulary_kl`: what the kept head makes of the captured final
+states against live logits.
 """
 
 import argparse
@@ -44,12 +46,16 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--only", nargs="*", default=list(ZOO), help="labels of models")
+    parser.add_argument("--again", action="store_true", help="measure rows that are kept too")
     parser.add_argument("--table", action="store_true", help="print kept rows as Markdown")
     parser.add_argument("--cells", type=Path, default=CELLS, help="where rows are kept")
     arguments = parser.parse_args()
     if arguments.table:
         print(_table([_kept(arguments.cells, label) for label in arguments.only]))
         return
+    if arguments.again:
+        for label in arguments.only:
+            (arguments.cells / f"{label}.json").unlink(missing_ok=True)
     if any(not (arguments.cells / f"{label}.json").exists() for label in arguments.only):
         _load_libraries()
     rows = [_cell(arguments.cells, label) for label in arguments.only]
@@ -170,8 +176,8 @@ def _case(label: str, layers: str, scratch: Path) -> _Case:
 
     teacher = Teacher(model=str(save(label, scratch / "model")), dtype="float32")
     capture = Capture(k=32, temperatures=(0.5,), hidden_layers=LAYERS[layers])
-    sha256 = teacher_facts(teacher)["weights_sha256"]
-    head = read_teacher_head(keep_teacher_head(teacher, sha256, scratch / "head.safetensors"))
+    path = keep_teacher_head(teacher, teacher_facts(teacher), scratch / "head.safetensors")
+    head = read_teacher_head(path)
     texts = [_text(length) for length in LENGTHS]
     return _Case(teacher, capture, texts, _live(teacher, texts), head)
 

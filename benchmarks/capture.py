@@ -5,7 +5,9 @@
 Every way of asking goes through the same engine object, so nothing differs but the request (and,
 for the hidden layers, whether the model returns them). A round asks each way once, in turn; figures
 are medians over rounds. `head_floor` is the work nobody can avoid for logit signals, measured in
-the same process on the same rows: the LM head's product, log-softmax in fp32 and top-k.
+the same process on the same rows: the LM head's product, log-softmax in fp32 and top-k. What a
+capture does once at its start is timed apart: `start_seconds` (vLLM and the self-test) and `check`
+(vLLM against the model's definition, as the manifest has it).
 """
 
 import argparse
@@ -25,6 +27,7 @@ from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, content_id
+from stillroom.pipeline.teacher.definition_check import Question, check_definition
 from stillroom.pipeline.teacher.rows import RowSpec
 from stillroom.pipeline.teacher.sweep.blocks import rows_within, score_block
 from stillroom.pipeline.teacher.vllm.engine import VllmEngine
@@ -72,8 +75,12 @@ def run(model: str, num_prompts: int, num_tokens: int, rounds: int) -> dict[str,
         dtype="bfloat16",
         engine_args={"max_logprobs": K, "max_num_batched_tokens": 4096},
     )
+    start = time.perf_counter()
     engine = VllmEngine(teacher, EVERYTHING, max_tokens=num_tokens)
+    start_seconds = time.perf_counter() - start
     prompts = real_prompts(model, num_prompts, num_tokens)
+    tokens = num_prompts * num_tokens
+    check = check_definition(engine, Question(teacher, EVERYTHING, prompts, None, tokens))
     bench = _Bench(engine, prompts)
     seconds = {way: [] for way in (*WAYS, "head_floor")}
     for way in WAYS:
@@ -84,7 +91,9 @@ def run(model: str, num_prompts: int, num_tokens: int, rounds: int) -> dict[str,
             seconds[way].append(bench.ask(way, prompts))
         seconds["head_floor"].append(bench.head_floor())
     engine.close()
-    return figures_of(seconds, num_prompts * num_tokens) | {
+    return figures_of(seconds, tokens) | {
+        "start_seconds": start_seconds,
+        "check": check.model_dump(mode="json"),
         "extra_peak_bytes": int(memory.stdout.split()[-1]),
         "scratch_bound_bytes": SCRATCH_BYTES,
         "prompts": num_prompts,

@@ -11,6 +11,19 @@ EXIT_USER_ERROR = 2
 EXIT_INCOMPLETE = 3
 
 
+LONGEST = 300
+"""Letters of another library's message that are told."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of any exception that says something, and what it announces; or its name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines or isinstance(error, KeyError):  # a key alone says nothing
+        lines = [": ".join([type(error).__name__, *lines])]
+    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return told[:LONGEST]
+
+
 class StillroomError(Exception):
     """A mistake in the input or the surroundings that a person can put right.
 

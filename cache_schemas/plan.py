@@ -5,7 +5,7 @@ can be checked before anything is computed from it. It reads and writes no file.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from stillroom.cache_schemas import canonical
+from stillroom.cache_schemas.differing import differences
 from stillroom.cache_schemas.errors import CacheError, FormatTooNew, ShardCorrupt
 from stillroom.cache_schemas.room import MAX_PER_SHARD, MAX_SHARDS, check_room
 from stillroom.cache_schemas.signals import EXAMPLE_SIGNALS, ROW_SIGNALS, hidden_name
@@ -151,7 +152,7 @@ class Plan:
     def differences(self, other: "Plan") -> list[str]:
         """One sentence per fact that differs: `key: found other's, expected this one's`. What only
         one of the two records at all, such as a table that is newer than the other, is one fact."""
-        return sorted(_differences(self.facts, other.facts, ""))
+        return differences(self.facts, other.facts)
 
     def to_bytes(self) -> bytes:
         """The content of plan.json."""
@@ -299,21 +300,3 @@ class _PlanShape(BaseModel):
         if lists and (len(lists) < 2 or not capture.candidates or capture.catalogue is None):
             raise ValueError("candidates need ids, distances, capture.candidates and .catalogue")
         return self
-
-
-def _differences(mine: Mapping, theirs: Mapping, prefix: str) -> Iterator[str]:
-    for key in mine.keys() | theirs.keys():
-        name = f"{prefix}{key}"
-        if key not in theirs:
-            yield f"{name}: not recorded there, expected {_shown(mine[key])}"
-        elif key not in mine:
-            yield f"{name}: found {_shown(theirs[key])}, not recorded here"
-        elif isinstance(mine[key], Mapping) and isinstance(theirs[key], Mapping):
-            yield from _differences(mine[key], theirs[key], f"{name}.")
-        elif mine[key] != theirs[key]:
-            yield f"{name}: found {_shown(theirs[key])}, expected {_shown(mine[key])}"
-
-
-def _shown(value: Any) -> str:
-    """A value in a sentence; a table by its number of keys."""
-    return f"a table of {len(value)} keys" if isinstance(value, Mapping) else repr(value)

@@ -96,8 +96,12 @@ class CacheWriter:
         return sealing.noted_definition(self.storage)
 
     def note_definition(self, found: DefinitionCheck) -> None:
-        """Keep that for the manifest, unless another worker has."""
-        self.storage.create(layout.DEFINITION, found.to_bytes())
+        """Keep that for the manifest, unless another worker has found out more."""
+        noted = self.definition
+        if noted is not None and not noted.done and found.done:
+            self.storage.replace(layout.DEFINITION, found.to_bytes())
+        else:
+            self.storage.create(layout.DEFINITION, found.to_bytes())
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Shards without a receipt in one worker's share, a contiguous run of shards.

@@ -16,7 +16,7 @@ from stillroom.cache_schemas.manifest import Manifest, Plan
 from stillroom.pipeline.cache.writer import CacheWriter
 from stillroom.pipeline.capture.candidate_engines import Grounded, Scored, Shelf
 from stillroom.pipeline.capture.items import open_items_of, read_items, state_capture
-from stillroom.pipeline.capture.job import Notes, OnError, Task, fill
+from stillroom.pipeline.capture.job import Notes, OnError, Task, compare, fill
 from stillroom.pipeline.capture.nearest import Nearest
 from stillroom.pipeline.capture.plan import check_tokenizer, engine_facts, longest
 from stillroom.pipeline.capture.progress import CaptureProgress
@@ -27,9 +27,10 @@ from stillroom.pipeline.corpus.histories import Histories, open_catalogue, open_
 from stillroom.pipeline.corpus.item_questions import PARTS, settings_in
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer
 from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.definition_check import Question
 from stillroom.pipeline.teacher.facts import teacher_facts
 from stillroom.pipeline.teacher.opening import open_engine, open_writing_engine
-from stillroom.pipeline.teacher.protocol import Engine, EngineName
+from stillroom.pipeline.teacher.protocol import Engine, EngineName, TeacherEngine
 
 
 def capture_candidates(
@@ -88,13 +89,18 @@ def open_task(run: Run, engine: EngineName, split: str, location: str = "") -> T
         shelf = Shelf(
             table,
             settings_in(corpus),
-            CorpusTokenizer.open("", teacher.model, teacher.revision),
+            CorpusTokenizer.open("", teacher.model, teacher.revision, teacher.trust_remote_code),
             catalogue.titles,
             _windows(corpus, histories, split),
             Nearest(read_items(items), table.exact) if items else None,
             _popular(histories, len(catalogue)),
         )
-        return _open(run, teacher, engine, longest(corpus), scale, shelf)
+        opened, wanted = _open(run, teacher, engine, longest(corpus), scale)
+        tokens = corpus.facts["counts"][split]["tokens"]
+        compare(writer, engine, opened, Question(teacher, wanted, asked, None, tokens))
+        if table.method == "scored":
+            return Scored(opened, shelf)
+        return Grounded(opened, shelf, require(run.items, "items", run.directory))
 
     return Task(writer, asked, start)
 
@@ -139,7 +145,7 @@ def make_plan(
     names = ["candidate_distances", "candidate_ids"]
     names += ["written_ids"] * (table.method == "grounded")
     return Plan.make(
-        teacher=teacher_facts(teacher),
+        teacher=teacher_facts(teacher, engine),
         engine=engine_facts(engine),
         tokenizer=corpus.facts["tokenizer"],
         corpus={"digest": corpus.digest, "split": split},
@@ -166,16 +172,17 @@ class _Some(Sequence[Example]):
 
 
 def _open(
-    run: Run, teacher: Teacher, name: EngineName, window: int, scale: float, shelf: Shelf
-) -> Engine:
-    if shelf.table.method == "scored":
-        rows = Capture(k=1, entropy=False)
-        opened = open_engine(name, teacher, rows, max_tokens=0, batch_scale=scale)
-        return Scored(opened, shelf)
-    items = require(run.items, "items", run.directory)
-    tokens = window + shelf.table.written_tokens
-    engine = open_writing_engine(name, teacher, state_capture(items), tokens, scale)
-    return Grounded(engine, shelf, items)
+    run: Run, teacher: Teacher, name: EngineName, window: int, scale: float
+) -> tuple[TeacherEngine, Capture]:
+    """The teacher's engine, and what it is asked for."""
+    table = require(run.candidates, "candidates", run.directory)
+    if table.method == "scored":
+        check = run.capture.check if run.capture else "auto"
+        wanted = Capture(k=1, entropy=False, check=check)
+        return open_engine(name, teacher, wanted, max_tokens=0, batch_scale=scale), wanted
+    wanted = state_capture(require(run.items, "items", run.directory), run.capture)
+    tokens = window + table.written_tokens
+    return open_writing_engine(name, teacher, wanted, tokens, scale), wanted
 
 
 def _check_count(table: Candidates, items: int) -> None:

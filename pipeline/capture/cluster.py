@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import CacheIncomplete, ConfigError
+from stillroom.cache_schemas.errors import CacheIncomplete, ConfigError, first_line
 from stillroom.cache_schemas.manifest import Manifest
 from stillroom.pipeline.capture.job import OnError, Task, manifest_of
 from stillroom.pipeline.capture.node import About, Problem, Worker, open_task
@@ -192,7 +192,7 @@ class _Crew:
     def _bury(self, place: Place, error: Exception) -> None:
         self._ray.kill(self._workers.pop(place))
         self._deaths[place.node] += 1
-        self._last_death = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self._last_death = first_line(error)
 
     def _sum(self) -> CaptureProgress:
         """All workers' progress as one; means are weighted by rows."""

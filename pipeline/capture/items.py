@@ -17,7 +17,7 @@ from stillroom.cache_schemas.signals import ITEM_PREFIX, hidden_name
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.shard import dense_values
 from stillroom.pipeline.cache.writer import CacheWriter
-from stillroom.pipeline.capture.job import Notes, OnError, Task, fill
+from stillroom.pipeline.capture.job import Notes, OnError, Task, compare, fill
 from stillroom.pipeline.capture.plan import check_tokenizer, engine_facts
 from stillroom.pipeline.capture.progress import CaptureProgress
 from stillroom.pipeline.config import Capture, Run, require
@@ -26,6 +26,7 @@ from stillroom.pipeline.corpus.files import Corpus
 from stillroom.pipeline.corpus.histories import open_items
 from stillroom.pipeline.encoders.engine import NO_MASK, NO_TOKENS
 from stillroom.pipeline.record import Example, TeacherRecord
+from stillroom.pipeline.teacher.definition_check import Question
 from stillroom.pipeline.teacher.facts import teacher_facts
 from stillroom.pipeline.teacher.opening import open_engine
 from stillroom.pipeline.teacher.protocol import EngineName, Reject, RejectedExample, stop
@@ -71,21 +72,23 @@ def open_task(run: Run, engine: EngineName, location: str = "") -> Task:
     items = open_items(corpus)
     check_tokenizer(corpus, teacher)
     writer = CacheWriter.open(location or str(run.path("items")), make_plan(run, corpus, engine))
-    longest = max(LEAST_CONTEXT, *(len(item.token_ids) for item in items))
+    lengths = [len(item.token_ids) for item in items]
+    longest, asked = max(LEAST_CONTEXT, *lengths), _Asked(items, table)
 
     def start(scale: float) -> "ItemEngine":
-        asked = state_capture(table)
-        opened = open_engine(engine, teacher, asked, max_tokens=longest, batch_scale=scale)
+        wanted = state_capture(table, run.capture)
+        opened = open_engine(engine, teacher, wanted, max_tokens=longest, batch_scale=scale)
+        compare(writer, engine, opened, Question(teacher, wanted, asked, None, sum(lengths)))
         return ItemEngine(opened, table)
 
-    return Task(writer, _Asked(items, table), start)
+    return Task(writer, asked, start)
 
 
 def make_plan(run: Run, corpus: Corpus, engine: EngineName) -> Plan:
     """The plan of a run's item embeddings."""
     table: Items = require(run.items, "items", run.directory)
     teacher = require(run.teacher, "teacher", run.directory)
-    facts = teacher_facts(teacher)
+    facts = teacher_facts(teacher, engine)
     catalogue = corpus.facts["catalogue"]
     step = table.step if table.codec == "step" else None
     shape = {"positions": 1, "width": facts["hidden_size"]}
@@ -108,10 +111,11 @@ def item_name(table: Items) -> str:
     return f"{ITEM_PREFIX}{table.layer}"
 
 
-def state_capture(table: Items) -> Capture:
-    """What an engine is asked for an item's states."""
+def state_capture(table: Items, capture: Capture | None = None) -> Capture:
+    """What an engine is asked for an item's states; how it is checked is said under [capture]."""
     rows = "answer" if table.pooling == "last" else "all"
-    return Capture(k=1, entropy=False, hidden_layers=(table.layer,), hidden_rows=rows)
+    asked = Capture(k=1, entropy=False, hidden_layers=(table.layer,), hidden_rows=rows)
+    return asked.model_copy(update={"check": capture.check}) if capture else asked
 
 
 def asked_about(example: Example, table: Items) -> Example:

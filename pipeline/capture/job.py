@@ -123,17 +123,23 @@ class Task:
                 batch_scale=scale,
                 pictures=pictures,
             )
-            if engine != "reference" and writer.definition is None:
-                tokens = corpus.facts["counts"][split]["tokens"]
-                question = Question(teacher, table, examples, pictures, tokens)
-                _compare(writer, opened, question)
+            tokens = corpus.facts["counts"][split]["tokens"]
+            question = Question(teacher, table, examples, pictures, tokens)
+            compare(writer, engine, opened, question)
             return opened
 
         return cls(writer, examples, start)
 
 
-def _compare(writer: CacheWriter, opened: TeacherEngine, question: Question) -> None:
-    """Note how far an engine is from its model's definition; close it where that is too far."""
+def compare(
+    writer: CacheWriter, engine: EngineName, opened: TeacherEngine, question: Question
+) -> None:
+    """Note how far an engine is from its model's definition, unless that was done or it is the
+    definition; close it where that is too far."""
+    noted = writer.definition
+    wanted = question.capture.check == "always" if noted and not noted.done else noted is None
+    if engine == "reference" or not wanted:
+        return
     try:
         writer.note_definition(check_definition(opened, question))
     except BaseException:

@@ -36,9 +36,7 @@ def make_plan(
     if not table.nucleus:
         # Caches made before there was such a key have the same plan.
         del capture["nucleus"]
-    facts = teacher_facts(teacher)
-    if engine == "reference" and teacher.attention != "auto":
-        facts["attention"] = teacher.attention
+    facts = teacher_facts(teacher, engine)
     return Plan.make(
         teacher=facts,
         engine=engine_facts(engine),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stillroom.cache_schemas.errors import CorpusError
+from stillroom.cache_schemas.errors import CorpusError, first_line
 from stillroom.pipeline.corpus.chat import (
     ChatSettings,
     ChatTokenizer,
@@ -171,7 +171,7 @@ def load_processor(directory: Path, trusts_code: bool = False) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trusts_code)
     except Exception as error:  # whatever a broken configuration makes the libraries raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CorpusError(f"no processor can be loaded ({reason})", where=str(directory)) from None
     if not hasattr(processor, "image_processor"):
         raise CorpusError(

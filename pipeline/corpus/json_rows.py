@@ -12,7 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import CorpusError
+from stillroom.cache_schemas.errors import CorpusError, first_line
 from stillroom.pipeline.corpus.compression import DAMAGE, open_bytes
 from stillroom.pipeline.corpus.documents import Rejected, Row, first_words
 from stillroom.pipeline.corpus.plain_files import decode
@@ -170,4 +170,4 @@ class _Elements:
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)

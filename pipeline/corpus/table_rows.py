@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import CorpusError
+from stillroom.cache_schemas.errors import CorpusError, first_line
 from stillroom.pipeline.corpus.documents import Rejected, Row
 
 BYTES_PER_READ = 8 << 20
@@ -114,4 +114,4 @@ def _present(columns: list[str] | None, known: list[str]) -> list[str]:
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stillroom.cache_schemas.errors import CorpusError, PlanMismatch
+from stillroom.cache_schemas.errors import CorpusError, PlanMismatch, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.corpus.chat import ChatSettings, ChatTokenizer, Tokens
 from stillroom.pipeline.corpus.documents import Document
@@ -200,7 +200,7 @@ def _load(directory: Path, trusts_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trusts_code)
     except Exception as error:  # whatever a broken tokenizer file makes the libraries raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CorpusError(
             f"no tokenizer can be loaded ({reason})",
             where=str(directory),
@@ -241,8 +241,24 @@ def _must_agree(facts: dict, tokenizer: str, teacher: Teacher) -> None:
 
 
 def _end_ids(directory: Path) -> tuple[int, ...]:
-    try:
-        found = json.loads((directory / "generation_config.json").read_text()).get("eos_token_id")
-    except (OSError, ValueError):
+    """Ids that end a turn, as a model's generation config says; none where it has none.
+
+    Raises:
+        CorpusError: the file is there and says something else than ids.
+    """
+    path = directory / "generation_config.json"
+    if not path.is_file():
         return ()
-    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        found = said if isinstance(said, list) else [] if said is None else [said]
+        if any(type(number) is not int for number in found):
+            raise ValueError(f"eos_token_id = {said!r}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CorpusError(
+            f"does not say which tokens end a turn ({first_line(error)})",
+            expected="JSON with eos_token_id as an id or a list of ids, or no such file",
+            where=str(path),
+            remedy="Get the file again, or delete it: then the tokenizer's end token alone counts.",
+        ) from None
+    return tuple(found)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stillroom.cache_schemas.errors import StudentError
+from stillroom.cache_schemas.errors import StudentError, first_line
 from stillroom.pipeline.images import BadImage, ReadImage, decode_image
 from stillroom.pipeline.record import TeacherRecord
 
@@ -168,7 +168,7 @@ def processor_of(directory: str | Path) -> Callable[[Any], torch.Tensor]:
             directory, backend="pil", trust_remote_code=False
         )
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise StudentError(
             f"no image processor can be loaded ({reason})", where=str(directory)
         ) from None

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stillroom.cache_schemas.errors import ConfigError, TeacherError
+from stillroom.cache_schemas.errors import ConfigError, TeacherError, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.vision import Encoder
 from stillroom.pipeline.encoders.families import DTYPES, FAMILIES, Features
 from stillroom.pipeline.encoders.preparation import preparation_of
-from stillroom.pipeline.teacher.facts import model_directory
+from stillroom.pipeline.teacher.facts import model_config, model_directory
 from stillroom.pipeline.teacher.identity import SILENT_KEYS, canonical_config, weights_sha256
 
 
@@ -90,8 +90,7 @@ def open_encoder(table: Encoder, teacher: Teacher | None = None) -> ImageEncoder
         _ = encoder.shape
     except (ValueError, RuntimeError) as error:
         raise TeacherError(
-            f"does not take pictures of {encoder.preparation.size} pixels "
-            f"({str(error).splitlines()[0][:120]})",
+            f"does not take pictures of {encoder.preparation.size} pixels ({first_line(error)})",
             where=f"[[vision.encoder]] '{table.name}'",
             remedy="Change size, or leave it out.",
         ) from None
@@ -126,6 +125,18 @@ def on_grid(features: torch.Tensor, grid: int) -> torch.Tensor:
     return made.flatten(2).transpose(1, 2)
 
 
+def _check_overrides(table: Encoder, teacher: Teacher) -> None:
+    """Refuse a teacher whose `hf_overrides` change its tower, which is read as its files say."""
+    plain = teacher.model_copy(update={"engine_args": {}})
+    as_run, as_written = (getattr(model_config(t), "vision_config", None) for t in (teacher, plain))
+    if as_run is not None and as_run.to_dict() != as_written.to_dict():
+        raise ConfigError(
+            "the tower of a teacher is read without hf_overrides, and some change it",
+            where=f"[[vision.encoder]] '{table.name}'",
+            remedy="Write them into the config.json of a copy, and name that as model.",
+        )
+
+
 def _source(table: Encoder, teacher: Teacher | None) -> Teacher:
     if table.model:
         return Teacher(model=table.model, revision=table.revision)
@@ -136,5 +147,6 @@ def _source(table: Encoder, teacher: Teacher | None) -> Teacher:
                 where=f"[[vision.encoder]] '{table.name}'",
                 remedy="Merge adapter and model, and name the result as model.",
             )
+        _check_overrides(table, teacher)
         return teacher
     raise ConfigError("names no model", where=f"[[vision.encoder]] '{table.name}' model")

@@ -16,14 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CorpusError, StudentError
+from stillroom.cache_schemas.plan import Plan
+from stillroom.pipeline.capture.plan import check_tokenizer
 from stillroom.pipeline.config import Run, Teacher, require
 from stillroom.pipeline.config.training import Attention, Evaluate
 from stillroom.pipeline.corpus.tokenizer import vocabulary
 from stillroom.pipeline.record import Example
 from stillroom.pipeline.student.loading import is_model, load
 from stillroom.pipeline.student.states import StudentStates, forward_states
+from stillroom.pipeline.teacher.facts import model_directory, teacher_facts
+from stillroom.pipeline.teacher.overrides import check_applicable
 from stillroom.pipeline.teacher.reference.engine import load_merged
+from stillroom.pipeline.teacher.sameness import check_same_teacher
 from stillroom.pipeline.training.checkpoint import write_durably
 
 RESULT = "evaluation.json"
@@ -99,21 +105,37 @@ def evaluate(
     Raises:
         CorpusError: there is no held-out text.
         StudentError: a student cannot be loaded or has another vocabulary.
+        PlanMismatch: the corpus or the cache of this run is of another teacher.
+        ConfigError: an engine argument of [teacher] that transformers cannot apply.
     """
     from stillroom.pipeline.corpus.preparing import Corpus
 
     settings = run.evaluate or Evaluate()
-    examples = list(Corpus.open(run.path("corpus")).split("heldout"))
+    corpus = Corpus.open(run.path("corpus"))
+    examples = list(corpus.split("heldout"))
     chosen = examples[: settings.examples or None]
     if not chosen:
         raise CorpusError("there is no held-out text", where="[prepare] heldout")
     teacher: Teacher = require(run.teacher, "teacher", run.name)
+    check_tokenizer(corpus, teacher)
+    _check_cache(run, teacher)
     start = time.perf_counter()
     found = measure(
         teacher, students_of(run), chosen, settings.precision, on_progress, settings.attention
     )
     _write(run, found, chosen, time.perf_counter() - start)
     return found
+
+
+def _check_cache(run: Run, teacher: Teacher) -> None:
+    """Refuse a teacher that is not the one which this run's own cache is of, if there is one."""
+    path = run.path("cache", layout.PLAN)
+    if not path.is_file():
+        return
+    kept = Plan.from_bytes(path.read_bytes(), str(path)).facts["teacher"]
+    remedy = "Name the teacher that made the cache under [teacher], as it was then."
+    # It is run by transformers in float32 here, however it was run there.
+    check_same_teacher(teacher_facts(teacher), kept, "[teacher]", remedy, as_run=False)
 
 
 def students_of(run: Run) -> dict[str, str]:
@@ -173,6 +195,7 @@ def measure(
 
 
 def _load(teacher: Teacher, students: Mapping[str, str], attention: Attention) -> dict[str, Any]:
+    check_applicable(teacher)
     chosen: dict[str, Any] = {"dtype": "float32"}
     if attention != "auto":
         chosen["attention"] = attention
@@ -228,7 +251,7 @@ def _tokens_of(teacher: Teacher, models: Mapping[str, Any]) -> torch.Tensor:
     """bool [widest head]: which ids are tokens of the teacher's tokenizer."""
     width = max(_head_rows(model) for model in models.values())
     tokens = torch.zeros(width, dtype=torch.bool)
-    known = vocabulary(teacher.model, teacher.trust_remote_code)
+    known = vocabulary(str(model_directory(teacher)), teacher.trust_remote_code)
     tokens[[number for number in known.values() if number < width]] = True
     return tokens
 

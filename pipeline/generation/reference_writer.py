@@ -31,6 +31,10 @@ class ReferenceGenerator:
         self._models = [(part, _Reader(m, writers.pictures)) for part, m in writers.models()]
         self._vocab_size = min(reader.vocab_size for _, reader in self._models)
 
+    def served(self) -> list[Any]:
+        """See `Generator.served`."""
+        return []
+
     def close(self) -> None:
         """Forget the models."""
         self._models = []

@@ -41,7 +41,17 @@ class VllmMixture:
         models = writers.models()
         _check(writers, [model for _, model in models])
         self._writers = writers
-        self._models = [_Model(share, model, writers) for share, model in models]
+        self._models: list[_Model] = []
+        try:
+            for share, model in models:
+                self._models.append(_Model(share, model, writers))
+        except BaseException:  # one of two would be left running
+            self.close()
+            raise
+
+    def served(self) -> list[ServedWriter]:
+        """See `Generator.served`."""
+        return [model.served for model in self._models]
 
     def close(self) -> None:
         """End both engines."""
@@ -136,22 +146,22 @@ class _Model:
         needed = self._requests.engine_arguments()
         if torch.cuda.is_available() and "gpu_memory_utilization" not in model.engine_args:
             needed["gpu_memory_utilization"] = MEMORY / 2  # two engines, one device
-        self._served = ServedWriter(model, writers, needed)
+        self.served = ServedWriter(model, writers, needed)
         self._waiting: dict[str, Callable[[Any], None]] = {}
 
     def close(self) -> None:
         """End vLLM and its workers."""
-        self._served.close()
+        self.served.close()
 
     def step(self) -> None:
         """One scheduler step, if anything was asked; tells those whose answer is finished."""
         if self._waiting:
-            for output in self._served.step():
+            for output in self.served.step():
                 self._waiting.pop(output.request_id)(output)
 
     def write(self, text: Example, length: int, seed: int, tell: Callable[[Any], None]) -> None:
         """Draw at most `length` tokens after a text; `tell` gets vLLM's output."""
-        self._ask(text, self._served.sampling(length, seed), tell)
+        self._ask(text, self.served.sampling(length, seed), tell)
 
     def read(self, text: Example, tell: Callable[[np.ndarray], None]) -> None:
         """`tell` gets float64 [n], log probability of each token under the text's loss mask."""
@@ -164,7 +174,7 @@ class _Model:
         return (said["token_logprob"] + one) / self._temperature - own  # z / T - lse_T
 
     def _ask(self, text: Example, sampling: Any, tell: Callable[[Any], None]) -> None:
-        self._waiting[self._served.ask(text, sampling)] = tell
+        self._waiting[self.served.ask(text, sampling)] = tell
 
 
 def _check(writers: Writers, models: list[Teacher]) -> None:

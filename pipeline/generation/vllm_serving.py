@@ -31,7 +31,7 @@ class ServedWriter:
     """
 
     def __init__(self, model: Teacher, writers: Writers, needed: dict[str, Any]):
-        self._writers = writers
+        self.model, self._writers = model, writers
         self._llm: Any = start_vllm(model, _arguments(model, writers, needed))
         self._num_asked = 0
 
@@ -48,6 +48,13 @@ class ServedWriter:
     def step(self) -> list[Any]:
         """One scheduler step; the outputs that it finished."""
         return [output for output in step(self._llm) if output.finished]
+
+    def answer_alone(self, text: Example, sampling: Any) -> Any:
+        """vLLM's output for one text while nothing else is asked."""
+        self.ask(text, sampling)
+        while not (finished := self.step()):
+            pass
+        return finished[0]
 
     def sampling(self, max_tokens: int, seed: int, **more: Any) -> Any:
         """`SamplingParams` of at most `max_tokens` tokens at the writers' temperature."""
@@ -71,12 +78,25 @@ class ServedWriter:
             self._llm = None
 
 
+def _keeps_states(arguments: dict[str, Any]) -> bool:
+    """Whether vLLM's model remembers in another way than by keys and values alone."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    try:
+        made = EngineArgs(**arguments).create_model_config()
+    except Exception:  # whatever vLLM will say again, and be told of, when it starts
+        return False
+    return made.is_hybrid or made.is_attention_free
+
+
 def _arguments(model: Teacher, writers: Writers, needed: dict[str, Any]) -> dict[str, Any]:
     """Arguments of an engine that writes."""
     arguments = vllm_arguments(model, model_shape(model).context, writers.max_tokens, 1.0)
     if not torch.cuda.is_available():
         # A seeded request whose prompt is read in pieces needs what CPU generators do not have.
         arguments.setdefault("enable_chunked_prefill", False)
+        if not arguments["enable_chunked_prefill"] and _keeps_states(arguments):
+            arguments.setdefault("enable_prefix_caching", False)  # of states: by pieces only
     needed = LOADING | needed
     if writers.pictures is not None:
         check_served(model)

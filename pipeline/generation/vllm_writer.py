@@ -26,6 +26,10 @@ class VllmGenerator:
         self._served = ServedWriter(model, writers, {"logprobs_mode": "processed_logprobs"})
         self._finished: dict[str, Any] = {}
 
+    def served(self) -> list[ServedWriter]:
+        """See `Generator.served`."""
+        return [self._served]
+
     def close(self) -> None:
         """End vLLM and its workers."""
         self._served.close()

@@ -48,8 +48,22 @@ class Generator(Protocol):
         """`Generate.n` answers for each prompt, in the order given."""
         ...
 
+    def served(self) -> "list[Served]":
+        """Its engines that are not their models' definition."""
+        ...
+
     def close(self) -> None:
         """Give back memory and processes."""
+        ...
+
+
+class Served(Protocol):
+    """An engine that writes, as it is asked what it thinks of a text."""
+
+    model: Teacher
+
+    def answer_alone(self, text: Example, sampling: Any) -> Any:
+        """vLLM's output for one text while nothing else is asked."""
         ...
 
 

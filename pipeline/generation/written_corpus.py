@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stillroom.cache_schemas.differing import differences
 from stillroom.cache_schemas.errors import ConfigError, PlanMismatch
 from stillroom.pipeline.capture.plan import engine_facts
 from stillroom.pipeline.config import Generate, Prepare, Run, Teacher, require
@@ -38,6 +39,7 @@ from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prompts import PromptReader
 from stillroom.pipeline.corpus.splits import canonical_json, deal
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer, tokenizer_facts
+from stillroom.pipeline.generation.definition import check_writers
 from stillroom.pipeline.generation.opening import open_generator
 from stillroom.pipeline.generation.parts import Parts, answered
 from stillroom.pipeline.generation.writers import Generator, Writers
@@ -48,6 +50,9 @@ from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.protocol import EngineName
 
 Open = Callable[[], Generator]
+DEFINITION = "definition.json"
+SHOWN = 5
+"""Differences in one message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ def generate(
     """
     job = _Job.open(run, engine)
     target = run.path("corpus")
-    if (made := _made_before(target, job.digest)) is not None:
+    if (made := _made_before(target, job)) is not None:
         return made
     work = run.path(f"generated-{job.digest[:16]}")
     prompts = job.prompts(work)
@@ -109,6 +114,7 @@ class _Job:
 
     Attributes:
         identity: those facts as JSON.
+        check: whether whoever writes is held against its definition; see `[capture] check`.
         digest: names them.
     """
 
@@ -117,6 +123,7 @@ class _Job:
     teacher: Teacher
     tokenizer: CorpusTokenizer
     identity: dict[str, Any]
+    check: str
 
     @classmethod
     def open(cls, run: Run, engine: EngineName) -> "_Job":
@@ -137,11 +144,12 @@ class _Job:
                 "settings": settings.model_dump(mode="json", exclude={"student"}),
                 "engine": engine_facts(engine),
                 "stop_ids": list(tokenizer.stop_ids),
-                "teacher": teacher_facts(teacher),
+                "teacher": teacher_facts(teacher, engine),
                 "student": _student_facts(settings, tokenizer),
             },
         }
-        return cls(prepare, settings, teacher, tokenizer, made)
+        check = run.capture.check if run.capture else "auto"
+        return cls(prepare, settings, teacher, tokenizer, made, check)
 
     @property
     def digest(self) -> str:
@@ -169,7 +177,10 @@ class _Job:
             pictures = Pictures(read, self.prepare.processor_args)
         stop_ids = self.tokenizer.stop_ids
         writers = Writers(self.teacher, self.settings, stop_ids, self.prepare.window, pictures)
-        return open_generator(engine, writers)
+        generator = open_generator(engine, writers)
+        noted = work / DEFINITION
+        check_writers(generator, self.prompts(work), pictures, self.check, noted)
+        return generator
 
 
 def _answer(parts: Parts, missing: list[int], start: Open, tell) -> None:
@@ -213,16 +224,18 @@ def _assemble(job: _Job, work: Path, parts: Parts, target: Path) -> None:
         meaning = job.identity | {name: read[name] for name in read if name != "dropped"}
         dealt = deal(made / "all.arrow", documents, job.prepare.heldout, job.prepare.seed, meaning)
         generated = job.identity["generated"] | {"identity": job.digest, "answers": dict(endings)}
+        if (noted := work / DEFINITION).is_file():
+            generated |= {"definition": json.loads(noted.read_bytes())}
         facts = job.identity | read | dealt | {"generated": generated}
         write_facts(made, facts | {"chat_template": job.tokenizer.template})
         try:
             replace_directory(made, target)
         except OSError:
-            if _made_before(target, job.digest) is None:  # else another worker was faster
+            if _made_before(target, job) is None:  # else another worker was faster
                 raise
 
 
-def _made_before(target: Path, digest: str) -> Corpus | None:
+def _made_before(target: Path, job: _Job) -> Corpus | None:
     """The corpus in place if it is this generation's; None where there is none, or a prepared one.
 
     Raises:
@@ -232,10 +245,13 @@ def _made_before(target: Path, digest: str) -> Corpus | None:
         return None
     corpus = Corpus.open(target)
     found = corpus.facts.get("generated", {}).get("identity", "")
-    if found and found != digest:
+    if found and found != job.digest:
+        kept = {key: corpus.facts[key] for key in job.identity if key in corpus.facts}
+        drawn = job.identity["generated"].keys()
+        kept["generated"] = {k: v for k, v in kept["generated"].items() if k in drawn}
+        different = "; ".join(differences(job.identity, kept)[:SHOWN])
         raise PlanMismatch(
-            f"answers of other prompts, models or settings are here ({found[:12]})",
-            expected=f"those of this run ({digest[:12]})",
+            f"answers of another generation are here: {different}",
             where=str(target),
             remedy="Give the run another directory, or delete this corpus.",
         )

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from stillroom.cache_schemas.errors import StudentError
+from stillroom.cache_schemas.errors import StudentError, first_line
 from stillroom.pipeline.teacher.checkpoint import load_whole, unloadable
+from stillroom.pipeline.teacher.identity import refuse_pickles
 
 ADAPTER = "adapter_config.json"
 """File by which PEFT and transformers know an adapter."""
@@ -67,19 +68,11 @@ def load(
         raise StudentError(error.found, where=error.where, remedy=remedy) from None
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise StudentError(
-            f"cannot be loaded ({reason(error)})",
+            f"cannot be loaded ({first_line(error)})",
             expected="an HF causal language model",
             where=str(directory),
             remedy="" if attention == "auto" else "Set [train] attention = 'auto'.",
         ) from None
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error that says something, or its name."""
-    if "ignore_mismatched_sizes" in str(error):
-        return "its weights have other shapes than its config says"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _plain(
@@ -107,5 +100,6 @@ def _with_adapter(directory: Path, attention: str, dtype) -> Any:
 
     from stillroom.pipeline.student.lora import merged
 
+    refuse_pickles(directory, StudentError)
     plain = _plain(plain_model(directory), attention, dtype)
     return merged(PeftModel.from_pretrained(plain, str(directory)))

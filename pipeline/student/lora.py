@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from stillroom.cache_schemas.errors import ConfigError
+from stillroom.cache_schemas.errors import ConfigError, first_line
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.config.training import Lora
 
@@ -59,7 +59,7 @@ def adapt(model: Any, lora: Lora) -> PeftModel:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(
-            f"PEFT refuses: {str(error).splitlines()[0]}",
+            f"PEFT refuses: {first_line(error)}",
             where="[train.lora]",
             remedy="Name other targets.",
         ) from None

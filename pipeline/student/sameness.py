@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stillroom.cache_schemas.errors import StudentError
-from stillroom.pipeline.student.loading import load, reason
+from stillroom.cache_schemas.errors import StudentError, first_line
+from stillroom.pipeline.student.loading import load
 from stillroom.pipeline.student.states import blocks_of
 
 TOLERANCE = 1e-4
@@ -79,7 +79,7 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
     except Exception as error:  # whatever another library's forward pass raises
         raise StudentError(
-            f"{type(model).__name__} cannot run here ({type(error).__name__}: {reason(error)})",
+            f"{type(model).__name__} cannot run here ({type(error).__name__}: {first_line(error)})",
             expected="a decoder that gives logits for ids alone",
             where="[student]",
         ) from None

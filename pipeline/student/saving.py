@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from stillroom.cache_schemas.errors import StudentError
+from stillroom.cache_schemas.errors import StudentError, first_line
 from stillroom.pipeline.student.llava import TASK_TOKENS
 from stillroom.pipeline.student.llava_parts import name_for_vllm
-from stillroom.pipeline.student.loading import reason
 from stillroom.pipeline.student.tokenizer_files import keep_tokenizer
 
 RECEIPT = "student.json"
@@ -69,7 +68,7 @@ def _write_model(model: Any, staging: Path) -> None:
     except (StrictDataclassError, ValueError, TypeError, RuntimeError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise StudentError(
-            f"transformers does not write this model ({reason(error.__cause__ or error)})",
+            f"transformers does not write this model ({first_line(error.__cause__ or error)})",
             where=str(staging.parent),
         ) from None
 

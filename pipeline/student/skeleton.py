@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stillroom.cache_schemas.errors import StudentError
+from stillroom.cache_schemas.errors import StudentError, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.training import Student
 from stillroom.pipeline.student.loading import plain_model
@@ -77,7 +77,7 @@ def _config(source: str) -> Any:
 
 def _not_a_student(source: str, error: Exception) -> StudentError:
     return StudentError(
-        f"no student can be made of it ({str(error).strip().splitlines()[0]})",
+        f"no student can be made of it ({first_line(error)})",
         expected="a directory with the config.json of a causal language model",
         where=source,
         remedy="Check [student] model.",

@@ -1,11 +1,12 @@
 """The teacher's LM head, kept once beside the student for objectives that rebuild its logits.
 
 One idea: the head's matrix, bias, factor and soft cap, as they were measured on the teacher, in one
-safetensors file with the hash of the weights they came from; after it is there the teacher's files
-may go. Before it is used, it is held against the cache: states and log-probabilities of one record
-must belong together.
+safetensors file with the identity of that teacher; after it is there the teacher's files may go.
+Before it is used, it is held against the cache: states and log-probabilities of one record must
+belong together.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from stillroom.cache_schemas.errors import PlanMismatch, StudentError
+from stillroom.cache_schemas.errors import StudentError
 from stillroom.cache_schemas.manifest import Plan
 from stillroom.cache_schemas.signals import hidden_name
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.record import TeacherRecord
 from stillroom.pipeline.teacher.facts import teacher_facts
-from stillroom.pipeline.teacher.identity import weights_named
 from stillroom.pipeline.teacher.reference.engine import load_merged
 from stillroom.pipeline.teacher.reference.head import Head, head_of
+from stillroom.pipeline.teacher.sameness import check_same_teacher
 
 FILE = "teacher-head.safetensors"
 FINAL = hidden_name("final")
+TEACHER = "teacher"
+"""Key of the file's metadata: the facts of the teacher as JSON."""
 STATE_ERROR = {"bf16": 2**-8, "fp16": 2**-8, "int8": 2**-5, "fp8": 2**-3}
 """Error of a stored state's number, as a share of the row's root mean square; codec `step` has its
 own. The states of a bfloat16 teacher have no more than 8 bits before they are stored."""
@@ -50,30 +53,27 @@ def keep_teacher_head(teacher: Teacher | None, facts: Mapping[str, Any], path: P
         if teacher is None:
             raise StudentError(
                 "the teacher's head is not there"
-                + " whole (it was kept without its factor)" * path.exists()
+                + " whole (an earlier release kept it)" * path.exists()
                 + " and there is no [teacher] to take it from",
                 where=str(path),
                 remedy="Name the cache's teacher under [teacher].",
             )
         _write(teacher, path)
     with safe_open(path, "pt") as file:
-        found = file.metadata()["weights_sha256"]
-    if found != (wanted := weights_named(facts)):
-        raise PlanMismatch(
-            f"is the head of teacher {found[:12]}",
-            expected=f"that of the cache's teacher, {wanted[:12]}",
-            where=str(path),
-            remedy="Delete it, and name the cache's own teacher under [teacher].",
-        )
+        found = json.loads(file.metadata()[TEACHER])
+    remedy = "Delete it, and name the cache's own teacher under [teacher]."
+    # What an old cache does not record of its teacher is measured by `check_head`.
+    check_same_teacher(found, facts, str(path), remedy, as_run=False)
     return path
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether it is there, and says what happens to its product (earlier releases did not)."""
+    """Whether it is there, and says what happens to its product and whose it is (earlier releases
+    did not)."""
     if not path.exists():
         return False
     with safe_open(path, "pt") as file:
-        return "scale" in file.metadata()
+        return {"scale", TEACHER} <= file.metadata().keys()
 
 
 def read_teacher_head(path: Path) -> Head:
@@ -132,8 +132,7 @@ def check_head(head: Head, record: TeacherRecord, plan: Plan, where: str) -> Non
 def _write(teacher: Teacher, path: Path) -> None:
     head = head_of(load_merged(teacher.model_copy(update={"dtype": "float32"})))
     tensors = {"head": head.weight} | ({} if head.bias is None else {"bias": head.bias})
-    sha256 = weights_named(teacher_facts(teacher))
-    metadata = {"weights_sha256": sha256, "scale": repr(head.scale)}
+    metadata = {TEACHER: json.dumps(teacher_facts(teacher)), "scale": repr(head.scale)}
     if head.softcap is not None:
         metadata["softcap"] = repr(head.softcap)
     path.parent.mkdir(parents=True, exist_ok=True)

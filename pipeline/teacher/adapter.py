@@ -9,11 +9,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.errors import TeacherError, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.identity import (
     SILENT_ADAPTER_KEYS,
     canonical_config,
+    refuse_pickles,
     weights_sha256,
 )
 
@@ -25,7 +26,7 @@ def adapter_directory(teacher: Teacher) -> Path:
     """Where the adapter of a teacher lies.
 
     Raises:
-        TeacherError: no PEFT adapter is there.
+        TeacherError: no PEFT adapter is there, or one that would have to be unpickled.
     """
     directory = Path(teacher.adapter)
     if not (directory / CONFIG).is_file():
@@ -35,6 +36,7 @@ def adapter_directory(teacher: Teacher) -> Path:
             where=f"{WHERE} {directory}",
             remedy="Check [teacher] adapter.",
         )
+    refuse_pickles(directory)
     return directory
 
 
@@ -58,7 +60,7 @@ def tensor_names(directory: Path) -> set[str]:
     try:
         return set(load_peft_weights(str(directory), device="cpu"))
     except Exception as error:  # whatever PEFT raises at a foreign or damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise _unfit(directory, f"its tensors cannot be read ({reason})") from None
 
 
@@ -116,7 +118,7 @@ def _applied(model: Any, teacher: Teacher) -> Any:
         with warnings.catch_warnings(action="ignore"):  # names are checked below, all of them
             made = PeftModel.from_pretrained(model, directory)
     except Exception as error:  # whatever PEFT raises at a foreign file
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise _unfit(directory, f"PEFT cannot apply it ({reason})") from None
     if made.active_peft_config.is_prompt_learning:
         kind = made.active_peft_config.peft_type

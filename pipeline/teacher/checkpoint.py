@@ -1,8 +1,9 @@
 """Loading by transformers that fills nothing in: a weight that the checkpoint lacks is an error.
 
-One idea: transformers itself says what it loaded, so tied heads and renamed weights are no false
-alarms. What the checkpoint has beyond the model is named once. The same report is made without
-reading a weight (on torch's meta device), so that a model which vLLM will load is looked at first.
+One idea: weights come from safetensors alone, and transformers itself says what it loaded, so tied
+heads and renamed weights are no false alarms. What the checkpoint has beyond the model is named
+once. The same report is made without reading a weight (on torch's meta device), so that a model
+which vLLM will load is looked at first.
 """
 
 import warnings
@@ -10,8 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import StillroomError, TeacherError
-from stillroom.pipeline.teacher.quantised import cannot_run, method_of
+from stillroom.cache_schemas.errors import StillroomError, TeacherError, first_line
+from stillroom.pipeline.teacher.identity import refuse_pickles
+from stillroom.pipeline.teacher.quantised import cannot_run, check_stored, method_of
 
 
 def load_whole(
@@ -34,7 +36,9 @@ def load_whole(
     Raises:
         StillroomError: of the kind `error`: it cannot be loaded, or weights are missing.
     """
-    options["trust_remote_code"] = trusts_code
+    refuse_pickles(Path(directory), error)
+    check_stored(Path(directory), error)
+    options |= {"trust_remote_code": trusts_code, "use_safetensors": True}
     try:
         model, found = load_with_report(loader, directory, **options)
     except Exception as reason:  # whatever a broken directory makes the libraries raise
@@ -84,18 +88,16 @@ def unloadable(
     """What to raise for a directory that a library does not load."""
     if method := method_of(directory):
         return cannot_run(directory, method, "transformers", first_line(reason), error)
-    if "trust_remote_code" in str(reason):
+    if "ignore_mismatched_sizes" in str(reason):
+        found = "cannot be loaded (its weights have other shapes than its config says)"
+        remedy = "Check that weights and config.json belong together."
+    elif "trust_remote_code" in str(reason):
         found = "needs Python code of its own directory, and nothing there is run"
         remedy = "Read that code; if you trust it, set [teacher] trust_remote_code = true."
     else:
         found = f"cannot be loaded ({first_line(reason)})"
         remedy = "Check that weights and config.json belong together."
     return error(found, where=str(directory), remedy=remedy)
-
-
-def first_line(reason: Exception) -> str:
-    """The first line of an exception, shortened."""
-    return (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
 
 
 def _name_unexpected(names: Iterable[str], directory: str | Path, model: str) -> None:

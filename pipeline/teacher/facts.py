@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.errors import TeacherError, first_line
 from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.adapter import CONFIG as ADAPTER_CONFIG
@@ -18,6 +18,8 @@ from stillroom.pipeline.teacher.adapter import adapter_facts
 from stillroom.pipeline.teacher.arguments import meaningful
 from stillroom.pipeline.teacher.identity import directory_facts, stored_dtype
 from stillroom.pipeline.teacher.overrides import overridden
+
+DTYPES = frozenset({"float64", "float32", "bfloat16", "float16"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,12 @@ class ModelShape:
     context: int
 
 
-def teacher_facts(teacher: Teacher) -> dict[str, Any]:
+def teacher_facts(teacher: Teacher, engine: str = "") -> dict[str, Any]:
     """Identity of a teacher as nested JSON, for a plan.
+
+    Args:
+        teacher: which.
+        engine: what runs it; transformers' attention belongs to the identity where it matters.
 
     Raises:
         TeacherError: no such directory or hub id, no weights or config in it, no such adapter.
@@ -57,6 +63,8 @@ def teacher_facts(teacher: Teacher) -> dict[str, Any]:
         "engine_args": scrubbed(meaningful(teacher.engine_args)),
         **directory_facts(model_directory(teacher), teacher.trust_remote_code),
     }
+    if engine == "reference" and teacher.attention != "auto":
+        facts["attention"] = teacher.attention
     return facts | ({"adapter": adapter_facts(teacher)} if teacher.adapter else {})
 
 
@@ -148,7 +156,7 @@ def model_config(teacher: Teacher) -> Any:
     except Exception as error:  # whatever a broken or foreign config makes the library raise
         if "trust_remote_code" in str(error) and not trusted:
             raise _not_trusted(directory) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise TeacherError(
             f"config.json cannot be understood ({reason})",
             where=str(directory),
@@ -167,9 +175,21 @@ def _not_trusted(directory: Path) -> TeacherError:
 
 def dtype_of(teacher: Teacher) -> str:
     """The dtype that a teacher runs in, whichever engine runs it: as [teacher] says; for "auto" as
-    the config says, else as most of the weights are."""
+    the config says, else as most of the weights are.
+
+    Raises:
+        TeacherError: the config says one that no model runs in.
+    """
     if teacher.dtype != "auto":
         return teacher.dtype
     config = model_config(teacher)
     stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return str(stated or stored_dtype(model_directory(teacher))).removeprefix("torch.")
+    found = str(stated or stored_dtype(model_directory(teacher))).removeprefix("torch.")
+    if found not in DTYPES:
+        raise TeacherError(
+            f"says dtype = {found[:80]}",
+            expected=", ".join(sorted(DTYPES)),
+            where=f"{model_directory(teacher)}/config.json",
+            remedy='Name the dtype to run it in as [teacher] dtype, such as "bfloat16".',
+        )
+    return found

@@ -9,15 +9,17 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.errors import StillroomError, TeacherError
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+"""Files that are read by unpickling them, which can run code; no weights are taken from one."""
 FURTHER_FILES = ("*quant*.json", "params.json")
 """Beside config.json, what vLLM reads of a directory: how weights are quantised, and Mistral's own
 form of a config."""
@@ -108,8 +110,27 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(p for pattern in WEIGHT_PATTERNS for p in directory.glob(pattern))
 
 
+def refuse_pickles(directory: Path, error: type[StillroomError] = TeacherError) -> None:
+    """Raise `error` for a directory whose weights are there as pickles alone."""
+    if any(directory.glob("*.safetensors")):
+        return
+    if found := sorted(path.name for pattern in PICKLES for path in directory.glob(pattern)):
+        raise error(
+            f"holds its weights as a pickle ({found[0]}), and nothing is unpickled",
+            expected="*.safetensors",
+            where=str(directory),
+            remedy="Load it with a library that you trust it to, and save it again with "
+            "save_pretrained, which writes safetensors.",
+        )
+
+
 def weights_sha256(directory: Path) -> str:
-    """sha256 over the name and sha256 of every weight file, in name order."""
+    """sha256 over the name and sha256 of every weight file, in name order.
+
+    Raises:
+        TeacherError: there are none, or pickles alone.
+    """
+    refuse_pickles(directory)
     files = weight_files(directory)
     if not files:
         raise TeacherError(
@@ -118,13 +139,6 @@ def weights_sha256(directory: Path) -> str:
             remedy="Download or convert the model's weights.",
         )
     return _combined(files)
-
-
-def weights_named(facts: Mapping[str, Any]) -> str:
-    """One name for the weights of a teacher's facts: of the model, and of its adapter over them."""
-    adapter = facts.get("adapter")
-    own = facts["weights_sha256"]
-    return f"{own}+{adapter['weights_sha256']}" if adapter else own
 
 
 def stored_dtype(directory: Path) -> str:
@@ -139,14 +153,27 @@ def stored_dtype(directory: Path) -> str:
     return sizes.most_common(1)[0][0]
 
 
+def stored_dtypes(directory: Path) -> Iterator[tuple[str, str]]:
+    """Name and dtype (as safetensors calls it) of every tensor in a directory's safetensors."""
+    for path in sorted(directory.glob("*.safetensors")):
+        for name, entry in _header(path).items():
+            if "dtype" in entry:
+                yield name, entry["dtype"]
+
+
 def _header(path: Path) -> dict[str, Any]:
     """Names, dtypes and places of the tensors in a safetensors file."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(min(length, MAX_HEADER)))
-    except (OSError, ValueError) as error:
-        raise TeacherError(f"is not safetensors ({error})", where=str(path)) from None
+            found = json.loads(file.read(min(length, MAX_HEADER)))
+        return {name: entry for name, entry in found.items() if isinstance(entry, dict)}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise TeacherError(
+            f"is not safetensors ({error})",
+            where=str(path),
+            remedy="Get the file again; where git wrote it, `git lfs pull` brings its content.",
+        ) from None
 
 
 def _combined(files: list[Path]) -> str:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import ConfigError
+from stillroom.cache_schemas.errors import ConfigError, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.arguments import meaningful
 
@@ -29,6 +29,7 @@ OF_VLLM_ALONE = frozenset(
     )
 )
 """How vLLM comes to its answers: another choice may change them, but not what the model means."""
+OVERRIDES = "hf_overrides"
 WHERE = "[teacher.engine_args]"
 
 
@@ -38,7 +39,7 @@ def check_applicable(teacher: Teacher) -> None:
     Raises:
         ConfigError: names the arguments.
     """
-    beyond = sorted(meaningful(teacher.engine_args).keys() - OF_VLLM_ALONE - {"hf_overrides"})
+    beyond = sorted(meaningful(teacher.engine_args).keys() - OF_VLLM_ALONE - {OVERRIDES})
     if teacher.quantization:
         beyond.append("quantization")
     if beyond:
@@ -46,7 +47,7 @@ def check_applicable(teacher: Teacher) -> None:
             f"the reference engine cannot apply {', '.join(beyond)}",
             expected="engine arguments that leave the answers alone, or hf_overrides",
             where=WHERE,
-            remedy="Leave them out for this command, or use `--engine vllm`.",
+            remedy="Leave them out for this command, or use `--engine vllm` where there is one.",
         )
 
 
@@ -61,7 +62,7 @@ def overridden(config: Any, directory: Path, teacher: Teacher) -> Any:
     Raises:
         ConfigError: an override says nothing to transformers, or is none that it takes.
     """
-    overrides = teacher.engine_args.get("hf_overrides") or {}
+    overrides = teacher.engine_args.get(OVERRIDES) or {}
     if not overrides:
         return config
     if not isinstance(overrides, dict):
@@ -91,7 +92,7 @@ def _with(config: Any, directory: Path, overrides: dict) -> Any:
     try:
         return type(config).from_dict(_merged(written, overrides))
     except Exception as error:  # whatever a class raises at values that it does not take
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigError(
             f"{type(config).__name__} does not take these ({reason})",
             where=f"{WHERE} hf_overrides",

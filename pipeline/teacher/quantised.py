@@ -10,12 +10,19 @@ from typing import Any
 
 import torch
 
-from stillroom.cache_schemas.errors import StillroomError, TeacherError
+from stillroom.cache_schemas.errors import StillroomError, TeacherError, first_line
+from stillroom.pipeline.teacher.identity import stored_dtypes
 
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Of safetensors: what plain weights are stored as."""
 REMEDY = (
     "Use a machine and packages that run it, the other engine, or the same model in bfloat16 "
     "(another teacher: its answers differ)."
 )
+
+
+KEYS = ("quantization_config", "compression_config")
+"""Where a config says how its weights are quantised; the second is what vLLM reads too."""
 
 
 def method_of(directory: str | Path) -> str:
@@ -30,9 +37,12 @@ def _written(directory: str | Path) -> dict[str, Any]:
         config = json.loads(Path(directory, "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    if not isinstance(config, dict):
+        return {}
     for part in (config, *config.values()):
-        if isinstance(part, dict) and (found := part.get("quantization_config")):
-            return found
+        for key in KEYS if isinstance(part, dict) else ():
+            if isinstance(found := part.get(key), dict) and found:
+                return found
     return {}
 
 
@@ -44,6 +54,25 @@ def cannot_run(
     return error(found, where=str(directory), remedy=REMEDY)
 
 
+def check_stored(directory: Path, error: type[StillroomError]) -> None:
+    """Refuse matrices of whole or 8-bit numbers whose config says nothing of quantisation: they
+    would be read as plain numbers, without their scales.
+
+    Raises:
+        StillroomError: of the kind `error`, as described.
+    """
+    if method_of(directory):
+        return
+    for name, dtype in stored_dtypes(directory):
+        if dtype not in FLOATS and name.endswith("weight"):
+            raise error(
+                f"{name} is stored as {dtype}, and config.json says nothing of quantisation",
+                expected=f"{', '.join(sorted(FLOATS))}, or a quantization_config",
+                where=str(directory),
+                remedy="Get config.json again from where the weights are from.",
+            )
+
+
 def check_as_written(model: Any, directory: Path) -> None:
     """Refuse a model that transformers made otherwise than its config says, for want of a device or
     of knowledge: it would answer as another model than on a machine that has them.
@@ -51,12 +80,17 @@ def check_as_written(model: Any, directory: Path) -> None:
     Raises:
         TeacherError: as described.
     """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
     written, method = _written(directory), method_of(directory)
     made = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    if written and made is None:
+    plain = made is None or getattr(made, "dequantize", False)
+    if not written or not plain:
+        return
+    if made is None and method not in KNOWN:
         reason = "it does not know this method, and takes the weights for plain ones"
         raise cannot_run(directory, method, "transformers", reason, TeacherError)
-    if getattr(made, "dequantize", False) and not written.get("dequantize"):
+    if not written.get("dequantize"):
         reason = (
             "it would turn the weights back into plain ones; if that is wanted, write "
             '"dequantize": true into quantization_config in config.json'
@@ -76,5 +110,5 @@ def try_forward(model: Any, directory: Path) -> None:
     try:
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
     except Exception as error:  # whatever a kernel that is not there makes the libraries raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise cannot_run(directory, method, "transformers", reason, TeacherError) from None

@@ -15,9 +15,7 @@ from stillroom.pipeline.config.training import HeldOutCaches, Train
 from stillroom.pipeline.objectives.combine import terms_of
 from stillroom.pipeline.objectives.registry import CacheFacts
 from stillroom.pipeline.objectives.weighting import Term
-
-SAME_TEACHER = ("weights_sha256", "vocab_size", "hidden_size", "dtype", "quantization")
-"""Facts of a teacher that change what it says."""
+from stillroom.pipeline.teacher.sameness import check_same_teacher
 
 
 @dataclass
@@ -116,14 +114,15 @@ def _check_there(term: Term, facts: Mapping[str, CacheFacts], where: str) -> Non
 
 
 def _check_teacher(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
-    for key in SAME_TEACHER:
-        if found.get(key) != wanted.get(key):
-            raise PlanMismatch(
-                f"is of a teacher with {key} = {found.get(key)!r}",
-                expected=f"{wanted.get(key)!r} as in the training cache",
-                where=where,
-                remedy="Capture the held-out split with the teacher of the training cache.",
-            )
+    remedy = "Capture the held-out split with the teacher of the training cache."
+    unrecorded = check_same_teacher(found, wanted, where, remedy)
+    if unrecorded:
+        raise PlanMismatch(
+            f"{' and '.join(unrecorded)} of the teacher are recorded in one of the two caches only",
+            expected="both by releases that record the same of a teacher",
+            where=where,
+            remedy="Capture both splits with this release.",
+        )
 
 
 def _check_same(trained: Term, judged: Term, where: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stillroom.cache_schemas.errors import CacheError, PlanMismatch
+from stillroom.cache_schemas.errors import CacheError
 from stillroom.stages.arguments import Engine, EngineChoice
 from stillroom.stages.cache.arguments import Cache, location
 from stillroom.stages.console import say, table
@@ -53,7 +53,7 @@ def audit(
     from stillroom.pipeline import config
     from stillroom.pipeline.cache.care.audit import audit
     from stillroom.pipeline.cache.reader import TeacherCache
-    from stillroom.pipeline.capture.plan import pictures_of
+    from stillroom.pipeline.capture.plan import check_processor, pictures_of
     from stillroom.pipeline.corpus.preparing import Corpus
     from stillroom.pipeline.teacher.facts import teacher_facts
     from stillroom.pipeline.teacher.opening import open_engine
@@ -62,10 +62,14 @@ def audit(
     run = config.load(run_file)
     teacher = config.require(run.teacher, "teacher", str(run_file))
     opened = TeacherCache.open(location(cache))
-    _check_teacher(opened.plan.facts["teacher"], teacher_facts(teacher), str(run_file))
+    _check_teacher(opened.plan.facts, teacher_facts(teacher, engine.value), engine.value, run_file)
     capture = _capture_table(opened.plan.facts["capture"])
     images = opened.plan.facts["images"]
-    pictures = pictures_of(Corpus.open(run.path("corpus"))) if images else None
+    pictures = None
+    if images:
+        corpus = Corpus.open(run.path("corpus"))
+        check_processor(corpus, teacher)
+        pictures = pictures_of(corpus)
     running = open_engine(engine.value, teacher, capture, pictures=pictures)
     precision = other_precision(opened.plan.facts, engine.value, teacher)
 
@@ -124,14 +128,20 @@ def _row(name: str, values) -> list[str]:
     ]
 
 
-def _check_teacher(expected: dict, found: dict, where: str) -> None:
-    if found["weights_sha256"] != expected.get("weights_sha256"):
-        raise PlanMismatch(
-            f"the teacher's weights are {found['weights_sha256'][:12]}",
-            expected=f"{str(expected.get('weights_sha256'))[:12]}, those of the cache",
-            where=where,
-            remedy="Name the teacher that made the cache under [teacher].",
-        )
+def _check_teacher(plan: dict, found: dict, engine: str, where: Path) -> None:
+    """Refuse another teacher; how the same one is run is measured where engine or dtype differ."""
+    from stillroom.pipeline.teacher.sameness import check_same_teacher
+
+    unrecorded = check_same_teacher(
+        found,
+        plan["teacher"],
+        f"[teacher] of {where}",
+        "Name the teacher that made the cache under [teacher], as it was then.",
+        as_run=plan.get("engine", {}).get("name") == engine,
+        may_differ=frozenset({"dtype"}),
+    )
+    if unrecorded:
+        say(f"the cache does not record its teacher's {', '.join(unrecorded)}: judged by values")
 
 
 def _capture_table(facts: dict):

@@ -1,5 +1,8 @@
 """vLLM is held against the model's definition before a shard is kept; its failures are messages."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ from stillroom.pipeline.teacher import definition_check
 from stillroom.pipeline.teacher.definition_check import Question, check_definition, choose
 from stillroom.pipeline.teacher.opening import open_engine
 from stillroom.pipeline.teacher.protocol import OutOfMemory
+from stillroom.pipeline.teacher.reference import apart
 from stillroom.pipeline.teacher.reference.apart import answers_apart
 from stillroom.pipeline.teacher.reference.engine import ReferenceEngine
 from stillroom.pipeline.teacher.vllm.failures import step, with_needed
@@ -241,3 +245,41 @@ def test_longrope_is_refused_with_the_window_that_works(tmp_path):
     with pytest.raises(TeacherError, match=r"nats on the shortest text.*\[prepare\] window < 64"):
         check_definition(engine, asked(teacher))
     engine.close()
+
+
+def test_a_process_apart_ends_with_whoever_asked_and_leaves_no_files(gemma2, tmp_path):
+    (tmp_path / "question").mkdir()
+    (tmp_path / "blocks").mkdir()
+    placement = {"offload_folder": str(tmp_path / "blocks")}
+    apart._ask(tmp_path / "question", gemma2, TABLE, TEXTS, None, placement)
+    ended, held = os.pipe()
+    os.close(held)  # as it is closed when a process is killed
+    command = [sys.executable, "-m", apart.__name__, str(tmp_path / "question")]
+    done = subprocess.run(command, env=apart._environment(False), stdin=ended, timeout=240)
+    os.close(ended)
+    assert done.returncode == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("noted", "check", "compared"),
+    [
+        (None, "auto", True),
+        (DefinitionCheck(done=True), "always", False),
+        (DefinitionCheck(done=False), "auto", False),
+        (DefinitionCheck(done=False), "always", True),
+    ],
+)
+def test_what_was_not_compared_is_when_that_is_asked_for(
+    noted, check, compared, gemma2, plan, tmp_path, monkeypatch
+):
+    found = DefinitionCheck(done=True, tokens=7)
+    monkeypatch.setattr(job, "check_definition", lambda *_: found)
+    writer = job.CacheWriter.open(tmp_path / "cache", plan)
+    if noted:
+        writer.note_definition(noted)
+    question = asked(gemma2, check=check)
+    job.compare(writer, "reference", SimpleNamespace(), question)
+    assert writer.definition == noted
+    job.compare(writer, "vllm", SimpleNamespace(), question)
+    assert writer.definition == (found if compared else noted)

@@ -205,6 +205,28 @@ def test_a_cache_of_a_release_that_recorded_less(job, refused):
     refused(job.capture, "teacher.config: not recorded there", "engine_args", "later release")
 
 
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, true]}']
+)
+def test_a_generation_config_that_does_not_say_what_ends_a_turn(content, job, refused, tmp_path):
+    other = shutil.copytree(job.teacher, tmp_path / "other")
+    (other / "generation_config.json").write_text(content)
+    job.change(str(job.teacher), str(other))
+    refused(job.prepare, "generation_config.json: does not say which tokens end a turn")
+
+
+def test_another_teacher_is_no_judge(job, refused, tmp_path):
+    """Of a cache, by audit; of students, by evaluation."""
+    assert job.prepare() == 0
+    assert job.capture() == 0
+    cache, file = str(job.directory / "cache"), str(job.file)
+    audit = ["cache", "audit", cache, file, "--engine", "reference", "--sample", "2"]
+    assert shell.run(audit) == 0
+    changed_teacher(job, tmp_path / "other", rms_norm_eps=0.5)
+    for stage in (audit, ["evaluate", file]):
+        refused(lambda s=stage: shell.run(s), "config.rms_norm_eps: found 0.5, expected 1e-06")
+
+
 def test_a_checkpoint_that_lacks_blocks(job, refused, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks._architecture_zoo import save
-from stillroom.cache_schemas.errors import ConfigError, CorpusError, PlanMismatch
+from stillroom.cache_schemas.errors import ConfigError, CorpusError, PlanMismatch, TeacherError
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.capture.job import capture
 from stillroom.pipeline.config import Capture, Generate, Prepare, Run, Source, Teacher
@@ -19,6 +19,7 @@ from stillroom.pipeline.generation.parts import answered
 from stillroom.pipeline.generation.writers import Answer
 from stillroom.pipeline.generation.written_corpus import generate
 from stillroom.pipeline.teacher.protocol import RejectedExample
+from stillroom.pipeline.teacher.reference.engine import load_model
 from tests import tiny_image_models, tiny_models
 from tests.memory_cache import examples
 
@@ -56,7 +57,7 @@ def run_in(directory, teacher, source=None, prepare=None, **settings) -> Run:
         prepare=Prepare(source=(source,), **table),
         teacher=Teacher(model=str(teacher), dtype="float32"),
         generate=Generate(**{"max_tokens": 12, "prompts_per_part": 2} | settings),
-        capture=Capture(k=16, profile="exact", examples_per_shard=4),
+        capture=Capture(k=16, profile="exact", examples_per_shard=4, check="never"),
     )
 
 
@@ -182,7 +183,7 @@ def test_interruption_workers_and_repetition_do_not_change_what_is_written(
     assert written(shared, on_progress=pytest.fail).digest == digest
     assert [p.name for p in (tmp_path / "shared").iterdir()] == ["corpus"]
     again = settings | {"seed": 1}
-    with pytest.raises(PlanMismatch, match="answers of other prompts"):
+    with pytest.raises(PlanMismatch, match=r"generated\.settings\.seed: found 0, expected 1"):
         written(run_in(tmp_path / "shared", tiny_llama, **again))
     assert written(run_in(tmp_path / "other", tiny_llama, **again)).digest != digest
 
@@ -452,3 +453,41 @@ def _assert_drawn(found: np.ndarray, expected: np.ndarray) -> None:
     chi_square = np.sum((seen - due)[due > 0] ** 2 / due[due > 0])
     freedom = len(seen) - 1
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom) + 10
+
+
+HYBRIDS = ("falcon-h1", "granite-hybrid")
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("label", HYBRIDS)
+def test_hybrid_models_write_under_vllm(label, tmp_path):
+    """They keep states beside keys and values, which vLLM caches by prefix in pieces only."""
+    if torch.cuda.is_available():
+        pytest.skip("nothing is set for them there")
+    model = save(label, tmp_path / "model")
+    tiny_models.save_tokenizer(model, vocab_size=512)
+    run = run_in(tmp_path / "run", model, n=2, seed=3)
+    run = run.model_copy(update={"capture": run.capture.model_copy(update={"check": "always"})})
+    corpus = generate(run, engine="vllm")
+    (checked,) = corpus.facts["generated"]["definition"]
+    assert checked["done"]
+    assert checked["logprob"] < 1e-4
+    for example in corpus.split("train"):
+        ids = torch.tensor(example.token_ids)
+        with torch.inference_mode():
+            said = load_model(run.teacher)(input_ids=ids[None].long()).logits[0].log_softmax(-1)
+        drawn = said[:-1].gather(1, ids[1:, None].long())[:, 0].numpy()
+        answer = example.loss_mask[1:]
+        np.testing.assert_allclose(example.behaviour_logprob[1:][answer], drawn[answer], atol=1e-4)
+
+
+@pytest.mark.vllm
+def test_a_writer_that_vllm_computes_otherwise_writes_nothing(tmp_path):
+    """LongRoPE: one set of factors for all lengths, 3 nats from the definition."""
+    model = save("phi3-longrope", tmp_path / "model")
+    tiny_models.save_tokenizer(model, vocab_size=512)
+    run = run_in(tmp_path / "run", model)
+    run = run.model_copy(update={"capture": None})
+    with pytest.raises(TeacherError, match="vLLM does not say what the model's definition says"):
+        generate(run, engine="vllm")
+    assert not list((tmp_path / "run").rglob("part-*"))

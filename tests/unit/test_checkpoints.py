@@ -25,6 +25,7 @@ from stillroom.pipeline.teacher.facts import teacher_facts
 from stillroom.pipeline.teacher.opening import open_engine
 from stillroom.pipeline.teacher.reference.engine import load_model, read_names
 from tests import tiny_encoders, tiny_models
+from tests.tiny_quantised import LAYOUTS, save_quantised
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,7 +137,7 @@ def test_a_kept_head_belongs_to_model_and_adapter(tiny_llama, tmp_path):
     path, teacher = tmp_path / "head.safetensors", Teacher(model=str(tiny_llama), adapter=str(lora))
     keep_teacher_head(teacher, teacher_facts(teacher), path)
     assert read_teacher_head(path).weight.shape == (768, 64)
-    with pytest.raises(PlanMismatch, match="is the head of teacher"):
+    with pytest.raises(PlanMismatch, match="is another teacher: adapter: found a table"):
         keep_teacher_head(None, teacher_facts(Teacher(model=str(tiny_llama))), path)
 
 
@@ -224,6 +225,16 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
+def test_a_tower_is_not_read_as_another_than_it_is_run(tmp_path):
+    model = str(tiny_encoders.save("teacher_tower", tmp_path / "model"))
+    tower, changed = Encoder(name="tower", kind="teacher_tower"), {"layer_norm_eps": 0.5}
+    teacher = Teacher(model=model, engine_args={"hf_overrides": {"vision_config": changed}})
+    with pytest.raises(ConfigError, match="read without hf_overrides"):
+        open_encoder(tower, teacher)
+    changed = {"hf_overrides": {"text_config": {"rms_norm_eps": 1e-3}}}
+    open_encoder(tower, Teacher(model=model, engine_args=changed))
+
+
 @pytest.fixture
 def own_code(tiny_llama, tmp_path, monkeypatch):
     """A model that only its own Python file describes, and the mark that the file leaves."""
@@ -290,3 +301,85 @@ def test_a_quantised_directory_that_cannot_run_here_is_one_message(method, tiny_
     message = str(refused.value)
     assert message.count("\n") == 0
     assert f"is quantised ({method})" in message or "not in the checkpoint" in message
+
+
+@pytest.mark.parametrize("label", LAYOUTS)
+def test_a_real_quantised_checkpoint_is_what_it_says_or_is_refused(label, tiny_llama, tmp_path):
+    """Its rounded matrices, to what rounding inputs costs where the layout does that too."""
+    made, plain = save_quantised(tiny_llama, tmp_path, label)
+    assert teacher_facts(Teacher(model=str(made))) != teacher_facts(Teacher(model=str(plain)))
+    method, refusal = LAYOUTS[label][1]["quant_method"], ""
+    try:
+        (said,) = open_engine("reference", Teacher(model=str(made)), Capture(k=8)).score([EXAMPLE])
+    except TeacherError as error:
+        refusal = str(error)
+    if refusal:
+        assert refusal.count("\n") == 0
+        assert f"is quantised ({method}), and transformers" in refusal
+        return
+    (truth,) = open_engine("reference", Teacher(model=str(plain)), Capture(k=8)).score([EXAMPLE])
+    rounds_inputs = label in ("int8", "float8")
+    gap = np.abs(said.signals["token_logprob"] - truth.signals["token_logprob"]).max()
+    assert gap < (1.0 if rounds_inputs else 1e-3)
+
+
+def test_weights_are_turned_back_into_plain_ones_where_that_is_asked_for(tiny_llama, tmp_path):
+    made, plain = save_quantised(tiny_llama, tmp_path, "fp8")
+    config = json.loads((made / "config.json").read_text())
+    teacher = Teacher(model=str(made), dtype="float32")
+    with pytest.raises(TeacherError, match='"dequantize": true'):
+        open_engine("reference", teacher, Capture(k=8))
+    config["quantization_config"]["dequantize"] = True
+    (made / "config.json").write_text(json.dumps(config))
+    (said,) = open_engine("reference", teacher, Capture(k=8)).score([EXAMPLE])
+    (truth,) = open_engine("reference", Teacher(model=str(plain)), Capture(k=8)).score([EXAMPLE])
+    assert np.abs(said.signals["token_logprob"] - truth.signals["token_logprob"]).max() < 0.05
+
+
+def test_scales_that_a_config_forgets_are_not_left_out_in_silence(tiny_llama, tmp_path):
+    made, _ = save_quantised(tiny_llama, tmp_path, "int8")
+    config = json.loads((made / "config.json").read_text())
+    del config["quantization_config"]
+    (made / "config.json").write_text(json.dumps(config))
+    for loads, error in ((load_model, TeacherError), (read_names, TeacherError)):
+        with pytest.raises(error, match=r"proj\.weight is stored as I8, and config\.json says"):
+            loads(Teacher(model=str(made)))
+    with pytest.raises(StudentError, match="says nothing of quantisation"):
+        load(made)
+
+
+def test_nothing_is_unpickled(tiny_llama, tmp_path):
+    made = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    torch.save(load_file(made / "model.safetensors"), made / "pytorch_model.bin")
+    load_model(Teacher(model=str(made)))  # beside safetensors it is not looked at
+    (made / "model.safetensors").unlink()
+    for loads in (load_model, teacher_facts):
+        with pytest.raises(TeacherError, match=r"as a pickle \(pytorch_model\.bin\), and nothing"):
+            loads(Teacher(model=str(made)))
+    with pytest.raises(StudentError, match="nothing is unpickled"):
+        load(made)
+    adapter = tiny_models.save_adapter(tmp_path / "adapter", tiny_llama)
+    torch.save({}, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(TeacherError, match="nothing is unpickled"):
+        load_model(Teacher(model=str(tiny_llama), adapter=str(adapter)))
+
+
+@pytest.mark.parametrize("said", [{"": "bfloat16"}, "float8_e4m3fn", "int8"])
+def test_a_dtype_that_no_model_runs_in_is_refused(said, tiny_llama, tmp_path):
+    made = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"dtype": said}))
+    with pytest.raises(TeacherError, match=r"\[teacher\] dtype"):
+        load_model(Teacher(model=str(made)))
+    load_model(Teacher(model=str(made), dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x" * 99, b"version https://git-lfs", b"\2" + b"\0" * 7 + b"[]"]
+)
+def test_a_file_that_is_no_safetensors_is_one_message(content, tiny_llama, tmp_path):
+    made = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    (made / "model.safetensors").write_bytes(content)
+    with pytest.raises(TeacherError, match="is not safetensors"):
+        load_model(Teacher(model=str(made)))

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from stillroom.cache_schemas.errors import CacheError, ConfigError, PlanMismatch, ShardCorrupt
+from stillroom.cache_schemas.manifest import DefinitionCheck
 from stillroom.cache_schemas.plan import Plan
 from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.capture import candidates, items, job
 from stillroom.pipeline.capture.candidate_engines import line_ends, prompt_of
 from stillroom.pipeline.capture.candidates import capture_candidates, questions
 from stillroom.pipeline.capture.items import capture_items, read_items
@@ -367,3 +369,28 @@ def test_a_plan_of_lists_names_its_catalogue():
     with pytest.raises(ShardCorrupt, match="candidates need"):
         Plan.from_facts(facts | {"capture": capture}, "plan.json")
     assert "examples" not in make_plan().facts["signals"]
+
+
+def test_items_and_candidates_are_held_against_the_definition(
+    tmp_path, tiny_llama, films, monkeypatch
+):
+    """By whatever checks a capture of texts; here vLLM's part is played by the reference."""
+    asked = []
+
+    def compared(_engine, question):
+        asked.append(question)
+        return DefinitionCheck(done=True, tokens=len(question.examples))
+
+    monkeypatch.setattr(job, "check_definition", compared)
+    opens = items.open_engine
+    monkeypatch.setattr(items, "open_engine", lambda _, *more, **named: opens("reference", *more))
+    monkeypatch.setattr(
+        candidates,
+        "open_writing_engine",
+        lambda _, *more: open_writing_engine("reference", *more),
+    )
+    run = prepared(run_in(tmp_path, tiny_llama, films))
+    noted = [capture_items(run).definition, capture_candidates(run).definition]
+    assert [found.tokens for found in noted] == [len(question.examples) for question in asked]
+    assert asked[0].capture.hidden_layers == asked[1].capture.hidden_layers == ("final",)
+    assert asked[0].examples[0].loss_mask.any()

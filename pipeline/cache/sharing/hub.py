@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stillroom.cache_schemas import layout
-from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
+from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt, first_line
 from stillroom.cache_schemas.scrubbing import scrub
 from stillroom.pipeline.cache import partial
 from stillroom.pipeline.cache.care.verification import Progress, verify
@@ -134,7 +134,7 @@ def _told(url: str) -> Iterator[None]:
             "the hub is switched off here", where=url, remedy="Unset HF_HUB_OFFLINE."
         ) from None
     except HfHubHTTPError as error:
-        said = scrub(str(error).strip().splitlines()[0])[:200]
+        said = scrub(first_line(error))[:200]
         if error.response is not None and error.response.status_code in REFUSED:
             raise CacheError(
                 f"may not be written ({said})",

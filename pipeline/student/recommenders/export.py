@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from stillroom.cache_schemas.errors import StudentError
+from stillroom.cache_schemas.errors import StudentError, first_line
 from stillroom.pipeline.config.recommending import Recommender
 from stillroom.pipeline.config.strict import validate
 from stillroom.pipeline.student.recommenders.model import SequentialRecommender
@@ -72,7 +72,7 @@ def load(directory: Path) -> tuple[SequentialRecommender, dict[str, Any]]:
         model.load_state_dict(load_file(directory / WEIGHTS))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise StudentError(
-            f"cannot be loaded ({(str(error).splitlines() or ['?'])[0]})",
+            f"cannot be loaded ({first_line(error)})",
             expected="a recommender that stillroom exported",
             where=str(directory),
             remedy="Run `stillroom train` for this run.",

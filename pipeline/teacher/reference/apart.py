@@ -9,9 +9,11 @@ process can be stopped when its time is up. Question and answer are JSON and arr
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,10 +53,12 @@ def answers_apart(
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         _ask(place, teacher, capture, examples, pictures, dict(placement or {}))
+        ended, held = os.pipe()
         try:
             done = subprocess.run(
                 [sys.executable, "-W", "ignore", "-m", __name__, scratch],
                 env=_environment(accelerator),
+                stdin=ended,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -62,6 +66,9 @@ def answers_apart(
             )
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"it was not done after {seconds:.0f} s") from None
+        finally:
+            os.close(ended)
+            os.close(held)
         if (place / REFUSAL).exists():
             raise TeacherError(**json.loads((place / REFUSAL).read_text()))
         if not (place / ANSWER).exists():
@@ -107,14 +114,26 @@ def _heard(place: Path, examples: Sequence[Example]) -> list[TeacherRecord]:
 def main(directory: str) -> None:
     """Answer the question in a directory."""
     place = Path(directory)
+    question = json.loads((place / QUESTION).read_text())
+    offloaded = question["placement"].get("offload_folder")
+    scratch = [directory, offloaded] if offloaded else [directory]
+    threading.Thread(target=_end_with_parent, args=(scratch,), daemon=True).start()
     try:
-        arrays = _answer(place, json.loads((place / QUESTION).read_text()))
+        arrays = _answer(place, question)
     except StillroomError as error:
         names = ("found", "expected", "where", "remedy")
         (place / REFUSAL).write_text(json.dumps({name: getattr(error, name) for name in names}))
         return
     np.savez(place / "part.npz", **arrays)
     (place / "part.npz").replace(place / ANSWER)
+
+
+def _end_with_parent(scratch: list[str]) -> None:
+    """Wait until whoever asked is gone, killed perhaps, and leave neither a process nor files."""
+    os.read(sys.stdin.fileno(), 1)  # nothing is ever written there: this is the end of the pipe
+    for path in scratch:
+        shutil.rmtree(path, ignore_errors=True)
+    os._exit(1)
 
 
 def _answer(place: Path, question: dict[str, Any]) -> dict[str, Any]:

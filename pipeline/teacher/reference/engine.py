@@ -23,7 +23,12 @@ from stillroom.pipeline.teacher.checkpoint import check_report, load_whole, load
 from stillroom.pipeline.teacher.facts import dtype_of, model_config, model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.overrides import check_applicable
-from stillroom.pipeline.teacher.quantised import check_as_written, method_of, try_forward
+from stillroom.pipeline.teacher.quantised import (
+    check_as_written,
+    check_stored,
+    method_of,
+    try_forward,
+)
 from stillroom.pipeline.teacher.reference.head import WatchedHead
 from stillroom.pipeline.teacher.reference.images import ImageInputs, is_image_text
 from stillroom.pipeline.teacher.reference.parts import BlockOutputs
@@ -186,6 +191,7 @@ def read_names(teacher: Teacher) -> Any:
     loader, directory = _loader(teacher), model_directory(teacher)
     if method_of(directory):
         return None
+    check_stored(directory, TeacherError)
     options = {
         "config": model_config(teacher),
         "device_map": "meta",

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stillroom.cache_schemas.errors import TeacherError
+from stillroom.cache_schemas.errors import TeacherError, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.adapter import (
     WHERE,
@@ -16,7 +16,6 @@ from stillroom.pipeline.teacher.adapter import (
     adapter_facts,
     tensor_names,
 )
-from stillroom.pipeline.teacher.checkpoint import first_line
 from stillroom.pipeline.teacher.reference.parts import decoder_of
 
 

@@ -68,8 +68,16 @@ class VllmEngine:
         self._num_asked = 0
         self._finished: dict[str, object] = {}
         if isinstance(self._requests, MarkedRequests):
-            dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
-            self_test(self._ask_alone, self._requests, self.shape, dtype)
+            self._test(self._requests)
+
+    def _test(self, requests: MarkedRequests) -> None:
+        """Compare the hooks with vLLM's public API; end vLLM where they differ or it fails."""
+        dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
+        try:
+            self_test(self._ask_alone, requests, self.shape, dtype)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End vLLM and its workers."""

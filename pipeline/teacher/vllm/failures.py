@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stillroom.cache_schemas.errors import ConfigError, StillroomError, TeacherError
+from stillroom.cache_schemas.errors import ConfigError, StillroomError, TeacherError, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher import protocol
 
@@ -70,7 +70,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(error: BaseException) -> protocol.OutOfMemory:
     """The same as one of our errors."""
     return protocol.OutOfMemory(
-        f"vLLM ran out of memory ({str(error).strip().splitlines()[0][:200]})",
+        f"vLLM ran out of memory ({first_line(error)})",
         remedy=(
             "Set max_num_batched_tokens, gpu_memory_utilization or tensor_parallel_size under "
             "[teacher.engine_args] (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB)."
