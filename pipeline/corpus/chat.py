@@ -18,8 +18,9 @@ from stillroom.cache_schemas.errors import CorpusError, StillroomError
 from stillroom.pipeline.corpus.documents import Document
 from stillroom.pipeline.corpus.messages import Message, cleaned, taught, unflagged
 from stillroom.pipeline.corpus.spelling import Spelling
+from stillroom.pipeline.corpus.stops import stopped
 from stillroom.pipeline.corpus.template import ChatTemplate
-from stillroom.pipeline.corpus.turns import Choice, Ends, Shown, Turn, shown, turn
+from stillroom.pipeline.corpus.turns import Choice, Ends, Render, Shown, Turn, shown, turn
 
 Tokens = tuple[np.ndarray, np.ndarray]
 
@@ -132,10 +133,14 @@ class ChatTokenizer:
         def render(them: Sequence[Message], prompt: bool) -> str:
             return self.template.render(them, prompt, context)
 
-        made = (self._turn(render, messages, at) for at in learned)
-        return messages, [one for one in made if one is not None]
+        made = []
+        for at in learned:
+            if (one := self._turn(render, messages, at)) is not None:
+                then = document.messages[at + 1 : at + 2]
+                made.append(stopped(render, messages, one, self.ends, then))
+        return messages, made
 
-    def _turn(self, render: Callable, messages: Sequence[Message], at: int) -> Turn | None:
+    def _turn(self, render: Render, messages: Sequence[Message], at: int) -> Turn | None:
         """A turn; None for one that nothing asks for, where the template knows no such prompt."""
         if at == 0:
             try:
@@ -155,7 +160,7 @@ class ChatTokenizer:
         return {name: value for name, value in document.context.items() if name not in out}
 
     def _tokens(self, example: Shown) -> Tokens:
-        spans = example.spans(self.ends)
+        spans = example.spans
         ids, offsets = self._encoded(example.text)
         if joined := joints(offsets, spans):
             ids, offsets = self._parted(example.text, joined, ids, offsets)
@@ -205,7 +210,7 @@ class ChatTokenizer:
     def _check_marks(self, document: Document, messages: Sequence[Message], last: Shown) -> None:
         """Compare the template's own marks with the rule, which counts."""
         text, marks = self.template.marked(messages[: last.upto], self._context(document))
-        by_rule = last.spans(self.ends)
+        by_rule = last.spans
         same = text.startswith(last.text) and _touching(marks, by_rule[0][0]) == by_rule
         self.notes["conversations_with_marks_of_their_own"] += 1
         self.notes["marks_that_differ_from_the_rule"] += not same
@@ -284,7 +289,7 @@ def _whole_texts(tokenizer: Any) -> Callable[..., Any]:
 
 def _ends(tokenizer: Any, end_ids: tuple[int, ...]) -> Ends:
     ids = {*end_ids, tokenizer.eos_token_id} - {None}
-    declared = (tokenizer.convert_ids_to_tokens(i) or "" for i in ids)
+    declared = filter(None, (tokenizer.convert_ids_to_tokens(i) for i in ids))
     added = tokenizer.added_tokens_decoder.values()
     special = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
-    return Ends(frozenset(special), frozenset(declared))
+    return Ends(frozenset(special - {""}), frozenset(declared))

@@ -88,7 +88,7 @@ class ImageChat:
 
     def _example(self, document: Document, example: Shown) -> ImageTokens:
         shown = document.images[: places_of(document.messages[: example.upto])]
-        spans = example.spans(self._chat.ends)
+        spans = example.spans
         return self._tokens(replace(document, images=shown), example.text, spans)
 
     def _tokens(self, document: Document, text: str, spoken: list[tuple[int, int]]) -> ImageTokens:

@@ -145,13 +145,23 @@ def content_as_parts(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def content_as_text(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Lists of text parts as one text, for templates that only know text."""
-    return tuple(
-        {**m, "content": "".join(part["text"] for part in m["content"])}
-        if _only_text(m.get("content"))
-        else m
-        for m in messages
-    )
+    """Lists of text parts as one text, and what a tool gave as JSON text, for templates that only
+    know text."""
+    return tuple({**m, "content": _as_text(m)} if "content" in m else m for m in messages)
+
+
+def _as_text(message: Message) -> Any:
+    content = message["content"]
+    if _only_text(content):
+        return "".join(part["text"] for part in content)
+    if message["role"] == "tool" and isinstance(content, (dict, list)) and not _parts(content):
+        return json.dumps(content, ensure_ascii=False)
+    return content
+
+
+def _parts(content: Any) -> bool:
+    """Whether a content is a list of parts."""
+    return isinstance(content, list) and all(isinstance(p, dict) and "type" in p for p in content)
 
 
 def content_not_null(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -160,7 +170,6 @@ def content_not_null(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _only_text(content: Any) -> bool:
-    return isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in content
+    return _parts(content) and all(
+        part["type"] == "text" and isinstance(part.get("text"), str) for part in content
     )

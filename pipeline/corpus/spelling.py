@@ -2,8 +2,8 @@
 
 One idea: templates differ in whether a call's arguments are an object or text, a message's content
 text or parts, and in whether a content may be null. Spellings are tried in a fixed order, and the
-first that the template renders whole is the conversation's; where none is, the first one's refusal
-is told. Conversations of one shape are tried once.
+first that the template renders whole, and never in Python's notation, is the conversation's; where
+none is, the first one's refusal is told. Conversations of one shape are tried once.
 """
 
 from collections import Counter
@@ -12,13 +12,7 @@ from functools import partial
 from itertools import product
 
 from stillroom.cache_schemas.errors import CorpusError
-from stillroom.pipeline.corpus.dropping import (
-    Context,
-    RenderWith,
-    dropped,
-    shape,
-    thought_dropped,
-)
+from stillroom.pipeline.corpus.dropping import Lost, RenderWith, dropped, thought_dropped
 from stillroom.pipeline.corpus.messages import (
     Message,
     arguments_as_text,
@@ -26,6 +20,8 @@ from stillroom.pipeline.corpus.messages import (
     content_as_text,
     content_not_null,
 )
+from stillroom.pipeline.corpus.notation import in_python, writes_none
+from stillroom.pipeline.corpus.shapes import Context, gist, shape
 
 Spell = Callable[[Sequence[Message]], Sequence[Message]]
 KEPT_SHAPES = 4096
@@ -57,11 +53,13 @@ class Spelling:
             CorpusError: it leaves something out in every spelling.
             Exception: whatever it raises in the first spelling, if it raises in all.
         """
-        key = shape(messages, context)
+        places = gist(messages)
+        few = [messages[at] for at in places]
+        key = shape(few, context)
         if key not in self._known:
             if len(self._known) == KEPT_SHAPES:
                 self._known.clear()
-            self._known[key] = self._first(messages, context)
+            self._known[key] = self._first(few, context, places)
         spelled = self._known[key](messages)
         self._notes["answers_whose_thoughts_the_template_drops"] += thought_dropped(
             self._render, spelled, context
@@ -82,19 +80,49 @@ class Spelling:
                 refusals.append(error)
         raise refusals[0]
 
-    def _first(self, messages: Sequence[Message], context: Context) -> Spell:
+    def _first(
+        self, messages: Sequence[Message], context: Context, places: Sequence[int]
+    ) -> Spell:
+        """The spelling of messages that stand at some places of a conversation."""
         refusals: list[Exception] = []
+        second: list[Spell] = []
         for spell in _distinct(messages):
             try:
-                lost = dropped(self._render, spell(messages), context)
+                problem = self._problem(spell(messages), context, places)
+                if problem is None and not self._writes_calls(spell(messages), context):
+                    return spell
             except Exception as error:  # jinja raises whatever a template author chose
-                refusals.append(error)
-                continue
-            if not lost:
-                return spell
-            refusals.append(_left_out(lost))
+                problem = error
+            if problem is None:
+                second.append(spell)
+            else:
+                refusals.append(problem)
+        if second:
+            return second[0]
         lossy = (error for error in refusals if isinstance(error, CorpusError))
         raise next(lossy, refusals[0])
+
+    def _problem(
+        self, messages: Sequence[Message], context: Context, places: Sequence[int]
+    ) -> CorpusError | None:
+        """Why messages cannot be spelled so, beside what the template itself refuses."""
+        if lost := dropped(self._render, messages, context):
+            return _left_out([(name, None if at is None else places[at]) for name, at in lost])
+
+        def render(them: Sequence[Message]) -> str:
+            return self._render(them, False, context)
+
+        if in_python(render, messages, "content") or writes_none(render, messages):
+            return CorpusError(
+                "the chat template writes a content in Python's notation",
+                expected="a text, or a list of parts with a type",
+                remedy="Write it as text, or give a template that does ([prepare] chat_template).",
+            )
+        return None
+
+    def _writes_calls(self, messages: Sequence[Message], context: Context) -> bool:
+        """Whether calls come out in Python's notation, which is right for few templates."""
+        return in_python(lambda them: self._render(them, False, context), messages, "tool_calls")
 
 
 def _distinct(messages: Sequence[Message]) -> Iterator[Spell]:
@@ -113,9 +141,10 @@ def _spelled(ways: tuple[Spell, ...], messages: Sequence[Message]) -> Sequence[M
     return tuple(messages)
 
 
-def _left_out(lost: list[str]) -> CorpusError:
-    names = sorted({name.split(" of ")[0] for name in lost if not name.startswith("the ")})
+def _left_out(lost: Sequence[Lost]) -> CorpusError:
+    names = sorted({name for name, _ in lost if not name.startswith("the ")})
     remedy = "Give a template that does ([prepare] chat_template)"
     remedy += f", or leave them out by name ([prepare] leave_out = {names})." if names else "."
-    found = f"the chat template does not show {', '.join(dict.fromkeys(lost))}"
+    parts = (name if at is None else f"{name} of message {at + 1}" for name, at in lost)
+    found = f"the chat template does not show {', '.join(dict.fromkeys(parts))}"
     return CorpusError(found, remedy=remedy.replace("'", '"'))

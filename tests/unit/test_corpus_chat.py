@@ -129,13 +129,47 @@ def test_end_tokens_of_the_generation_config_count(tokenizer):
     assert spoken(tokenizer, made) == AFTER_A_SPACE.format(end="<image>")
 
 
-def test_a_model_that_stops_by_opening_the_next_turn_learns_it_where_it_follows(tokenizer):
-    template = "{% for m in messages %}{{ ('<|im_start|>' if m['role'] == 'user' else '<image>') }}"
-    template += "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<image>{% endif %}"
-    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    chat = (user("a"), said("b"), user("c"), said("d"))
-    made = tokenise(tokenizer, template, chat, end_ids=(start,))
-    assert framed(tokenizer, made) == "<|im_start|>a<image>⟦b<|im_start|>⟧c<image>⟦d⟧"
+OPENS_THE_NEXT_TURN = (
+    "{% for m in messages %}"
+    "{{ {'user': '<|im_start|>', 'tool': '<|endoftext|>', 'assistant': '<image>'}[m.role] }}"
+    "{% if m.tool_calls %}{{ '(' + m.tool_calls[0].function.name + ')' }}{% endif %}"
+    "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<image>{% endif %}"
+)
+"""No turn has an end: models stop with the token of whoever speaks next."""
+WEATHER = [{"id": "c1", "type": "function", "function": {"name": "w", "arguments": {"a": 1}}}]
+
+
+@pytest.mark.parametrize(
+    ("chat", "expected"),
+    [
+        ((user("a"), said("b")), "<|im_start|>a<image>⟦b<|im_start|>⟧"),
+        (
+            (user("a"), said("b"), user("c"), said("d")),
+            "<|im_start|>a<image>⟦b<|im_start|>⟧c<image>⟦d<|im_start|>⟧",
+        ),
+        ((user("a"), said("")), "<|im_start|>a<image>⟦<|im_start|>⟧"),
+        (
+            (user("a"), said("", tool_calls=WEATHER), {"role": "tool", "content": "c"}, said("d")),
+            "<|im_start|>a<image>⟦(w)<|endoftext|>⟧c<image>⟦d<|im_start|>⟧",
+        ),
+        (
+            (user("a"), said("", tool_calls=WEATHER)),
+            "<|im_start|>a<image>⟦(w)<|endoftext|>⟧",
+        ),
+        (
+            (user("a"), said("call me <|im_start|>")),
+            "<|im_start|>a<image>⟦call me <|im_start|>⟧",
+        ),
+    ],
+)
+def test_a_model_that_stops_by_opening_the_next_turn_learns_it(chat, expected, tokenizer):
+    names = ("<|im_start|>", "<|endoftext|>")
+    ends = tuple(tokenizer.convert_tokens_to_ids(name) for name in names)
+    tokenizer.chat_template = OPENS_THE_NEXT_TURN
+    make = ChatTokenizer(tokenizer, ends)
+    (made,) = make(Document("x", messages=chat))
+    assert framed(tokenizer, made) == expected
+    assert make.notes["answers_without_an_end_token"] == 0
 
 
 def test_what_a_template_puts_before_an_answer_is_the_models_own(tokenizer):
