@@ -16,7 +16,13 @@ import numpy as np
 
 from stillroom.cache_schemas.errors import CorpusError, StillroomError
 from stillroom.pipeline.corpus.documents import Document
-from stillroom.pipeline.corpus.messages import Message, cleaned, taught, unflagged
+from stillroom.pipeline.corpus.messages import (
+    Message,
+    check_roles,
+    cleaned,
+    taught,
+    unflagged,
+)
 from stillroom.pipeline.corpus.spelling import Spelling
 from stillroom.pipeline.corpus.stops import stopped
 from stillroom.pipeline.corpus.template import ChatTemplate
@@ -122,6 +128,7 @@ class ChatTokenizer:
 
     def _turns(self, document: Document) -> tuple[Sequence[Message], list[Turn]]:
         """The messages as the template takes them, up to the last turn to learn; those turns."""
+        check_roles(document.messages, self.template.source)
         learned = [at for at, learn in enumerate(taught(document.messages)) if learn]
         if not learned:
             self.notes["conversations_without_an_assistant_turn"] += 1

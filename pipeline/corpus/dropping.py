@@ -89,10 +89,43 @@ def altered(message: Message) -> Iterator[tuple[str, Message]]:
     for name in REASONING:
         if isinstance(message.get(name), str) and message[name].strip():
             yield name, {**message, name: message[name] + CHANGE}
-    for at, call in enumerate(message.get("tool_calls") or ()):
-        for other in _other_calls(call):
-            calls = [*message["tool_calls"][:at], other, *message["tool_calls"][at + 1 :]]
-            yield "tool_calls", {**message, "tool_calls": calls}
+    for calls in _one_other(message.get("tool_calls") or [], _other_name):
+        yield "tool_calls", {**message, "tool_calls": calls}
+
+
+def arguments_dropped(render: RenderWith, messages: Sequence[Message], context: Context) -> bool:
+    """Whether an argument of a call can be changed without a trace in its turn."""
+    for end in assistant_turns(messages):
+        last, history = messages[end], messages[:end]
+        others = _one_other(last.get("tool_calls") or [], _other_arguments)
+        changed_turns = [[*history, {**last, "tool_calls": calls}] for calls in others]
+        if not changed_turns:
+            continue
+        shown = render(messages[: end + 1], False, context)
+        if any(_same(lambda them: render(them, False, context), m, shown) for m in changed_turns):
+            return True
+    return False
+
+
+def _one_other(calls: list[Any], others: Callable[[Any], Iterator[Any]]) -> Iterator[list[Any]]:
+    """Calls with one of them changed, in each way."""
+    for at, call in enumerate(calls):
+        for other in _inside(call, others):
+            yield [*calls[:at], other, *calls[at + 1 :]]
+
+
+def _inside(call: Any, others: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+    if not isinstance(call.get("function"), dict):
+        return others(call)
+    return ({**call, "function": other} for other in others(call["function"]))
+
+
+def _other_name(call: Any) -> Iterator[Any]:
+    yield {**call, "name": str(call.get("name", "")) + "x"}
+
+
+def _other_arguments(call: Any) -> Iterator[Any]:
+    return ({**call, "arguments": other} for other in changed(call.get("arguments")))
 
 
 def _other_contents(content: Any) -> Iterator[tuple[str, Any]]:
@@ -117,15 +150,6 @@ def _other_parts(part: Any) -> Iterator[list[Any]]:
         yield [{**part, "text": part["text"] + CHANGE}]
     else:
         yield []
-
-
-def _other_calls(call: Any) -> Iterator[Any]:
-    if isinstance(call.get("function"), dict):
-        yield from ({**call, "function": other} for other in _other_calls(call["function"]))
-        return
-    yield {**call, "name": str(call.get("name", "")) + "x"}
-    for other in changed(call.get("arguments")):
-        yield {**call, "arguments": other}
 
 
 def changed(value: Any) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.corpus.characters import decode
 
 MARKER = "<image>"
 """LLaVA's way of writing an image into plain text."""
@@ -98,7 +99,7 @@ def read_caption(path: Path) -> str:
     caption = path.with_suffix(".txt")
     if not caption.is_file():
         raise CorpusError("has no caption beside it", expected=str(caption), where=str(path))
-    return caption.read_text(encoding="utf-8").strip()
+    return decode(_file(caption, str(path)), str(caption)).removeprefix("\ufeff").strip()
 
 
 def _read_image(value: Any, folder: Path, where: str) -> bytes:

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.config.strict import nearest
 
 Message = dict[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 FLAGS = ("weight", "train", "training")
 """Keys that say whether an assistant's message is to be learned; no template sees them."""
 
@@ -60,6 +62,26 @@ def taught(messages: Sequence[Message]) -> list[bool]:
         CorpusError: a weight between: rows of a cache are learned or not.
     """
     return [m["role"] == "assistant" and _flag(m, at) for at, m in enumerate(messages, start=1)]
+
+
+def check_roles(messages: Sequence[Message], template: str) -> None:
+    """Refuse roles that are nobody's: an answer under a misspelled one would not be learned.
+
+    Args:
+        messages: of a conversation.
+        template: text of the chat template; a role that it names is its own.
+
+    Raises:
+        CorpusError: there is one.
+    """
+    for at, message in enumerate(messages, start=1):
+        role = message["role"]
+        if role not in ROLES and role not in template:
+            raise CorpusError(
+                f"message {at} has the role '{role}', which the chat template does not name",
+                expected=f"one of {', '.join(ROLES)}",
+                remedy=nearest(role, ROLES),
+            )
 
 
 def unflagged(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -273,7 +273,8 @@ class _Drawing:
         self.highest_id = max(self.highest_id, int(token_ids.max()))
 
     def _nothing(self) -> CorpusError:
-        reasons = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in self.dropped.items())
+        dropped = +self.dropped
+        reasons = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in dropped.items())
         return CorpusError(
             "no example came out of the sources" + (f" (left out: {reasons})" if reasons else ""),
             expected="at least one document of two tokens",

@@ -7,12 +7,18 @@ none is, the first one's refusal is told. Conversations of one shape are tried o
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from itertools import product
 
 from stillroom.cache_schemas.errors import CorpusError
-from stillroom.pipeline.corpus.dropping import Lost, RenderWith, dropped, thought_dropped
+from stillroom.pipeline.corpus.dropping import (
+    Lost,
+    RenderWith,
+    arguments_dropped,
+    dropped,
+    thought_dropped,
+)
 from stillroom.pipeline.corpus.messages import (
     Message,
     arguments_as_text,
@@ -24,6 +30,8 @@ from stillroom.pipeline.corpus.notation import in_python, writes_none
 from stillroom.pipeline.corpus.shapes import Context, gist, shape
 
 Spell = Callable[[Sequence[Message]], Sequence[Message]]
+Flaws = tuple[str, ...]
+"""Names of what is counted."""
 KEPT_SHAPES = 4096
 
 
@@ -39,12 +47,12 @@ class Spelling:
 
     Args:
         render: the template.
-        notes: counts turns whose reasoning the template leaves out.
+        notes: counts turns whose reasoning the template leaves out, and conversations with flaws.
     """
 
     def __init__(self, render: RenderWith, notes: Counter[str]):
         self._render, self._notes = render, notes
-        self._known: dict[tuple, Spell] = {}
+        self._known: dict[Hashable, tuple[Spell, Flaws]] = {}
 
     def messages(self, messages: Sequence[Message], context: Context) -> Sequence[Message]:
         """Messages, the last of them the assistant's, as the template shows all of them.
@@ -60,7 +68,9 @@ class Spelling:
             if len(self._known) == KEPT_SHAPES:
                 self._known.clear()
             self._known[key] = self._first(few, context, places)
-        spelled = self._known[key](messages)
+        spell, flaws = self._known[key]
+        spelled = spell(messages)
+        self._notes.update(flaws)
         self._notes["answers_whose_thoughts_the_template_drops"] += thought_dropped(
             self._render, spelled, context
         )
@@ -82,19 +92,20 @@ class Spelling:
 
     def _first(
         self, messages: Sequence[Message], context: Context, places: Sequence[int]
-    ) -> Spell:
-        """The spelling of messages that stand at some places of a conversation."""
+    ) -> tuple[Spell, Flaws]:
+        """The spelling of messages that stand at some places of a conversation, and its flaws."""
         refusals: list[Exception] = []
-        second: list[Spell] = []
+        second: list[tuple[Spell, Flaws]] = []
         for spell in _distinct(messages):
             try:
                 problem = self._problem(spell(messages), context, places)
-                if problem is None and not self._writes_calls(spell(messages), context):
-                    return spell
+                flaws = () if problem else self._flaws(spell(messages), context)
             except Exception as error:  # jinja raises whatever a template author chose
-                problem = error
+                problem, flaws = error, ()
+            if problem is None and not flaws:
+                return spell, ()
             if problem is None:
-                second.append(spell)
+                second.append((spell, flaws))
             else:
                 refusals.append(problem)
         if second:
@@ -120,9 +131,15 @@ class Spelling:
             )
         return None
 
-    def _writes_calls(self, messages: Sequence[Message], context: Context) -> bool:
-        """Whether calls come out in Python's notation, which is right for few templates."""
-        return in_python(lambda them: self._render(them, False, context), messages, "tool_calls")
+    def _flaws(self, messages: Sequence[Message], context: Context) -> Flaws:
+        """What is told of a spelling that shows every part."""
+        flaws = []
+        if arguments_dropped(self._render, messages, context):
+            flaws.append("conversations_whose_arguments_the_template_drops")
+        # Right for templates that teach models to call as in Python (LFM2).
+        if in_python(lambda them: self._render(them, False, context), messages, "tool_calls"):
+            flaws.append("conversations_with_calls_in_pythons_notation")
+        return tuple(flaws)
 
 
 def _distinct(messages: Sequence[Message]) -> Iterator[Spell]:

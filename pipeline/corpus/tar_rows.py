@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.corpus.characters import decode
 from stillroom.pipeline.corpus.compression import DAMAGE, open_bytes
 from stillroom.pipeline.corpus.documents import Rejected, Row, first_words
 from stillroom.pipeline.corpus.json_rows import as_object
-from stillroom.pipeline.corpus.plain_files import decode
 from stillroom.pipeline.images import SUFFIXES as IMAGES
 
 TEXTS = (".txt", ".text", ".caption")
