@@ -6,7 +6,7 @@ way (turns that share no example, marks that differ from the rule) is counted an
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -17,12 +17,14 @@ import numpy as np
 from stillroom.cache_schemas.errors import CorpusError, StillroomError
 from stillroom.pipeline.corpus.documents import Document
 from stillroom.pipeline.corpus.messages import (
+    SAYING,
     Message,
     check_roles,
     cleaned,
     taught,
     unflagged,
 )
+from stillroom.pipeline.corpus.spans import inside, joints
 from stillroom.pipeline.corpus.spelling import Spelling
 from stillroom.pipeline.corpus.stops import stopped
 from stillroom.pipeline.corpus.template import ChatTemplate
@@ -115,6 +117,16 @@ class ChatTokenizer:
             self._count(document, messages, made)
             return made
 
+    def least(self, document: Document) -> int:
+        """Tokens that the longest example of a conversation has at least: those of its last turn.
+
+        Raises:
+            CorpusError: as for a call.
+        """
+        with refusals(document.where, "the chat template refuses these messages"):
+            _, turns = self._turns(document, last=True)
+        return len(self._encoded(turns[-1].text)[0]) if turns else 0
+
     def prompt(self, document: Document) -> str:
         """The text that asks for the last answer of a conversation, whether it is there or not.
 
@@ -126,7 +138,9 @@ class ChatTokenizer:
             context = self._context(document)
             return self._spelling.prompt(self._given(messages), context)
 
-    def _turns(self, document: Document) -> tuple[Sequence[Message], list[Turn]]:
+    def _turns(
+        self, document: Document, last: bool = False
+    ) -> tuple[Sequence[Message], list[Turn]]:
         """The messages as the template takes them, up to the last turn to learn; those turns."""
         check_roles(document.messages, self.template.source)
         learned = [at for at, learn in enumerate(taught(document.messages)) if learn]
@@ -141,7 +155,7 @@ class ChatTokenizer:
             return self.template.render(them, prompt, context)
 
         made = []
-        for at in learned:
+        for at in learned[-1:] if last else learned:
             if (one := self._turn(render, messages, at)) is not None:
                 then = document.messages[at + 1 : at + 2]
                 made.append(stopped(render, messages, one, self.ends, then))
@@ -209,7 +223,7 @@ class ChatTokenizer:
 
     def _count_message(self, messages: Sequence[Message], at: int) -> None:
         message = messages[at]
-        said = message.get("content") or message.get("tool_calls")
+        said = next((message[name] for name in ("content", *SAYING) if message.get(name)), "")
         self.notes["empty_answers"] += not said or (isinstance(said, str) and not said.strip())
         after_another = at > 0 and messages[at - 1]["role"] == "assistant"
         self.notes["answers_that_follow_an_answer"] += after_another
@@ -252,25 +266,6 @@ def placed(error: StillroomError, where: str) -> StillroomError:
         return error
     more = {"expected": error.expected, "remedy": error.remedy}
     return type(error)(error.found, where=where, **more)
-
-
-def inside(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.ndarray:
-    """Tokens [L] that hold a character of a span; offsets [L, 2] are theirs.
-
-    Where a tokenizer joins the end of a prompt with an answer's beginning, that token is a target:
-    it is the only one with which the answer can be said.
-    """
-    mask = np.zeros(len(offsets), dtype=bool)
-    begins, ends = offsets[:, 0], offsets[:, 1]
-    for start, end in spans:
-        mask |= (begins < end) & (ends > start)
-    return mask
-
-
-def joints(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> list[int]:
-    """Beginnings of spans that lie inside a token."""
-    begins, ends = offsets[:, 0], offsets[:, 1]  # [L], characters
-    return [start for start, _ in spans if ((begins < start) & (ends > start)).any()]
 
 
 def _touching(marks: list[tuple[int, int]], begin: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.corpus.documents import Row
 from stillroom.pipeline.corpus.images import caption_messages
-from stillroom.pipeline.corpus.messages import FLAGS, Message, decoded
+from stillroom.pipeline.corpus.messages import FLAGS, SAYING, Message, decoded
 
 ROLES = {
     "human": "user",
@@ -38,8 +38,6 @@ ROLES = {
 }
 """ShareGPT's names and those of its relatives, in small letters."""
 CONTENTS = ("content", "value", "text")
-SAYING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""Fields with which a message needs no content."""
 
 
 def as_list(value: Any) -> Any:

@@ -19,12 +19,12 @@ from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.corpus.chat import (
     ChatSettings,
     ChatTokenizer,
-    inside,
     refusals,
     unanswered,
 )
 from stillroom.pipeline.corpus.documents import Document
 from stillroom.pipeline.corpus.images import place_images, places_of
+from stillroom.pipeline.corpus.spans import inside
 from stillroom.pipeline.corpus.turns import Shown
 from stillroom.pipeline.images import decode_image, image_sha256
 from stillroom.pipeline.record import ImageSpan

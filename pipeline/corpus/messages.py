@@ -13,6 +13,8 @@ from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config.strict import nearest
 
 Message = dict[str, Any]
+SAYING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Fields with which a message needs no content."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 FLAGS = ("weight", "train", "training")
 """Keys that say whether an assistant's message is to be learned; no template sees them."""

@@ -212,8 +212,8 @@ class _Drawing:
 
     @cached_property
     def _fitting(self) -> Fitting:
-        how = self.config.long
-        return Fitting(self._chat, self.config.window, how, self.dropped, self._notes)
+        how, least = self.config.long, self.tokenizer.least
+        return Fitting(self._chat, self.config.window, how, self.dropped, self._notes, least)
 
     def _chat(self, document: Document) -> list[Made]:
         """Conversations with images, and all others of an image-text teacher, go through its

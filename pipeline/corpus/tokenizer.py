@@ -182,6 +182,11 @@ class CorpusTokenizer:
                 remedy="Use the tokenizer that belongs to the teacher.",
             )
 
+    def least(self, document: Document) -> int:
+        """Tokens that one example of a conversation has at least; 0 where only a processor can
+        tell."""
+        return 0 if self.has_processor else self.chat.least(document)
+
     @cached_property
     def chat(self) -> ChatTokenizer:
         """What turns conversations into examples, with the assistant's tokens as targets."""
