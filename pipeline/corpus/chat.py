@@ -213,6 +213,9 @@ class ChatTokenizer:
         self.notes["examples_of_conversations"] += len(made)
         self.notes["answers"] += len(told)
         self.notes["answers_without_an_end_token"] += sum(not one.ended for one in told)
+        self.notes["answers_that_end_without_stopping"] += sum(
+            one.ended and not one.stops for one in told
+        )
         self.notes["answers_after_a_prompt_that_says_otherwise"] += sum(
             one.contradicted for one in told
         )

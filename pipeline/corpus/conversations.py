@@ -6,7 +6,6 @@ here.
 """
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from stillroom.cache_schemas.errors import CorpusError

@@ -122,6 +122,9 @@ REMARKS = {
     "the turn",
     "answers_without_an_end_token": "warning: {answers_without_an_end_token} of {answers} answers "
     "end without a special token, so stopping is not learned there",
+    "answers_that_end_without_stopping": "warning: {answers_that_end_without_stopping} of "
+    "{answers} answers end with a special token that does not stop the model by its generation "
+    "config; a student asked with that config goes on",
     "answers_that_begin_inside_a_token": "{answers_that_begin_inside_a_token} of {answers} answers "
     "share their first token with the end of their prompt",
     "answers_after_a_prompt_that_says_otherwise": "warning: "

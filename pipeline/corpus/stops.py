@@ -38,7 +38,7 @@ def stopped(
 
 
 def next_message(upto: Messages, then: Sequence[Message]) -> Message:
-    """Who would speak after the last message: whoever does, or a tool that it calls, or the user."""
+    """Who would speak after the last message: whoever does, or a called tool, or the user."""
     last = upto[-1]
     calls = last.get("tool_calls") or ()
     role = then[0]["role"] if then else ""

@@ -54,6 +54,8 @@ def _put(values: dict[str, Any], ending: str, data: bytes, where: str) -> None:
     elif ending == ".json":
         values |= as_object(decode(data, where), where)
     elif ending in TEXTS:
+        if "text" in values:
+            raise CorpusError(f"has a second text ({ending})", expected="one", where=where)
         values["text"] = decode(data, where).strip()
     else:
         kind = next((kind for kind, ends in MOVING.items() if ending in ends), ending.strip("."))

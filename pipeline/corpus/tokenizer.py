@@ -119,7 +119,7 @@ class CorpusTokenizer:
             directory=directory,
             context=shape.context if shape else 0,
             head=shape.vocab_size if shape else 0,
-            end_ids=_end_ids(directory),
+            end_ids=_end_ids(model_directory(teacher) if teacher else directory),
             trusts_code=trusts_code,
             chats=chats or ChatSettings(),
         )
@@ -246,8 +246,16 @@ def _must_agree(facts: dict, tokenizer: str, teacher: Teacher) -> None:
 
 
 def _end_ids(directory: Path) -> tuple[int, ...]:
-    try:
-        found = json.loads((directory / "generation_config.json").read_text()).get("eos_token_id")
-    except (OSError, ValueError):
-        return ()
-    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+    """Ids that stop generation: of the generation config, or else of the model's config, from which
+    transformers and vLLM make one."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            settings = json.loads((directory / name).read_text())
+            found = settings.get(
+                "eos_token_id", settings.get("text_config", {}).get("eos_token_id")
+            )
+        except (OSError, ValueError, AttributeError):
+            continue
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (found,)
+    return ()

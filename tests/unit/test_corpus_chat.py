@@ -322,6 +322,82 @@ def test_what_cannot_be_shown_whole_is_refused(template, messages, context, mess
         examples(tokenizer, template, messages, context=context)
 
 
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+BARE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls or () %}({{ c.function.name }} {{ c.function.arguments }})"
+    "{% endfor %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+)
+"""It prints whatever it is given."""
+CALLED = [{"function": {"name": "w", "arguments": {"a": "it's"}}}]
+
+
+@pytest.mark.parametrize(
+    ("chat", "before", "answer"),
+    [
+        ((user(parts("a", "b")), said(parts("c"))), "user: ab", " c"),
+        ((user("a"), said(None)), "user: a", " "),
+        ((user("a"), said("", tool_calls=CALLED)), "user: a", ' (w {"a": "it\'s"})'),
+        (
+            (user("a"), {"role": "tool", "content": {"t": [-4, "x"]}}, said("c")),
+            'user: a<|im_end|><|im_start|>tool: {"t": [-4, "x"]}',
+            " c",
+        ),
+    ],
+    ids=["parts", "null", "arguments", "what a tool gave"],
+)
+def test_nothing_is_written_in_pythons_notation(chat, before, answer, tokenizer):
+    made = tokenise(tokenizer, BARE, chat)
+    assert framed(tokenizer, made) == (
+        f"<|im_start|>{before}<|im_end|><|im_start|>assistant:⟦{answer}<|im_end|>⟧"
+    )
+
+
+def test_a_content_that_only_python_could_write_is_refused(tokenizer):
+    with pytest.raises(CorpusError, match="Python's notation"):
+        tokenise(tokenizer, BARE, (user({"a": 1}), said("b")))
+
+
+def test_roles_that_nobody_knows_are_refused_unless_the_template_names_them(tokenizer):
+    chat = (user("a"), {"role": "asistant", "content": "b"}, said("c"))
+    with pytest.raises(CorpusError, match=r"message 2 has the role 'asistant'.*'assistant'\?"):
+        tokenise(tokenizer, PLAIN, chat)
+    named = "{# asistant #}" + PLAIN
+    assert spoken(tokenizer, tokenise(tokenizer, named, chat)) == "c<|im_end|>"
+
+
+def test_arguments_that_a_template_leaves_out_are_told(tokenizer):
+    only_names = PLAIN.replace(
+        "{% for message in messages %}",
+        "{% for message in messages %}{% for c in message.tool_calls or () %}"
+        "{{ c.function.name }}{% endfor %}",
+    )
+    tokenizer.chat_template = only_names
+    make = ChatTokenizer(tokenizer)
+    make(Document("x", messages=(user("a"), said("", tool_calls=CALLED))))
+    assert make.notes["conversations_whose_arguments_the_template_drops"] == 1
+
+
+def test_a_refusal_counts_the_messages_of_the_whole_conversation(tokenizer):
+    chat = tuple(m for n in range(20) for m in (user(f"{n}?"), said(f"{n}.")))
+    chat = (*chat, user("?"), said("a", reasoning_content="b"))
+    with pytest.raises(CorpusError, match="does not show reasoning_content of message 42"):
+        tokenise(tokenizer, PLAIN, chat)
+
+
+def test_an_end_that_does_not_stop_the_model_is_told(tokenizer):
+    made = PLAIN.replace("<|im_end|>", "<|endoftext|>")
+    tokenizer.chat_template = made
+    make = ChatTokenizer(tokenizer)
+    (one,) = make(Document("x", messages=(user("a"), said("b"))))
+    assert spoken(tokenizer, one) == "b<|endoftext|>"
+    assert make.notes["answers_that_end_without_stopping"] == 1
+
+
 def test_parts_may_be_left_out_by_name(tokenizer):
     chat = (user("?"), said("a", reasoning_content="b"))
     settings = ChatSettings(leave_out=("reasoning_content", "tools"))
