@@ -51,7 +51,10 @@ def shown_whole(tokenizer, name):
         calls = "weather" in name or not context or text.count("weather") > 1
         image = name != "image" or text != without_image(tokenizer, spelled)
         words = all(word in text for word in chat_templates.words(name))
-        if words and calls and image and "None" not in text:  # a null as Python prints it
+        python = (
+            "None" in text or "{'type'" in text
+        )  # a null, a list of parts as Python prints them
+        if words and calls and image and not python:
             return spelled
     return None
 
@@ -97,7 +100,7 @@ def test_the_mask_is_what_the_model_would_have_to_write(template, name, tokenize
     spelled = shown_whole(tokenizer, name)
     if spelled is None:
         with pytest.raises(
-            CorpusError, match=r"chats\.jsonl:7: the chat template (refuses|does not)"
+            CorpusError, match=r"chats\.jsonl:7: the chat template (refuses|does not|writes)"
         ):
             ChatTokenizer(tokenizer)(document)
         return

@@ -166,7 +166,7 @@ def test_long_conversations_are_cut_between_turns(prepared, tiny_tokenizer):
 
 @pytest.mark.parametrize("long", ["cut", "keep_end", "skip"])
 def test_a_conversation_of_many_turns_is_not_made_to_be_measured(long, prepared, monkeypatch):
-    """Every turn is rendered with its history, so making all of it would take its length squared."""
+    """Every turn is rendered with its history: making all of it would take its length squared."""
     from stillroom.pipeline.corpus.chat import ChatTokenizer
 
     made, make = [], ChatTokenizer.__call__
