@@ -6,7 +6,7 @@ way (turns that share no example, marks that differ from the rule) is counted an
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -16,10 +16,19 @@ import numpy as np
 
 from stillroom.cache_schemas.errors import CorpusError, StillroomError
 from stillroom.pipeline.corpus.documents import Document
-from stillroom.pipeline.corpus.messages import Message, cleaned, taught, unflagged
+from stillroom.pipeline.corpus.messages import (
+    SAYING,
+    Message,
+    check_roles,
+    cleaned,
+    taught,
+    unflagged,
+)
+from stillroom.pipeline.corpus.spans import inside, joints
 from stillroom.pipeline.corpus.spelling import Spelling
+from stillroom.pipeline.corpus.stops import stopped
 from stillroom.pipeline.corpus.template import ChatTemplate
-from stillroom.pipeline.corpus.turns import Choice, Ends, Shown, Turn, shown, turn
+from stillroom.pipeline.corpus.turns import Choice, Ends, Render, Shown, Turn, shown, turn
 
 Tokens = tuple[np.ndarray, np.ndarray]
 
@@ -108,6 +117,16 @@ class ChatTokenizer:
             self._count(document, messages, made)
             return made
 
+    def least(self, document: Document) -> int:
+        """Tokens that the longest example of a conversation has at least: those of its last turn.
+
+        Raises:
+            CorpusError: as for a call.
+        """
+        with refusals(document.where, "the chat template refuses these messages"):
+            _, turns = self._turns(document, last=True)
+        return len(self._encoded(turns[-1].text)[0]) if turns else 0
+
     def prompt(self, document: Document) -> str:
         """The text that asks for the last answer of a conversation, whether it is there or not.
 
@@ -119,8 +138,11 @@ class ChatTokenizer:
             context = self._context(document)
             return self._spelling.prompt(self._given(messages), context)
 
-    def _turns(self, document: Document) -> tuple[Sequence[Message], list[Turn]]:
+    def _turns(
+        self, document: Document, last: bool = False
+    ) -> tuple[Sequence[Message], list[Turn]]:
         """The messages as the template takes them, up to the last turn to learn; those turns."""
+        check_roles(document.messages, self.template.source)
         learned = [at for at, learn in enumerate(taught(document.messages)) if learn]
         if not learned:
             self.notes["conversations_without_an_assistant_turn"] += 1
@@ -132,10 +154,14 @@ class ChatTokenizer:
         def render(them: Sequence[Message], prompt: bool) -> str:
             return self.template.render(them, prompt, context)
 
-        made = (self._turn(render, messages, at) for at in learned)
-        return messages, [one for one in made if one is not None]
+        made = []
+        for at in learned[-1:] if last else learned:
+            if (one := self._turn(render, messages, at)) is not None:
+                then = document.messages[at + 1 : at + 2]
+                made.append(stopped(render, messages, one, self.ends, then))
+        return messages, made
 
-    def _turn(self, render: Callable, messages: Sequence[Message], at: int) -> Turn | None:
+    def _turn(self, render: Render, messages: Sequence[Message], at: int) -> Turn | None:
         """A turn; None for one that nothing asks for, where the template knows no such prompt."""
         if at == 0:
             try:
@@ -155,7 +181,7 @@ class ChatTokenizer:
         return {name: value for name, value in document.context.items() if name not in out}
 
     def _tokens(self, example: Shown) -> Tokens:
-        spans = example.spans(self.ends)
+        spans = example.spans
         ids, offsets = self._encoded(example.text)
         if joined := joints(offsets, spans):
             ids, offsets = self._parted(example.text, joined, ids, offsets)
@@ -187,6 +213,9 @@ class ChatTokenizer:
         self.notes["examples_of_conversations"] += len(made)
         self.notes["answers"] += len(told)
         self.notes["answers_without_an_end_token"] += sum(not one.ended for one in told)
+        self.notes["answers_that_end_without_stopping"] += sum(
+            one.ended and not one.stops for one in told
+        )
         self.notes["answers_after_a_prompt_that_says_otherwise"] += sum(
             one.contradicted for one in told
         )
@@ -197,7 +226,7 @@ class ChatTokenizer:
 
     def _count_message(self, messages: Sequence[Message], at: int) -> None:
         message = messages[at]
-        said = message.get("content") or message.get("tool_calls")
+        said = next((message[name] for name in ("content", *SAYING) if message.get(name)), "")
         self.notes["empty_answers"] += not said or (isinstance(said, str) and not said.strip())
         after_another = at > 0 and messages[at - 1]["role"] == "assistant"
         self.notes["answers_that_follow_an_answer"] += after_another
@@ -205,7 +234,7 @@ class ChatTokenizer:
     def _check_marks(self, document: Document, messages: Sequence[Message], last: Shown) -> None:
         """Compare the template's own marks with the rule, which counts."""
         text, marks = self.template.marked(messages[: last.upto], self._context(document))
-        by_rule = last.spans(self.ends)
+        by_rule = last.spans
         same = text.startswith(last.text) and _touching(marks, by_rule[0][0]) == by_rule
         self.notes["conversations_with_marks_of_their_own"] += 1
         self.notes["marks_that_differ_from_the_rule"] += not same
@@ -242,25 +271,6 @@ def placed(error: StillroomError, where: str) -> StillroomError:
     return type(error)(error.found, where=where, **more)
 
 
-def inside(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.ndarray:
-    """Tokens [L] that hold a character of a span; offsets [L, 2] are theirs.
-
-    Where a tokenizer joins the end of a prompt with an answer's beginning, that token is a target:
-    it is the only one with which the answer can be said.
-    """
-    mask = np.zeros(len(offsets), dtype=bool)
-    begins, ends = offsets[:, 0], offsets[:, 1]
-    for start, end in spans:
-        mask |= (begins < end) & (ends > start)
-    return mask
-
-
-def joints(offsets: np.ndarray, spans: Iterable[tuple[int, int]]) -> list[int]:
-    """Beginnings of spans that lie inside a token."""
-    begins, ends = offsets[:, 0], offsets[:, 1]  # [L], characters
-    return [start for start, _ in spans if ((begins < start) & (ends > start)).any()]
-
-
 def _touching(marks: list[tuple[int, int]], begin: int) -> list[tuple[int, int]]:
     """Marked characters from `begin` on; blocks that touch are one."""
     joined: list[tuple[int, int]] = []
@@ -284,7 +294,7 @@ def _whole_texts(tokenizer: Any) -> Callable[..., Any]:
 
 def _ends(tokenizer: Any, end_ids: tuple[int, ...]) -> Ends:
     ids = {*end_ids, tokenizer.eos_token_id} - {None}
-    declared = (tokenizer.convert_ids_to_tokens(i) or "" for i in ids)
+    declared = filter(None, (tokenizer.convert_ids_to_tokens(i) for i in ids))
     added = tokenizer.added_tokens_decoder.values()
     special = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
-    return Ends(frozenset(special), frozenset(declared))
+    return Ends(frozenset(special - {""}), frozenset(declared))

@@ -6,32 +6,37 @@ here.
 """
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.corpus.documents import Row
 from stillroom.pipeline.corpus.images import caption_messages
-from stillroom.pipeline.corpus.messages import FLAGS, Message, decoded
+from stillroom.pipeline.corpus.messages import FLAGS, SAYING, Message, decoded
 
 ROLES = {
     "human": "user",
     "user": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "chatgpt": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
     "system": "system",
+    "developer": "developer",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
     "function": "tool",
     "function_call": "assistant",
 }
-"""ShareGPT's names and those of its relatives."""
+"""ShareGPT's names and those of its relatives, in small letters."""
+CONTENTS = ("content", "value", "text")
 
 
 def as_list(value: Any) -> Any:
@@ -66,7 +71,7 @@ def messages(value: Any, column: str) -> tuple[Message, ...]:
             f"column '{column}' is not a list of chat messages",
             expected='[{"role": "user", "content": "..."}, ...]',
         )
-    return tuple(found or ())
+    return tuple(_from_role(message, at) for at, message in enumerate(found or (), start=1))
 
 
 def sharegpt(value: Any, column: str) -> tuple[Message, ...]:
@@ -81,32 +86,51 @@ def sharegpt(value: Any, column: str) -> tuple[Message, ...]:
             f"column '{column}' is not a list of ShareGPT messages",
             expected='[{"from": "human", "value": "..."}, ...]',
         )
-    return tuple(_from_value(message) for message in found or ())
+    return tuple(_from_value(message, at) for at, message in enumerate(found or (), start=1))
 
 
-def alpaca(row: Row) -> tuple[Message, ...]:
-    """Instruction, input and output as a question and its answer; earlier ones in `history`."""
-    values = row.values
-    asked = "\n\n".join(filter(None, (_text(row, "instruction"), values.get("input"))))
-    earlier = [turn for pair in values.get("history") or () for turn in _pair(*pair)]
-    return (*earlier, *_pair(asked, _text(row, "output")))
+def alpaca(row: Row, given: str = "input", said: str = "output") -> tuple[Message, ...]:
+    """Instruction, input and output as a question and its answer; earlier ones in `history`.
+
+    Raises:
+        CorpusError: one is no text, or the history no list of pairs of texts.
+    """
+    more = _text(row, given) if row.values.get(given) is not None else ""
+    asked = "\n\n".join(filter(None, (_text(row, "instruction"), more)))
+    earlier = as_list(row.values.get("history")) or ()
+    if not all(map(_is_pair, earlier)):
+        raise CorpusError("column 'history' is no list of questions with their answers")
+    turns = [turn for pair in earlier for turn in _pair(*pair)]
+    return (*turns, *_pair(asked, _text(row, said)))
 
 
 def question_and_answer(row: Row, asked: str, said: str) -> tuple[Message, ...]:
-    """Two columns, each a text or a list of messages.
+    """Two columns, each a text or messages; an answer with the label false is not learned.
 
     Raises:
         CorpusError: one is missing, or something else.
     """
-    return (*_side(row, asked, "user"), *_side(row, said, "assistant"))
+    answer = _side(row, said, "assistant")
+    if row.values.get("label") is False:
+        answer = tuple({**message, "weight": 0} for message in answer)
+    return (*_side(row, asked, "user"), *answer)
 
 
-def chosen(value: Any, row: Row) -> tuple[Message, ...]:
-    """The answer that was preferred, after its prompt; conversations that hold it stand alone."""
-    answer = as_list(value)
-    whole = is_messages(answer) and any(message["role"] == "user" for message in answer)
-    prompt = () if whole or row.values.get("prompt") is None else _side(row, "prompt", "user")
-    return (*prompt, *_side(row, "chosen", "assistant"))
+def chosen(row: Row, asked: str) -> tuple[Message, ...]:
+    """The answer that was preferred, after its prompt; conversations that hold it stand alone.
+
+    Raises:
+        CorpusError: it is neither text nor messages; or a text that nothing asks for.
+    """
+    answer = _side(row, "chosen", "assistant")
+    if any(message["role"] == "user" for message in answer):
+        return answer
+    if row.values.get(asked) is None:
+        raise CorpusError(
+            "an answer in column 'chosen' without what was asked",
+            expected="a column 'prompt', or messages with the user's in 'chosen'",
+        )
+    return (*_side(row, asked, "user"), *answer)
 
 
 def captions(value: Any) -> tuple[Message, ...]:
@@ -120,10 +144,13 @@ def captions(value: Any) -> tuple[Message, ...]:
     return caption_messages(value)
 
 
-def _side(row: Row, column: str, role: str) -> Sequence[Message]:
+def _side(row: Row, column: str, role: str) -> tuple[Message, ...]:
     found = as_list(row.values.get(column))
-    if is_messages(found):
-        return found
+    listed = [found] if isinstance(found, dict) else found
+    if is_messages(listed):
+        return messages(listed, column)
+    if is_sharegpt(listed):
+        return sharegpt(listed, column)
     return ({"role": role, "content": _text(row, column)},)
 
 
@@ -142,21 +169,50 @@ def _pair(asked: str, said: str) -> tuple[Message, Message]:
     return {"role": "user", "content": asked}, {"role": "assistant", "content": said}
 
 
-def _from_value(message: dict[str, Any]) -> Message:
-    named = message["from"]
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, (list, tuple)) and [type(one) for one in pair] == [str, str]
+
+
+def _from_role(message: dict[str, Any], at: int) -> Message:
+    named = message["role"]
+    role = named if named in ("function", "tool") else ROLES.get(named.strip().lower(), named)
+    if any(message.get(name) for name in SAYING):
+        return {**message, "role": role}
+    kept = {key: one for key, one in message.items() if key not in CONTENTS}
+    return {**kept, "role": role, "content": _content(message, at)}
+
+
+def _from_value(message: dict[str, Any], at: int) -> Message:
+    named = message["from"].strip().lower()
     if named not in ROLES:
         raise CorpusError(
-            f"a message is from '{named}'",
+            f"message {at} is from '{message['from']}'",
             expected=f"one of {', '.join(ROLES)}",
             remedy=nearest(named, ROLES),
         )
-    flags = {name: message[name] for name in FLAGS if name in message}
+    flags = {name: message[name] for name in (*FLAGS, *SAYING) if name in message}
+    said = None if any(message.get(name) for name in SAYING) else _content(message, at)
     if named == "function_call":
-        call = decoded(message.get("value"), "the arguments of a function_call")
+        call = decoded(said, "the arguments of a function_call")
         calls = call if isinstance(call, list) else [call]
         wrapped = [{"type": "function", "function": one} for one in calls]
         return {"role": "assistant", "content": "", "tool_calls": wrapped, **flags}
-    return {"role": ROLES[named], "content": message.get("value"), **flags}
+    said = message.get("value") if said is None else said
+    return {"role": ROLES[named], "content": said, **flags}
+
+
+def _content(message: dict[str, Any], at: int) -> Any:
+    """What a message says, whatever its field is called.
+
+    Raises:
+        CorpusError: it has no such field.
+    """
+    named = [name for name in CONTENTS if name in message]
+    if not named:
+        found = f"message {at} says nothing: it has {', '.join(message)}"
+        raise CorpusError(found, expected=f"one of {', '.join(CONTENTS)}")
+    filled = (message[name] for name in named if message[name] is not None)
+    return next(filled, None)
 
 
 def _all_have(value: Any, key: str) -> bool:

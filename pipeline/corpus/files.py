@@ -13,7 +13,6 @@ corpus.
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -186,15 +185,6 @@ def write_facts(directory: Path, facts: dict[str, Any]) -> None:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def replace_directory(made: Path, target: Path) -> None:
-    """Put a finished directory in a place that may hold an older one."""
-    old = target.with_name(f"{target.name}.old-{os.getpid()}")
-    if target.exists():
-        os.rename(target, old)
-    os.rename(made, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_examples(path: Path) -> Iterator[Example]:

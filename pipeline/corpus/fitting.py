@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from stillroom.pipeline.corpus.chat import Tokens
 from stillroom.pipeline.corpus.documents import Document
@@ -19,6 +19,8 @@ from stillroom.pipeline.corpus.messages import Message
 
 Made = Tokens | ImageTokens
 FIRST = ("system", "developer")
+MANY = 32
+"""Messages from which on a conversation's length is asked for before it is made."""
 
 
 class Fitting:
@@ -30,6 +32,8 @@ class Fitting:
         long: `[prepare] long`.
         dropped: counts what is left out.
         notes: counts what `make` notices; what it noticed in vain is taken back.
+        least: document -> tokens that one of its examples has at least, for less than it costs to
+            make them: every turn of a conversation is rendered with all of its history.
     """
 
     def __init__(
@@ -39,9 +43,10 @@ class Fitting:
         long: Literal["cut", "skip", "keep_end"],
         dropped: Counter[str],
         notes: Counter[str],
+        least: Callable[[Document], int],
     ):
         self._make_counted, self._window, self._long = make, window, long
-        self._dropped, self._notes = dropped, notes
+        self._dropped, self._notes, self._least = dropped, notes, least
 
     def __call__(self, document: Document) -> list[Made]:
         """The examples of a conversation.
@@ -49,7 +54,7 @@ class Fitting:
         Raises:
             CorpusError: it cannot be tokenised.
         """
-        made = self._make(document)
+        made = None if self._too_long(document) else self._make(document)
         if self._fit(made):
             return list(made)
         if self._long == "skip":
@@ -59,7 +64,17 @@ class Fitting:
         if self._long == "keep_end":
             return self._end(document, head, exchanges)
         self._dropped["conversations_cut_into_pieces"] += len(exchanges) > 1
-        return [one for piece in self._pieces(document, head, exchanges, made) for one in piece]
+        return [one for piece in self._pieces(document, head, exchanges) for one in piece]
+
+    def _too_long(self, document: Document) -> bool:
+        """Whether a conversation of many messages is longer than the window for certain."""
+        if len(document.messages) < MANY or document.images:
+            return False
+        noticed = self._notes.copy()
+        least = self._least(document)
+        self._notes.clear()
+        self._notes.update(noticed)
+        return least > self._window
 
     def _make(self, document: Document, trial: bool = False) -> Sequence[Made]:
         noticed = self._notes.copy()
@@ -69,21 +84,24 @@ class Fitting:
             self._notes.update(noticed)
         return made
 
-    def _fit(self, made: Sequence[Made]) -> bool:
-        return all(len(example[0]) <= self._window for example in made)
+    def _fit(self, made: Sequence[Made] | None) -> TypeGuard[Sequence[Made]]:
+        return made is not None and all(len(example[0]) <= self._window for example in made)
 
     def _pieces(
-        self, document: Document, head: range, exchanges: list[range], made: Sequence[Made]
+        self, document: Document, head: range, exchanges: list[range]
     ) -> Iterator[Sequence[Made]]:
         """Halves, and halves of halves, until each fits or is one exchange."""
+        part = part_of(document, head, exchanges)
+        alone = len(exchanges) < 2
+        made = None if not alone and self._too_long(part) else self._make(part)
         if self._fit(made):
             yield made
-        elif len(exchanges) < 2:
-            yield list(self._shortened(made))
+        elif alone:
+            yield list(self._shortened(made or ()))
         else:
             middle = len(exchanges) // 2
-            for part in (exchanges[:middle], exchanges[middle:]):
-                yield from self._pieces(document, head, part, self._part(document, head, part))
+            for half in (exchanges[:middle], exchanges[middle:]):
+                yield from self._pieces(document, head, half)
 
     def _end(self, document: Document, head: range, exchanges: list[range]) -> list[Made]:
         """The conversation without as many of its oldest exchanges as it takes."""
@@ -91,7 +109,7 @@ class Fitting:
         while low < high:
             middle = (low + high) // 2
             rest = part_of(document, head, exchanges[middle:])
-            if self._fit(self._make(rest, trial=True)):
+            if not self._too_long(rest) and self._fit(self._make(rest, trial=True)):
                 high = middle
             else:
                 low = middle + 1
@@ -100,10 +118,7 @@ class Fitting:
             return []
         self._dropped["conversations_without_their_beginning"] += 1
         self._dropped["messages_cut"] += sum(len(one) for one in exchanges[:low])
-        return list(self._part(document, head, exchanges[low:]))
-
-    def _part(self, document: Document, head: range, exchanges: list[range]) -> Sequence[Made]:
-        return self._make(part_of(document, head, exchanges))
+        return list(self._make(part_of(document, head, exchanges[low:])))
 
     def _shortened(self, made: Sequence[Made]) -> Iterator[Made]:
         """Examples without what lies beyond the window; with images, none that does not fit."""

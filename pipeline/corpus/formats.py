@@ -94,17 +94,22 @@ def _preference(source: Source, rows: Sequence[Row]) -> Format | None:
     names = _names(rows)
     if source.format != "preference" and not {"chosen", "rejected"} <= names:
         return None
-    columns = ("chosen", *(name for name in ("prompt",) if name in names))
+    asked = source.messages_column or next((n for n in (*QUESTIONS, *CHATS) if n in names), "")
     words = 'the chosen answers of preferences in column "chosen"'
-    return Format("preference", columns, words, lambda row: chosen(value(row, "chosen"), row))
+    words += f' to column "{asked}"' if asked else ""
+    columns = ("chosen", *filter(None, (asked,)))
+    return Format("preference", columns, words, lambda row: chosen(row, asked))
 
 
 def _alpaca(source: Source, rows: Sequence[Row]) -> Format | None:
     names = _names(rows)
-    if source.format != "alpaca" and not {"instruction", "output"} <= names:
+    said = "response" if "response" in names and "output" not in names else "output"
+    given = "context" if "context" in names and "input" not in names else "input"
+    if source.format != "alpaca" and not {"instruction", said} <= names:
         return None
-    words = 'Alpaca instructions in columns "instruction", "input" and "output"'
-    return Format("alpaca", ("instruction", "input", "output", "history"), words, alpaca)
+    words = f'Alpaca instructions in columns "instruction", "{given}" and "{said}"'
+    columns = ("instruction", given, said, "history")
+    return Format("alpaca", columns, words, lambda row: alpaca(row, given, said))
 
 
 def _completion(source: Source, rows: Sequence[Row]) -> Format | None:
@@ -113,9 +118,13 @@ def _completion(source: Source, rows: Sequence[Row]) -> Format | None:
     said = next((name for name in ANSWERS if name in names), "")
     if source.format != "completion" and not (asked and said):
         return None
-    columns = (asked or "prompt", said or "completion")
-    words = 'questions in column "{}" and answers in column "{}"'.format(*columns)
-    return Format("completion", columns, words, lambda row: question_and_answer(row, *columns))
+    asked, said = asked or "prompt", said or "completion"
+    words = f'questions in column "{asked}" and answers in column "{said}"'
+    labels = [row.values["label"] for row in rows if row.values.get("label") is not None]
+    judged = bool(labels) and all(isinstance(label, bool) for label in labels)
+    words += ', those with "label" false not learned' if judged else ""
+    columns = (asked, said, *(["label"] if judged else []))
+    return Format("completion", columns, words, lambda row: question_and_answer(row, asked, said))
 
 
 def _captions(source: Source, rows: Sequence[Row]) -> Format | None:
@@ -136,9 +145,9 @@ def _text(source: Source, rows: Sequence[Row]) -> Format | None:
 
 
 FINDERS: dict[str, Callable[[Source, Sequence[Row]], Format | None]] = {
+    "preference": _preference,
     "messages": _messages,
     "sharegpt": _sharegpt,
-    "preference": _preference,
     "alpaca": _alpaca,
     "completion": _completion,
     "captions": _captions,

@@ -20,7 +20,7 @@ from stillroom.pipeline.corpus.splits import canonical_json
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer
 from stillroom.pipeline.images import image_sha256
 
-RULE = "turns as the generation prompt asks for them"
+RULE = "turns as the generation prompt asks for them, up to what stops the model"
 """How masks are made. A corpus in a run's directory that was made by another rule is made anew;
 elsewhere it stays readable."""
 
@@ -38,7 +38,7 @@ def identity(
     settings = config.model_dump(mode="json", exclude={"tokenizer"}, exclude_none=True)
     facts = [source.facts for source in sources]
     made = {"tokenizer": tokenizer.facts, "settings": settings, "sources": facts, "rule": RULE}
-    made |= edges(config, tokenizer)
+    made |= edges(config, tokenizer) | {"stop_ids": list(tokenizer.stop_ids)}
     if config.chat_template:
         template = tokenizer.chat.template.source.encode()
         made["own_chat_template_sha256"] = hashlib.sha256(template).hexdigest()

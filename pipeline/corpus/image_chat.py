@@ -19,12 +19,12 @@ from stillroom.cache_schemas.errors import CorpusError, first_line
 from stillroom.pipeline.corpus.chat import (
     ChatSettings,
     ChatTokenizer,
-    inside,
     refusals,
     unanswered,
 )
 from stillroom.pipeline.corpus.documents import Document
 from stillroom.pipeline.corpus.images import place_images, places_of
+from stillroom.pipeline.corpus.spans import inside
 from stillroom.pipeline.corpus.turns import Shown
 from stillroom.pipeline.images import decode_image, image_sha256
 from stillroom.pipeline.record import ImageSpan
@@ -88,7 +88,7 @@ class ImageChat:
 
     def _example(self, document: Document, example: Shown) -> ImageTokens:
         shown = document.images[: places_of(document.messages[: example.upto])]
-        spans = example.spans(self._chat.ends)
+        spans = example.spans
         return self._tokens(replace(document, images=shown), example.text, spans)
 
     def _tokens(self, document: Document, text: str, spoken: list[tuple[int, int]]) -> ImageTokens:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.corpus.characters import decode
 
 MARKER = "<image>"
 """LLaVA's way of writing an image into plain text."""
@@ -27,9 +28,13 @@ def place_images(
     images go before the first user message's text.
 
     Raises:
-        CorpusError: another number of places than of images.
+        CorpusError: another number of places than of images; one in an answer; or a content that is
+            neither text nor parts.
     """
-    placed = tuple({**message, "content": _parts(message)} for message in messages)
+    placed = tuple(
+        {**message, "content": _parts(message, f"{where}: message {at}")}
+        for at, message in enumerate(messages, start=1)
+    )
     if count and not places_of(placed):
         placed = _in_front(placed, count)
     if places_of(placed) != count:
@@ -98,7 +103,7 @@ def read_caption(path: Path) -> str:
     caption = path.with_suffix(".txt")
     if not caption.is_file():
         raise CorpusError("has no caption beside it", expected=str(caption), where=str(path))
-    return caption.read_text(encoding="utf-8").strip()
+    return decode(_file(caption, str(path)), str(caption)).removeprefix("\ufeff").strip()
 
 
 def _read_image(value: Any, folder: Path, where: str) -> bytes:
@@ -133,21 +138,44 @@ def _data_url(value: str, where: str) -> bytes:
         raise CorpusError(f"a data URL cannot be read ({error})", where=where) from None
 
 
-def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+def _parts(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
     content = message.get("content")
     if isinstance(content, list):
-        return [_plain_part(part) for part in content]
-    pieces = (content or "").split(MARKER)
+        parts = [_plain_part(part, where) for part in content]
+    elif isinstance(content, str) or content is None:
+        parts = _parts_of_text(content or "")
+    else:
+        raise _no_part(content, where)
+    if message["role"] == "assistant" and any(part.get("type") == "image" for part in parts):
+        raise CorpusError(
+            "an image in an answer, which no teacher here writes",
+            expected="images in what others say",
+            where=where,
+            remedy=f"Move it, or write {MARKER} in another way.",
+        )
+    return parts
+
+
+def _parts_of_text(text: str) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(text.split(MARKER)):
         parts += [{"type": "image"}] * bool(number)
         parts += [{"type": "text", "text": piece}] * bool(piece)
     return parts
 
 
-def _plain_part(part: dict[str, Any]) -> dict[str, Any]:
+def _plain_part(part: Any, where: str) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, dict):
+        raise _no_part(part, where)
     kept = {key: value for key, value in part.items() if value is not None}
     return {"type": "image"} if kept.get("type") in ("image", "image_url") else kept
+
+
+def _no_part(value: Any, where: str) -> CorpusError:
+    found = f"a content holds {type(value).__name__}"
+    return CorpusError(found, expected="a text, or a list of parts", where=where)
 
 
 def places_of(messages: Sequence[dict[str, Any]]) -> int:

@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config.strict import nearest
-from stillroom.pipeline.corpus.plain_files import decode
+from stillroom.pipeline.corpus.characters import decode
 
 GENRES = 19
 USUAL = {

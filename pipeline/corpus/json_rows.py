@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import CorpusError, first_line
+from stillroom.pipeline.corpus.characters import decode, whole
 from stillroom.pipeline.corpus.compression import DAMAGE, open_bytes
 from stillroom.pipeline.corpus.documents import Rejected, Row, first_words
-from stillroom.pipeline.corpus.plain_files import decode
 
 BOM = codecs.BOM_UTF8
 CHUNK = 1 << 16
 DECODER = json.JSONDecoder()
 BLANK = re.compile(r"[ \t\r\n]*")
+EXPECTED = "one JSON object on each line, or one list of objects"
 UNFINISHED = "Unterminated string"
 """How Python's JSON reader calls a string whose end has not been read yet."""
 
@@ -58,7 +59,8 @@ def as_object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CorpusError(f"is not JSON ({error})", where=where) from None
+        found = f"is not JSON ({error})"
+        raise CorpusError(found, expected=EXPECTED, where=where) from None
     return checked(value, text, where)
 
 
@@ -70,29 +72,10 @@ def checked(value: Any, text: str, where: str) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         found = f"holds a JSON {type(value).__name__}"
-        expected = "one JSON object on each line, or one list of objects"
-        raise CorpusError(found, expected=expected, where=where)
+        raise CorpusError(found, expected=EXPECTED, where=where)
     if "\\ud" in text or "\\uD" in text:
-        whole_characters(value, where)
+        whole(json.dumps(value, ensure_ascii=False), where)
     return value
-
-
-def whole_characters(value: Any, where: str) -> None:
-    """Refuse lone surrogates: halves of characters, which no tokenizer takes.
-
-    Raises:
-        CorpusError: there is one.
-    """
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise CorpusError(
-            f"holds half of a character (\\u{ord(half):04x})",
-            expected="whole Unicode characters",
-            where=where,
-            remedy="Write the text again with a tool that keeps surrogate pairs together.",
-        ) from None
 
 
 class _Elements:

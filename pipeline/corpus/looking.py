@@ -122,6 +122,9 @@ REMARKS = {
     "the turn",
     "answers_without_an_end_token": "warning: {answers_without_an_end_token} of {answers} answers "
     "end without a special token, so stopping is not learned there",
+    "answers_that_end_without_stopping": "warning: {answers_that_end_without_stopping} of "
+    "{answers} answers end with a special token that does not stop the model by its generation "
+    "config; a student asked with that config goes on",
     "answers_that_begin_inside_a_token": "{answers_that_begin_inside_a_token} of {answers} answers "
     "share their first token with the end of their prompt",
     "answers_after_a_prompt_that_says_otherwise": "warning: "
@@ -130,6 +133,11 @@ REMARKS = {
     "answers_whose_thoughts_the_template_drops": "warning: the chat template leaves out the "
     "reasoning of {answers_whose_thoughts_the_template_drops} of {answers} answers even where it "
     "would be learned ([prepare] chat_template)",
+    "conversations_whose_arguments_the_template_drops": "warning: the chat template does not show "
+    "every argument of the calls in {conversations_whose_arguments_the_template_drops} of "
+    "{conversations} conversations",
+    "conversations_with_calls_in_pythons_notation": "the chat template writes calls in Python's "
+    "notation in {conversations_with_calls_in_pythons_notation} of {conversations} conversations",
     "marks_that_differ_from_the_rule": "warning: the template's generation marks differ from what "
     "the model would write in {marks_that_differ_from_the_rule} of "
     "{conversations_with_marks_of_their_own} conversations; what it would write counts",

@@ -10,8 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.config.strict import nearest
 
 Message = dict[str, Any]
+SAYING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Fields with which a message needs no content."""
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 FLAGS = ("weight", "train", "training")
 """Keys that say whether an assistant's message is to be learned; no template sees them."""
 
@@ -60,6 +64,26 @@ def taught(messages: Sequence[Message]) -> list[bool]:
         CorpusError: a weight between: rows of a cache are learned or not.
     """
     return [m["role"] == "assistant" and _flag(m, at) for at, m in enumerate(messages, start=1)]
+
+
+def check_roles(messages: Sequence[Message], template: str) -> None:
+    """Refuse roles that are nobody's: an answer under a misspelled one would not be learned.
+
+    Args:
+        messages: of a conversation.
+        template: text of the chat template; a role that it names is its own.
+
+    Raises:
+        CorpusError: there is one.
+    """
+    for at, message in enumerate(messages, start=1):
+        role = message["role"]
+        if role not in ROLES and role not in template:
+            raise CorpusError(
+                f"message {at} has the role '{role}', which the chat template does not name",
+                expected=f"one of {', '.join(ROLES)}",
+                remedy=nearest(role, ROLES),
+            )
 
 
 def unflagged(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -145,13 +169,23 @@ def content_as_parts(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def content_as_text(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Lists of text parts as one text, for templates that only know text."""
-    return tuple(
-        {**m, "content": "".join(part["text"] for part in m["content"])}
-        if _only_text(m.get("content"))
-        else m
-        for m in messages
-    )
+    """Lists of text parts as one text, and what a tool gave as JSON text, for templates that only
+    know text."""
+    return tuple({**m, "content": _as_text(m)} if "content" in m else m for m in messages)
+
+
+def _as_text(message: Message) -> Any:
+    content = message["content"]
+    if _only_text(content):
+        return "".join(part["text"] for part in content)
+    if message["role"] == "tool" and isinstance(content, (dict, list)) and not _parts(content):
+        return json.dumps(content, ensure_ascii=False)
+    return content
+
+
+def _parts(content: Any) -> bool:
+    """Whether a content is a list of parts."""
+    return isinstance(content, list) and all(isinstance(p, dict) and "type" in p for p in content)
 
 
 def content_not_null(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -160,7 +194,6 @@ def content_not_null(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _only_text(content: Any) -> bool:
-    return isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in content
+    return _parts(content) and all(
+        part["type"] == "text" and isinstance(part.get("text"), str) for part in content
     )

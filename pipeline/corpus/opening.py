@@ -5,13 +5,14 @@ One idea: this is the only place that knows every kind of source; `sources` and 
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 from stillroom.pipeline.config import Source
 from stillroom.pipeline.corpus.documents import OpenSource
 from stillroom.pipeline.corpus.hub import open_hub
 from stillroom.pipeline.corpus.item_questions import open_interactions
 from stillroom.pipeline.corpus.plain_files import read_topics
-from stillroom.pipeline.corpus.sources import files_source, find_files
+from stillroom.pipeline.corpus.sources import files_source, find_files, passed_over
 
 
 def open_source(source: Source) -> OpenSource:
@@ -24,7 +25,10 @@ def open_source(source: Source) -> OpenSource:
 
 
 def _open_files(source: Source) -> OpenSource:
-    return files_source(source, *find_files(source))
+    kind, files = find_files(source)
+    opened = files_source(source, kind, files)
+    words = opened.facts["format"] + passed_over(source, files)
+    return replace(opened, facts=opened.facts | {"format": words})
 
 
 def _open_topics(source: Source) -> OpenSource:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.corpus.characters import decode
 from stillroom.pipeline.corpus.compression import DAMAGE, open_bytes
 from stillroom.pipeline.corpus.documents import Document, Rejected, first_words
 from stillroom.pipeline.corpus.images import caption_messages, read_caption
@@ -32,6 +33,8 @@ def read_captioned(path: Path) -> Iterator[Document | Rejected]:
         yield Document(str(path), messages=messages, images=(path.read_bytes(),))
     except CorpusError as error:
         yield Rejected(error)
+    except OSError as error:
+        yield Rejected(CorpusError(f"cannot be read ({error.strerror})", where=str(path)))
 
 
 def read_topics() -> Iterator[Document]:
@@ -40,20 +43,3 @@ def read_topics() -> Iterator[Document]:
 
     for name in sorted(pydoc_data.topics.topics):
         yield Document(f"pydoc_data.topics['{name}']", pydoc_data.topics.topics[name])
-
-
-def decode(data: bytes, file: str, line: int = 1, offset: int = 0) -> str:
-    """Bytes of a file from a line and byte offset on, as text; names both of the first bad byte.
-
-    Raises:
-        CorpusError: they are not UTF-8.
-    """
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        raise CorpusError(
-            f"byte {data[error.start]:#04x} at byte offset {offset + error.start} is not UTF-8",
-            where=f"{file}:{line}",
-            remedy="Convert the file to UTF-8 (for example with iconv).",
-        ) from None

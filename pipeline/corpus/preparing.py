@@ -6,7 +6,6 @@ each window of a text begins as the tokenizer begins a text (BOS), and the corpu
 digest that the cache's plan repeats. What is left out is counted.
 """
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 from stillroom.cache_schemas.errors import ConfigError, CorpusError
 from stillroom.pipeline.config import Prepare, Source
 from stillroom.pipeline.corpus.documents import Document, OpenSource, Rejected, first_words
-from stillroom.pipeline.corpus.files import Corpus, ExampleFile, replace_directory, write_facts
+from stillroom.pipeline.corpus.files import Corpus, ExampleFile, write_facts
 from stillroom.pipeline.corpus.fitting import Fitting, Made
 from stillroom.pipeline.corpus.identity import (
     chat_settings,
@@ -35,6 +34,7 @@ from stillroom.pipeline.corpus.item_questions import holds_interactions, write_i
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
 from stillroom.pipeline.corpus.rejects import FILE, Rejects
+from stillroom.pipeline.corpus.scratch import replace_directory, scratch_beside
 from stillroom.pipeline.corpus.splits import deal, heldout_documents
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer, tokenizer_facts
 from stillroom.pipeline.corpus.windows import windows
@@ -99,9 +99,8 @@ def prepare(
     target = Path(directory)
     if (found := unchanged(target, facts)) is not None:
         return found
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        made = Path(scratch, "corpus")
+    with scratch_beside(target) as scratch:
+        made = scratch / "corpus"
         made.mkdir()
         tell = progress or (lambda _: None)
         if holds_interactions(config):
@@ -212,8 +211,8 @@ class _Drawing:
 
     @cached_property
     def _fitting(self) -> Fitting:
-        how = self.config.long
-        return Fitting(self._chat, self.config.window, how, self.dropped, self._notes)
+        how, least = self.config.long, self.tokenizer.least
+        return Fitting(self._chat, self.config.window, how, self.dropped, self._notes, least)
 
     def _chat(self, document: Document) -> list[Made]:
         """Conversations with images, and all others of an image-text teacher, go through its
@@ -273,7 +272,8 @@ class _Drawing:
         self.highest_id = max(self.highest_id, int(token_ids.max()))
 
     def _nothing(self) -> CorpusError:
-        reasons = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in self.dropped.items())
+        dropped = +self.dropped
+        reasons = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in dropped.items())
         return CorpusError(
             "no example came out of the sources" + (f" (left out: {reasons})" if reasons else ""),
             expected="at least one document of two tokens",

@@ -39,6 +39,8 @@ SUFFIXES = {
 """Endings of each kind; of several kinds in one folder, the first here that is there is read."""
 BESIDE_THE_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 FIRST_ROWS = 8
+NAMED = 3
+"""Files that are named among those that are not read."""
 
 ROWS: dict[str, Callable[[Path, list[str] | None], Iterator[Row | Rejected]]] = {
     "jsonl": lambda path, _: read_json(path),
@@ -76,6 +78,22 @@ def find_files(source: Source) -> tuple[str, list[Path]]:
         expected=f"a file, a glob, or a directory with {', '.join(endings)}",
         remedy="Check [[prepare.source]] path.",
     )
+
+
+def passed_over(source: Source, files: Sequence[Path]) -> str:
+    """Words for what else lies in the directory of a source and is not read; pictures may belong to
+    rows, and not to texts."""
+    given = Path(source.path).expanduser()
+    if not given.is_dir() or _saved(given, source.split):
+        return ""
+    read = {*files, *(p.with_suffix(".txt") for p in files if _is_kind(p, "images"))}
+    of_rows = not _is_kind(files[0], "text")
+    others = [p for p in sorted(_candidates(given)) if p not in read]
+    others = [p for p in others if not (of_rows and _is_kind(p, "images"))]
+    if not others:
+        return ""
+    named = ", ".join(str(path.relative_to(given)) for path in others[:NAMED])
+    return f"; not read: {named}" + f" and {len(others) - NAMED} more" * (len(others) > NAMED)
 
 
 def files_source(source: Source, kind: str, files: list[Path], **more: str) -> OpenSource:

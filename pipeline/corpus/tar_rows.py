@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stillroom.cache_schemas.errors import CorpusError
+from stillroom.pipeline.corpus.characters import decode
 from stillroom.pipeline.corpus.compression import DAMAGE, open_bytes
 from stillroom.pipeline.corpus.documents import Rejected, Row, first_words
 from stillroom.pipeline.corpus.json_rows import as_object
-from stillroom.pipeline.corpus.plain_files import decode
 from stillroom.pipeline.images import SUFFIXES as IMAGES
 
 TEXTS = (".txt", ".text", ".caption")
@@ -54,6 +54,8 @@ def _put(values: dict[str, Any], ending: str, data: bytes, where: str) -> None:
     elif ending == ".json":
         values |= as_object(decode(data, where), where)
     elif ending in TEXTS:
+        if "text" in values:
+            raise CorpusError(f"has a second text ({ending})", expected="one", where=where)
         values["text"] = decode(data, where).strip()
     else:
         kind = next((kind for kind, ends in MOVING.items() if ending in ends), ending.strip("."))

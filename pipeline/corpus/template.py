@@ -11,6 +11,7 @@ from typing import Any
 
 from stillroom.cache_schemas.errors import ConfigError, CorpusError
 from stillroom.pipeline.config.strict import nearest
+from stillroom.pipeline.corpus.characters import whole
 from stillroom.pipeline.corpus.turns import Messages
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\b")
@@ -78,14 +79,17 @@ class ChatTemplate:
         return chosen
 
     def render(self, messages: Messages, prompt: bool, context: Mapping[str, Any]) -> str:
-        """The text of messages; whatever the template raises comes through.
+        """The text of messages; whatever else the template raises comes through.
 
         Args:
             messages: as the template takes them.
             prompt: whether the generation prompt follows.
             context: `tools`, `documents` and further arguments of this conversation.
+
+        Raises:
+            CorpusError: the text holds half of a character.
         """
-        return self._rendered(messages, prompt, context, marks=False)[0][0]
+        return whole(self._rendered(messages, prompt, context, marks=False)[0][0])
 
     def marked(
         self, messages: Messages, context: Mapping[str, Any]

@@ -119,7 +119,7 @@ class CorpusTokenizer:
             directory=directory,
             context=shape.context if shape else 0,
             head=shape.vocab_size if shape else 0,
-            end_ids=_end_ids(directory),
+            end_ids=_end_ids(model_directory(teacher) if teacher else directory),
             trusts_code=trusts_code,
             chats=chats or ChatSettings(),
         )
@@ -182,6 +182,11 @@ class CorpusTokenizer:
                 remedy="Use the tokenizer that belongs to the teacher.",
             )
 
+    def least(self, document: Document) -> int:
+        """Tokens that one example of a conversation has at least; 0 where only a processor can
+        tell."""
+        return 0 if self.has_processor else self.chat.least(document)
+
     @cached_property
     def chat(self) -> ChatTokenizer:
         """What turns conversations into examples, with the assistant's tokens as targets."""
@@ -241,18 +246,26 @@ def _must_agree(facts: dict, tokenizer: str, teacher: Teacher) -> None:
 
 
 def _end_ids(directory: Path) -> tuple[int, ...]:
-    """Ids that end a turn, as a model's generation config says; none where it has none.
+    """Ids that stop generation: of the generation config, or else of the model's config, from which
+    transformers and vLLM make one; none where neither says.
 
     Raises:
-        CorpusError: the file is there and says something else than ids.
+        CorpusError: a file is there and says something else than ids.
     """
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return ()
+    for name in ("generation_config.json", "config.json"):
+        found = _ids_in(directory / name) if (directory / name).is_file() else None
+        if found is not None:
+            return found
+    return ()
+
+
+def _ids_in(path: Path) -> tuple[int, ...] | None:
     try:
-        said = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        found = said if isinstance(said, list) else [] if said is None else [said]
-        if any(type(number) is not int for number in found):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        inner = settings.get("text_config") or {}
+        said = settings.get("eos_token_id", inner.get("eos_token_id"))
+        found = said if isinstance(said, list) else [said]
+        if said is not None and any(type(number) is not int for number in found):
             raise ValueError(f"eos_token_id = {said!r}")
     except (OSError, ValueError, AttributeError) as error:
         raise CorpusError(
@@ -261,4 +274,4 @@ def _end_ids(directory: Path) -> tuple[int, ...]:
             where=str(path),
             remedy="Get the file again, or delete it: then the tokenizer's end token alone counts.",
         ) from None
-    return tuple(found)
+    return None if said is None else tuple(found)

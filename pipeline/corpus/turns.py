@@ -33,7 +33,8 @@ class Turn:
         prompt: the text before it: the history, and what asks for an answer.
         said: what the model writes, up to and including the turn's end.
         after: what the template adds behind the end; read, and not a target.
-        ended: whether it ends with a special token, so that stopping is learned.
+        ended: whether it ends with a special token.
+        stops: whether that is one that stops generation, so that stopping is learned.
         contradicted: the prompt closed a block (`</think>`) that the turn fills: the turn is shown
             as the template finishes it, and not after this prompt.
     """
@@ -43,6 +44,7 @@ class Turn:
     said: str
     after: str = ""
     ended: bool = True
+    stops: bool = True
     contradicted: bool = False
 
     @property
@@ -71,12 +73,10 @@ class Shown:
         """Number of messages that are shown."""
         return self.turns[-1].index + 1
 
-    def spans(self, ends: "Ends") -> list[tuple[int, int]]:
-        """Characters of `text` that are targets.
-
-        Models that stop by opening the next turn (GLM's `<|user|>`) learn it where it follows.
-        """
-        return [(t.span[0], t.span[1] + ends.following(self.text, t)) for t in self.turns]
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Characters of `text` that are targets."""
+        return [turn.span for turn in self.turns]
 
 
 @dataclass(frozen=True)
@@ -93,32 +93,29 @@ class Ends:
     _lengths: list[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        lengths = {len(text) for text in self.special | self.declared if text}
+        lengths = {len(text) for text in self.special | self.declared}
         object.__setattr__(self, "_lengths", sorted(lengths, reverse=True))
 
-    def cut(self, said: str) -> tuple[str, str, bool]:
-        """A turn, what the template adds after its end, and whether a special token ends it.
+    def cut(self, said: str) -> tuple[str, str, bool, bool]:
+        """A turn, what the template adds after its end, whether a special token ends it, and
+        whether that stops generation.
 
         Special tokens that touch are one end (`<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`). Where
         white space parts several (Phi-3's `<|end|>`, end of text), the first that stops counts.
         """
         end = after = len(said.rstrip())
-        ended = False
+        ended = stops = False
         while (start := self._run(said, after)) < after:
             ended = True
             if any(text in said[start:after] for text in self.declared):
-                end = after
+                end, stops = after, True
             after = len(said[:start].rstrip())
-        return said[:end], said[end:], ended
+        return said[:end], said[end:], ended, stops
 
-    def following(self, text: str, turn: Turn) -> int:
-        """Length of the stopping token that stands right after a turn that has no end itself."""
-        if turn.ended:
-            return 0
-        after = turn.span[1]
-        return max(
-            (len(end) for end in self.declared if end and text.startswith(end, after)), default=0
-        )
+    def places(self, text: str) -> Iterator[tuple[int, str]]:
+        """Where tokens that stop generation stand in a text, in order."""
+        pattern = "|".join(map(re.escape, sorted(self.declared, key=len, reverse=True)))
+        return ((found.start(), found[0]) for found in re.finditer(pattern, text))
 
     def _run(self, said: str, end: int) -> int:
         """Where the special tokens that touch one another and reach up to `end` begin."""

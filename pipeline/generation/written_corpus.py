@@ -15,7 +15,6 @@ import json
 import os
 import secrets
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,12 +30,12 @@ from stillroom.pipeline.corpus.files import (
     ExampleFile,
     Split,
     read_examples,
-    replace_directory,
     write_facts,
 )
 from stillroom.pipeline.corpus.identity import chat_settings, identity
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prompts import PromptReader
+from stillroom.pipeline.corpus.scratch import replace_directory, scratch_beside
 from stillroom.pipeline.corpus.splits import canonical_json, deal
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer, tokenizer_facts
 from stillroom.pipeline.generation.definition import check_writers
@@ -209,8 +208,8 @@ def _assemble(job: _Job, work: Path, parts: Parts, target: Path) -> None:
     read = json.loads((work / "prompts" / "facts.json").read_bytes())
     documents: dict[str, None] = {}
     endings: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        made = Path(scratch, "corpus")
+    with scratch_beside(target) as scratch:
+        made = scratch / "corpus"
         made.mkdir()
         with ExampleFile(made / "all.arrow") as file:
             for number in range(parts.count):

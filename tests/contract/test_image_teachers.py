@@ -101,8 +101,8 @@ def test_reference_says_what_the_model_says_of_the_processors_inputs(worlds, fam
         logits = AutoModelForImageTextToText.from_pretrained(model)(**inputs).logits[0]
     logprobs = logits.log_softmax(-1)[record.first_row : -1]
     best = logprobs.topk(8)
-    # Two batches, two orders of summing: logits of size 4, each a sum of up to 256 terms in float32,
-    # 4 * 256 * 2^-24. Another picture moves them by hundredths.
+    # Two batches, two orders of summing: logits of size 4, each a sum of up to 256 terms in
+    # float32, 4 * 256 * 2^-24. Another picture moves them by hundredths.
     np.testing.assert_allclose(record.signals["topk_logprobs"], best.values, atol=6e-5)
     assert inputs["input_ids"][0].tolist() == example.token_ids.tolist()
 

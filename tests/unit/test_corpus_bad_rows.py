@@ -48,6 +48,11 @@ BAD = {
     "not JSON": (b'{"messages": [', "is not JSON", '{"messages": ['),
     "bad UTF-8": (b'{"messages": "\xff"}', "byte 0xff at byte offset 107 is not UTF-8", "�"),
     "half a character": (b'{"messages": "\\ud83d"}', r"half of a character (\ud83d)", ""),
+    "half a character in JSON text": (
+        {"messages": json.dumps([user("a"), said("\ud83d")])},
+        r"half of a character (\ud83d)",
+        "",
+    ),
     "no messages": ({"messages": "hello"}, "are text that is not JSON", "hello"),
     "no column": ({"massages": []}, "no column 'messages'", ""),
     "template": (
@@ -77,9 +82,9 @@ def test_a_bad_row_stops_or_is_written_down(name, prepared, tmp_path):
 
 def test_up_to_ten_bad_rows_are_named_at_once(prepared):
     bad = [row for row, *_ in BAD.values()]
-    with pytest.raises(CorpusError, match="7 rows cannot be used") as refused:
+    with pytest.raises(CorpusError, match="8 rows cannot be used") as refused:
         prepared(GOOD, *bad)
-    assert [f"rows.jsonl:{line}:" in str(refused.value) for line in range(2, 9)] == [True] * 7
+    assert [f"rows.jsonl:{line}:" in str(refused.value) for line in range(2, 10)] == [True] * 8
     with pytest.raises(CorpusError, match="10 rows or more cannot be used") as refused:
         prepared(GOOD, *bad * 2)
     assert str(refused.value).count("rows.jsonl:") == 10
@@ -159,6 +164,52 @@ def test_long_conversations_are_cut_between_turns(prepared, tiny_tokenizer):
     assert corpus.facts["chats"]["answers"] == 6
 
 
+@pytest.mark.parametrize("long", ["cut", "keep_end", "skip"])
+def test_a_conversation_of_many_turns_is_not_made_to_be_measured(long, prepared, monkeypatch):
+    """Every turn is rendered with its history: making all of it would take its length squared."""
+    from stillroom.pipeline.corpus.chat import ChatTokenizer
+
+    made, make = [], ChatTokenizer.__call__
+    monkeypatch.setattr(
+        ChatTokenizer,
+        "__call__",
+        lambda self, document: made.append(len(document.messages)) or make(self, document),
+    )
+    row = {"messages": [m for n in range(200) for m in (user(f"ask {n}"), said(f"say {n}"))]}
+    corpus = prepared(row, GOOD, window=256, long=long)
+    assert max(made) < 64
+    pieces = len(corpus.split("train")) - 1
+    assert {"cut": pieces > 10, "keep_end": pieces == 1, "skip": pieces == 0}[long]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_others_work_in_stays(prepared, tmp_path):
+    from stillroom.pipeline.corpus.scratch import scratch_beside
+
+    left = tmp_path / ".corpus-abandoned"
+    left.mkdir()
+    (left / "lock").touch()
+    (tmp_path / ".corpus-unknown").mkdir()
+    with scratch_beside(tmp_path / "corpus") as others:
+        prepared(GOOD)
+        assert others.is_dir()
+    assert not left.exists()
+    assert (tmp_path / ".corpus-unknown").is_dir()
+
+
+def test_another_end_of_text_makes_a_corpus_anew(tiny_llama, prepared, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    source = Source(name="s", path=str(tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD))
+    config = Prepare(source=(source,), heldout=0.0, window=128)
+    first = prepare(config, str(model), tmp_path / "corpus")
+    (model / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    second = prepare(config, str(model), tmp_path / "corpus")
+    assert [first.facts["stop_ids"], second.facts["stop_ids"]] == [[2], [0, 2]]
+
+
 def test_the_end_of_long_conversations_may_be_kept(prepared, tiny_tokenizer):
     row = {"messages": [{"role": "system", "content": "Be brief."}, *turns(6)]}
     corpus = prepared(row, chat_template="", window=256, long="keep_end")
@@ -169,10 +220,6 @@ def test_the_end_of_long_conversations_may_be_kept(prepared, tiny_tokenizer):
     left = text.count("<|im_start|>") - 1
     dropped = corpus.facts["dropped"]
     assert dropped == {"conversations_without_their_beginning": 1, "messages_cut": 12 - left}
-    longest = (
-        prepared(row, chat_template="", window=254 - len(text), long="keep_end") if 0 else None
-    )
-    assert longest is None
 
 
 def test_long_conversations_may_be_skipped(prepared):

@@ -129,13 +129,47 @@ def test_end_tokens_of_the_generation_config_count(tokenizer):
     assert spoken(tokenizer, made) == AFTER_A_SPACE.format(end="<image>")
 
 
-def test_a_model_that_stops_by_opening_the_next_turn_learns_it_where_it_follows(tokenizer):
-    template = "{% for m in messages %}{{ ('<|im_start|>' if m['role'] == 'user' else '<image>') }}"
-    template += "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<image>{% endif %}"
-    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    chat = (user("a"), said("b"), user("c"), said("d"))
-    made = tokenise(tokenizer, template, chat, end_ids=(start,))
-    assert framed(tokenizer, made) == "<|im_start|>a<image>⟦b<|im_start|>⟧c<image>⟦d⟧"
+OPENS_THE_NEXT_TURN = (
+    "{% for m in messages %}"
+    "{{ {'user': '<|im_start|>', 'tool': '<|endoftext|>', 'assistant': '<image>'}[m.role] }}"
+    "{% if m.tool_calls %}{{ '(' + m.tool_calls[0].function.name + ')' }}{% endif %}"
+    "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<image>{% endif %}"
+)
+"""No turn has an end: models stop with the token of whoever speaks next."""
+WEATHER = [{"id": "c1", "type": "function", "function": {"name": "w", "arguments": {"a": 1}}}]
+
+
+@pytest.mark.parametrize(
+    ("chat", "expected"),
+    [
+        ((user("a"), said("b")), "<|im_start|>a<image>⟦b<|im_start|>⟧"),
+        (
+            (user("a"), said("b"), user("c"), said("d")),
+            "<|im_start|>a<image>⟦b<|im_start|>⟧c<image>⟦d<|im_start|>⟧",
+        ),
+        ((user("a"), said("")), "<|im_start|>a<image>⟦<|im_start|>⟧"),
+        (
+            (user("a"), said("", tool_calls=WEATHER), {"role": "tool", "content": "c"}, said("d")),
+            "<|im_start|>a<image>⟦(w)<|endoftext|>⟧c<image>⟦d<|im_start|>⟧",
+        ),
+        (
+            (user("a"), said("", tool_calls=WEATHER)),
+            "<|im_start|>a<image>⟦(w)<|endoftext|>⟧",
+        ),
+        (
+            (user("a"), said("call me <|im_start|>")),
+            "<|im_start|>a<image>⟦call me <|im_start|>⟧",
+        ),
+    ],
+)
+def test_a_model_that_stops_by_opening_the_next_turn_learns_it(chat, expected, tokenizer):
+    names = ("<|im_start|>", "<|endoftext|>")
+    ends = tuple(tokenizer.convert_tokens_to_ids(name) for name in names)
+    tokenizer.chat_template = OPENS_THE_NEXT_TURN
+    make = ChatTokenizer(tokenizer, ends)
+    (made,) = make(Document("x", messages=chat))
+    assert framed(tokenizer, made) == expected
+    assert make.notes["answers_without_an_end_token"] == 0
 
 
 def test_what_a_template_puts_before_an_answer_is_the_models_own(tokenizer):
@@ -286,6 +320,82 @@ CALLS = [{"type": "function", "function": {"name": "w", "arguments": '{"city": "
 def test_what_cannot_be_shown_whole_is_refused(template, messages, context, message, tokenizer):
     with pytest.raises(CorpusError, match=rf"(?s)chats\.jsonl:7: .*{message}"):
         examples(tokenizer, template, messages, context=context)
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+BARE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls or () %}({{ c.function.name }} {{ c.function.arguments }})"
+    "{% endfor %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+)
+"""It prints whatever it is given."""
+CALLED = [{"function": {"name": "w", "arguments": {"a": "it's"}}}]
+
+
+@pytest.mark.parametrize(
+    ("chat", "before", "answer"),
+    [
+        ((user(parts("a", "b")), said(parts("c"))), "user: ab", " c"),
+        ((user("a"), said(None)), "user: a", " "),
+        ((user("a"), said("", tool_calls=CALLED)), "user: a", ' (w {"a": "it\'s"})'),
+        (
+            (user("a"), {"role": "tool", "content": {"t": [-4, "x"]}}, said("c")),
+            'user: a<|im_end|><|im_start|>tool: {"t": [-4, "x"]}',
+            " c",
+        ),
+    ],
+    ids=["parts", "null", "arguments", "what a tool gave"],
+)
+def test_nothing_is_written_in_pythons_notation(chat, before, answer, tokenizer):
+    made = tokenise(tokenizer, BARE, chat)
+    assert framed(tokenizer, made) == (
+        f"<|im_start|>{before}<|im_end|><|im_start|>assistant:⟦{answer}<|im_end|>⟧"
+    )
+
+
+def test_a_content_that_only_python_could_write_is_refused(tokenizer):
+    with pytest.raises(CorpusError, match="Python's notation"):
+        tokenise(tokenizer, BARE, (user({"a": 1}), said("b")))
+
+
+def test_roles_that_nobody_knows_are_refused_unless_the_template_names_them(tokenizer):
+    chat = (user("a"), {"role": "asistant", "content": "b"}, said("c"))
+    with pytest.raises(CorpusError, match=r"message 2 has the role 'asistant'.*'assistant'\?"):
+        tokenise(tokenizer, PLAIN, chat)
+    named = "{# asistant #}" + PLAIN
+    assert spoken(tokenizer, tokenise(tokenizer, named, chat)) == "c<|im_end|>"
+
+
+def test_arguments_that_a_template_leaves_out_are_told(tokenizer):
+    only_names = PLAIN.replace(
+        "{% for message in messages %}",
+        "{% for message in messages %}{% for c in message.tool_calls or () %}"
+        "{{ c.function.name }}{% endfor %}",
+    )
+    tokenizer.chat_template = only_names
+    make = ChatTokenizer(tokenizer)
+    make(Document("x", messages=(user("a"), said("", tool_calls=CALLED))))
+    assert make.notes["conversations_whose_arguments_the_template_drops"] == 1
+
+
+def test_a_refusal_counts_the_messages_of_the_whole_conversation(tokenizer):
+    chat = tuple(m for n in range(20) for m in (user(f"{n}?"), said(f"{n}.")))
+    chat = (*chat, user("?"), said("a", reasoning_content="b"))
+    with pytest.raises(CorpusError, match="does not show reasoning_content of message 42"):
+        tokenise(tokenizer, PLAIN, chat)
+
+
+def test_an_end_that_does_not_stop_the_model_is_told(tokenizer):
+    made = PLAIN.replace("<|im_end|>", "<|endoftext|>")
+    tokenizer.chat_template = made
+    make = ChatTokenizer(tokenizer)
+    (one,) = make(Document("x", messages=(user("a"), said("b"))))
+    assert spoken(tokenizer, one) == "b<|endoftext|>"
+    assert make.notes["answers_that_end_without_stopping"] == 1
 
 
 def test_parts_may_be_left_out_by_name(tokenizer):

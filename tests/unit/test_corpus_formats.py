@@ -65,6 +65,36 @@ FORMATS = {
     ),
     "completion of messages": ({"prompt": CHAT[:1], "completion": CHAT[1:]}, CHAT, "questions in"),
     "response": ({"question": "Who?", "answer": "Me."}, CHAT, 'questions in column "question"'),
+    "roles of others": (
+        {"messages": [{"role": "Human", "content": "Who?"}, {"role": "model", "content": "Me."}]},
+        CHAT,
+        "messages in",
+    ),
+    "values under roles": (
+        {"messages": [{"role": "user", "value": "Who?"}, {"role": "assistant", "value": "Me."}]},
+        CHAT,
+        "messages in",
+    ),
+    "contents from somebody": (
+        {"talk": [{"from": "User", "content": "Who?"}, {"from": "GPT", "content": "Me."}]},
+        CHAT,
+        "ShareGPT conversations",
+    ),
+    "instructions with a context": (
+        {"instruction": "Add.", "context": "2 and 2", "response": "4"},
+        [{"role": "user", "content": "Add.\n\n2 and 2"}, {"role": "assistant", "content": "4"}],
+        '"instruction", "context" and "response"',
+    ),
+    "judged": (
+        {"prompt": "Who?", "completion": "Me.", "label": False},
+        [CHAT[0], CHAT[1] | {"weight": 0}],
+        'those with "label" false not learned',
+    ),
+    "preference to a conversation": (
+        {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": SHAREGPT[0]},
+        CHAT,
+        'the chosen answers of preferences in column "chosen" to column "conversations"',
+    ),
     "preference": ({"chosen": CHAT, "rejected": CHAT[:1]}, CHAT, "chosen answers of preferences"),
     "preference with prompt": (
         {"prompt": "Who?", "chosen": "Me.", "rejected": "You."},
@@ -103,6 +133,38 @@ def test_sharegpt_roles_calls_and_flags(tmp_path):
     assert call["function"] == {"name": "w", "arguments": {"a": 1}}
     assert document.messages[2]["weight"] == 0
     assert document.context == {"tools": TOOLS}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [CHAT[0], {"role": "assistant"}]}, "message 2 says nothing: it has role"),
+        ({"conversations": [{"from": "human"}]}, "message 1 says nothing"),
+        ({"chosen": "Human: Who? Assistant: Me.", "rejected": "x"}, "without what was asked"),
+        ({"instruction": "a", "input": 5, "output": "b"}, "column 'input' holds int"),
+        ({"instruction": "a", "output": "b", "history": [["a"]]}, "'history' is no list"),
+    ],
+)
+def test_rows_that_say_nothing_are_refused(row, reason, tmp_path):
+    with pytest.raises(CorpusError, match=reason):
+        read(write(tmp_path / "a.jsonl", [row]))
+
+
+def test_what_else_lies_in_a_folder_is_said(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": "one"}])
+    parquet(tmp_path / "b.parquet", [{"text": "two"}])
+    (tmp_path / "c.png").write_bytes(b"")
+    assert read(tmp_path)[1] == 'texts in column "text"; not read: a.jsonl'
+    for name in "defg":
+        (tmp_path / f"{name}.csv").write_text("")
+    words = read(tmp_path)[1]
+    assert words == 'texts in column "text"; not read: a.jsonl, d.csv, e.csv and 2 more'
+
+
+def test_a_member_that_is_there_twice_in_a_sample_is_refused(tmp_path):
+    path = tar(tmp_path / "a.tar", {"1.txt": b"one", "1.text": b"two"})
+    with pytest.raises(CorpusError, match=r"sample 1: has a second text"):
+        read(path)
 
 
 def test_what_was_recognised_can_be_overruled(tmp_path):

@@ -249,3 +249,24 @@ def test_a_long_conversation_with_images_is_cut_between_its_questions(llava, tmp
         [data] for data in shown
     ]
     assert corpus.facts["dropped"] == {"conversations_cut_into_pieces": 1}
+
+
+def test_an_image_in_an_answer_is_refused(llava, tmp_path):
+    """A model never writes the tokens that an image is read as."""
+    picture(tmp_path, "a.png", 1)
+    row = conversation(["a.png"], "What is this?", "Like this: <image>")
+    with pytest.raises(CorpusError, match=r"rows\.jsonl:1: message 2: an image in an answer"):
+        prepared(llava, tmp_path, [row])
+
+
+@pytest.mark.parametrize("content", [4, {"a": 1}, [4]])
+def test_contents_that_are_neither_text_nor_parts_are_refused(content, llava, tmp_path):
+    with pytest.raises(CorpusError, match=r"rows\.jsonl:1: message 1: a content holds (int|dict)"):
+        prepared(llava, tmp_path, [conversation([], content)])
+
+
+def test_texts_among_parts_are_parts(llava, tmp_path):
+    picture(tmp_path, "a.png", 1)
+    row = conversation(["a.png"], ["What is ", {"type": "image"}])
+    (example,) = prepared(llava, tmp_path, [row]).split("train")
+    assert len(example.images) == 1
