@@ -22,6 +22,7 @@ FORBIDDEN = {
     "stages": {"tests", "benchmarks"},
 }
 WINGS = [
+    "doors",
     "evaluation",
     "training",
     "objectives",
