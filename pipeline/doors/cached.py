@@ -49,10 +49,15 @@ class CachedBatch:
     weights: UnitWeights | None = None
 
     @property
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """`input_ids` and `position_ids`, int64 [B, S]: what the decoder is called with. There is
-        no attention mask: padding stands behind, and positions restart at every document."""
-        return {"input_ids": self.batch.input_ids, "position_ids": self.batch.position_ids}
+    def inputs(self) -> dict[str, Any]:
+        """What the decoder is called with: `input_ids` and `position_ids`, int64 [B, S], and
+        `use_cache`.
+
+        There is no attention mask: padding stands behind, and positions restart at every document.
+        With a cache of keys, transformers would let packed documents see each other.
+        """
+        tokens = {"input_ids": self.batch.input_ids, "position_ids": self.batch.position_ids}
+        return {**tokens, "use_cache": False}
 
     @property
     def terms(self) -> list[Term]:

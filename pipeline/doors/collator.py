@@ -55,7 +55,8 @@ class CachedCollator:
 
 def inputs_of(batch: CachedBatch) -> dict[str, Any]:
     """A batch as a trainer hands it on."""
-    return {**batch.inputs, "labels": labels_of(batch.host), DISTILL: batch}
+    tokens = {"input_ids": batch.host.input_ids, "position_ids": batch.host.position_ids}
+    return {**tokens, "labels": labels_of(batch.host), DISTILL: batch}
 
 
 def labels_of(batch: DistillBatch) -> torch.Tensor:

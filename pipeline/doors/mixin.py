@@ -225,7 +225,8 @@ class CachedDistillationMixin(Host):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> HeldOutBatches:
         """Batches of a held-out cache, by its name."""
-        name = "" if eval_dataset is None else eval_dataset
+        own = eval_dataset is None or eval_dataset is self.eval_dataset
+        name = "" if own else eval_dataset
         if not isinstance(name, str) or name not in self._held_out:
             raise StudentError(
                 "only held-out caches are measured",

@@ -1,6 +1,7 @@
 """Trainers of transformers and TRL on a cache: the steps, ranks and files of `stillroom train`."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ LINES = [
 ]
 HIDDEN = [*LINES, {"name": "hidden", "options": {"pairs": [["final", "final"]]}}]
 KINDS = [(CachedTrainer, TrainingArguments), (CachedSFTTrainer, SFTConfig)]
+ROOT = Path(__file__).resolve().parents[2]
 BATCH, ACCUMULATE, STEPS = 3, 2, 4
 
 
@@ -187,7 +189,7 @@ def test_two_ranks_take_the_steps_of_one(kind, ours, tiny_llama, cache, tmp_path
         [*command, str(script), str(tiny_llama), cache, str(tmp_path), kind],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads((tmp_path / "told.json").read_text())
