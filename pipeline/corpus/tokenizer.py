@@ -47,6 +47,15 @@ def tokenizer_facts(model: str, trusts_code: bool = False) -> dict[str, Any]:
     return facts_of_tokenizer(_load(_directory(model, ""), trusts_code))
 
 
+def load_tokenizer(model: str, trusts_code: bool = False) -> Any:
+    """The tokenizer of transformers itself.
+
+    Raises:
+        CorpusError: no tokenizer is there, or it cannot be loaded.
+    """
+    return _load(_directory(model, ""), trusts_code)
+
+
 def vocabulary(model: str, trusts_code: bool = False) -> dict[str, int]:
     """Token -> id of a model's tokenizer.
 

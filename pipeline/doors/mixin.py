@@ -148,7 +148,7 @@ class CachedDistillationMixin(Host):
         self, model, inputs, return_outputs: bool = False, num_items_in_batch=None
     ) -> Any:
         """This microbatch's part of the step's loss; there are no logits to return."""
-        batch: CachedBatch = inputs[DISTILL]
+        batch: Any = inputs[DISTILL]
         if batch.weights is None:
             raise StudentError(
                 "a batch came that no step has counted",
@@ -223,7 +223,7 @@ class CachedDistillationMixin(Host):
 
     # ---- held-out caches ----
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> HeldOutBatches:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches of a held-out cache, by its name."""
         own = eval_dataset is None or eval_dataset is self.eval_dataset
         name = "" if own else eval_dataset
@@ -246,7 +246,8 @@ class CachedDistillationMixin(Host):
         terms = dataloader.heldout.terms
         self._measured = torch.zeros(2, len(terms), dtype=torch.float64)
         with self.distiller.judged_by(terms):
-            output = super().evaluation_loop(dataloader, *given, **more)
+            batches: Any = dataloader
+            output = super().evaluation_loop(batches, *given, **more)
         self.distiller.sums.clear()
         values, totals = self._add_up(self._measured)
         means = (values / totals.clamp_min(1e-30)).tolist()
@@ -289,7 +290,7 @@ class CachedDistillationMixin(Host):
     def _load_best_model(self) -> None:
         with self._beside.apart():
             super()._load_best_model()
-        self._beside.load(Path(self.state.best_model_checkpoint))
+        self._beside.load(Path(str(self.state.best_model_checkpoint)))
 
     # ---- data ----
 

@@ -15,7 +15,14 @@ from stillroom.pipeline.objectives.combine import terms_of
 from stillroom.pipeline.objectives.registry import CacheFacts
 from stillroom.pipeline.objectives.weighting import Term
 
-SAME_TEACHER = ("weights_sha256", "vocab_size", "hidden_size", "dtype", "quantization")
+SAME_TEACHER = (
+    "weights_sha256",
+    "vocab_size",
+    "hidden_size",
+    "dtype",
+    "quantization",
+    "foreign_name",
+)
 """Facts of a teacher that change what it says."""
 
 

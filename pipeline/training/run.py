@@ -122,7 +122,7 @@ def facts_of(cache: Any) -> CacheFacts:
             where=cache.storage.location,
             remedy="A recommender needs a [recommender] table.",
         )
-    width = facts["teacher"]["hidden_size"]
+    width = facts["teacher"].get("hidden_size", 0)  # a foreign cache has no hidden states
     return CacheFacts(
         signals=tuple(cache.signals),
         temperatures=tuple(cache.temperatures),
