@@ -173,7 +173,7 @@ class CachedDistillationMixin(Host):
         found = super().training_step(*given, **more)
         if not torch.equal(found, self._told.detach()):
             raise StudentError(
-                f"the trainer made {float(found):g} of a loss of {float(self._told):g}",
+                f"the trainer made {float(found):g} of a loss of {self._told.item():g}",
                 expected="no division by accumulation steps: it is in the loss",
                 where=type(self).__name__,
                 remedy="Install versions that were tried: pip install 'stillroom[hf]'.",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,21 @@ def test_ten_lines(kind, config, tiny_llama, cache, tmp_path):
     losses = logged(trainer)
     assert len(losses) == 14
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+
+
+PAGE = ROOT / "runbooks" / "81-trainers.md"
+
+
+def test_the_page_runs(tiny_llama, cache, held, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    names = {"cache": cache, "held_out": held, "student": str(tiny_llama)}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2
+    assert len(blocks[0].splitlines()) <= 10
+    assert (tmp_path / "runs" / "sft" / "model.safetensors").is_file()
 
 
 RANK = """

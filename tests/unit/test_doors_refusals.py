@@ -98,9 +98,7 @@ def test_rows_that_were_cut_or_lost_their_number_are_refused_when_read(cache):
     assert collate([{"example": 3, "input_ids": whole}])["distill"].batch.num_tokens == len(whole)
     with pytest.raises(StillroomError, match=r"not those of record 3 \(4 and \d+ tokens\)"):
         collate([{"example": 3, "input_ids": whole[:4]}])
-    with pytest.raises(
-        StillroomError, match=r"its column .example..*remove_unused_columns"
-    ):
+    with pytest.raises(StillroomError, match=r"its column .example..*remove_unused_columns"):
         collate([{"input_ids": whole}])
 
 
