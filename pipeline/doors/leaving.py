@@ -172,27 +172,30 @@ def _to_distillkit(cache: Any, records: Iterator[TeacherRecord], target: Path) -
 
 
 def _to_speculators(cache: Any, records: Iterator[TeacherRecord], target: Path) -> None:
-    """`hs_{i}.safetensors` with `token_ids` [L] and `hidden_states` [L, layers, D], bf16, layers in
-    order and the final state last; and tokens and masks as Parquet, by the same numbers."""
+    """`hs_{i}.safetensors` with `token_ids` [n] and `hidden_states` [n, layers, D], bf16, layers in
+    order and the final state last; and tokens and masks as Parquet, by the same numbers.
+
+    A cache has no state of a text's last token, which predicts nothing: n is one less than L.
+    """
     import torch
     from safetensors.torch import save_file
 
     names = _layers(cache)
     tokens = []
     for number, record in enumerate(records):
-        length = len(record.example.token_ids)
-        if len(record.hidden_positions) != length:
-            raise _lacks("hidden states of every token", "speculators")
+        kept = record.example.token_ids[:-1].astype(np.int64)
+        if not np.array_equal(record.hidden_positions, np.arange(len(kept))):
+            raise _lacks("hidden states from the first token on", "speculators")
         states = np.stack([record.signals[name] for name in names], axis=1)  # [L, layers, D]
         save_file(
             {
-                "token_ids": torch.from_numpy(record.example.token_ids.astype(np.int64)),
+                "token_ids": torch.from_numpy(kept),
                 "hidden_states": torch.from_numpy(states).to(torch.bfloat16),
             },
             target / f"hs_{number}.safetensors",
         )
-        mask = record.example.loss_mask.astype(np.int64)
-        tokens.append({"input_ids": record.example.token_ids.astype(np.int64), "loss_mask": mask})
+        mask = record.example.loss_mask[:-1].astype(np.int64)
+        tokens.append({"input_ids": kept, "loss_mask": mask})
     (target / "data").mkdir()
     _write_parquet(tokens, target / "data")
     told = {"layers": names, "cache": cache.plan.digest}

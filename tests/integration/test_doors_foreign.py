@@ -302,7 +302,8 @@ def test_hidden_states_for_draft_models(cache, tmp_path):
     for number, record in enumerate(cache):
         held = load_bf16(tmp_path / "out" / f"hs_{number}.safetensors")
         assert held["token_ids"].tolist() == rows[number]["input_ids"]
-        assert held["hidden_states"].shape == (len(record.example.token_ids), 2, 64)
+        assert held["token_ids"].tolist() == record.example.token_ids[:-1].tolist()
+        assert held["hidden_states"].shape == (len(held["token_ids"]), 2, 64)
         for place, name in enumerate(("hidden.1", "hidden.final")):
             states = held["hidden_states"][:, place].float().numpy()
             np.testing.assert_array_equal(states, record.signals[name])  # the cache's are bf16 too
