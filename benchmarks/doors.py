@@ -2,7 +2,9 @@
 
 One idea: all hold the same student and read the same examples of the same cache in the same order,
 at a learning rate of nothing, so that every step's losses may be compared; TRL's trainer and ours
-take a step each in turn, so that whatever else the machine does hits both.
+take a step each in turn, so that whatever else the machine does hits both. The speeds are of the
+same work only where examples are of one length, as windows are: ours pads to the longest of the
+cache, a trainer to the longest of its batch.
 
     python -m benchmarks.doors --json
     python -m benchmarks.doors --cache CACHE --student DIRECTORY --steps 8
@@ -50,6 +52,9 @@ def measure(arguments: Any, directory: Path) -> dict[str, Any]:
 
     from stillroom.hf import CachedSFTTrainer, CachedTrainer
 
+    # Within one epoch: at its end a trainer takes what is left as a smaller step, and ours goes on.
+    whole = len(_opened(arguments.cache)) // (2 * arguments.batch)
+    arguments.steps = min(arguments.steps, whole)
     ours = Ours(arguments, directory / "ours")
     theirs = trainer(CachedSFTTrainer, SFTConfig, arguments, directory / "trl", ours)
     theirs.add_callback(in_turn(ours))
@@ -172,13 +177,15 @@ def trainer(kind: Any, arguments_of: Any, arguments: Any, directory: Path, ours:
     )
     if hasattr(args, "max_length"):
         args.max_length = None
-    return kind(
+    made = kind(
         AutoModelForCausalLM.from_pretrained(arguments.student, dtype="float32"),
         args,
         cache=arguments.cache,
         objectives=LINES,
         train_dataset=Dataset.from_dict({"example": ours.order()}),
     )
+    made.data.packed = made.distiller.packed = False  # an example to a row, on both sides
+    return made
 
 
 def largest_difference(found: Any, losses: list[float]) -> float:
