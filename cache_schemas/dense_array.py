@@ -44,9 +44,9 @@ class DenseArray:
         self.index_bytes = 16 * per_shard + _CHECKSUM  # offset and length, 8 bytes each; a CRC32C
 
     def __reduce__(self) -> tuple:
-        """As another process makes it anew."""
-        sizes = self.num_examples, self.per_shard, self.positions, self.width
-        return type(self), (*sizes, self.codec)
+        """As another process makes it anew: without the stores that threads hold."""
+        shape = self.num_examples, self.per_shard, self.positions, self.width
+        return type(self), (*shape, self.codec)
 
     def metadata(self) -> bytes:
         """Content of the array's zarr.json."""

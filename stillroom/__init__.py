@@ -13,34 +13,50 @@ if TYPE_CHECKING:
     from stillroom.cache_schemas.errors import StillroomError
     from stillroom.pipeline.cache.reader import TeacherCache
     from stillroom.pipeline.cache.writer import CacheWriter
+    from stillroom.pipeline.doors.cached import CachedBatch, CachedDataset
+    from stillroom.pipeline.doors.loss import distillation_loss, loss_totals
+    from stillroom.pipeline.doors.stream import PackedStream
     from stillroom.pipeline.kernels.distributed_head import DivergenceHead, sharded_topk_divergence
     from stillroom.pipeline.kernels.linear_divergence import linear_divergence
     from stillroom.pipeline.kernels.packed_topk import PackedTopk
     from stillroom.pipeline.kernels.topk_divergence import topk_divergence
     from stillroom.pipeline.record import Example, TeacherRecord
+    from stillroom.pipeline.student.states import keeps_documents_apart
 
 __all__ = [
     "CacheWriter",
+    "CachedBatch",
+    "CachedDataset",
     "DivergenceHead",
     "Example",
+    "PackedStream",
     "PackedTopk",
     "StillroomError",
     "TeacherCache",
     "TeacherRecord",
+    "distillation_loss",
+    "keeps_documents_apart",
     "linear_divergence",
+    "loss_totals",
     "sharded_topk_divergence",
     "topk_divergence",
 ]
 
 HOMES = {
     "CacheWriter": "pipeline.cache.writer",
+    "CachedBatch": "pipeline.doors.cached",
+    "CachedDataset": "pipeline.doors.cached",
     "DivergenceHead": "pipeline.kernels.distributed_head",
     "Example": "pipeline.record",
+    "PackedStream": "pipeline.doors.stream",
     "PackedTopk": "pipeline.kernels.packed_topk",
     "StillroomError": "cache_schemas.errors",
     "TeacherCache": "pipeline.cache.reader",
     "TeacherRecord": "pipeline.record",
+    "distillation_loss": "pipeline.doors.loss",
+    "keeps_documents_apart": "pipeline.student.states",
     "linear_divergence": "pipeline.kernels.linear_divergence",
+    "loss_totals": "pipeline.doors.loss",
     "sharded_topk_divergence": "pipeline.kernels.distributed_head",
     "topk_divergence": "pipeline.kernels.topk_divergence",
 }

@@ -23,6 +23,7 @@ FORBIDDEN = {
 }
 WINGS = [
     "beginning",
+    "doors",
     "evaluation",
     "training",
     "objectives",

@@ -12,12 +12,18 @@ README = "README.md"
 
 TEXT = """---
 pretty_name: Teacher cache {digest}
+license: unknown
+size_categories:
+- {size}
+task_categories:
+- text-generation
 tags:
 - distillation
 - teacher-cache
 configs:
 - config_name: index
   data_files: index/*.parquet
+  default: true
 ---
 
 # Teacher cache {digest}
@@ -37,6 +43,19 @@ train from it directly. The format is described in stillroom's FORMAT.md. Look u
 the teacher and of the text before you use or share it.
 """
 
+SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
+    (10**10, "1B<n<10B"),
+    (10**11, "10B<n<100B"),
+    (10**12, "100B<n<1T"),
+)
+
 
 def card(plan: Plan) -> bytes:
     """The README of a cache of this plan."""
@@ -45,12 +64,18 @@ def card(plan: Plan) -> bytes:
     text = TEXT.format(
         digest=plan.digest[:12],
         num_examples=plan.num_examples,
+        size=size_category(plan.num_examples),
         teacher=_safe(teacher + str(facts["teacher"].get("weights_sha256", "unknown"))[:16]),
         rows=_safe(", ".join(plan.row_signals) or "none"),
         dense=_safe(", ".join(plan.dense_signals) or "none"),
         profile=_safe(facts["capture"]["profile"]),
     )
     return text.encode()
+
+
+def size_category(rows: int) -> str:
+    """The hub's own word for a number of rows."""
+    return next((name for limit, name in SIZES if rows < limit), "n>1T")
 
 
 def _safe(text: str) -> str:

@@ -44,7 +44,16 @@ def tokenizer_facts(model: str, trusts_code: bool = False) -> dict[str, Any]:
     Raises:
         CorpusError: no tokenizer is there, or it cannot be loaded.
     """
-    return _facts(_load(_directory(model, ""), trusts_code))
+    return facts_of_tokenizer(_load(_directory(model, ""), trusts_code))
+
+
+def load_tokenizer(model: str, trusts_code: bool = False) -> Any:
+    """The tokenizer of transformers itself.
+
+    Raises:
+        CorpusError: no tokenizer is there, or it cannot be loaded.
+    """
+    return _load(_directory(model, ""), trusts_code)
 
 
 def vocabulary(model: str, trusts_code: bool = False) -> dict[str, int]:
@@ -105,7 +114,7 @@ class CorpusTokenizer:
         """
         directory = _directory(tokenizer or teacher_model, "" if tokenizer else revision)
         hf = _load(directory, trusts_code)
-        facts = _facts(hf)
+        facts = facts_of_tokenizer(hf)
         teacher = None
         if teacher_model:
             teacher = Teacher(model=teacher_model, revision=revision, trust_remote_code=trusts_code)
@@ -214,7 +223,8 @@ def _load(directory: Path, trusts_code: bool) -> Any:
         ) from None
 
 
-def _facts(hf: Any) -> dict[str, Any]:
+def facts_of_tokenizer(hf: Any) -> dict[str, Any]:
+    """`tokenizer_facts` of a loaded one."""
     template = str(hf.chat_template or "")
     return {
         "sha256": hashlib.sha256(_canonical(hf)).hexdigest(),
@@ -235,7 +245,7 @@ def _canonical(hf: Any) -> bytes:
 
 
 def _must_agree(facts: dict, tokenizer: str, teacher: Teacher) -> None:
-    own = _facts(_load(model_directory(teacher), teacher.trust_remote_code))
+    own = facts_of_tokenizer(_load(model_directory(teacher), teacher.trust_remote_code))
     if facts["sha256"] != own["sha256"]:
         raise PlanMismatch(
             f"[prepare] tokenizer is {tokenizer} ({facts['sha256'][:12]})",

@@ -7,32 +7,17 @@ The state of a loader is a `Position`; nothing about ranks or workers is in it.
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
-from stillroom.cache_schemas.errors import ConfigError, StudentError
-from stillroom.pipeline.data.batch import DistillBatch, collate
+from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.data.batch import DistillBatch
 from stillroom.pipeline.data.images import Pictures
 from stillroom.pipeline.data.packing import Position, RowPlan
-from stillroom.pipeline.record import TeacherRecord
+from stillroom.pipeline.data.records import Records, RecordSource, lengths_of
 
 STEPS_AHEAD = 2
-
-
-class RecordSource(Protocol):
-    """What the loader asks of a cache (see `stillroom.pipeline.cache.reader.TeacherCache`)."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, i: int, signals: Collection[str] | None = None) -> TeacherRecord: ...
-
-    def shard_of(self, i: int) -> int: ...
-
-    def index(self, columns: list[str] | None = None) -> Any:
-        """Arrow table with columns `example_id` and `num_tokens`, one row per example."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +88,8 @@ class DistillLoader:
         self.plan = RowPlan(
             lengths_of(main), shards, geometry.capacity, seed, shuffle_shards, geometry.packed
         )
-        self._sources, self._signals = dict(sources), dict(signals)
-        self._others = {name: matched(main, cache, name) for name, cache in sources.items() if name}
+        self._records = Records(sources, signals, pictures)
         self.geometry, self._workers, self._pin_memory = geometry, workers, pin_memory
-        self._pictures = pictures
 
     def steps(
         self, position: Position, count: int
@@ -151,46 +134,11 @@ class DistillLoader:
             yield self.geometry.own(rows), position
 
     def _batch(self, rows: list[tuple[int, ...]]) -> DistillBatch:
-        records = [[self._read(number) for number in row] for row in rows]
-        batch = collate(records, self.geometry.capacity, self.geometry.padding_free)
-        if self._pictures is not None and batch.images is not None:
-            batch = replace(batch, images=self._pictures.fill(batch.images))
+        answers = [[self._records.read(number) for number in row] for row in rows]
+        batch = self._records.batch(answers, self.geometry.capacity, self.geometry.padding_free)
         return batch.pin_memory() if self._pin_memory else batch
-
-    def _read(self, number: int) -> dict[str, TeacherRecord]:
-        found = {"": self._sources[""].read(number, self._signals[""])}
-        for name, numbers in self._others.items():
-            found[name] = self._sources[name].read(int(numbers[number]), self._signals[name])
-        return found
 
 
 def _results(step: tuple[list[Future], Position]) -> tuple[list[DistillBatch], Position]:
     futures, end = step
     return [future.result() for future in futures], end
-
-
-def lengths_of(cache: RecordSource) -> np.ndarray:
-    """int64 [examples]: tokens of each example."""
-    return np.asarray(cache.index(["num_tokens"]).column("num_tokens"), dtype=np.int64)
-
-
-def matched(main: RecordSource, other: RecordSource, name: str) -> np.ndarray:
-    """int64 [examples]: for each example of the main cache, its number in another cache.
-
-    Raises:
-        StudentError: the other one lacks an example.
-    """
-    where = {example_id: number for number, example_id in enumerate(_ids(other))}
-    wanted = _ids(main)
-    missing = [example_id for example_id in wanted if example_id not in where]
-    if missing:
-        raise StudentError(
-            f"cache '{name}' lacks {len(missing)} of {len(wanted)} examples, first {missing[0]}",
-            where="[train.caches]",
-            remedy="Capture it from the same prepared corpus.",
-        )
-    return np.array([where[example_id] for example_id in wanted])
-
-
-def _ids(cache: RecordSource) -> list[str]:
-    return cache.index(["example_id"]).column("example_id").to_pylist()

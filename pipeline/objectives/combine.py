@@ -137,7 +137,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.model, self.kernel, self.packed = model, kernel, packed
         self._head_rows = model.get_output_embeddings().weight.shape[0]
-        self.terms = [_within(term, self._head_rows) for term in terms]
+        self.terms = [within(term, self._head_rows) for term in terms]
         # Not a buffer: it is never trained, sharded or moved with the student.
         self.teacher_head = teacher_head
         self.projectors = nn.ModuleDict()
@@ -159,7 +159,7 @@ class Distiller(nn.Module):
             terms: the same lines of the `[[objective]]` table.
         """
         before = self.terms
-        self.terms = [_within(term, self._head_rows) for term in terms]
+        self.terms = [within(term, self._head_rows) for term in terms]
         try:
             yield
         finally:
@@ -221,9 +221,7 @@ class Distiller(nn.Module):
         return torch.stack(values)  # [objectives]
 
     def _value(self, term: Term, context: Context, progress: float) -> torch.Tensor:
-        if term.table.curriculum.endswith("gap_first"):
-            context = admit_by_gap(context, term.table.curriculum, progress)
-        value = widened(term.spec.compute(context)).sum()
+        value, context = value_of(term, context, progress)
         self._keep_sums(term.label, context.sums)
         return value
 
@@ -250,7 +248,14 @@ class Distiller(nn.Module):
             mine[name] = mine.get(name, 0) + value.detach().double()
 
 
-def _within(term: Term, head_rows: int) -> Term:
+def value_of(term: Term, context: Context, progress: float) -> tuple[torch.Tensor, Context]:
+    """An objective's contribution, and the context with which it was computed."""
+    if term.table.curriculum.endswith("gap_first"):
+        context = admit_by_gap(context, term.table.curriculum, progress)
+    return widened(term.spec.compute(context)).sum(), context
+
+
+def within(term: Term, head_rows: int) -> Term:
     """A student may have fewer padding rows than the teacher; the teacher's further ids go."""
     if term.facts.vocab_size <= head_rows:
         return term

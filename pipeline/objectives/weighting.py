@@ -51,6 +51,17 @@ class Term:
         )
 
 
+def scales(terms: Sequence[Term], totals: torch.Tensor, progress: float, ranks: int) -> list[float]:
+    """Per objective: weight x ranks / global total (gradients are averaged over ranks).
+
+    An objective of weight 0 is shown as it is (see `combine.Distiller.forward`).
+    """
+    return [
+        (term.weight(progress) or 1.0) * ranks / total if total > 0 else 0.0
+        for term, total in zip(terms, totals.tolist(), strict=True)
+    ]
+
+
 class UnitWeights:
     """The weights of a microbatch's units, out of the reach of what wraps the student.
 
@@ -66,6 +77,10 @@ class UnitWeights:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self.own)
+
+    def times(self, factors: Sequence[float]) -> "UnitWeights":
+        """The same, each objective's multiplied by a factor."""
+        return UnitWeights([(own * by).float() for own, by in zip(self.own, factors, strict=True)])
 
 
 def unit_weights(term: Term, batch: DistillBatch, progress: float) -> torch.Tensor:

@@ -112,7 +112,7 @@ def forward_states(
     finally:
         for hook in hooks:
             hook.remove()
-    final, head = _read_by_head(model, found.last_hidden_state).flatten(0, 1), head_of(model)
+    final, head = read_by_head(model, found.last_hidden_state).flatten(0, 1), head_of(model)
     routing = _routing(model, found) if routed else None
     if layout is None:
         return StudentStates(final, head, outputs, routing=routing)
@@ -120,7 +120,7 @@ def forward_states(
     return StudentStates(final[layout.kept], head, kept, WideStates(layout, outputs), routing)
 
 
-def _read_by_head(model: Any, state: torch.Tensor) -> torch.Tensor:
+def read_by_head(model: Any, state: torch.Tensor) -> torch.Tensor:
     """What the LM head's matrix is multiplied with: the last state, or a factor times that.
 
     Raises:

@@ -13,7 +13,7 @@ from stillroom.cache_schemas.errors import ConfigError, StudentError
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.data.batch import DistillBatch, collate
 from stillroom.pipeline.data.images import Pictures
-from stillroom.pipeline.data.loader import matched
+from stillroom.pipeline.data.records import matched
 from stillroom.pipeline.objectives.combine import signals_needed
 from stillroom.pipeline.objectives.weighting import Term, unit_weights
 

@@ -5,13 +5,12 @@ its k, its draws), and it must be the same objective there: same teacher, same t
 measured so is refused when the run starts, not at the first measurement. It takes no steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stillroom.cache_schemas.errors import ConfigError, PlanMismatch
-from stillroom.pipeline.config import Run
-from stillroom.pipeline.config.training import HeldOutCaches, Train
+from stillroom.pipeline.config.training import HeldOutCaches, Objective, Train
 from stillroom.pipeline.objectives.combine import terms_of
 from stillroom.pipeline.objectives.registry import CacheFacts
 from stillroom.pipeline.objectives.weighting import Term
@@ -68,34 +67,36 @@ def title(name: str) -> str:
 
 
 def judge(
-    run: Run,
+    objectives: Sequence[Objective],
     name: str,
     caches: Mapping[str, Any],
     trained_on: Mapping[str, Any],
     facts: Mapping[str, CacheFacts],
     terms: list[Term],
+    where: str = "",
 ) -> HeldOut:
     """A held-out set whose objectives are those of training.
 
     Args:
-        run: whose objectives.
+        objectives: the `[[objective]]` lines.
         name: of the set.
         caches: its caches.
         trained_on: the training caches.
         facts: of the held-out caches, and of the caches of vision targets.
         terms: the objectives as they are trained.
+        where: the set as messages call it; empty for what the run file calls it.
 
     Raises:
         ConfigError: an objective's cache has no held-out one.
         PlanMismatch: another teacher, or a tail that the training cache has and this one has not.
         StudentError: the cache lacks a signal or a temperature of an objective.
     """
-    where = title(name)
+    where = where or title(name)
     for term in terms:
         _check_there(term, facts, where)
     for own, cache in caches.items():
         _check_teacher(cache.plan.facts["teacher"], trained_on[own].plan.facts["teacher"], where)
-    judged = terms_of(run.objective, facts, where)
+    judged = terms_of(objectives, facts, where)
     for term, own in zip(terms, judged, strict=True):
         _check_same(term, own, where)
     return HeldOut(name, caches, judged)

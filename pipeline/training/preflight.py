@@ -146,7 +146,7 @@ def _judged(
             found.errors.append(_no_such_cache(name, extra[0], caches))
         elif "" in own:
             facts = {cache: facts_of(opened) for cache, opened in own.items()} | vision
-            made.append(found.of(judge, run, name, own, caches, facts, terms))
+            made.append(found.of(judge, run.objective, name, own, caches, facts, terms))
     return [one for one in made if one is not None]
 
 

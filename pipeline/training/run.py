@@ -19,7 +19,8 @@ from stillroom.pipeline.config import Run
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.data.images import Pictures, processor_of
-from stillroom.pipeline.data.loader import Geometry, RecordSource, lengths_of
+from stillroom.pipeline.data.loader import Geometry
+from stillroom.pipeline.data.records import RecordSource, lengths_of
 from stillroom.pipeline.kernels.execution import triton_runs_on
 from stillroom.pipeline.objectives.registry import CacheFacts
 from stillroom.pipeline.training.parallel import Parallel
@@ -121,7 +122,7 @@ def facts_of(cache: Any) -> CacheFacts:
             where=cache.storage.location,
             remedy="A recommender needs a [recommender] table.",
         )
-    width = facts["teacher"]["hidden_size"]
+    width = facts["teacher"].get("hidden_size", 0)  # a foreign cache has no hidden states
     return CacheFacts(
         signals=tuple(cache.signals),
         temperatures=tuple(cache.temperatures),
@@ -152,13 +153,27 @@ def check_fit(student: Path, caches: Mapping[str, Any]) -> None:
             expected=f"at least the tokenizer's {own['vocab_size']} ids",
             where=str(student),
         )
+    check_tokenizer(own, caches, str(student))
+
+
+def check_tokenizer(own: Mapping[str, Any], caches: Mapping[str, Any], where: str) -> None:
+    """Refuse a tokenizer that is not the one the caches were made with.
+
+    Args:
+        own: facts of the student's.
+        caches: what each is called -> cache.
+        where: the student, for messages.
+
+    Raises:
+        StudentError: naming the fact that differs, and what would work.
+    """
     for name, cache in caches.items():
         for key, wanted in cache.plan.facts["tokenizer"].items():
             if own.get(key) != wanted:
                 raise StudentError(
                     f"tokenizer {key} is {own.get(key)}",
                     expected=f"{wanted} as in {name}",
-                    where=str(student),
+                    where=where,
                     remedy="Take a student with the teacher's tokenizer (prune_layers, prune_width "
                     "or config), or capture the teacher again with the student's; projection "
                     "across tokenizers does not exist here.",

@@ -13,8 +13,9 @@ import torch
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.config.training import Train
-from stillroom.pipeline.data.loader import DistillLoader, Geometry, RecordSource
+from stillroom.pipeline.data.loader import DistillLoader, Geometry
 from stillroom.pipeline.data.packing import Position
+from stillroom.pipeline.data.records import RecordSource
 from stillroom.pipeline.objectives.combine import Distiller, balancing_term, signals_needed
 from stillroom.pipeline.objectives.weighting import Term
 from stillroom.pipeline.student.llava import load_task_tokens

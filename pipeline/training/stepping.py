@@ -19,7 +19,8 @@ from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.data.batch import DistillBatch
 from stillroom.pipeline.objectives.combine import Distiller
 from stillroom.pipeline.objectives.recommending import RankingDistiller
-from stillroom.pipeline.objectives.weighting import Term, UnitWeights
+from stillroom.pipeline.objectives.reporting import reports_of
+from stillroom.pipeline.objectives.weighting import Term, UnitWeights, scales
 from stillroom.pipeline.training.checkpoint import trainable
 from stillroom.pipeline.training.held_out import HeldOut
 from stillroom.pipeline.training.optimization import rate
@@ -147,7 +148,7 @@ class Stepper:
         totals, tokens, stopping = self._agree(batches, [own for _, own in weighed], stop)
         if stopping:
             return None
-        scale = self._scale(totals, done)
+        scale = scales(self._terms, totals, done, self.parallel.world_size)
         torch.manual_seed(_seed(self.settings.seed, number, self.parallel.rank))  # of dropout
         found = [
             self._microbatch(batch, weights, scale, done, last=place == len(batches) - 1)
@@ -155,7 +156,7 @@ class Stepper:
         ]
         values = self._finite(number, batches, torch.stack(found).cpu())
         norm = self._update(number, batches)
-        reports, warnings = self._reports()
+        reports, warnings = reports_of(self.distiller, self.parallel.sum)
         means = self._means(values, done)
         loss = float(values[[bool(term.weight(done)) for term in self._terms]].sum())
         return Step(loss, means, reports, warnings, norm, tokens)
@@ -172,7 +173,7 @@ class Stepper:
                 with _autocast(self.parallel.device, self.settings.precision):
                     values = self.module(batch.to(self.parallel.device), weights)
                 found.append(torch.stack([values.double().cpu(), own * counts]))
-            reports, _ = self._reports()
+            reports, _ = reports_of(self.distiller, self.parallel.sum)
             let_go(self.module)
         self.module.train()
         values, totals = self.parallel.sum(torch.stack(found).sum(dim=0))
@@ -203,16 +204,6 @@ class Stepper:
         shared = self.parallel.sum(torch.cat([own, torch.tensor([float(tokens), float(stop)])]))
         return shared[:-2], int(shared[-2]), bool(shared[-1])
 
-    def _scale(self, totals: torch.Tensor, done: float) -> list[float]:
-        """Per objective: weight x ranks / global total (DDP and FSDP average over ranks).
-
-        An objective of weight 0 is shown as it is (see `Distiller.forward`).
-        """
-        return [
-            (term.weight(done) or 1.0) * self.parallel.world_size / total if total > 0 else 0.0
-            for term, total in zip(self._terms, totals.tolist())
-        ]
-
     @property
     def _terms(self) -> list[Term]:
         return self.distiller.terms
@@ -228,7 +219,7 @@ class Stepper:
         self, batch: DistillBatch, weights, scale: list[float], done: float, last: bool
     ) -> torch.Tensor:
         device = self.parallel.device
-        scaled = UnitWeights([(w * s).float() for w, s in zip(weights, scale)])
+        scaled = UnitWeights(weights).times(scale)
         with accumulating(self.module, last):
             with _autocast(device, self.settings.precision):
                 values = self.module(batch.to(device), scaled, done)  # [objectives]
@@ -237,7 +228,7 @@ class Stepper:
 
     def _finite(self, number: int, batches, found: torch.Tensor) -> torch.Tensor:
         """The step's values over all ranks; stops, naming examples, when one is not finite."""
-        # Divided by the ranks, with which `_scale` has multiplied for the gradients' sake.
+        # Divided by the ranks, with which `scales` has multiplied for the gradients' sake.
         values = self.parallel.sum(found.double().sum(dim=0)) / self.parallel.world_size
         if torch.isfinite(values).all():
             return values
@@ -268,21 +259,6 @@ class Stepper:
         for parameter, average in zip(parameters, self.averages):
             average.lerp_(parameter.detach(), 1 - self.settings.ema)
         return norm
-
-    def _reports(self) -> tuple[dict[str, float], tuple[str, ...]]:
-        """Numbers and warnings of the objectives that left sums, over all ranks."""
-        reports: dict[str, float] = {}
-        warnings: list[str] = []
-        for term in self._terms:
-            own = self.distiller.sums.pop(term.label, None)
-            if own is None or term.spec.report is None:
-                continue
-            shared = self.parallel.sum(torch.stack(list(own.values())).cpu()).tolist()
-            found = term.spec.report(dict(zip(own, shared)))
-            reports |= {f"{term.label}/{name}": value for name, value in found.items()}
-            warning = term.spec.warn(found) if term.spec.warn else ""
-            warnings += [f"{term.label}: {warning}"] if warning else []
-        return reports, tuple(warnings)
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

@@ -16,8 +16,8 @@ import torch
 from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, StillroomError, StudentError
 from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config import Run, require
-from stillroom.pipeline.data.loader import RecordSource
 from stillroom.pipeline.data.packing import Position
+from stillroom.pipeline.data.records import RecordSource
 from stillroom.pipeline.training.checkpoint import (
     Best,
     TrainingState,

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete
-from stillroom.stages.cache import compare, plan, share
+from stillroom.stages.cache import compare, foreign, plan, share
 from stillroom.stages.cache.arguments import (
     Cache,
     PublicKey,
@@ -150,3 +150,5 @@ for verb in (
     plan.plan,
 ):
     app.command()(verb)
+app.command("import")(foreign.import_)
+app.command()(foreign.export)

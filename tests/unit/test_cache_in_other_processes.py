@@ -12,7 +12,8 @@ from tests import memory_cache
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory, tiny_llama):
-    captured = memory_cache.captured(tiny_llama, memory_cache.examples(9), profile="small")
+    texts = memory_cache.examples(9)
+    captured = memory_cache.captured(tiny_llama, texts, profile="small", hidden_layers=("final",))
     return captured.write(tmp_path_factory.mktemp("cache") / "cache")
 
 

@@ -1,0 +1,1 @@
+"""Ways in for the trainers, loops and files that people already have."""

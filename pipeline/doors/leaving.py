@@ -1,0 +1,244 @@
+"""A cache in the formats of other programs.
+
+One idea: a file says what the cache says, in nested lists that anything opens or in the very layout
+that a program reads; what a layout has no place for is refused rather than bent. A folder appears
+whole, under its own name, when all of it is written.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stillroom.cache_schemas.errors import CacheError, ConfigError
+from stillroom.cache_schemas.signals import is_hidden
+from stillroom.pipeline.config.strict import nearest
+from stillroom.pipeline.doors.distillkit_files import pack, write_settings
+from stillroom.pipeline.record import TeacherRecord
+
+ROWS_PER_FILE = 4096
+ROWS_PER_GROUP = 64
+"""Of Parquet: a hub's viewer reads whole row groups."""
+
+
+def export(
+    cache: Any,
+    target: str | Path,
+    form: str,
+    on_example: Callable[[int, int], None] = lambda *_: None,
+) -> list[Path]:
+    """Write a cache's examples in another format.
+
+    Args:
+        cache: an opened one.
+        target: directory, which must not exist.
+        form: a key of `FORMS`.
+        on_example: called with examples done and examples of all.
+
+    Returns:
+        The files, relative to the target.
+
+    Raises:
+        ConfigError: no such format, or the target is there.
+        CacheError: the cache holds what the format has no place for, or lacks what it needs.
+    """
+    if form not in FORMS:
+        known = ", ".join(FORMS)
+        raise ConfigError(
+            f"no format '{form}'", expected=f"one of {known}", remedy=nearest(form, FORMS)
+        )
+    target = Path(target)
+    if target.exists():
+        raise ConfigError("is already there", where=str(target), remedy="Name another directory.")
+    staging = target.with_name(target.name + ".part")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    FORMS[form](cache, _told(cache, on_example), staging)
+    staging.rename(target)
+    return sorted(path.relative_to(target) for path in target.rglob("*") if path.is_file())
+
+
+def _told(cache: Any, on_example: Callable[[int, int], None]) -> Iterator[TeacherRecord]:
+    for number, record in enumerate(cache):
+        yield record
+        on_example(number + 1, len(cache))
+
+
+def _tokens(record: TeacherRecord) -> dict[str, Any]:
+    example = record.example
+    return {
+        "example_id": example.example_id,
+        "source": example.source,
+        "input_ids": example.token_ids,
+        "loss_mask": example.loss_mask,
+        "first_row": record.first_row,
+    }
+
+
+def _rows(record: TeacherRecord) -> dict[str, np.ndarray]:
+    return {name: array for name, array in record.signals.items() if not is_hidden(name)}
+
+
+def _to_parquet(_cache: Any, records: Iterator[TeacherRecord], target: Path) -> None:
+    """Every row signal as nested lists; row t of `first_row + t` predicts the token after it."""
+    _write_parquet(({**_tokens(one), **_rows(one)} for one in records), target)
+
+
+def _write_parquet(rows: Iterable[dict[str, Any]], target: Path, schema: Any = None) -> None:
+    """Files of rows, each column a list of numbers or a list of such lists."""
+    rows, file = iter(rows), 0
+    while held := list(islice(rows, ROWS_PER_FILE)):
+        columns = {name: [_listed(row[name]) for row in held] for name in held[0]}
+        types = {name: _type(held[0][name]) for name in held[0]}
+        table = pa.table({n: pa.array(c, type=types[n]) for n, c in columns.items()}, schema)
+        path = target / f"data_{file}.parquet"
+        pq.write_table(table, path, compression="zstd", row_group_size=ROWS_PER_GROUP)
+        file += 1
+
+
+def _listed(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    return list(value)  # Arrow takes rows as arrays
+
+
+def _type(value: Any) -> pa.DataType:
+    if not isinstance(value, np.ndarray):
+        return pa.int32() if isinstance(value, int) else pa.string()
+    found: pa.DataType = pa.from_numpy_dtype(value.dtype)
+    for _ in value.shape:
+        found = pa.list_(found)
+    return found
+
+
+def _to_jsonl(_cache: Any, records: Iterator[TeacherRecord], target: Path) -> None:
+    """vLLM's `prompt_logprobs`: id -> log-probability and rank, null where there is no row."""
+    with (target / "data.jsonl").open("w") as file:
+        for record in records:
+            file.write(json.dumps(_line(record)) + "\n")
+
+
+def _line(record: TeacherRecord) -> dict[str, Any]:
+    wanted = ("topk_ids", "topk_logprobs", "token_logprob", "token_rank")
+    if missing := [name for name in wanted if name not in record.signals]:
+        raise _lacks(f"signal {missing[0]}", "jsonl")
+    tokens = record.example.token_ids
+    entries: list[dict | None] = [None] * len(tokens)
+    signals = [record.signals[name] for name in wanted]
+    for row, (ids, logprobs, own, rank) in enumerate(zip(*signals)):
+        at = record.first_row + row + 1
+        ranked = {
+            str(word): {"logprob": float(value), "rank": place + 1}
+            for place, (word, value) in enumerate(zip(ids, logprobs))
+            if word >= 0
+        }
+        token = {"logprob": float(own), "rank": int(rank)}
+        entries[at] = {**ranked, **({} if str(tokens[at]) in ranked else {str(tokens[at]): token})}
+    return {
+        "example_id": record.example.example_id,
+        "prompt_token_ids": tokens.tolist(),
+        "loss_mask": record.example.loss_mask.tolist(),
+        "first_row": record.first_row,
+        "prompt_logprobs": entries,
+    }
+
+
+def _to_distillkit(cache: Any, records: Iterator[TeacherRecord], target: Path) -> None:
+    """Its Parquet and the YAML beside it, nothing lost; a row for every prediction of a text."""
+    k = cache.plan.facts["capture"]["k"]
+    settings = write_settings(target, cache.plan.facts["teacher"]["vocab_size"], k)
+
+    def row(record: TeacherRecord) -> dict[str, Any]:
+        ids, logprobs = record.signals.get("topk_ids"), record.signals.get("topk_logprobs")
+        if ids is None or logprobs is None or not k:
+            raise _lacks("exact ids", "distillkit")
+        if record.first_row or (ids < 0).any():
+            what = "rows from the first token on" if record.first_row else f"{k} ids in every row"
+            raise _lacks(what, "distillkit")
+        values = logprobs.astype("<f4").view(np.uint8).reshape(len(ids), -1)
+        return {
+            "input_ids": record.example.token_ids.astype(np.uint64),
+            "compressed_logprobs": values,
+            "bytepacked_indices": pack(ids, settings.index_bits),
+        }
+
+    _write_parquet(map(row, records), target)
+
+
+def _to_speculators(cache: Any, records: Iterator[TeacherRecord], target: Path) -> None:
+    """`hs_{i}.safetensors` with `token_ids` [n] and `hidden_states` [n, layers, D], bf16, layers in
+    order and the final state last; and tokens and masks as Parquet, by the same numbers.
+
+    A cache has no state of a text's last token, which predicts nothing: n is one less than L.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    names = _layers(cache)
+    tokens = []
+    for number, record in enumerate(records):
+        kept = record.example.token_ids[:-1].astype(np.int64)
+        if not np.array_equal(record.hidden_positions, np.arange(len(kept))):
+            raise _lacks("hidden states from the first token on", "speculators")
+        states = np.stack([record.signals[name] for name in names], axis=1)  # [L, layers, D]
+        save_file(
+            {
+                "token_ids": torch.from_numpy(kept),
+                "hidden_states": torch.from_numpy(states).to(torch.bfloat16),
+            },
+            target / f"hs_{number}.safetensors",
+        )
+        mask = record.example.loss_mask[:-1].astype(np.int64)
+        tokens.append({"input_ids": kept, "loss_mask": mask})
+    (target / "data").mkdir()
+    _write_parquet(tokens, target / "data")
+    told = {"layers": names, "cache": cache.plan.digest}
+    (target / "layers.json").write_text(json.dumps(told) + "\n")
+
+
+def _layers(cache: Any) -> list[str]:
+    names = [name for name in cache.signals if is_hidden(name)]
+    if not names:
+        raise _lacks("hidden states", "speculators")
+    number = {name: name.partition(".")[2] for name in names}
+    return sorted(names, key=lambda n: int(number[n]) if number[n].isdigit() else 1 << 30)
+
+
+def _to_safetensors(_cache: Any, records: Iterator[TeacherRecord], target: Path) -> None:
+    """`{number}.safetensors`: tokens, mask, every signal by its name, and where the rows begin."""
+    from safetensors.numpy import save_file
+
+    for number, record in enumerate(records):
+        arrays = {
+            "input_ids": record.example.token_ids,
+            "loss_mask": record.example.loss_mask,
+            "first_row": np.array([record.first_row], dtype=np.int32),
+            "hidden_positions": record.hidden_positions,
+            **record.signals,
+        }
+        held = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        metadata = {"example_id": record.example.example_id, "source": record.example.source}
+        save_file(held, target / f"{number}.safetensors", metadata)
+
+
+def _lacks(what: str, form: str) -> CacheError:
+    return CacheError(
+        f"the cache lacks {what}",
+        where=f"--to {form}",
+        remedy="Capture it, or export to parquet, which takes what is there.",
+    )
+
+
+FORMS: dict[str, Callable[[Any, Iterator[TeacherRecord], Path], None]] = {
+    "parquet": _to_parquet,
+    "jsonl": _to_jsonl,
+    "distillkit": _to_distillkit,
+    "speculators": _to_speculators,
+    "safetensors": _to_safetensors,
+}

@@ -1,0 +1,299 @@
+"""Training from a cache inside `transformers.Trainer` and what is built on it.
+
+One idea: the trainer keeps its loop, its ranks and its checkpoints; of a step it is told one
+number, already divided by what the whole step holds over all microbatches and ranks. The student
+runs without its head, inside the forward pass of whatever wraps it, so DDP and FSDP see it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.doors.beside import SideWeights, check_signed, sign
+from stillroom.pipeline.doors.cached import CachedBatch, CachedDataset, Objectives
+from stillroom.pipeline.doors.collator import (
+    COUNTS,
+    DISTILL,
+    CachedCollator,
+    HeldOutBatches,
+    dataset_of,
+)
+from stillroom.pipeline.doors.fit import (
+    EXAMPLE,
+    bare,
+    check_arguments,
+    check_dataset,
+    check_student,
+    check_trainer,
+)
+from stillroom.pipeline.doors.heldout_sets import held_out_sets, heldout_batches
+from stillroom.pipeline.doors.redirection import through
+from stillroom.pipeline.objectives.combine import Distiller, balancing_term
+from stillroom.pipeline.objectives.reporting import reports_of
+from stillroom.pipeline.objectives.weighting import UnitWeights, scales
+from stillroom.pipeline.student.states import (
+    balancing_weight,
+    keeps_documents_apart,
+    tells_its_routing,
+)
+from stillroom.pipeline.training.parallel import let_go
+from stillroom.pipeline.training.run import resolved
+
+if TYPE_CHECKING:
+    from transformers import Trainer as Host
+else:
+    Host = object  # the trainer stands behind, in whoever mixes this in
+
+
+class CachedDistillationMixin(Host):
+    """Stands before a Trainer: `class Mine(CachedDistillationMixin, Trainer)`.
+
+    Args:
+        model: the student, as the trainer takes it.
+        args: the trainer's.
+        cache: directory or URL of a sealed cache, or an opened one.
+        objectives: lines of the `[[objective]]` table: names, or tables as in the TOML.
+        caches: further caches of the same examples, by the names that objectives use.
+        eval_cache: held-out cache, or several by name; measured as `stillroom train` does.
+        kernel: as `[train] kernel`.
+        local_copy: directory that keeps what was read of caches behind a URL.
+        train_dataset: rows with a column `example`, the number of their record in the cache, to
+            train on some of it or in an order of one's own; None takes every example.
+        more: what else the trainer takes.
+
+    Raises:
+        StillroomError: cache, student, data set and trainer do not fit.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *,
+        cache: Any,
+        objectives: Objectives = ("forward_kl",),
+        caches: Mapping[str, Any] | None = None,
+        eval_cache: Any = None,
+        kernel: str = "auto",
+        local_copy: str = "",
+        train_dataset: Any = None,
+        **more: Any,
+    ):
+        check_trainer(type(self))
+        check_arguments(args, more)
+        self.data = data = CachedDataset(cache, objectives, caches or {}, local_copy)
+        if train_dataset is not None:
+            check_dataset(train_dataset, data)
+        self._held_out = held_out_sets(eval_cache, data)
+        evaluated = {name: dataset_of(one.dataset) for name, one in self._held_out.items()}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=CachedCollator(data),
+            train_dataset=dataset_of(data) if train_dataset is None else train_dataset,
+            eval_dataset=evaluated.get("", evaluated) or None,
+            **more,
+        )
+        self._adopt(kernel)
+
+    def _adopt(self, kernel: str) -> None:
+        """Measure the student that the trainer has made, and put the objectives beside it."""
+        me: Any = self
+        check_arguments(me.args, {}, me)
+        student, data = bare(me.accelerator.unwrap_model(me.model)), self.data
+        named = {f"cache '{name or 'cache'}'": one for name, one in data.sources.items()}
+        check_student(student, me.processing_class, named, int(data.lengths.max()))
+        data.packed = keeps_documents_apart(student, data.facts[""].vocab_size)
+        attention = str(getattr(student.config, "_attn_implementation", ""))
+        data.padding_free = data.packed and attention.startswith("flash_attention")
+        terms = list(data.terms)
+        balance = balancing_weight(student)
+        if balance and tells_its_routing(student):
+            terms.append(balancing_term(terms, balance, data.facts))
+            for one in self._held_out.values():
+                one.heldout.terms.append(terms[-1])
+        settings = resolved(Train.model_validate({"kernel": kernel}), me.args.device)
+        self.distiller = Distiller(student, terms, settings.kernel, packed=data.packed)
+        self.distiller.to(me.args.device if me.place_model_on_device else "cpu")
+        self._beside = SideWeights(self.distiller.projectors, me)
+        self._shown = torch.zeros(len(terms), dtype=torch.float64)
+        self._steps_shown = 0
+
+    # ---- one step ----
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, Any]:
+        """The step's microbatches, each weighed by what the whole step holds."""
+        me: Any = self
+        samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples:
+            return samples, count
+        done = self._progress()
+        weighed = [self.distiller.weigh(one[DISTILL].host, done) for one in samples]
+        totals = self._add_up(torch.stack([own for _, own in weighed]).sum(dim=0))
+        factors = scales(self.distiller.terms, totals, done, me.accelerator.num_processes)
+        self._steps_shown += 1
+        for one, (weights, _) in zip(samples, weighed, strict=True):
+            given = UnitWeights(weights).times(factors)
+            one[DISTILL] = replace(one[DISTILL], weights=given)
+        return samples, count
+
+    def compute_loss(
+        self, model, inputs, return_outputs: bool = False, num_items_in_batch=None
+    ) -> Any:
+        """This microbatch's part of the step's loss; there are no logits to return."""
+        batch: Any = inputs[DISTILL]
+        if batch.weights is None:
+            raise StudentError(
+                "a batch came that no step has counted",
+                where=type(self).__name__,
+                remedy="Do not override get_batch_samples without calling it, and call evaluate() "
+                "for held-out caches.",
+            )
+        values = self._values(model, batch, batch.weights)
+        self._show(values)
+        self._told = values.sum()
+        if not torch.isfinite(self._told):
+            raise StudentError(
+                f"the loss is not finite ({float(self._told):g})",
+                where=f"examples {', '.join(batch.host.example_ids)}",
+                remedy="Go on from the last checkpoint with a lower learning_rate, or look at "
+                "these texts.",
+            )
+        return (self._told, {"loss": self._told}) if return_outputs else self._told
+
+    def training_step(self, *given: Any, **more: Any) -> torch.Tensor:
+        """The trainer's own, held to the loss that it was given."""
+        found = super().training_step(*given, **more)
+        if not torch.equal(found, self._told.detach()):
+            raise StudentError(
+                f"the trainer made {float(found):g} of a loss of {self._told.item():g}",
+                expected="no division by accumulation steps: it is in the loss",
+                where=type(self).__name__,
+                remedy="Install versions that were tried: pip install 'stillroom[hf]'.",
+            )
+        return found
+
+    def _values(self, model, batch: CachedBatch, weights) -> torch.Tensor:
+        """float [objectives]; computed inside the forward pass of what wraps the student."""
+        me: Any = self
+        done = self._progress() if me.model.training else 1.0
+
+        def inside(moved: CachedBatch) -> torch.Tensor:
+            with me.accelerator.autocast():
+                return self.distiller(moved.batch, weights, done)
+
+        return through(model, me.accelerator.unwrap_model(model), inside, batch.to(me.args.device))
+
+    def _progress(self) -> float:
+        state = self.state
+        return min(state.global_step / max(state.max_steps - 1, 1), 1.0)
+
+    def _add_up(self, own: torch.Tensor) -> torch.Tensor:
+        """Sum of a CPU tensor over all ranks."""
+        me: Any = self
+        return me.accelerator.reduce(own.to(me.args.device), reduction="sum").cpu()
+
+    # ---- what is logged ----
+
+    def _show(self, values: torch.Tensor) -> None:
+        done = self._progress()
+        weights = [term.weight(done) or 1.0 for term in self.distiller.terms]
+        own = values.detach().double()
+        self._shown = self._shown.to(own.device) + own / own.new_tensor(weights)
+
+    def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
+        """The trainer's own, with every objective apart."""
+        me: Any = self
+        if "loss" in logs and self._steps_shown:
+            means = self._add_up(self._shown.cpu()) / me.accelerator.num_processes
+            means = (means / self._steps_shown).tolist()
+            labels = [term.label for term in self.distiller.terms]
+            logs |= {f"objective/{label}": mean for label, mean in zip(labels, means)}
+            reports, _ = reports_of(self.distiller, self._add_up)
+            logs |= {f"report/{name}": value for name, value in reports.items()}
+            self._shown, self._steps_shown = torch.zeros_like(self._shown), 0
+        super().log(logs, *more, **named)
+
+    # ---- held-out caches ----
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batches of a held-out cache, by its name."""
+        own = eval_dataset is None or eval_dataset is self.eval_dataset
+        name = "" if own else eval_dataset
+        if not isinstance(name, str) or name not in self._held_out:
+            raise StudentError(
+                "only held-out caches are measured",
+                where="evaluate",
+                remedy="Give eval_cache when the trainer is made.",
+            )
+        return heldout_batches(self._held_out[name], self)
+
+    def evaluation_loop(self, dataloader: Any, *given: Any, **more: Any) -> Any:
+        """The trainer's own, with means over all units of all ranks."""
+        if not isinstance(dataloader, HeldOutBatches):
+            raise StudentError(
+                "predict() asks for logits, which are never made",
+                where=type(self).__name__,
+                remedy="Use evaluate() with eval_cache, or `stillroom evaluate`.",
+            )
+        terms = dataloader.heldout.terms
+        self._measured = torch.zeros(2, len(terms), dtype=torch.float64)
+        with self.distiller.judged_by(terms):
+            batches: Any = dataloader
+            output = super().evaluation_loop(batches, *given, **more)
+        self.distiller.sums.clear()
+        values, totals = self._add_up(self._measured)
+        means = (values / totals.clamp_min(1e-30)).tolist()
+        prefix = more.get("metric_key_prefix", "eval")
+        loss = sum(term.weight(1.0) * mean for term, mean in zip(terms, means))
+        metrics: Any = output.metrics
+        metrics[f"{prefix}_loss"] = loss
+        metrics.update({f"{prefix}_{t.label}": m for t, m in zip(terms, means)})
+        return output
+
+    def prediction_step(self, model, inputs: Any, prediction_loss_only, ignore_keys=None) -> tuple:
+        """Adds one held-out batch to the sums; there is nothing to gather."""
+        batch, counts = inputs[DISTILL], inputs[COUNTS]
+        with torch.no_grad():
+            weights, own = self.distiller.weigh(batch.host, 1.0)
+            given = UnitWeights([weight * counts for weight in weights])
+            values = self._values(model, batch, given)
+        let_go(model)
+        self._measured += torch.stack([values.double().cpu(), own * counts])
+        return None, None, None
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        me: Any = self
+        with self._beside.apart():
+            super()._save(output_dir, self._beside.without(state_dict))
+        if me.args.should_save:
+            directory = Path(output_dir or str(me.args.output_dir))
+            self._beside.save(directory)
+            sign(directory, self.data)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        directory = Path(resume_from_checkpoint)
+        check_signed(directory, self.data)
+        with self._beside.apart():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._beside.load(directory)
+
+    def _load_best_model(self) -> None:
+        with self._beside.apart():
+            super()._load_best_model()
+        self._beside.load(Path(str(self.state.best_model_checkpoint)))
+
+    # ---- data ----
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = [EXAMPLE, "input_ids"]

@@ -1,0 +1,52 @@
+"""Trainers of transformers and TRL on a cache: `pip install 'stillroom[hf]'`.
+
+One idea: a name is loaded when it is first asked for, so that transformers' Trainer needs no TRL.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stillroom.pipeline.doors.collator import CachedCollator, dataset_of
+    from stillroom.pipeline.doors.mixin import CachedDistillationMixin
+    from stillroom.pipeline.doors.sft import CachedSFTTrainer
+    from stillroom.pipeline.doors.trainers import CachedTrainer
+
+__all__ = [
+    "CachedCollator",
+    "CachedDistillationMixin",
+    "CachedSFTTrainer",
+    "CachedTrainer",
+    "dataset_of",
+]
+
+HOMES = {
+    "CachedCollator": "collator",
+    "CachedDistillationMixin": "mixin",
+    "CachedSFTTrainer": "sft",
+    "CachedTrainer": "trainers",
+    "dataset_of": "collator",
+}
+
+
+def __getattr__(name: str):
+    if name not in HOMES:
+        raise AttributeError(f"module 'stillroom.hf' has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f"stillroom.pipeline.doors.{HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("trl", "datasets", "accelerate"):
+            raise
+        from stillroom.cache_schemas.errors import ConfigError
+
+        raise ConfigError(
+            f"{error.name} is not installed",
+            where=f"stillroom.hf.{name}",
+            remedy="pip install 'stillroom[hf]'.",
+        ) from None
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *HOMES])

@@ -1,0 +1,372 @@
+"""Caches of other programs come in whole or not at all; ours go out and are read again."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from stillroom.cache_schemas.errors import StillroomError
+from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.doors import distillkit_files
+from stillroom.pipeline.doors.foreign import Origin, import_answers
+from stillroom.pipeline.doors.leaving import export
+from stillroom.pipeline.doors.sources import source_of
+from stillroom.stages.__main__ import run
+from tests import memory_cache
+
+K, VOCAB = 8, 768
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_llama, tmp_path_factory):
+    """Of texts that are learned from their second token on, with every token's states."""
+    texts = [whole(one) for one in memory_cache.examples(9)]
+    made = memory_cache.captured(
+        tiny_llama, texts, k=K, hidden_layers=(1, "final"), tail_draws=0, hidden_codec="bf16"
+    )
+    return TeacherCache.open(made.write(tmp_path_factory.mktemp("cache") / "cache"))
+
+
+@pytest.fixture(scope="module")
+def answers_alone(tiny_llama, tmp_path_factory):
+    """Of texts whose first third is not learned."""
+    made = memory_cache.captured(tiny_llama, memory_cache.examples(9), k=K, tail_draws=0)
+    return TeacherCache.open(made.write(tmp_path_factory.mktemp("cache") / "cache"))
+
+
+def whole(example):
+    from dataclasses import replace
+
+    from stillroom.pipeline.record import content_id
+
+    mask = np.ones(len(example.token_ids), dtype=bool)
+    return replace(example, loss_mask=mask, example_id=content_id(example.token_ids, mask))
+
+
+def taken(form, source, target, tokenizer, config="", **more):
+    read, lossy = source_of(form, source, str(tokenizer), str(config))
+    import_answers(read, Origin(form, "a teacher", str(tokenizer), lossy=lossy, **more), target, 4)
+    return TeacherCache.open(target)
+
+
+def same_answers(found, expected) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.example.token_ids, other.example.token_ids)
+        assert one.first_row == other.first_row
+        np.testing.assert_array_equal(one.signals["topk_ids"], other.signals["topk_ids"])
+        np.testing.assert_allclose(
+            one.signals["topk_logprobs"], other.signals["topk_logprobs"], rtol=0, atol=2e-6
+        )
+
+
+# ---- DistillKit, written by a script of its own ----
+
+
+def bits_of(numbers, bits) -> list[int]:
+    stream = "".join(f"{int(number):0{bits}b}" for number in numbers)
+    stream += "0" * (-len(stream) % 8)
+    return [int(stream[at : at + 8], 2) for at in range(0, len(stream), 8)]
+
+
+def bf16(values) -> np.ndarray:
+    """Nearest with 8 bits of mantissa, ties to even."""
+    bits = np.asarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def distillkit(directory, records, packed=False):
+    """k = 8: four values in bf16, the others as 1, t and sqrt t, and 3 bits of what is left."""
+    settings = {
+        "d": VOCAB,
+        "k": K,
+        "exact_k": 4,
+        "exact_dtype": "bfloat16",
+        "polynomial_terms": [0, 1, "sqrt"],
+        "term_dtype": "float32",
+        "residual_bins": [{"scale_dtype": "float16", "element_bits": 3, "num_elements": 4}],
+        "delta_encoding": False,
+        "error_diffusion": False,
+        "normalize_t": False,
+    }
+    directory.mkdir()
+    (directory / "compression_config.yaml").write_text(yaml.safe_dump(settings))
+    t = np.arange(4.0)
+    terms = np.stack([t**0, t, np.sqrt(t)], axis=1)
+    rows = []
+    for record in records:
+        values, ids = record.signals["topk_logprobs"], record.signals["topk_ids"]
+        lists = []
+        for row in values:
+            fit = np.linalg.lstsq(terms, row[4:], rcond=None)[0].astype(np.float32)
+            left = row[4:] - terms @ fit
+            scale = np.float16(max(abs(left).max() / 4, 1e-4))
+            levels = np.clip(np.round(left / np.float32(scale)), -4, 3) + 4
+            data = bf16(row[:4]).tobytes() + fit.tobytes() + scale.tobytes()
+            lists.append([*data, *bits_of(levels, 3)])
+        rows.append((record.example.token_ids, lists, [bits_of(one, 10) for one in ids]))
+    table = {"input_ids": [], "compressed_logprobs": [], "bytepacked_indices": []}
+    if packed:  # two documents a row, each without its last token, as pack_logits cuts them
+        table["attention_mask"] = []
+        for (a, values, ids), (b, more, others) in zip(rows[::2], rows[1::2]):
+            table["input_ids"].append([*a[:-1], *b[:-1]])
+            table["compressed_logprobs"].append([*values, *more])
+            table["bytepacked_indices"].append([*ids, *others])
+            table["attention_mask"].append([1] * len(values) + [2] * len(more))
+    else:
+        for tokens, values, ids in rows:
+            table["input_ids"].append(tokens)
+            table["compressed_logprobs"].append(values)
+            table["bytepacked_indices"].append(ids)
+    pq.write_table(pa.table(table), directory / "data_0.parquet")
+    return directory
+
+
+def test_distillkit_files_are_taken(cache, tiny_llama, tmp_path):
+    found = taken("distillkit", distillkit(tmp_path / "theirs", cache), tmp_path / "c", tiny_llama)
+    assert found.signals == ("topk_ids", "topk_logprobs")  # no tail, no lse: they have none
+    assert found.plan.facts["engine"]["name"] == "foreign"
+    for one, other in zip(found, cache, strict=True):
+        np.testing.assert_array_equal(one.example.token_ids, other.example.token_ids)
+        theirs = dict(zip(other.signals["topk_ids"][3], other.signals["topk_logprobs"][3]))
+        ours = dict(zip(one.signals["topk_ids"][3], one.signals["topk_logprobs"][3]))
+        assert theirs.keys() == ours.keys()
+        # 8 bits of mantissa, and a third of what a curve of three terms leaves.
+        assert all(abs(ours[word] - theirs[word]) < 0.03 for word in ours)
+
+
+def test_packed_documents_come_apart_without_what_is_not_there(cache, tiny_llama, tmp_path):
+    source = distillkit(tmp_path / "theirs", list(cache)[:8], packed=True)
+    found = taken("distillkit", source, tmp_path / "c", tiny_llama)
+    assert len(found) == 8
+    for one, other in zip(found, cache):
+        np.testing.assert_array_equal(one.example.token_ids, other.example.token_ids[:-1])
+        assert set(one.signals["topk_ids"][0]) == set(other.signals["topk_ids"][0])
+
+
+def test_a_foreign_cache_trains(cache, tiny_llama, tmp_path):
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
+    from stillroom.hf import CachedTrainer
+
+    source = distillkit(tmp_path / "theirs", cache)
+    taken("distillkit", source, tmp_path / "c", tiny_llama)
+    args = TrainingArguments(
+        str(tmp_path / "run"), max_steps=8, learning_rate=1e-3, logging_steps=1, use_cpu=True
+    )
+    args.report_to, args.disable_tqdm = [], True
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    trainer = CachedTrainer(model, args, cache=str(tmp_path / "c"))
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_distillkit_files_without_their_settings(cache, tiny_llama, tmp_path):
+    source = distillkit(tmp_path / "theirs", cache)
+    told = (source / "compression_config.yaml").rename(tmp_path / "elsewhere.yaml")
+    with pytest.raises(StillroomError, match=r"row 0: columns .* without a description.*--config"):
+        taken("distillkit", source, tmp_path / "c", tiny_llama)
+    taken("distillkit", source, tmp_path / "d", tiny_llama, told)
+    told.write_text(told.read_text().replace("d: 768", "d: 151936"))
+    with pytest.raises(StillroomError, match=r"10 bytes of ids a row; expected 18"):
+        taken("distillkit", source, tmp_path / "e", tiny_llama, told)
+
+
+# ---- what cannot be right ----
+
+
+def raw(directory, ids, values, tokens=(5, 6, 7)):
+    directory.mkdir()
+    rows = {"input_ids": [[4, 5, 6]] * 5 + [list(tokens)]}
+    rows["token_ids"] = [[[1, 2], [3, 4]]] * 5 + [ids]
+    rows["top_values"] = [[[-1.0, -2.0], [-1.0, -2.0]]] * 5 + [values]
+    pq.write_table(pa.table(rows), directory / "data_0.parquet")
+    return directory
+
+
+GOOD = [[-1.0, -2.0], [-1.0, -2.0]]
+BAD = [
+    ([[1, 2], [3, 768]], GOOD, "row 5: ids of answers hold 768; expected 0 to 767"),
+    ([[1, 2], [3, 3]], GOOD, "row 5: row 1 names an id twice"),
+    ([[1, 2], [3, 4]], [[-1.0, -2.0], [0.5, -2.0]], r"a log-probability of 0\.5 in row 1"),
+    ([[1, 2], [3, 4]], [[-1.0, -2.0], [float("nan"), -2.0]], "a log-probability of .* in row 1"),
+    ([[1, 2], [3, 4]], [[-0.1, -0.2], [-1.0, -2.0]], r"of row 0 add up to 1\.7236; expected at"),
+    ([[1, 2]], [[-1.0, -2.0]], "1 rows of answers for 3 tokens"),
+]
+
+
+@pytest.mark.parametrize(("ids", "values", "message"), BAD)
+def test_what_cannot_be_right_names_file_and_row(ids, values, message, tiny_llama, tmp_path):
+    source = raw(tmp_path / "theirs", ids, values)
+    with pytest.raises(StillroomError, match=message) as caught:
+        taken("distillkit", source, tmp_path / "c", tiny_llama)
+    assert "data_0.parquet" in str(caught.value)
+    assert not (tmp_path / "c").exists()  # nothing half-imported
+
+
+def test_tokens_beyond_the_vocabulary(tiny_llama, tmp_path):
+    source = raw(tmp_path / "theirs", [[1, 2], [3, 4]], GOOD, tokens=(5, 6, 900))
+    with pytest.raises(StillroomError, match="input_ids hold 900; expected 0 to 767"):
+        taken("distillkit", source, tmp_path / "c", tiny_llama)
+    taken("distillkit", source, tmp_path / "c", tiny_llama, vocab_size=1000)
+
+
+def test_an_import_that_was_stopped_goes_on(cache, tiny_llama, tmp_path):
+    source = distillkit(tmp_path / "theirs", cache)
+    read, lossy = source_of("distillkit", source, str(tiny_llama))
+    origin = Origin("distillkit", "a teacher", str(tiny_llama), lossy=lossy)
+
+    def stop(done, _all):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_answers(read, origin, tmp_path / "c", 4, stop)
+    with pytest.raises(StillroomError, match="not sealed"):
+        TeacherCache.open(tmp_path / "c")
+    import_answers(read, origin, tmp_path / "c", 4)
+    assert len(TeacherCache.open(tmp_path / "c")) == 9
+
+
+# ---- JSON ----
+
+
+def test_prompt_logprobs_of_vllm(answers_alone, tiny_llama, tmp_path):
+    """Out in vLLM's form, and in again: tokens far down the list are beside it."""
+    assert export(answers_alone, tmp_path / "out", "jsonl")
+    found = taken("prompt_logprobs", tmp_path / "out", tmp_path / "c", tiny_llama)
+    same_answers(found, answers_alone)
+    for one, other in zip(found, answers_alone, strict=True):
+        assert one.example.example_id == other.example.example_id
+        for name in ("token_logprob", "token_rank"):
+            np.testing.assert_array_equal(one.signals[name], other.signals[name])
+
+
+def test_top_logprobs_of_a_server(tiny_llama, tiny_tokenizer, tmp_path):
+    def token(word, value, **more):
+        return {"token": tiny_tokenizer.decode([word]), "logprob": value} | more
+
+    tops = [token(300, -0.5), token(301, -1.5)]
+    content = [token(300, -0.5, top_logprobs=tops), token(400, -7.0, top_logprobs=tops)]
+    line = {
+        "messages": [{"role": "user", "content": "a word"}],
+        "choices": [{"logprobs": {"content": content}}],
+    }
+    source = tmp_path / "answers.jsonl"
+    source.write_text(json.dumps(line) + "\n")
+    found = taken("top_logprobs", source, tmp_path / "c", tiny_llama)[0]
+    tokens = found.example.token_ids
+    assert tokens[-2:].tolist() == [300, 400]
+    assert found.first_row == len(tokens) - 3
+    assert found.example.loss_mask.sum() == 2
+    assert found.signals["topk_ids"].tolist() == [[300, 301], [300, 301]]
+    assert found.signals["token_logprob"].tolist() == [-0.5, -7.0]
+    content[0]["top_logprobs"][0]["token"] = "no word at all"
+    source.write_text(json.dumps(line) + "\n")
+    with pytest.raises(StillroomError, match=r"line 1: the token 'no word at all' is none.*ids"):
+        taken("top_logprobs", source, tmp_path / "d", tiny_llama)
+
+
+# ---- out ----
+
+
+def test_parquet_says_what_the_cache_says(cache, tmp_path):
+    assert [str(name) for name in export(cache, tmp_path / "out", "parquet")] == ["data_0.parquet"]
+    rows = pq.read_table(tmp_path / "out").to_pylist()
+    for row, record in zip(rows, cache, strict=True):
+        for name in cache.plan.row_signals:
+            found = np.array(row[name], dtype=record.signals[name].dtype)
+            np.testing.assert_array_equal(found, record.signals[name])
+        assert row["input_ids"] == record.example.token_ids.tolist()
+        assert row["first_row"] == record.first_row
+
+
+def test_distillkit_files_lose_nothing(cache, tiny_llama, tmp_path):
+    export(cache, tmp_path / "out", "distillkit")
+    settings = distillkit_files.read_settings(tmp_path / "out")
+    assert settings is not None
+    assert settings.exact
+    same_answers(taken("distillkit", tmp_path / "out", tmp_path / "c", tiny_llama), cache)
+
+
+def test_hidden_states_for_draft_models(cache, tmp_path):
+    export(cache, tmp_path / "out", "speculators")
+    rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
+    for number, record in enumerate(cache):
+        held = load_bf16(tmp_path / "out" / f"hs_{number}.safetensors")
+        assert held["token_ids"].tolist() == rows[number]["input_ids"]
+        assert held["token_ids"].tolist() == record.example.token_ids[:-1].tolist()
+        assert held["hidden_states"].shape == (len(held["token_ids"]), 2, 64)
+        for place, name in enumerate(("hidden.1", "hidden.final")):
+            states = held["hidden_states"][:, place].float().numpy()
+            np.testing.assert_array_equal(states, record.signals[name])  # the cache's are bf16 too
+
+
+def load_bf16(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_safetensors_hold_every_signal(cache, tmp_path):
+    export(cache, tmp_path / "out", "safetensors")
+    held = load_file(tmp_path / "out" / "3.safetensors")
+    for name, array in cache[3].signals.items():
+        np.testing.assert_array_equal(held[name], array)
+
+
+def test_what_a_format_has_no_place_for(cache, answers_alone, tmp_path):
+    with pytest.raises(StillroomError, match=r"lacks rows from the first token on.*parquet"):
+        export(answers_alone, tmp_path / "a", "distillkit")
+    with pytest.raises(StillroomError, match="lacks hidden states"):
+        export(answers_alone, tmp_path / "a", "speculators")
+    with pytest.raises(StillroomError, match=r"no format 'parket'.*Did you mean 'parquet'"):
+        export(cache, tmp_path / "a", "parket")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    with pytest.raises(StillroomError, match="is already there"):
+        export(cache, tmp_path / "a", "parquet")
+
+
+def test_others_open_what_was_exported(cache, tmp_path):
+    import datasets
+    import duckdb
+    import pandas
+
+    export(cache, tmp_path / "out", "parquet")
+    file = tmp_path / "out" / "data_0.parquet"
+    wanted = [record.example.example_id for record in cache]
+    assert pandas.read_parquet(file)["example_id"].tolist() == wanted
+    query = f"select example_id, len(topk_ids) from '{file}' order by file_row_number"
+    opened = (
+        duckdb.connect()
+        .sql(query.replace(f"'{file}'", f"read_parquet('{file}', file_row_number = true)"))
+        .fetchall()
+    )
+    assert opened == [(record.example.example_id, record.num_rows) for record in cache]
+    loaded = datasets.load_dataset("parquet", data_files=str(file), cache_dir=str(tmp_path / "hf"))
+    assert loaded["train"]["example_id"] == wanted
+    index = tmp_path / "index"
+    index.mkdir()
+    (index / "0.parquet").write_bytes(cache.storage.read("index/000.parquet"))
+    assert len(pandas.read_parquet(index)) == len(cache)
+
+
+def test_the_commands(cache, tiny_llama, tmp_path, capsys):
+    where = str(cache.storage.location)
+    assert run(["cache", "export", where, str(tmp_path / "out"), "--to", "distillkit"]) == 0
+    arguments = ["cache", "import", str(tmp_path / "out"), str(tmp_path / "c")]
+    named = ["--from", "distillkit", "--teacher", "t", "--tokenizer", str(tiny_llama)]
+    assert run([*arguments, *named]) == 0
+    assert run(["cache", "verify", str(tmp_path / "c")]) == 0
+    assert run(["cache", "show", str(tmp_path / "c")]) == 0
+    named[1] = "distilkit"
+    assert run([*arguments, *named]) == 2
+    assert "Did you mean 'distillkit'" in capsys.readouterr().err
