@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from stillroom.pipeline.training.heldout import HeldOut
+from stillroom.pipeline.training.held_out import HeldOut
 
 from stillroom.pipeline.data.batch import NO_LABEL, DistillBatch
 from stillroom.pipeline.data.loader import DistillLoader, Geometry

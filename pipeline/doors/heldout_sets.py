@@ -6,7 +6,7 @@ One idea: a held-out set is what `stillroom train` makes of one, with the traine
 from collections.abc import Mapping
 from typing import Any
 
-from stillroom.pipeline.training.heldout import judge
+from stillroom.pipeline.training.held_out import judge
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.data.loader import Geometry
