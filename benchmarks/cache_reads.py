@@ -14,7 +14,8 @@ from stillroom.cache_schemas.manifest import Plan
 from stillroom.cache_schemas.record_codec import RowCodec
 from stillroom.pipeline.cache.formats import Encoded, Format
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.storage.directory import DirectoryStorage, Disk
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.storage.disk import Disk
 from stillroom.pipeline.cache.writer import CacheWriter
 from stillroom.pipeline.record import Example, TeacherRecord, content_id
 

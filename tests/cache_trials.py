@@ -11,7 +11,8 @@ from stillroom.cache_schemas.errors import StillroomError
 from stillroom.cache_schemas.manifest import Plan
 from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.storage.directory import DirectoryStorage, Disk
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.storage.disk import Disk
 from stillroom.pipeline.cache.writer import CacheWriter
 from stillroom.pipeline.record import TeacherRecord
 from tests.faulty_disk import PowerLoss, VolatileDisk, full, in_child, killing

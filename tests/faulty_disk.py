@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from stillroom.pipeline.cache.storage.directory import Disk
+from stillroom.pipeline.cache.storage.disk import Disk
 
 
 class CountingDisk(Disk):

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from stillroom.pipeline.training.held_out import HeldOut
 
 from stillroom.pipeline.data.batch import NO_LABEL, DistillBatch
 from stillroom.pipeline.data.loader import DistillLoader, Geometry
 from stillroom.pipeline.doors.cached import CachedBatch, CachedDataset
 from stillroom.pipeline.doors.fit import EXAMPLE, check_rows, numbers_of
 from stillroom.pipeline.objectives.combine import signals_needed
+from stillroom.pipeline.training.held_out import HeldOut
 
 DISTILL = "distill"
 """Key of a batch under which the teachers' answers travel."""

@@ -6,12 +6,11 @@ One idea: a held-out set is what `stillroom train` makes of one, with the traine
 from collections.abc import Mapping
 from typing import Any
 
-from stillroom.pipeline.training.held_out import judge
-
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.data.loader import Geometry
 from stillroom.pipeline.doors.cached import CachedDataset
 from stillroom.pipeline.doors.collator import HeldOutBatches
+from stillroom.pipeline.training.held_out import judge
 
 ALONE = Geometry(2, 1)
 """Stands until the student is there."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stillroom.pipeline.cache.storage.directory import Disk
+from stillroom.pipeline.cache.storage.disk import Disk
 from stillroom.pipeline.corpus.files import ExampleFile, Split
 from stillroom.pipeline.generation.writers import Answer
 from stillroom.pipeline.record import Example, content_id

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stillroom.pipeline.cache.storage.directory import Disk
+from stillroom.pipeline.cache.storage.disk import Disk
 from stillroom.stages import __main__ as shell
 from tests import tiny_models
 

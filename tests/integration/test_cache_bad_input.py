@@ -11,7 +11,7 @@ import pytest
 from stillroom.cache_schemas import canonical, layout
 from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.storage.directory import Disk
+from stillroom.pipeline.cache.storage.disk import Disk
 from stillroom.stages.__main__ import run
 from tests.cache_trials import contents
 from tests.services import ACCESS_KEY, SECRET_KEY, rclone, s3_options

@@ -16,7 +16,8 @@ from stillroom.cache_schemas.errors import CacheIncomplete
 from stillroom.pipeline.cache.card import README
 from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
-from stillroom.pipeline.cache.storage.directory import DirectoryStorage, Disk
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.storage.disk import Disk
 from stillroom.pipeline.cache.writer import CacheWriter
 from tests import cache_trials as trials
 from tests.synthetic_records import records_of

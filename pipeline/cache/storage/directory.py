@@ -17,6 +17,7 @@ from pathlib import Path
 
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
+from stillroom.pipeline.cache.storage.disk import Disk
 from stillroom.pipeline.cache.storage.protocol import Claim, check_whole, cut_short, most_bytes
 
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -24,34 +25,6 @@ BROKEN = {errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENXIO, errno.EREMOTEIO,
 """What a failing disk answers, or a file server that has lost the file."""
 PATHS_CHECKED = 1 << 16
 """How many names are known not to be reached through a link."""
-
-
-class Disk:
-    """The operating system's calls that make bytes durable. Tests put faults here."""
-
-    def write(self, path: Path, data: bytes) -> None:
-        """Write a new file and sync it."""
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def sync(self, path: Path) -> None:
-        """Sync a file or a directory's entries."""
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def link(self, source: Path, target: Path) -> None:
-        """Give a file a second name; FileExistsError if that name is taken."""
-        os.link(source, target)
-
-    def rename(self, source: Path, target: Path) -> None:
-        """Rename over whatever has the name."""
-        os.replace(source, target)
 
 
 class DirectoryStorage:

@@ -17,7 +17,7 @@ from pathlib import Path
 import xxhash
 
 from stillroom.cache_schemas.errors import CacheError
-from stillroom.pipeline.cache.storage.directory import Disk
+from stillroom.pipeline.cache.storage.disk import Disk
 from stillroom.pipeline.cache.storage.protocol import Claim, Storage
 
 CHECKSUM_BYTES = 8
