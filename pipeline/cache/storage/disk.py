@@ -1,7 +1,7 @@
 """The operating system's calls that make bytes durable.
 
-One idea: what a disk may refuse, or lose when the power fails, goes through one small class, so that
-tests put their faults there. It knows no cache.
+One idea: what a disk may refuse, or lose when the power fails, goes through one small class, so
+that tests put their faults there. It knows no cache.
 """
 
 import os
