@@ -161,7 +161,7 @@ class CachedDistillationMixin(Host):
         self._told = values.sum()
         if not torch.isfinite(self._told):
             raise StudentError(
-                f"the loss is not finite ({float(self._told):g})",
+                f"the loss is not finite ({self._told.item():g})",
                 where=f"examples {', '.join(batch.host.example_ids)}",
                 remedy="Go on from the last checkpoint with a lower learning_rate, or look at "
                 "these texts.",
