@@ -6,9 +6,10 @@
 still reads as it was written; the training path is tried as well. 1,000 values changed at random
 with every checksum above them redone: found by `verify`, or still sense. (A value that makes sense
 and is not the teacher's own cannot be told from one that is; these are counted by themselves.)
-200 processes killed with SIGKILL at random moments of writing, 50 full disks, 50 power losses: the cache that the same
-command then seals must be bit for bit the one of an uninterrupted run, and only shards without a
-receipt may be written again. The trials of `tests/cache_trials.py` raise when one fails.
+200 processes killed with SIGKILL at random moments of writing, 50 full disks, 50 power losses: the
+cache that the same command then seals must be bit for bit the one of an uninterrupted run, and only
+shards without a receipt may be written again. The trials of `tests/cache_trials.py` raise when one
+fails.
 """
 
 import os
