@@ -23,6 +23,11 @@ def is_staged(name: str) -> bool:
     return re.fullmatch(rf"[0-9a-f]{{{2 * STAGED_BYTES}}}|claim-[0-9]{{6,}}", name) is not None
 
 
+def leads_out(name: str) -> bool:
+    """Whether a name is none of a cache's file, because as a path it could lead elsewhere."""
+    return any(part in ("", ".", "..") for part in name.split("/"))
+
+
 def folder(shard: int) -> str:
     """Name of the folder that holds a shard's files below `rows/` and `receipts/`."""
     return f"{shard // SHARDS_PER_FOLDER:03d}"

@@ -68,11 +68,11 @@ def swap_table(cache):
 
 SPOILT = {
     "no cache": (lambda c: shutil.rmtree(c), 2, "there is no cache here"),
-    "truncated rows": (lambda c: truncate(c / layout.rows(1)), 2, "is not an Arrow file"),
+    "truncated rows": (lambda c: truncate(c / layout.rows(1)), 2, "bytes as the receipt says"),
     "truncated dense": (
         lambda c: truncate(c / layout.dense_shard("hidden.2", 1)),
         2,
-        "its index does not fit its checksum",
+        "bytes as the receipt says",
     ),
     "truncated manifest": (lambda c: truncate(c / layout.MANIFEST), 2, "is not JSON"),
     "changed manifest": (lambda c: flip(c / layout.MANIFEST), 2, "manifest.json"),

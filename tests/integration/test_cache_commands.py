@@ -70,7 +70,7 @@ def test_verify_and_repair_of_a_damaged_cache(capsys, cache):
     (cache / layout.rows(2)).write_bytes(b"short")
     code, _, err = stillroom(capsys, "verify", cache)
     assert code == 2
-    assert "shard 2: rows/000/000002.arrow: is not an Arrow file" in err.replace("\n", "")
+    assert "shard 2: rows/000/000002.arrow: 5 bytes; expected" in err.replace("\n", "")
     code, out, err = stillroom(capsys, "repair", cache)
     assert code == 3
     assert "shards to capture again: 2" in out

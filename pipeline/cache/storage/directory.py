@@ -46,7 +46,7 @@ class DirectoryStorage:
             CacheError: the name, or a link on its way, leads out of the cache.
         """
         path = self.root / name
-        if _leads_out(name):
+        if layout.leads_out(name):
             raise CacheError("is no name of a cache's file", where=f"{self.location}: {name!r}")
         found = os.path.realpath(path)
         if found != os.path.join(os.path.realpath(self.root), name) and not self._is_blob(found):
@@ -78,7 +78,7 @@ class DirectoryStorage:
 
     def size(self, name: str) -> int | None:
         # Most names that are asked for are not there, and links cost many calls to look for.
-        if not _leads_out(name) and not os.path.lexists(f"{self.location}/{name}"):
+        if not layout.leads_out(name) and not os.path.lexists(f"{self.location}/{name}"):
             return None
         try:
             return self.path(name).stat().st_size
@@ -240,10 +240,6 @@ class DirectoryStorage:
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         self.disk.sync(folder.parent)
-
-
-def _leads_out(name: str) -> bool:
-    return any(part in ("", ".", "..") for part in name.split("/"))
 
 
 def _without_waiting(path: str, flags: int) -> int:
