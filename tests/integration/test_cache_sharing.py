@@ -25,6 +25,7 @@ from tests.synthetic_records import (
     records_of,
     write_cache,
 )
+from tests.wire_faults import FAULTS as FAULTS_OF_THE_WIRE
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +248,12 @@ def test_a_bucket_without_permission_says_so_and_shows_no_secret(cache, proxy):
     assert caught.value.exit_code == 2
     assert ACCESS_KEY not in str(caught.value)
     assert "wrong" * 5 not in str(caught.value)
+
+
+def test_a_bucket_that_is_not_there_is_said_to_be_none(cache, proxy):
+    proxy.fault = lambda number, method, path: FAULTS_OF_THE_WIRE["status 404"]
+    with pytest.raises(CacheError, match="Make the bucket, or check the URL"):
+        copy(cache, bucket_behind(proxy, "nowhere"))
 
 
 def test_credentials_in_a_url_are_not_shown():

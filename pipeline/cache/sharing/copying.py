@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillroom.cache_schemas import layout
-from stillroom.cache_schemas.errors import CacheError, PlanMismatch, ShardCorrupt
+from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch, ShardCorrupt
 from stillroom.cache_schemas.manifest import FileEntry, Manifest, Plan, read
 from stillroom.pipeline.cache import partial
 from stillroom.pipeline.cache.card import README
@@ -79,6 +79,8 @@ def copy(
     except ShardCorrupt:
         pin.check_still_there()
         raise
+    except FileNotFoundError as error:
+        raise CacheIncomplete(f"{error}: was there a moment ago", where=target.location) from None
     target.sweep()
     return copied
 
@@ -242,18 +244,20 @@ def _holds_plan(target: Storage, plan: Plan) -> bool:
     try:
         where = f"{target.location}/{layout.PLAN}"
         return Plan.from_bytes(target.read(layout.PLAN), where).digest == plan.digest
-    except CacheError:
+    except (CacheError, FileNotFoundError):
         return False
 
 
 def check_target(cache: TeacherCache, target: Storage) -> None:
     """Refuse a place that holds another cache. A manifest that is broken beside this cache's
     plan is this cache's own, and will be mended."""
-    if target.size(layout.MANIFEST) is None:
-        return
     try:
+        if target.size(layout.MANIFEST) is None:
+            return
         found = read(Manifest, target.read(layout.MANIFEST), f"{target.location}/{layout.MANIFEST}")
         same = found.digest == cache.manifest.digest
+    except FileNotFoundError:  # there was none, whatever was said first
+        return
     except ShardCorrupt:
         same = target.size(layout.PLAN) is not None and _holds_plan(target, cache.plan)
     if not same:

@@ -185,6 +185,12 @@ class BucketStorage:
             else:
                 size = source.stat().st_size
                 _within(files, "put_file", size, str(source), path, **options)
+        except FileNotFoundError:
+            raise CacheError(
+                "cannot be written: the service knows no such place",
+                where=f"{self.location}/{name}",
+                remedy="Make the bucket, or check the URL.",
+            ) from None
         except Exception as error:
             if _is_taken(error):
                 raise FileExistsError(path) from error
