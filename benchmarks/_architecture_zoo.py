@@ -39,6 +39,7 @@ GPT = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MLA = {
+    "tie_word_embeddings": False,
     "num_key_value_heads": 4,
     "q_lora_rank": 64,
     "kv_lora_rank": 64,
@@ -108,6 +109,12 @@ ZOO: dict[str, Kind] = {
         "yarn rope",
         _rope("yarn", factor=4.0, original_max_position_embeddings=128),
     ),
+    "llama-linear-rope": Kind("LlamaForCausalLM", "linear rope", _rope("linear", factor=4.0)),
+    "llama-dynamic-rope": Kind(
+        "LlamaForCausalLM",
+        "dynamic rope, longest text 150 of 200",
+        {"max_position_embeddings": 200, **_rope("dynamic", factor=4.0)},
+    ),
     "mistral": Kind("MistralForCausalLM", "sliding window", {"sliding_window": 32}),
     "ministral": Kind("MinistralForCausalLM", "sliding window by layer", {"sliding_window": 32}),
     "mixtral": Kind("MixtralForCausalLM", "MoE", {"num_local_experts": 4}),
@@ -127,7 +134,12 @@ ZOO: dict[str, Kind] = {
     "qwen3-next": Kind(
         "Qwen3NextForCausalLM",
         "hybrid: gated delta net, MoE",
-        {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 64},
+        {
+            **EXPERTS,
+            **LINEAR,
+            "shared_expert_intermediate_size": 64,
+            "tie_word_embeddings": False,
+        },
     ),
     "qwen3.5": Kind("Qwen3_5ForCausalLM", "hybrid: gated delta net", LINEAR),
     "gemma": Kind("GemmaForCausalLM", "scaled embeddings"),
@@ -381,6 +393,7 @@ ZOO: dict[str, Kind] = {
         "Lfm2ForCausalLM",
         "hybrid: short convolutions",
         {
+            **BROAD,
             "layer_types": ["conv", "full_attention", "conv"],
             "block_auto_adjust_ff_dim": False,
             "block_dim": 64,

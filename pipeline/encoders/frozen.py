@@ -128,8 +128,8 @@ def on_grid(features: torch.Tensor, grid: int) -> torch.Tensor:
 def _check_overrides(table: Encoder, teacher: Teacher) -> None:
     """Refuse a teacher whose `hf_overrides` change its tower, which is read as its files say."""
     plain = teacher.model_copy(update={"engine_args": {}})
-    as_run, as_written = (getattr(model_config(t), "vision_config", None) for t in (teacher, plain))
-    if as_run is not None and as_run.to_dict() != as_written.to_dict():
+    as_run, as_written = (model_config(t).to_dict().get("vision_config") for t in (teacher, plain))
+    if as_run != as_written:
         raise ConfigError(
             "the tower of a teacher is read without hf_overrides, and some change it",
             where=f"[[vision.encoder]] '{table.name}'",

@@ -13,7 +13,7 @@ from stillroom.pipeline.generation.writers import Writers
 from stillroom.pipeline.record import Example
 from stillroom.pipeline.teacher.facts import model_shape
 from stillroom.pipeline.teacher.vllm.engine import LOADING, vllm_arguments
-from stillroom.pipeline.teacher.vllm.failures import step, with_needed
+from stillroom.pipeline.teacher.vllm.failures import add, step, with_needed
 from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
 from stillroom.pipeline.teacher.vllm.starting import start_vllm
 
@@ -42,7 +42,7 @@ class ServedWriter:
         given: Any = {"prompt_token_ids": text.token_ids.tolist()}
         if text.images:
             given = with_pictures(text, self._writers.pictures, self._llm)
-        self._llm.llm_engine.add_request(request_id, given, sampling)
+        add(self._llm, request_id, given, sampling)
         return request_id
 
     def step(self) -> list[Any]:

@@ -11,7 +11,7 @@ the answer, so that a redo writes the same.
 the answers, top-k and all, is the business of a capture over the corpus that they become.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,7 +48,7 @@ class Generator(Protocol):
         """`Generate.n` answers for each prompt, in the order given."""
         ...
 
-    def served(self) -> "list[Served]":
+    def served(self) -> "Sequence[Served]":
         """Its engines that are not their models' definition."""
         ...
 

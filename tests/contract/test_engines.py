@@ -201,11 +201,11 @@ def test_the_self_test_names_both_values(engines):
 
     late = wrong(lambda _, array: np.roll(array, 1, axis=0))
     off = wrong(lambda name, array: array + 0.01 if name == "token_logprob" else array)
-    self_test.self_test(vllm._ask_alone, asked, vllm.shape, "float32")
+    self_test.self_test(vllm._ask_alone, asked, vllm.shape, "float32", 64)
     with pytest.raises(TeacherError, match=r"differ at row \d: hooks say top ids .*\(public API"):
-        self_test.self_test(vllm._ask_alone, late, vllm.shape, "float32")
+        self_test.self_test(vllm._ask_alone, late, vllm.shape, "float32", 64)
     with pytest.raises(TeacherError, match=r"say token_logprob -\d\S+; expected -\d\S+ \(public"):
-        self_test.self_test(vllm._ask_alone, off, vllm.shape, "float32")
+        self_test.self_test(vllm._ask_alone, off, vllm.shape, "float32", 64)
 
 
 def test_a_bound_on_memory_reaches_the_worker(tiny_llama):

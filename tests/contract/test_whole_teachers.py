@@ -1,5 +1,7 @@
 """What vLLM was given to load, and what it makes of it: missing weights, adapters, remote code."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +121,22 @@ def test_adapters_that_vllm_does_not_support_are_refused(kind, tiny_qwen3, tmp_p
     with pytest.raises(TeacherError, match=f"vLLM cannot apply this adapter.*{message}") as refused:
         start(tiny_qwen3, dtype="float32", adapter=str(adapter))
     assert "--engine reference" in str(refused.value)
+
+
+def test_a_model_that_vllm_takes_for_a_classifier_is_a_message(tiny_llama, tmp_path):
+    made = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((made / "config.json").read_text())
+    named = {"architectures": ["LlamaForSequenceClassification"]}
+    (made / "config.json").write_text(json.dumps(config | named))
+    with pytest.raises(TeacherError, match="does not support generation.*--engine reference"):
+        start(made)
+
+
+def test_windows_shorter_than_the_engines_own_test(tiny_llama):
+    engine = open_engine("vllm", Teacher(model=str(tiny_llama)), TABLE, max_tokens=8)
+    try:
+        ids = np.arange(5, 13, dtype=np.int32)
+        (record,) = engine.score([Example(content_id(ids, ids > 0), "d", "s", ids, ids > 0)])
+    finally:
+        engine.close()
+    assert len(record.signals["lse"]) == 7

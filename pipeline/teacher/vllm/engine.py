@@ -22,7 +22,7 @@ from stillroom.pipeline.teacher import protocol
 from stillroom.pipeline.teacher.facts import dtype_of, model_directory, model_shape
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.vllm.adapter import adapter_arguments
-from stillroom.pipeline.teacher.vllm.failures import step, with_needed
+from stillroom.pipeline.teacher.vllm.failures import add, step, with_needed
 from stillroom.pipeline.teacher.vllm.images import check_served, with_pictures
 from stillroom.pipeline.teacher.vllm.requests import MarkedRequests, PublicRequests
 from stillroom.pipeline.teacher.vllm.self_test import self_test
@@ -74,7 +74,7 @@ class VllmEngine:
         """Compare the hooks with vLLM's public API; end vLLM where they differ or it fails."""
         dtype = str(self._llm.model_config.dtype).removeprefix("torch.")
         try:
-            self_test(self._ask_alone, requests, self.shape, dtype)
+            self_test(self._ask_alone, requests, self.shape, dtype, self._context)
         except BaseException:
             self.close()
             raise
@@ -124,7 +124,7 @@ class VllmEngine:
         """Hand a prompt to vLLM; returns the request's id."""
         self._num_asked += 1
         request_id = f"{self._num_asked}-{example.example_id}"
-        self._llm.llm_engine.add_request(request_id, prompt, sampling)
+        add(self._llm, request_id, prompt, sampling)
         return request_id
 
     def _wait_for(self, item: _Asked):

@@ -5,6 +5,8 @@ person's engine arguments win over ours; one that would break the work is refuse
 """
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ import torch
 from stillroom.cache_schemas.errors import ConfigError, StillroomError, TeacherError, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher import protocol
+from stillroom.pipeline.teacher.quantised import cannot_run, method_of
 
 NEEDED = {
     "enable_prefix_caching": "a position served from the prefix cache has no logits",
@@ -30,19 +33,38 @@ def step(llm: Any) -> list:
         OutOfMemory: it did not fit.
         TeacherError: vLLM failed.
     """
-    try:
+    with told(llm):
         return llm.llm_engine.step()
+
+
+def add(llm: Any, request_id: str, prompt: Any, sampling: Any) -> None:
+    """Hand a prompt to vLLM's scheduler; raises as `step` does."""
+    with told(llm):
+        llm.llm_engine.add_request(request_id, prompt, sampling)
+
+
+@contextmanager
+def told(llm: Any) -> Iterator[None]:
+    """Whatever a running vLLM raises here, as one of our errors."""
+    try:
+        yield
     except StillroomError:
         raise
     except Exception as error:
         if is_out_of_memory(error):
             raise out_of_memory(error) from error
-        raise TeacherError(
-            f"vLLM failed while it ran this model ({telling(error)})",
-            where=str(llm.model_config.model),
-            remedy="Another `dtype` or [teacher.engine_args] may do; `--engine reference` runs "
-            "whatever transformers can.",
-        ) from error
+        raise _failed(str(llm.model_config.model), telling(error)) from error
+
+
+def _failed(model: str, reason: str) -> StillroomError:
+    if method := method_of(model):
+        return cannot_run(model, method, "vLLM", reason, TeacherError)
+    return TeacherError(
+        f"vLLM failed while it ran this model ({reason})",
+        where=model,
+        remedy="Another `dtype` or [teacher.engine_args] may do; `--engine reference` runs "
+        "whatever transformers can.",
+    )
 
 
 def telling(error: BaseException) -> str:

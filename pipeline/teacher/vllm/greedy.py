@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stillroom.pipeline.teacher.vllm.engine import VllmEngine
-from stillroom.pipeline.teacher.vllm.failures import step
+from stillroom.pipeline.teacher.vllm.failures import add, step
 
 
 class GreedyVllm(VllmEngine):
@@ -41,5 +41,5 @@ class GreedyVllm(VllmEngine):
         self._num_asked += 1
         request_id = f"{self._num_asked}-written"
         given = {"prompt_token_ids": prompt.tolist()}
-        self._llm.llm_engine.add_request(request_id, given, sampling)
+        add(self._llm, request_id, given, sampling)
         return request_id

@@ -21,18 +21,21 @@ LENGTHS = (2, 23)
 PUBLIC_TOP = 8
 
 
-def self_test(ask: Callable, requests: MarkedRequests, shape: ModelShape, dtype: str) -> None:
+def self_test(
+    ask: Callable, requests: MarkedRequests, shape: ModelShape, dtype: str, context: int
+) -> None:
     """Compare the two ways of asking.
 
     Args:
         ask: (example, sampling parameters) -> vLLM's finished output.
         requests: our way.
         shape, dtype: of the model.
+        context: tokens of a prompt, at most.
 
     Raises:
         TeacherError: they differ; names both values.
     """
-    for length in LENGTHS:
+    for length in sorted({min(length, context) for length in LENGTHS}):
         example = _example(length, shape.vocab_size)
         ours = requests.signals(example, ask(example, requests.sampling(example)))
         _check_finite(example, ours)
