@@ -24,7 +24,7 @@ from stillroom.pipeline.corpus.messages import (
     taught,
     unflagged,
 )
-from stillroom.pipeline.corpus.spans import inside, joints
+from stillroom.pipeline.corpus.spans import inside, joints, runs_of
 from stillroom.pipeline.corpus.spelling import Spelling
 from stillroom.pipeline.corpus.stops import stopped
 from stillroom.pipeline.corpus.template import ChatTemplate
@@ -181,19 +181,19 @@ class ChatTokenizer:
         return {name: value for name, value in document.context.items() if name not in out}
 
     def _tokens(self, example: Shown) -> Tokens:
-        spans = example.spans
-        ids, offsets = self._encoded(example.text)
-        if joined := joints(offsets, spans):
-            ids, offsets = self._parted(example.text, joined, ids, offsets)
-            self.notes["answers_that_begin_inside_a_token"] += len(joints(offsets, spans))
-        return ids, inside(offsets, spans)
+        made = self._encode(example.text, add_special_tokens=False)
+        ids = np.asarray(made.ids, dtype=np.int32)
+        mask, joined = runs_of(made.token_to_chars, len(ids), example.spans)
+        if not joined:
+            return ids, mask
+        ids, offsets = self._parted(example.text, joined, ids, _offsets(made))
+        self.notes["answers_that_begin_inside_a_token"] += len(joints(offsets, example.spans))
+        return ids, inside(offsets, example.spans)
 
     def _encoded(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """int32 ids [L] of a text, and the characters [L, 2] of each."""
         made = self._encode(text, add_special_tokens=False)
-        ids = np.asarray(made.ids, dtype=np.int32)
-        offsets = np.fromiter(chain.from_iterable(made.offsets), np.int64, 2 * len(ids))
-        return ids, offsets.reshape(-1, 2)
+        return np.asarray(made.ids, dtype=np.int32), _offsets(made)
 
     def _parted(
         self, text: str, joined: list[int], ids: np.ndarray, offsets: np.ndarray
@@ -269,6 +269,12 @@ def placed(error: StillroomError, where: str) -> StillroomError:
         return error
     more = {"expected": error.expected, "remedy": error.remedy}
     return type(error)(error.found, where=where, **more)
+
+
+def _offsets(made: Any) -> np.ndarray:
+    """The characters [L, 2] of each token."""
+    found = np.fromiter(chain.from_iterable(made.offsets), np.int64, 2 * len(made))
+    return found.reshape(-1, 2)
 
 
 def _touching(marks: list[tuple[int, int]], begin: int) -> list[tuple[int, int]]:

@@ -4,12 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stillroom.cache_schemas.errors import ConfigError, CorpusError
 from stillroom.pipeline.config import Prepare, Source
 from stillroom.pipeline.corpus.chat import ChatSettings, ChatTokenizer
 from stillroom.pipeline.corpus.documents import Document
 from stillroom.pipeline.corpus.preparing import prepare
+from stillroom.pipeline.corpus.spans import runs_of
 from tests import tiny_models
 
 CHAT = (
@@ -396,6 +399,22 @@ def test_an_end_that_does_not_stop_the_model_is_told(tokenizer):
     (one,) = make(Document("x", messages=(user("a"), said("b"))))
     assert spoken(tokenizer, one) == "b<|endoftext|>"
     assert make.notes["answers_that_end_without_stopping"] == 1
+
+
+PIECES = [*"ab \n<é🙂", "\u0301", "\u200d", "ש", "\0", "<|im_end|>", "the word"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=30), st.data())
+def test_tokens_found_by_halving_are_those_that_hold_the_characters(tiny_tokenizer, pieces, data):
+    text = "".join(pieces)
+    made = tiny_tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    edges = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=4)))
+    spans = list(zip(edges[::2], edges[1::2]))
+    mask, joined = runs_of(made.token_to_chars, len(made.ids), spans)
+    held = [any(b < end and e > start for start, end in spans) for b, e in made.offsets]
+    assert mask.tolist() == held
+    cut = [start for start, _ in spans if any(b < start < e for b, e in made.offsets)]
+    assert joined == cut
 
 
 def test_parts_may_be_left_out_by_name(tokenizer):
