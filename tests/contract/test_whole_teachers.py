@@ -128,7 +128,7 @@ def test_a_model_that_vllm_takes_for_a_classifier_is_a_message(tiny_llama, tmp_p
     config = json.loads((made / "config.json").read_text())
     named = {"architectures": ["LlamaForSequenceClassification"]}
     (made / "config.json").write_text(json.dumps(config | named))
-    with pytest.raises(TeacherError, match="does not support generation.*--engine reference"):
+    with pytest.raises(TeacherError, match=r"does not support generation.*--engine reference"):
         start(made)
 
 
