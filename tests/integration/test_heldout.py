@@ -131,7 +131,7 @@ def test_another_teacher_is_refused(tmp_path, teacher, cache, texts, heldout):
     other = tiny_models.save_llama(tmp_path / "other", num_layers=2, seed=5)
     held = str(memory_cache.captured(other, texts, **FACTS).write(tmp_path / "held"))
     arguments = (tmp_path / "run", teacher, cache)
-    refused(PlanMismatch, "is another teacher: .*weights_sha256", *arguments, heldout_cache=held)
+    refused(PlanMismatch, r"is another teacher: .*weights_sha256", *arguments, heldout_cache=held)
     trained(*arguments, heldout_cache=heldout)
 
 
