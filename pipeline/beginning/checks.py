@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -129,9 +130,10 @@ def of_run(run: Run) -> Iterator[Finding]:
     from stillroom.pipeline.cache.reader import TeacherCache
     from stillroom.pipeline.teacher.facts import model_shape
 
-    if run.teacher is not None:
-        shape = f"{run.teacher.model}: {{0.architecture}}, {{0.num_layers}} blocks"
-        yield _tried("teacher", lambda: shape.format(model_shape(run.teacher)))
+    teacher = run.teacher
+    if teacher is not None:
+        shape = f"{teacher.model}: {{0.architecture}}, {{0.num_layers}} blocks"
+        yield _tried("teacher", lambda: shape.format(model_shape(teacher)))
     if run.train is not None and run.train.cache:
         cache = run.train.cache
         yield _tried("cache", lambda: f"{cache}: {len(TeacherCache.open(cache)):,} examples")
@@ -174,8 +176,17 @@ def _serve(directory: str) -> str:
 def _save_tiny(directory: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 256}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "vocab_size": 256,
+    }
+    heads: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(directory)
 
 
