@@ -27,14 +27,17 @@ def page(root: type[Table], more: Mapping[str, type[Table]]) -> str:
     return "\n".join(parts)
 
 
-def tables(schema: Schema, path: str = "", defs: Schema | None = None) -> Iterator:
+def tables(schema: Schema) -> Iterator[tuple[str, Schema]]:
     """(heading, schema) of a table and all below it, in the order of their declaration."""
-    defs = schema.get("$defs", {}) if defs is None else defs
+    return _below(schema, "", schema.get("$defs", {}))
+
+
+def _below(schema: Schema, path: str, defs: Schema) -> Iterator[tuple[str, Schema]]:
     yield f"`{path}`" if path else "Top of the file", schema
     for name, key in schema.get("properties", {}).items():
         for wrapped, inner in _inner(key, defs):
             below = f"{path.strip('[]')}.{name}".strip(".")
-            yield from tables(inner, wrapped.format(below), defs)
+            yield from _below(inner, wrapped.format(below), defs)
 
 
 def section(title: str, schema: Schema, says_nothing: str = "") -> str:
