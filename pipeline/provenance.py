@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.scrubbing import scrub, scrubbed
+from stillroom.pipeline.whole_text import write_whole
 
 PACKAGES = (
     "stillroom",
@@ -56,9 +57,7 @@ def record(path: Path, stage: str, **more: Any) -> None:
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     entries[stage] = provenance() | {"finished": finished} | scrubbed(more)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # workers may end at one time
-    temporary.write_text(json.dumps(entries, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(entries, indent=2) + "\n")  # workers may end at one time
 
 
 def git_state() -> dict[str, Any]:

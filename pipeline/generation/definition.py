@@ -6,7 +6,6 @@ should, and no later capture can see that. It draws nothing.
 """
 
 import json
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from stillroom.pipeline.record import Example, TeacherRecord
 from stillroom.pipeline.teacher.definition_check import Question, check_definition
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.protocol import Reject, stop
+from stillroom.pipeline.whole_text import write_whole
 
 TOP = 8
 """Ids that are compared beside the text's own; vLLM lists 20 at most unless told otherwise."""
@@ -57,9 +57,7 @@ def check_writers(
     except BaseException:
         generator.close()
         raise
-    made = noted.with_name(f".{noted.name}-{secrets.token_hex(8)}")
-    made.write_text(json.dumps(found))
-    made.replace(noted)
+    write_whole(noted, json.dumps(found))
 
 
 class PublicEngine:

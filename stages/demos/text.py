@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.whole_text import write_whole
 from stillroom.stages.arguments import Engine, EngineChoice, RunFile
 from stillroom.stages.console import put, say, table
 from stillroom.stages.stage_process import perform as run_command
@@ -71,7 +72,7 @@ class Ledger:
         kept = 0.0 if before.get("done") else kept  # done once, and run again: a new clock
         self.entries[stage.name] = {"inputs": stage.inputs, "seconds": kept + seconds, "done": done}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, json.dumps(self.entries, indent=2) + "\n")
+        write_whole(self.path, json.dumps(self.entries, indent=2) + "\n")
 
     def seconds(self, *names: str) -> float:
         """Seconds of stages, to a tenth."""
@@ -100,7 +101,7 @@ def demo(
         else:
             perform(stage, ledger)
     results = summarise(run.path(), ledger)
-    write_text(run.path("results.json"), json.dumps(results, indent=2) + "\n")
+    write_whole(run.path("results.json"), json.dumps(results, indent=2) + "\n")
     show(results, run.path())
 
 
@@ -214,10 +215,3 @@ def show(results: dict[str, Any], directory: Path) -> None:
     tokens, size = results["tokens_captured"], results["bytes_per_token"]
     say(f"cache: {tokens:,} tokens, {size:.1f} bytes per token, everything on disk counted")
     put(f"{directory}/results.json  {directory}/curves.png")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
