@@ -15,27 +15,10 @@ from pathlib import Path
 
 from benchmarks import needs
 from benchmarks.cache_trial import asking, publish
-from tests import memory_cache, tiny_models, wire_trials
+from tests import memory_cache, run_texts, tiny_models, wire_trials
 from tests.cache_trials import contents, small_plan
 from tests.services import ACCESS_KEY, SECRET_KEY, Proxy, rclone
 from tests.synthetic_records import write_cache
-
-RUN = """
-name = "far"
-directory = "{directory}"
-[teacher]
-model = "{teacher}"
-dtype = "float32"
-[student]
-keep_every = 2
-[[objective]]
-name = "forward_kl"
-[train]
-cache = "{cache}"
-steps = 3
-batch_tokens = 96
-workers = 0
-"""
 
 
 def pulls(folder: Path, cache: Path) -> dict:
@@ -67,8 +50,10 @@ def trainings(folder: Path) -> dict:
     cache = captured.write(folder / "small")
 
     def write_run(url: str, place: Path) -> Path:
+        names = {"directory": place / "run", "teacher": teacher, "cache": url}
+        names |= {"steps": 3, "more": ""}
         file = place / "run.toml"
-        file.write_text(RUN.format(directory=place / "run", teacher=teacher, cache=url))
+        file.write_text(run_texts.TRAIN.format(**names))
         return file
 
     (folder / "near").mkdir()

@@ -9,26 +9,8 @@ import s3fs
 
 from stillroom.pipeline.training.metrics import read_metrics
 from stillroom.stages.__main__ import run
-from tests import memory_cache
+from tests import memory_cache, run_texts
 from tests.services import ACCESS_KEY, SECRET_KEY, Proxy, rclone
-
-RUN = """
-name = "far"
-directory = "{directory}"
-[teacher]
-model = "{teacher}"
-dtype = "float32"
-[student]
-keep_every = 2
-[[objective]]
-name = "forward_kl"
-[train]
-cache = "{cache}"
-steps = 6
-batch_tokens = 96
-workers = 0
-{more}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +29,8 @@ def trained(directory, teacher, cache, **more) -> list[float]:
     directory.mkdir()
     lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in more.items())
     file = directory / "run.toml"
-    file.write_text(RUN.format(directory=directory, teacher=teacher, cache=cache, more=lines))
+    names = {"directory": directory, "teacher": teacher, "cache": cache}
+    file.write_text(run_texts.TRAIN.format(**names, steps=6, more=lines))
     assert run(["train", str(file)]) == 0
     return [line["loss"] for line in read_metrics(directory)]
 

@@ -13,6 +13,7 @@ import pytest
 
 from stillroom.pipeline.cache.storage.bucket import BucketStorage
 from stillroom.stages import __main__ as shell
+from tests import run_texts
 from tests.services import free_port
 
 KINDS = {
@@ -29,12 +30,7 @@ KINDS = {
     "github": "ghp_" + "Zx" * 18,
     "fsspec": "fsspec/Q12/secret",
 }
-RUN = """
-name = "job"
-directory = "{directory}"
-[teacher]
-model = "{teacher}"
-dtype = "float32"
+TABLES = """
 [teacher.engine_args]
 hf_token = "{engine}"
 [prepare]
@@ -47,15 +43,6 @@ limit = 6
 [capture]
 k = 4
 examples_per_shard = 8
-[student]
-keep_every = 2
-[[objective]]
-name = "forward_kl"
-[train]
-cache = "{cache}"
-steps = 2
-batch_tokens = 96
-workers = 0
 """
 
 
@@ -110,9 +97,9 @@ def test_no_artefact_holds_a_secret(given, tiny_llama, tmp_path, capfd, monkeypa
         bad = f"http://bob:{KINDS['encoded']}@{address}/?token=x"
         s3 = f"s3://{KINDS['key id']}:{KINDS['s3 secret']}@bucket/cache"
         file = tmp_path / "run.toml"
-        text = RUN.format(
-            directory=place, teacher=tiny_llama, cache=url, engine=KINDS["engine argument"]
-        )
+        names = {"directory": place, "teacher": tiny_llama, "cache": url, "steps": 2}
+        more = TABLES.format(engine=KINDS["engine argument"])
+        text = run_texts.TRAIN.format(**names, more=more)
         file.write_text(text)
         codes = []
         for line in (
