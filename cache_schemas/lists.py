@@ -116,3 +116,10 @@ def explain(signal: str, ids: np.ndarray, values: np.ndarray, code: int, row: in
     }
     signal, found, bound = problems[code]
     raise CacheError(found, expected=bound, where=f"signal {signal}, row {row}")
+
+
+def repeated(ids: np.ndarray) -> np.ndarray:
+    """bool [R]: whether a row of ids [R, k] names one twice; -1 pads."""
+    ordered = np.sort(ids, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    return twice.any(axis=1)

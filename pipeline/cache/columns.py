@@ -225,12 +225,17 @@ def columns_of(part: Part, form: Format) -> Iterator[tuple[np.ndarray, Columns]]
         yield np.arange(len(masks)), _columns(part, table, _plain_rows(table, form, masks), form)
         return
     blobs = [memoryview(value.as_buffer()) for value in table.column(rows.PAYLOAD).chunk(0)]
-    num_rows = np.maximum(masks - 1 - table.column("first_row").to_numpy(), 0)
+    num_rows = _num_rows(table, masks)
     _check_heads(blobs, num_rows if form.plan.row_signals else 0 * num_rows, masks)
     for decoded in form.codec.decode_many(blobs):
         whole = len(decoded.places) == len(blobs)
         own = table if whole else table.take(pa.array(decoded.places))
         yield decoded.places, _columns(part, own, decoded, form)
+
+
+def _num_rows(table: pa.Table, tokens: np.ndarray) -> np.ndarray:
+    """int64 [N]: rows of examples of so many tokens each."""
+    return np.maximum(tokens - 1 - table.column("first_row").to_numpy(), 0)
 
 
 def _check_heads(blobs: Sequence[memoryview], num_rows: np.ndarray, tokens: np.ndarray) -> None:
@@ -244,7 +249,7 @@ def _check_heads(blobs: Sequence[memoryview], num_rows: np.ndarray, tokens: np.n
 
 def _plain_rows(table: pa.Table, form: Format, tokens: np.ndarray) -> Decoded:
     """The row signals of profile `portable`, which are plain columns."""
-    num_rows = np.maximum(tokens - 1 - table.column("first_row").to_numpy(), 0)
+    num_rows = _num_rows(table, tokens)
     found = {TOKENS: _ragged(table, TOKENS)}
     found |= {name: _ragged(table, name) for name in form.plan.row_signals}
     signals = {TOKENS: found[TOKENS].flat}
@@ -280,7 +285,7 @@ def _columns(part: Part, table: pa.Table, decoded: Decoded, form: Format) -> Col
         positions=_ragged(table, "hidden_positions") if dense else none,
         dense_lengths=_ragged(table, "dense_lengths") if dense else none,
         images=_images(table),
-        num_rows=np.maximum(tokens.sizes - 1 - first_rows, 0),
+        num_rows=_num_rows(table, tokens.sizes),
         rows={name: signals[name] for name in plan.row_signals},
         lists=decoded.lists,
         whole={name: _ragged(table, name) for name in plan.example_signals},

@@ -58,6 +58,14 @@ class Geometry:
         return [rows[start + m * self.rows : start + (m + 1) * self.rows] for m in range(share)]
 
 
+def row_plan(main: RecordSource, geometry: Geometry, seed: int, shuffle_shards: int) -> RowPlan:
+    """Which examples share a row, and the order of rows, of a main cache (see `RowPlan`)."""
+    shards = np.fromiter((main.shard_of(i) for i in range(len(main))), dtype=np.int64)
+    return RowPlan(
+        lengths_of(main), shards, geometry.capacity, seed, shuffle_shards, geometry.packed
+    )
+
+
 class DistillLoader:
     """Steps of training, from any position.
 
@@ -83,11 +91,7 @@ class DistillLoader:
         pin_memory: bool = False,
         pictures: Pictures | None = None,
     ):
-        main = sources[""]
-        shards = np.fromiter((main.shard_of(i) for i in range(len(main))), dtype=np.int64)
-        self.plan = RowPlan(
-            lengths_of(main), shards, geometry.capacity, seed, shuffle_shards, geometry.packed
-        )
+        self.plan = row_plan(sources[""], geometry, seed, shuffle_shards)
         self._records = Records(sources, signals, pictures)
         self.geometry, self._workers, self._pin_memory = geometry, workers, pin_memory
 

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.cache_schemas.errors import ConfigError, StudentError, first_line
 from stillroom.pipeline.doors.cached import CachedDataset
 from stillroom.pipeline.training.identity import check_identity
 
@@ -83,7 +83,7 @@ class SideWeights:
             self._projectors.load_state_dict(load_file(directory / FILE))
         except (OSError, RuntimeError) as error:
             raise StudentError(
-                f"projectors cannot be read ({str(error).splitlines()[0]})",
+                f"projectors cannot be read ({first_line(error)})",
                 where=str(directory / FILE),
                 remedy="Go on from another checkpoint.",
             ) from None

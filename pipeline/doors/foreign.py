@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache_schemas.errors import CacheError
+from stillroom.cache_schemas.lists import repeated
 from stillroom.cache_schemas.manifest import Manifest, Plan
 from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.cache.writer import CacheWriter
@@ -218,11 +219,9 @@ def _check_ids(ids: np.ndarray, vocab_size: int, where: str, what: str) -> None:
 
 
 def _check_distinct(ids: np.ndarray, where: str) -> None:
-    ordered = np.sort(ids, axis=1)
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    twice = repeated(ids)
     if twice.any():
-        row = int(twice.any(axis=1).argmax())
-        raise _wrong(where, f"row {row} names an id twice", "distinct ids")
+        raise _wrong(where, f"row {int(twice.argmax())} names an id twice", "distinct ids")
 
 
 def _wrong(where: str, found: str, expected: str) -> CacheError:

@@ -8,12 +8,11 @@ themselves. It decodes what it is asked for and computes no loss.
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from stillroom.cache_schemas.errors import PlanMismatch
-from stillroom.pipeline.data.loader import Geometry
-from stillroom.pipeline.data.packing import Position, RowPlan
+from stillroom.pipeline.data.loader import Geometry, row_plan
+from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.doors.cached import CachedBatch, CachedDataset
 
 
@@ -60,7 +59,9 @@ class PackedStream(IterableDataset):
     def __iter__(self) -> Iterator[CachedBatch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        plan, (step, position) = self._plan(), self._start
+        main = self.data.sources[""]
+        plan = row_plan(main, self.geometry, self.seed, self.shuffle_shards)
+        step, position = self._start
         self._start = (0, Position())  # for whoever iterates again
         while step < self.steps:
             rows, position = plan.take(position, self.geometry.accumulate * self.geometry.rows)
@@ -104,16 +105,3 @@ class PackedStream(IterableDataset):
             "world_size": geometry.world_size,
             "shuffle_shards": self.shuffle_shards,
         }
-
-    def _plan(self) -> RowPlan:
-        main = self.data.sources[""]
-        shards = np.fromiter((main.shard_of(one) for one in range(len(main))), dtype=np.int64)
-        geometry = self.geometry
-        return RowPlan(
-            self.data.lengths,
-            shards,
-            geometry.capacity,
-            self.seed,
-            self.shuffle_shards,
-            geometry.packed,
-        )

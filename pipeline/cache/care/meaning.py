@@ -11,6 +11,7 @@ import numpy as np
 
 from stillroom.cache_schemas.candidates import check_distances, check_ids
 from stillroom.cache_schemas.errors import ShardCorrupt
+from stillroom.cache_schemas.lists import repeated
 from stillroom.cache_schemas.manifest import Plan
 from stillroom.cache_schemas.signals import is_hidden
 from stillroom.pipeline.cache.columns import Columns
@@ -153,7 +154,7 @@ def _check_lists(columns: Columns, plan: Plan, vocab: int) -> None:
 def _check_topk(rows: dict[str, np.ndarray], vocab: int, profile: str, owner: np.ndarray) -> None:
     ids, logprobs = rows["topk_ids"], rows["topk_logprobs"].astype(np.float64)
     held = ids >= 0
-    wrong = _outside(ids, vocab) | _repeated(ids)
+    wrong = _outside(ids, vocab) | repeated(ids)
     _refuse(wrong, owner, "top-k ids are repeated or outside the vocabulary")
     with np.errstate(invalid="ignore"):
         rises = (np.diff(logprobs, axis=1) > FALLING_SLACK) & held[:, 1:]
@@ -171,20 +172,13 @@ def _check_topk(rows: dict[str, np.ndarray], vocab: int, profile: str, owner: np
 def _check_draws(rows: dict[str, np.ndarray], vocab: int, draws: int, owner: np.ndarray) -> None:
     ids, times = rows["draw_ids"], rows["draw_counts"]
     held = ids >= 0
-    wrong = _outside(ids, vocab) | _repeated(ids)
+    wrong = _outside(ids, vocab) | repeated(ids)
     _refuse(wrong, owner, "draw ids are repeated or outside the vocabulary")
     wrong = ((times > 0) != held).any(axis=1) | (times.sum(axis=1, dtype=np.int64) > draws)
     _refuse(wrong, owner, f"draw counts are not those of {draws} draws")
     listed = rows.get("topk_ids", ids[:, :0])
     both = np.concatenate([np.where(held, ids, -1), listed], axis=1)
-    _refuse(_repeated(both), owner, "a draw is one of the top-k ids")
-
-
-def _repeated(ids: np.ndarray) -> Any:
-    """bool [R]: whether a row names an id twice; -1 pads."""
-    ordered = np.sort(ids, axis=1)
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    return np.any(twice, axis=1)
+    _refuse(repeated(both), owner, "a draw is one of the top-k ids")
 
 
 def _outside(ids: np.ndarray, vocab: int) -> Any:
