@@ -17,6 +17,8 @@ NAMES = frozenset({"revision"})
 HOW_IT_RUNS = frozenset({"dtype", "quantization", "attention"})
 SINCE_CONFIGS = ("config", "trust_remote_code", "files", "code_sha256")
 """Facts that were first recorded together with the whole config."""
+SHOWN = 5
+"""Differences in one message."""
 
 
 def check_same_teacher(
@@ -46,21 +48,10 @@ def check_same_teacher(
     left_out = NAMES | may_differ | set(unrecorded) | (frozenset() if as_run else HOW_IT_RUNS)
     mine, theirs = (_counting(facts, left_out, as_run) for facts in (wanted, found))
     if different := differences(mine, theirs):
-        shown = "; ".join(different[:SHOWN])
-        raise PlanMismatch(
-            f"is another teacher: {shown}" + f"; {len(different) - SHOWN} more" * _more(different),
-            where=where,
-            remedy=remedy,
-        )
+        more = [f"{len(different) - SHOWN} more"] if len(different) > SHOWN else []
+        shown = "; ".join([*different[:SHOWN], *more])
+        raise PlanMismatch(f"is another teacher: {shown}", where=where, remedy=remedy)
     return unrecorded
-
-
-SHOWN = 5
-"""Differences in one message."""
-
-
-def _more(different: list[str]) -> bool:
-    return len(different) > SHOWN
 
 
 def _unrecorded(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
