@@ -1,12 +1,11 @@
 """What vLLM was given to load, and what it makes of it: missing weights, adapters, remote code."""
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 
 from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Capture, Teacher
@@ -124,10 +123,9 @@ def test_adapters_that_vllm_does_not_support_are_refused(kind, tiny_qwen3, tmp_p
 
 
 def test_a_model_that_vllm_takes_for_a_classifier_is_a_message(tiny_llama, tmp_path):
-    made = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    config = json.loads((made / "config.json").read_text())
-    named = {"architectures": ["LlamaForSequenceClassification"]}
-    (made / "config.json").write_text(json.dumps(config | named))
+    made = tmp_path / "model"
+    whole = LlamaForSequenceClassification.from_pretrained(tiny_llama, num_labels=2)
+    whole.save_pretrained(made)  # with the `score.weight` that its config.json asks for
     with pytest.raises(TeacherError, match=r"does not support generation.*--engine reference"):
         start(made)
 
