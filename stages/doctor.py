@@ -1,6 +1,5 @@
 """`stillroom doctor`: whether this machine can do the work, and what to do where it cannot."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 import typer
 
 from stillroom.cache_schemas.errors import EXIT_USER_ERROR
-from stillroom.stages.console import progress, say, table
+from stillroom.stages.console import document, progress, say, table
 
 MARKS = {"ok": "ok", "warning": "?", "failed": "NO"}
 
@@ -32,7 +31,7 @@ def doctor(
             found.append(finding)
             report(len(found), None)
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in found], indent=2))
+        document([asdict(finding) for finding in found])
     else:
         rows = [[finding.name, MARKS[finding.verdict], finding.found] for finding in found]
         table("this machine", ["", "", "found"], rows)

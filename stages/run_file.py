@@ -4,13 +4,12 @@ be in one.
 One idea: both are read off the models that check a run file, so neither can be out of date.
 """
 
-import json
 from typing import Annotated
 
 import typer
 
 from stillroom.stages.arguments import RunFile
-from stillroom.stages.console import document
+from stillroom.stages.console import document, put
 
 INTRODUCTION = """# Run files: every table and key
 
@@ -34,8 +33,10 @@ def schema(
     """Print what a run file may hold, as a JSON schema."""
     from stillroom.pipeline.config import Run
 
-    text = reference() if page else json.dumps(Run.model_json_schema(), indent=2)
-    typer.echo(text)
+    if page:
+        put(reference())
+    else:
+        document(Run.model_json_schema())
 
 
 def reference() -> str:

@@ -11,7 +11,7 @@ import typer
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.stages.cache.arguments import Cache, location
-from stillroom.stages.console import out, progress
+from stillroom.stages.console import progress, put
 
 
 def import_(
@@ -36,7 +36,7 @@ def import_(
     origin = Origin(form, teacher, tokenizer, vocab_size, lossy)
     with progress("import", "shards") as report:
         import_answers(read, origin, target, examples_per_shard, report)
-    out.print(target)
+    put(target)
 
 
 def export(
@@ -55,4 +55,4 @@ def export(
         raise ConfigError("is about items", where=str(cache), expected="a cache of texts")
     with progress("export", "examples") as report:
         export(opened, target, form, report)
-    out.print(str(target))
+    put(target)
