@@ -1,4 +1,4 @@
-"""Caches of every released format version are read for ever, and `portable` by anyone."""
+"""Caches of every released format version are read for ever."""
 
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from tests.codec_samples import assert_decoded
 from tests.golden.make_cache_fixtures import PLANS, flat
-from tests.golden.mini_reader import read_cache
 
 HERE = Path(__file__).parent
 CACHES = sorted(path for path in HERE.glob("cache-v*/*") if path.is_dir())
@@ -27,18 +26,6 @@ def test_a_golden_cache_is_sound_and_reads_as_it_did(path):
     found = flat(TeacherCache.open(path))
     with np.load(path.with_suffix(".npz")) as expected:
         assert_decoded(found, expected)
-
-
-def test_a_reader_written_from_the_page_reads_the_portable_profile():
-    path = HERE / "cache-v1" / "portable"
-    ours = list(TeacherCache.open(path))
-    for found, expected in zip(read_cache(path), ours, strict=True):
-        assert found["example_id"] == expected.example.example_id
-        assert found["first_row"] == expected.first_row
-        np.testing.assert_array_equal(found["token_ids"], expected.example.token_ids)
-        np.testing.assert_array_equal(found["loss_mask"], expected.example.loss_mask)
-        for name in TeacherCache.open(path).plan.row_signals:
-            np.testing.assert_array_equal(found[name], expected.signals[name], err_msg=name)
 
 
 def test_dense_signals_open_as_an_ordinary_zarr_array():

@@ -8,7 +8,6 @@ import pytest
 from stillroom.cache_schemas import dense_codec, row_scaling
 from stillroom.cache_schemas.record_codec import RowCodec
 from tests.codec_samples import assert_decoded, assert_same, assert_within_bounds
-from tests.golden import mini_record_reader
 from tests.golden.make_codec_fixtures import DIRECTORY, STEP, hidden, sample
 
 
@@ -51,16 +50,3 @@ def test_dense_dtypes_of_version_1(name):
     np.testing.assert_array_equal(dense_codec.to_stored({"name": name}, hidden()), stored)
     found = dense_codec.from_stored({"name": name}, stored)
     assert (np.abs(found - hidden()) <= 2.0**-8 * np.abs(hidden())).all()
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("profile", ["small", "strict"])
-def test_a_reader_written_from_the_page_reads_the_same(profile, seed):
-    facts = json.loads((DIRECTORY / f"{profile}.json").read_text())
-    tables = {name: np.load(DIRECTORY / f"{profile}-{name}.npy") for name in facts["tables"]}
-    blob = (DIRECTORY / f"{profile}-{seed}.record").read_bytes()
-    found, expected = mini_record_reader.read(blob, facts, tables), codec_of(profile).decode(blob)
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
-        np.testing.assert_allclose(found[name], array, rtol=3e-7, atol=1e-6, err_msg=name)
