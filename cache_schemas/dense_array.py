@@ -8,8 +8,10 @@ what is used. Which codec a chunk has is `dense_codec.py`'s business; shorter ex
 with zeros.
 """
 
+import json
 import struct
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import google_crc32c
@@ -175,8 +177,60 @@ class DenseArray:
         )
 
 
+def group_metadata(arrays: Mapping[str, DenseArray]) -> bytes:
+    """Content of the zarr.json of the group of all dense signals: what a plain tool opens, metadata
+    of every array in it, so that it needs no listing."""
+    held = {name: json.loads(array.metadata()) for name, array in sorted(arrays.items())}
+    about = "Dense signals of a stillroom cache, one array each; shape [examples, positions, width]."
+    group = {
+        "zarr_format": 3,
+        "node_type": "group",
+        "attributes": {dense_codec.HOW_TO_READ: about},
+        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": held},
+    }
+    return json.dumps(group, indent=2).encode()
+
+
+def check_group(data: bytes, arrays: Mapping[str, DenseArray], where: str) -> None:
+    """Refuse a group that does not describe exactly these arrays.
+
+    Raises:
+        ShardCorrupt: it does not.
+    """
+    if len(data) > MAX_METADATA * (1 + len(arrays)):
+        raise ShardCorrupt(f"has {len(data):,} bytes", where=where)
+    found = canonical.parse(data, where)
+    expected = json.loads(group_metadata(arrays))
+    held = _held(found)
+    if held.keys() != arrays.keys() or _bare(found) != _bare(expected):
+        raise ShardCorrupt("is not the group of the plan's dense signals", where=where)
+    for name, array in arrays.items():
+        array.check_metadata(json.dumps(held[name]).encode(), where)
+
+
+def _held(group: Any) -> dict[str, Any]:
+    """Metadata of the arrays that a group says it has."""
+    inner = group.get("consolidated_metadata") if isinstance(group, dict) else None
+    held = inner.get("metadata") if isinstance(inner, dict) else None
+    return held if isinstance(held, dict) else {}
+
+
+def _bare(group: dict[str, Any]) -> dict[str, Any]:
+    """A group without its arrays and its words for people."""
+    inner = {k: v for k, v in group["consolidated_metadata"].items() if k != "metadata"}
+    return _without_words(group) | {"consolidated_metadata": inner}
+
+
+def _without_words(node: dict[str, Any]) -> dict[str, Any]:
+    attributes = node.get("attributes")
+    if not isinstance(attributes, Mapping):
+        return node
+    said = {k: v for k, v in attributes.items() if k != dense_codec.HOW_TO_READ}
+    return {**node, "attributes": said}
+
+
 def _described(metadata: bytes) -> dict[str, Any]:
-    """What a zarr.json says, defaults written out."""
+    """What a zarr.json says, defaults written out, words for people left out."""
     store = zarr.storage.MemoryStore()
     store._store_dict["zarr.json"] = default_buffer_prototype().buffer.from_bytes(metadata)
-    return dict(zarr.open_array(store, mode="r").metadata.to_dict())
+    return _without_words(dict(zarr.open_array(store, mode="r").metadata.to_dict()))

@@ -27,6 +27,22 @@ FREE_ELEMENTS, MAX_RATIO = 1 << 24, 1 << 6
 that a short chunk cannot ask for much memory."""
 
 
+HOW_TO_READ = "how_to_read"
+"""Attribute of arrays and of their group: words for people, which nothing else depends on."""
+PLAIN = (
+    "One chunk is one example. It uses its first positions, as many as dense_lengths in "
+    "rows/*/*.arrow says; the rest is zeros."
+)
+BFLOAT16 = (
+    "The numbers are the bits of bfloat16: (array[i].astype('uint32') << 16).view('float32'). "
+    + PLAIN
+)
+ROW_SCALED = (
+    f"Codec {CODEC_NAME} comes with stillroom and needs no torch: pip install --no-deps stillroom; "
+    f"pip install 'zarr>=3.1.6' pcodec xxhash. Then zarr opens it as any array. {PLAIN}"
+)
+
+
 @dataclass(frozen=True)
 class RowScaled(ArrayBytesCodec):
     """Zarr codec from float32 chunks [..., positions, width] to bytes.
@@ -93,6 +109,7 @@ def chain(codec: dict[str, Any]) -> dict[str, Any]:
         shuffle = zarr.codecs.BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=2)
         dtype = "uint16" if name == "bf16" else "float16"
         attributes = {"dtype": "bfloat16"} if name == "bf16" else {}
+        attributes |= {HOW_TO_READ: BFLOAT16 if name == "bf16" else PLAIN}
         return {
             "dtype": dtype,
             "fill_value": 0,
@@ -105,7 +122,7 @@ def chain(codec: dict[str, Any]) -> dict[str, Any]:
         "fill_value": 0.0,
         "serializer": RowScaled(name, _step(codec)),
         "compressors": [crc],
-        "attributes": {},
+        "attributes": {HOW_TO_READ: ROW_SCALED},
     }
 
 

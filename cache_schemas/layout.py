@@ -58,6 +58,11 @@ def table(digest: str) -> str:
     return f"tables/{digest}.npy"
 
 
+DENSE_GROUP = "dense/zarr.json"
+"""The Zarr group of all dense signals, for plain tools; not in a copy that lacks some of them, where
+it would promise arrays that read as zeros."""
+
+
 def dense_metadata(signal: str) -> str:
     """Metadata of a dense signal's Zarr array."""
     return f"dense/{signal}/zarr.json"

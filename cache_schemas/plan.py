@@ -243,6 +243,13 @@ class _Signals(BaseModel):
             raise ValueError("row signals that are unknown, repeated or not in order")
         return rows
 
+    @field_validator("dense")
+    @classmethod
+    def _has_no_files_name(cls, dense: dict[str, _DenseShape]) -> dict[str, _DenseShape]:
+        if "zarr.json" in dense:
+            raise ValueError("a dense signal with the name of the group's own file")
+        return dense
+
     @field_validator("examples")
     @classmethod
     def _known_of_examples(cls, examples: list[str]) -> list[str]:

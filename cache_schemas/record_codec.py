@@ -54,6 +54,8 @@ class RowCodec:
         temperatures: how many `lse` columns.
         mean_kl: budget of profile `small`, nats per row.
         codebook, tables: what `fit` found; `exact` and `portable` have none.
+        nested: whether profile `portable` keeps a list for every row, as it does by now; its first
+            caches have all rows in one.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class RowCodec:
         mean_kl: float = MEAN_KL,
         codebook: Codebook | None = None,
         tables: Mapping[str, np.ndarray] | None = None,
+        nested: bool = True,
     ):
+        self.nested = nested and profile == "portable"
         self.profile, self.k, self.vocab_size = profile, k, vocab_size
         self.draws, self.temperatures, self.mean_kl = draws, temperatures, mean_kl
         self.codebook, self.tables = codebook, dict(tables or {})
@@ -111,6 +115,8 @@ class RowCodec:
         facts |= {
             name: getattr(self, name) for name in ("k", "vocab_size", "draws", "temperatures")
         }
+        if self.nested:
+            facts["nested"] = True
         if self.codebook:
             facts |= {"codebook": self.codebook.facts(), "mean_kl": self.mean_kl}
         tables = {name: table_digest(table) for name, table in sorted(self.tables.items())}
@@ -297,8 +303,10 @@ def _arguments(facts: Mapping[str, Any]) -> dict[str, Any]:
     for name, limit in (("k", 1 << 16), ("vocab_size", 1 << 24), ("draws", 1 << 16)):
         if not isinstance(sizes[name], int) or not 0 <= sizes[name] < limit:
             raise ValueError(f"{name} {sizes[name]!r}")
+    if (nested := facts.get("nested", False)) not in (True, False):
+        raise ValueError(f"nested {nested!r}")
     if "codebook" not in facts:
-        return {"profile": facts["profile"], **sizes}
+        return {"profile": facts["profile"], "nested": nested, **sizes}
     fitted = {"codebook": Codebook.from_facts(facts["codebook"]), "mean_kl": facts["mean_kl"]}
     return {"profile": facts["profile"], **sizes, **fitted}
 

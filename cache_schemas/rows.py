@@ -2,7 +2,8 @@
 
 One idea: an example is an encapsulated Arrow IPC message that is read by itself, with one range
 request, and checked (xxh3-64) before it is parsed. The row signals travel as the bytes of a
-`RowCodec`, or, in profile `portable`, as one plain column per signal, flattened row-major.
+`RowCodec`, or, in profile `portable`, as one plain column per signal: a list of numbers, or of one
+list for every row (in the first caches one list of all rows, row-major).
 This module maps dicts of values to messages; which codec, which file and which shard are others'.
 """
 
@@ -36,8 +37,8 @@ def is_portable(plan: Plan) -> bool:
     return plan.facts["capture"].get("profile") == "portable"
 
 
-def schema(plan: Plan) -> pa.Schema:
-    """The schema of every rows file of a plan."""
+def schema(plan: Plan, nested: bool = False) -> pa.Schema:
+    """The schema of every rows file of a plan; `nested` as in `RowCodec`."""
     columns = list(EXAMPLE_COLUMNS)
     if plan.facts["images"]:
         columns.append(("images", pa.list_(IMAGE)))
@@ -46,11 +47,16 @@ def schema(plan: Plan) -> pa.Schema:
         columns.append(("dense_lengths", pa.list_(pa.int32())))
     if is_portable(plan):
         columns.append(("token_ids", pa.list_(pa.int32())))
-        columns += [(name, pa.list_(_arrow_type(name))) for name in plan.row_signals]
+        columns += [(name, _of_rows(name, nested)) for name in plan.row_signals]
     else:
         columns.append((PAYLOAD, pa.binary()))
     columns += [(name, pa.list_(_arrow_type(name))) for name in plan.example_signals]
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
+
+
+def _of_rows(name: str, nested: bool) -> pa.DataType:
+    row = pa.list_(_arrow_type(name)) if nested and ROW_SIGNALS[name].shape else _arrow_type(name)
+    return pa.list_(row)
 
 
 def _arrow_type(name: str) -> pa.DataType:
@@ -64,10 +70,32 @@ def batch(schema: pa.Schema, values: Mapping[str, Any]) -> pa.RecordBatch:
 
 
 def _column(kind: pa.DataType, value: Any) -> pa.Array:
-    if isinstance(value, np.ndarray):
-        flat = pa.array(np.ascontiguousarray(value).reshape(-1), type=kind.value_type)
-        return pa.ListArray.from_arrays(np.array([0, len(flat)], dtype=np.int32), flat)
-    return pa.array([value], type=kind)
+    if not isinstance(value, np.ndarray):
+        return pa.array([value], type=kind)
+    if pa.types.is_list(kind.value_type):
+        rows = _lists(value.reshape(-1), len(value), kind.value_type.value_type)
+        return pa.ListArray.from_arrays(np.array([0, len(rows)], dtype=np.int32), rows)
+    return _lists(value.reshape(-1), 1, kind.value_type)
+
+
+def _lists(flat: np.ndarray, count: int, kind: pa.DataType) -> pa.ListArray:
+    """Numbers as `count` lists of equal length."""
+    values = pa.array(np.ascontiguousarray(flat), type=kind)
+    width = len(values) // max(count, 1)
+    offsets = np.arange(count + 1, dtype=np.int32) * np.int32(width)
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+def row_width(lists: pa.ListArray) -> int:
+    """Length of every list; 0 where there is none.
+
+    Raises:
+        ShardCorrupt: they differ.
+    """
+    widths = np.diff(lists.offsets.to_numpy())
+    if (widths != widths[:1]).any():
+        raise ShardCorrupt("holds rows of different lengths", where="record")
+    return int(widths[0]) if widths.size else 0
 
 
 def parse(message: bytes, schema: pa.Schema, where: str) -> dict[str, Any]:
@@ -127,7 +155,11 @@ def check_no_nulls(columns: Iterable[pa.Array], where: str) -> None:
 
 def _value(column: pa.Array) -> Any:
     if pa.types.is_list(column.type) and not pa.types.is_struct(column.type.value_type):
-        return column.flatten().to_numpy(zero_copy_only=False)
+        values = column.flatten()
+        if pa.types.is_list(values.type):
+            shape = len(values), row_width(values)
+            return values.flatten().to_numpy(zero_copy_only=False).reshape(shape)
+        return values.to_numpy(zero_copy_only=False)
     if pa.types.is_binary(column.type):
         return memoryview(column[0].as_buffer()).cast("B")
     return column[0].as_py()

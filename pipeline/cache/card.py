@@ -1,10 +1,12 @@
-"""The README of a sealed cache: what a hub shows, and which of its files its viewer opens.
+"""The README of a sealed cache: what a hub shows, which of its files its viewer opens, and how they
+are read without stillroom.
 
 One idea: it follows from the plan alone and says nothing that the manifest does not; it may be
-edited or deleted, so nothing binds it.
+edited or deleted, so nothing binds it, and a copy of a stranger's cache gets a new one.
 """
 
 from stillroom.cache_schemas.manifest import Plan
+from stillroom.cache_schemas.rows import is_portable
 from stillroom.cache_schemas.scrubbing import scrub
 from stillroom.pipeline.plain_text import plain
 
@@ -41,7 +43,23 @@ above is the index: one row per example, with the beginning of its text.
 Read it with stillroom: `stillroom cache show <url>`, `stillroom cache pull <url> <directory>`, or
 train from it directly. The format is described in stillroom's FORMAT.md. Look up the licences of
 the teacher and of the text before you use or share it.
+
+## Without stillroom
+
+- Index: any reader of Parquet, such as `SELECT * FROM 'index/*.parquet'` in DuckDB.
+- Examples: {examples}
+{more}"""
+PORTABLE = """Arrow files of plain columns, `pyarrow.ipc.open_file("rows/000/000000.arrow").read_all()`,
+  `polars.read_ipc` or `datasets.load_dataset("arrow", data_files="rows/*/*.arrow")`. Row t of an example describes the prediction made after token `first_row` + t; a
+  signal has a list for every row."""
+RECORDS = """the column `record` of `rows/*/*.arrow` is compressed. `stillroom cache export <url> <directory>
+  --to parquet` writes nested lists, `stillroom cache reshard ... --profile portable` a cache of them."""
+DENSE = """- Dense signals: `zarr.open_group("dense", mode="r")`, one array per signal of shape [examples, positions,
+  width]; `dense_lengths` of an example says how many positions it uses. {codecs}
 """
+PLAIN_CODECS = "Any library of Zarr v3 opens them; of `bf16` the numbers are the bits of bfloat16."
+OWN_CODECS = """Their codec needs `pip install --no-deps stillroom`
+  and `pip install 'zarr>=3.1.6' pcodec xxhash`, no torch."""
 
 SIZES = (
     (10**3, "n<1K"),
@@ -59,7 +77,7 @@ SIZES = (
 
 def card(plan: Plan) -> bytes:
     """The README of a cache of this plan."""
-    facts = plan.facts
+    facts, portable = plan.facts, is_portable(plan)
     teacher = f"{facts['teacher'].get('architecture', 'unknown')}, weights sha256 "
     text = TEXT.format(
         digest=plan.digest[:12],
@@ -69,8 +87,17 @@ def card(plan: Plan) -> bytes:
         rows=_safe(", ".join(plan.row_signals) or "none"),
         dense=_safe(", ".join(plan.dense_signals) or "none"),
         profile=_safe(facts["capture"]["profile"]),
+        examples=PORTABLE if portable else RECORDS,
+        more=_dense(plan),
     )
     return text.encode()
+
+
+def _dense(plan: Plan) -> str:
+    """How dense signals are read, if there are any."""
+    codecs = {shape["codec"]["name"] for shape in plan.dense_signals.values()}
+    said = PLAIN_CODECS if codecs <= {"bf16", "fp16"} else OWN_CODECS
+    return DENSE.format(codecs=said) if codecs else ""
 
 
 def size_category(rows: int) -> str:

@@ -254,8 +254,9 @@ def _plain_rows(table: pa.Table, form: Format, tokens: np.ndarray) -> Decoded:
     found |= {name: _ragged(table, name) for name in form.plan.row_signals}
     signals = {TOKENS: found[TOKENS].flat}
     for name in form.plan.row_signals:
-        width = form.codec.width(name)
-        if (found[name].sizes != num_rows * int(np.prod(width))).any():
+        width, lists = form.codec.width(name), table.column(name).chunk(0).flatten()
+        rows_differ = pa.types.is_list(lists.type) and len(lists) != num_rows.sum()
+        if rows_differ or (found[name].sizes != num_rows * int(np.prod(width))).any():
             raise ShardCorrupt(f"{name} does not have a value for every row", where="record")
         signals[name] = found[name].flat.reshape(int(num_rows.sum()), *width)
     places = np.arange(len(tokens))
@@ -294,8 +295,10 @@ def _columns(part: Part, table: pa.Table, decoded: Decoded, form: Format) -> Col
 
 def _ragged(table: pa.Table, name: str) -> Ragged:
     column = table.column(name).chunk(0)
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    return Ragged(column.flatten().to_numpy(zero_copy_only=False), np.diff(offsets))
+    sizes, values = np.diff(column.offsets.to_numpy().astype(np.int64)), column.flatten()
+    if pa.types.is_list(values.type):  # of a list for every row
+        sizes, values = sizes * rows.row_width(values), values.flatten()
+    return Ragged(values.to_numpy(zero_copy_only=False), sizes)
 
 
 def _images(table: pa.Table) -> list[tuple[ImageSpan, ...]]:

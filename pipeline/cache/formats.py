@@ -55,7 +55,7 @@ class Format:
         self.plan, self.codec = plan, codec
         self.codec_body = {"format_version": FORMAT_VERSION, "rows": codec.facts()}
         self.codec_digest = canonical.digest(self.codec_body)
-        self.schema = rows.schema(plan)
+        self.schema = rows.schema(plan, codec.nested)
         self.portable = rows.is_portable(plan)
         self.all_dense = dense_arrays(plan)
         self.dense = {
@@ -285,7 +285,8 @@ def _unflatten(name: str, flat: np.ndarray, num_rows: int, codec: RowCodec) -> n
     if name == TOKENS:
         return flat
     shape = (num_rows, *codec.width(name))
-    if flat.size != int(np.prod(shape)):
+    rows_differ = codec.nested and flat.ndim > 1 and len(flat) != num_rows
+    if flat.size != int(np.prod(shape)) or rows_differ:
         raise ShardCorrupt(f"{name} has {flat.size} values", expected=f"{int(np.prod(shape))}")
     return flat.reshape(shape)
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.parquet as pq
 
 from stillroom.cache_schemas import layout
+from stillroom.cache_schemas.dense_array import group_metadata
 from stillroom.cache_schemas.errors import PlanMismatch, ShardCorrupt
 from stillroom.cache_schemas.manifest import (
     DefinitionCheck,
@@ -36,14 +37,22 @@ from stillroom.pipeline.cache.storage.protocol import Storage
 THREADS = 16
 
 
-def seal(storage: Storage, form: Format) -> Manifest:
+def seal(
+    storage: Storage, form: Format, definition: DefinitionCheck | None = None
+) -> Manifest:
     """Check every receipt, write the index and, last, the manifest.
+
+    Args:
+        definition: what an earlier manifest says of it, where the cache has no note of its own: a
+            copy has none.
 
     Raises:
         ShardCorrupt: a receipt is damaged, or a file it names is missing or has another size.
         PlanMismatch: a receipt is of another cache.
     """
     table: dict[str, list] = {name: [] for name in ShardTable.model_fields}
+    if layout.DENSE_GROUP in fixed_files(form):
+        storage.replace(layout.DENSE_GROUP, group_metadata(form.all_dense))
     files = {name: file_entry(storage.read(name)) for name in fixed_files(form)}
     for number, shards in by_folder(form.plan.num_shards):
         sink = io.BytesIO()
@@ -61,7 +70,7 @@ def seal(storage: Storage, form: Format) -> Manifest:
         files=files,
         shards=ShardTable(**table),
         stored_error=stored_errors(storage, form),
-        definition=noted_definition(storage),
+        definition=noted_definition(storage) or definition,
     )
     storage.create(README, card(form.plan))  # a person's own stays
     storage.replace(layout.MANIFEST, manifest.to_bytes())  # last: now it can be read
@@ -167,7 +176,9 @@ def check_files(manifest: Manifest, form: Format, where: str) -> None:
     """
     expected = {*fixed_files(form), *index_names(form)}
     expected |= {layout.dense_metadata(name) for name in form.all_dense}
-    if different := sorted(expected ^ manifest.files.keys()):
+    # The first caches have no group.
+    may_be = {layout.DENSE_GROUP} if form.all_dense else set()
+    if different := sorted((expected ^ manifest.files.keys()) - may_be):
         raise ShardCorrupt(
             f"does not list the files of this cache (one that differs: {different[0]!r})",
             where=where,
@@ -210,7 +221,8 @@ def fixed_files(form: Format) -> list[str]:
     """Files that belong to the cache as a whole, index and manifest not counted."""
     tables = [layout.table(sha) for sha in form.codec.facts()["tables"].values()]
     metadata = [layout.dense_metadata(name) for name in form.dense]
-    return sorted([*tables, *metadata, layout.PLAN, layout.CODEC])
+    group = [layout.DENSE_GROUP] * (form.dense.keys() == form.all_dense.keys() != set())
+    return sorted([*tables, *metadata, *group, layout.PLAN, layout.CODEC])
 
 
 def by_folder(num_shards: int) -> Iterator[tuple[int, range]]:

@@ -132,7 +132,7 @@ def _copy(
 
     end = open_storage(target)
     with progress(title, "shards") as report:
-        done = copy(open_storage(source), end, signals, threads, report)
+        done = copy(open_storage(source), end, signals, threads, report, readme=title == "push")
     _say_copied(done, end.location)
 
 

@@ -8,6 +8,7 @@ import contextlib
 from dataclasses import dataclass
 
 from stillroom.cache_schemas import canonical, layout
+from stillroom.cache_schemas.dense_array import DenseArray
 from stillroom.cache_schemas.errors import CacheError, FormatTooNew, ShardCorrupt, StillroomError
 from stillroom.cache_schemas.manifest import Manifest, ShardReceipt, read
 from stillroom.pipeline.cache import sealing
@@ -102,7 +103,17 @@ def _restore(storage: Storage, form: Format) -> None:
     _put_back(storage, layout.CODEC, canonical.sign(form.codec_body, indent=1))
     publish_codec(storage, form.plan, form.codec)
     for name, array in form.dense.items():
-        _put_back(storage, layout.dense_metadata(name), array.metadata())
+        if not _describes(storage, layout.dense_metadata(name), array):
+            storage.replace(layout.dense_metadata(name), array.metadata())
+
+
+def _describes(storage: Storage, name: str, array: DenseArray) -> bool:
+    """Whether a zarr.json is right, if not in the words that it would get today."""
+    try:
+        array.check_metadata(storage.read(name), name)
+    except (FileNotFoundError, ShardCorrupt):
+        return False
+    return True
 
 
 def _put_back(storage: Storage, name: str, data: bytes) -> None:
@@ -113,5 +124,5 @@ def _put_back(storage: Storage, name: str, data: bytes) -> None:
 def _seal(storage: Storage, form: Format, manifest: Manifest | None, report: Report) -> bool:
     whole = report.num_shards == form.plan.num_shards
     if whole and storage.size(layout.MANIFEST) is None:
-        sealing.seal(storage, form)
+        sealing.seal(storage, form, manifest.definition if manifest else None)
     return whole

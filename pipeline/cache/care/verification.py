@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from stillroom.cache_schemas import canonical, layout
 from stillroom.cache_schemas.codebook import STRICT_STEP
+from stillroom.cache_schemas.dense_array import check_group
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt, StillroomError
 from stillroom.cache_schemas.manifest import Manifest, Plan, read
 from stillroom.cache_schemas.record_codec import MAX_KL
@@ -165,6 +166,8 @@ def _changed(storage: Storage, manifest: Manifest, form: Format, name: str) -> s
             return "is another plan than the manifest's"
         if name == layout.CODEC and canonical.check(data, name) != form.codec_body:
             return "is another codec than the manifest's"
+        if name == layout.DENSE_GROUP:
+            check_group(data, form.all_dense, name)
         for signal, array in form.dense.items():
             if name == layout.dense_metadata(signal):
                 array.check_metadata(data, name)

@@ -16,7 +16,7 @@ from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch, ShardCorrupt
 from stillroom.cache_schemas.manifest import FileEntry, Manifest, Plan, read
 from stillroom.pipeline.cache import partial
-from stillroom.pipeline.cache.card import README
+from stillroom.pipeline.cache.card import README, card
 from stillroom.pipeline.cache.care.verification import Progress
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.storage.protocol import (
@@ -54,6 +54,7 @@ def copy(
     signals: list[str] | None = None,
     threads: int = 8,
     progress: Progress = lambda done, total: None,
+    readme: bool = False,
 ) -> Copied:
     """Copy a sealed cache.
 
@@ -61,6 +62,9 @@ def copy(
         signals: dense signals to take (`logits` alone means none); None takes all. What every
             training step reads (tokens, masks, row signals) always travels.
         threads: shards in flight.
+        readme: whether the source's README comes too, which nothing binds: right for a cache of
+            one's own. A stranger's may tell other tools to load other files, so without this the
+            copy gets a new one.
 
     Raises:
         CacheError: no such signal; no sealed cache at the source.
@@ -75,7 +79,7 @@ def copy(
     check_vacant(target)
     target.sweep()  # what a copy that was killed has left
     try:
-        copied = _copied(cache, pin, target, dense, threads, progress)
+        copied = _copied(cache, pin, target, dense, threads, progress, readme)
     except ShardCorrupt:
         pin.check_still_there()
         raise
@@ -92,19 +96,26 @@ def _copied(
     dense: list[str],
     threads: int,
     progress: Progress,
+    readme: bool,
 ) -> Copied:
     work = _Copy(cache, target, dense)
-    for name in [layout.PLAN, layout.CODEC, *sorted(cache.manifest.files)]:
+    fixed = sorted(cache.manifest.files.keys() - {layout.DENSE_GROUP})
+    for name in [layout.PLAN, layout.CODEC, *fixed]:
         if _is_wanted(name, dense):
             work.file(name, cache.manifest.files[name])
     with ThreadPoolExecutor(threads) as pool:
         for done, _ in enumerate(pool.map(work.shard, range(cache.plan.num_shards)), start=1):
             progress(done, cache.plan.num_shards)
-    _copy_beside(source, target, README, lambda data: True)
+    if readme:
+        _copy_beside(source, target, README, lambda data: True)
+    target.create(README, card(cache.plan))  # a person's own stays
     _copy_beside(source, target, layout.SIGNATURE, looks_like_a_document)
     with target.alone():  # another copy may be adding its signals
         held = {*dense, *_held_already(cache, target)}
-        partial.mark(target, None if held == set(cache.plan.dense_signals) else sorted(held))
+        whole = held == set(cache.plan.dense_signals)
+        if whole and (group := cache.manifest.files.get(layout.DENSE_GROUP)):
+            work.file(layout.DENSE_GROUP, group)
+        partial.mark(target, None if whole else sorted(held))
         _seal(target, source.read(layout.MANIFEST))
     return Copied(len(work.moved), sum(work.moved), sorted(held))
 

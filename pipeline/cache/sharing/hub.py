@@ -73,6 +73,7 @@ def _upload(cache: TeacherCache, directory: Path, place: "HfUri", dense: list[st
     from huggingface_hub.utils import filter_repo_objects
 
     left_out = [f"dense/{name}/*" for name in sorted(set(cache.form.dense) - set(dense))]
+    left_out += [layout.DENSE_GROUP] * bool(left_out)
     ignored = [layout.MANIFEST, partial.PARTIAL, f"{layout.STAGING}/*", *left_out]
     HfApi().upload_folder(
         folder_path=directory,
