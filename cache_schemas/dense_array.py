@@ -181,7 +181,9 @@ def group_metadata(arrays: Mapping[str, DenseArray]) -> bytes:
     """Content of the zarr.json of the group of all dense signals: what a plain tool opens, metadata
     of every array in it, so that it needs no listing."""
     held = {name: json.loads(array.metadata()) for name, array in sorted(arrays.items())}
-    about = "Dense signals of a stillroom cache, one array each; shape [examples, positions, width]."
+    about = (
+        "Dense signals of a stillroom cache, one array each; shape [examples, positions, width]."
+    )
     group = {
         "zarr_format": 3,
         "node_type": "group",

@@ -59,7 +59,7 @@ def table(digest: str) -> str:
 
 
 DENSE_GROUP = "dense/zarr.json"
-"""The Zarr group of all dense signals, for plain tools; not in a copy that lacks some of them, where
+"""The Zarr group of all dense signals, for plain tools; not in a copy that lacks some, where
 it would promise arrays that read as zeros."""
 
 

@@ -88,11 +88,16 @@ def remember(url: str) -> None:
     except ValueError:
         return
     held = [value for _, value in parse_qsl(parts.query)]
-    user, found, _ = url.partition("://")[2].rpartition("@")
-    if found and (":" in user.split("/")[0] or "/" not in user):
-        held += [user, user.partition(":")[2]]
+    user = user_of(url)
+    held += [user, user.partition(":")[2]]
     held += [unquote(value) for value in held]
     _told.update(value for value in held if len(value) >= SHORTEST)
+
+
+def user_of(url: str) -> str:
+    """Name and password before the host of a URL, which may hold slashes; empty: none."""
+    user, found, _ = url.partition("://")[2].rpartition("@")
+    return user if found and (":" in user.split("/")[0] or "/" not in user) else ""
 
 
 def _entry(key: Any, value: Any) -> Any:

@@ -49,17 +49,19 @@ the teacher and of the text before you use or share it.
 - Index: any reader of Parquet, such as `SELECT * FROM 'index/*.parquet'` in DuckDB.
 - Examples: {examples}
 {more}"""
-PORTABLE = """Arrow files of plain columns, `pyarrow.ipc.open_file("rows/000/000000.arrow").read_all()`,
-  `polars.read_ipc` or `datasets.load_dataset("arrow", data_files="rows/*/*.arrow")`. Row t of an example describes the prediction made after token `first_row` + t; a
-  signal has a list for every row."""
-RECORDS = """the column `record` of `rows/*/*.arrow` is compressed. `stillroom cache export <url> <directory>
-  --to parquet` writes nested lists, `stillroom cache reshard ... --profile portable` a cache of them."""
-DENSE = """- Dense signals: `zarr.open_group("dense", mode="r")`, one array per signal of shape [examples, positions,
-  width]; `dense_lengths` of an example says how many positions it uses. {codecs}
+PORTABLE = """Arrow files of plain columns: `polars.read_ipc`,
+  `pyarrow.ipc.open_file("rows/000/000000.arrow").read_all()` or
+  `datasets.load_dataset("arrow", data_files="rows/*/*.arrow")`. Row t of an example describes the
+  prediction made after token `first_row` + t; a signal has a list for every row."""
+RECORDS = """the column `record` of `rows/*/*.arrow` is compressed.
+  `stillroom cache export <url> <directory> --to parquet` writes nested lists."""
+DENSE = """- Dense signals: `zarr.open_group("dense", mode="r")`, one array per signal of shape
+  [examples, positions, width]; an example's `dense_lengths` say how many positions it uses.
+  {codecs}
 """
 PLAIN_CODECS = "Any library of Zarr v3 opens them; of `bf16` the numbers are the bits of bfloat16."
-OWN_CODECS = """Their codec needs `pip install --no-deps stillroom`
-  and `pip install 'zarr>=3.1.6' pcodec xxhash`, no torch."""
+OWN_CODECS = """Their codec needs `pip install --no-deps stillroom` and
+  `pip install 'zarr>=3.1.6' pcodec xxhash`, no torch."""
 
 SIZES = (
     (10**3, "n<1K"),

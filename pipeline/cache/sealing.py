@@ -37,9 +37,7 @@ from stillroom.pipeline.cache.storage.protocol import Storage
 THREADS = 16
 
 
-def seal(
-    storage: Storage, form: Format, definition: DefinitionCheck | None = None
-) -> Manifest:
+def seal(storage: Storage, form: Format, definition: DefinitionCheck | None = None) -> Manifest:
     """Check every receipt, write the index and, last, the manifest.
 
     Args:

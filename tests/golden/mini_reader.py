@@ -56,7 +56,10 @@ class Cache:
         self.tables = {name: self._table(sha) for name, sha in self.codec["tables"].items()}
         for name, entry in self.manifest["files"].items():
             data = (self.root / name).read_bytes()
-            assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (
+                entry["bytes"],
+                entry["sha256"],
+            )
 
     def _table(self, sha):
         table = np.load(io.BytesIO((self.root / f"tables/{sha}.npy").read_bytes()))

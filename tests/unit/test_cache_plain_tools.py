@@ -55,7 +55,7 @@ def by_polars(cache):
 
 
 def by_duckdb(cache):
-    told = pa.ipc.open_file(str(rows_file(cache))).read_all()  # noqa: F841: named in the query
+    told = pa.ipc.open_file(str(rows_file(cache))).read_all()  # noqa: F841
     return duckdb.sql("select * from told").to_arrow_table().to_pydict()
 
 

@@ -6,31 +6,37 @@ person reads never shows a credential. It keeps nothing between calls. Web serve
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-import fsspec
-import fsspec.config
 from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete
 from stillroom.cache_schemas.scrubbing import remember, scrub
 from stillroom.pipeline.cache.storage.directory import locked
-from stillroom.pipeline.cache.storage.protocol import Claim, cut_short, most_bytes
+from stillroom.pipeline.cache.storage.patience import within
+from stillroom.pipeline.cache.storage.protocol import TRIES, Claim, most_bytes
+from stillroom.pipeline.cache.storage.services import (
+    check_no_credentials,
+    defaults,
+    missing_package,
+)
 
 ATTEMPTS = 6
 PATIENCE_SECONDS = 150.0
 """After so long no attempt is begun."""
-READ_TIMEOUT_SECONDS = 60
 GRACE_SECONDS, LEAST_RATE = 60.0, 1 << 14
 """An attempt may take so long, and a second more for every 16 KiB."""
 NO_RIGHTS = (401, 403, 407)
+NO_NAME = "ParamValidation"
+"""In the name of an S3 client's error about a bucket that cannot be."""
 STAGING = "stillroom-"
 FINAL = (FileNotFoundError, FileExistsError, NotImplementedError, TypeError, CacheError)
 """Failures that another attempt does not mend."""
@@ -72,6 +78,7 @@ class BucketStorage:
         self.url, self.location, self.pause = url.rstrip("/"), scrub(url).rstrip("/"), pause
         self.options = options or {}
         remember(url)
+        check_no_credentials(url, self.location)
         self._opened: tuple[int, Any, str] | None = None
 
     def __reduce__(self) -> tuple:
@@ -82,16 +89,16 @@ class BucketStorage:
         if length == 0:
             return b""
         size = most_bytes(name) if length is None else length
+        tries = itertools.count(1)
 
         def attempt() -> bytes:
             data = self._call("cat_file", name, size, start=start or None, end=stop)
             check_length(data, length)
+            if length is not None and len(data) > length:
+                self._sent_more(name, len(data), length, next(tries))
             return data
 
-        data = self._retry(attempt, name, "read")
-        if length is not None and len(data) != length:
-            cut_short(f"{self.location}/{name}", len(data), length)
-        return data
+        return self._retry(attempt, name, "read")
 
     def forget(self, name: str, start: int = 0, length: int | None = None) -> None:
         """Nothing of a file is kept."""
@@ -155,13 +162,13 @@ class BucketStorage:
         """The file system and the root in it, anew after a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
             try:
-                options = _defaults(self.url) | self.options
+                options = defaults(self.url) | self.options
                 self._opened = (os.getpid(), *url_to_fs(self.url, **options))
             except (ValueError, ImportError) as error:
                 raise CacheError(
                     f"cannot be opened ({scrub(str(error))[:200]})",
                     where=self.location,
-                    remedy=f"Check the URL{_missing_package(self.url)}.",
+                    remedy=f"Check the URL{missing_package(self.url)}.",
                 ) from None
         return self._opened[1], self._opened[2]
 
@@ -212,8 +219,21 @@ class BucketStorage:
             self.pause(0.1 * 2**count)  # seconds: 0.1, 0.2, 0.4, ...
         raise CacheIncomplete(f"cannot be {verb} ({_told(last)})", where=f"{self.location}/{name}")
 
+    def _sent_more(self, name: str, found: int, length: int, tries: int) -> NoReturn:
+        """Refuse, for this once or at last, an answer that is more than was asked for."""
+        told = f"{found:,} bytes came where {length:,} were asked for"
+        if tries < TRIES:
+            raise OSError(told)
+        raise CacheError(
+            told,
+            expected="a service that sends parts of files",
+            where=f"{self.location}/{name}",
+            remedy="Copy the cache to a disk by other means, and use it there.",
+        )
+
     def _forbidden(self, name: str, verb: str, error: Exception) -> CacheError:
-        rights = getattr(error, "status", 403) in NO_RIGHTS
+        is_no_name = NO_NAME in type(error).__name__
+        rights = not is_no_name and getattr(error, "status", 403) in NO_RIGHTS
         return CacheError(
             f"{'may not' if rights else 'cannot'} be {verb} ({scrub(str(error))[:200]})",
             where=f"{self.location}/{name}",
@@ -228,10 +248,10 @@ def check_length(data: bytes, length: int | None) -> None:
 
 
 def _within(files: Any, verb: str, num_bytes: int, *more: Any, **options: Any) -> Any:
-    """A call of a file system, with an end where it can be given one."""
-    if not getattr(files, "async_impl", False):
-        return getattr(files, verb)(*more, **options)
+    """A call of a file system, with an end."""
     seconds = GRACE_SECONDS + num_bytes / LEAST_RATE
+    if not getattr(files, "async_impl", False):
+        return within(seconds, lambda: getattr(files, verb)(*more, **options))
     return sync(files.loop, getattr(files, f"_{verb}"), *more, timeout=seconds, **options)
 
 
@@ -240,13 +260,6 @@ def _told(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return f"{type(error).__name__}: too little came in {GRACE_SECONDS:g} seconds"
     return f"{type(error).__name__}: {scrub(str(error))[:200]}"
-
-
-def _missing_package(url: str) -> str:
-    """What to install for a protocol that needs more than we do."""
-    extras = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
-    extra = extras.get(url.split("://", 1)[0])
-    return f"; `pip install 'stillroom[{extra}]'` adds what it needs" if extra else ""
 
 
 def _is_taken(error: BaseException | None) -> bool:
@@ -262,22 +275,4 @@ def _is_final(error: Exception) -> bool:
     """True for an answer of the service that says no rather than not now."""
     status = getattr(error, "status", None)
     no = isinstance(error, RefusedError) or status in NO_RIGHTS
-    return no or "Credentials" in type(error).__name__
-
-
-def _defaults(url: str) -> dict[str, Any]:
-    """Time limits, and settings that S3 servers other than Amazon's need."""
-    protocol = url.split("://", 1)[0]
-    if protocol in ("http", "https"):
-        import aiohttp
-
-        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_read=READ_TIMEOUT_SECONDS)}}
-    if protocol not in ("s3", "s3a"):
-        return {}
-    config = {
-        "read_timeout": READ_TIMEOUT_SECONDS,
-        "request_checksum_calculation": "when_required",
-        "response_checksum_validation": "when_required",
-    }
-    own = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
-    return {"config_kwargs": config | own}
+    return no or any(word in type(error).__name__ for word in ("Credentials", NO_NAME))
