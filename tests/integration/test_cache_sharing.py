@@ -3,11 +3,13 @@
 import itertools
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, PlanMismatch, ShardCorrupt
+from stillroom.pipeline.cache.card import README
 from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.sharing.copying import copy
@@ -163,6 +165,7 @@ def test_another_cache_at_the_target_is_not_touched(cache, tmp_path):
 )
 def test_a_partial_copy_holds_what_was_asked_for(cache, plan, tmp_path, signals, dense):
     copy(cache, DirectoryStorage(tmp_path), signals)
+    assert not (tmp_path / layout.DENSE_GROUP).exists()  # it would promise arrays of zeros
     part = TeacherCache.open(tmp_path)
     assert part.signals == (*plan.row_signals, *dense)
     expected = make_record(plan, 5)
@@ -191,6 +194,18 @@ def test_adding_a_signal_to_a_partial_copy_keeps_it_readable_meanwhile(cache, pl
     assert verify(DirectoryStorage(tmp_path)).problems == []
     copy(cache, DirectoryStorage(tmp_path), ["hidden.final"])
     assert contents(tmp_path) == contents(cache.root)
+
+
+def test_a_strangers_readme_stays_where_it_is_and_ones_own_travels(cache, tmp_path):
+    """It may tell other tools to load files from anywhere."""
+    theirs = Path(shutil.copytree(cache.root, tmp_path / "theirs"))
+    (theirs / README).write_text("---\nconfigs: [{config_name: x, data_files: /etc/*}]\n---\n")
+    copy(DirectoryStorage(theirs), DirectoryStorage(tmp_path / "pulled"))
+    assert contents(tmp_path / "pulled") == contents(cache.root)
+    copy(DirectoryStorage(theirs), DirectoryStorage(tmp_path / "pushed"), readme=True)
+    assert contents(tmp_path / "pushed") == contents(theirs)
+    copy(cache, DirectoryStorage(tmp_path / "pushed"))
+    assert contents(tmp_path / "pushed") == contents(theirs)
 
 
 def test_an_unknown_signal_is_refused(cache, tmp_path):

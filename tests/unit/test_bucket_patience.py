@@ -1,4 +1,4 @@
-"""A bucket whose library or server misbehaves: an end to every call, and no part that is a whole."""
+"""A bucket whose library or server misbehaves: every call ends, and no whole passes for a part."""
 
 import threading
 

@@ -1,6 +1,7 @@
 """`verify` finds every kind of damage and `repair` takes back exactly what is damaged."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +9,18 @@ import pytest
 from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt
 from stillroom.cache_schemas.lists import Lists
+from stillroom.cache_schemas.manifest import DefinitionCheck
 from stillroom.pipeline.cache.care.meaning import check_record
 from stillroom.pipeline.cache.care.repair import repair
 from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.writer import CacheWriter
+from tests import hostile_caches
 from tests.cache_trials import contents
 from tests.synthetic_records import make_plan, make_record, records_of, write_cache
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture
@@ -74,6 +79,7 @@ def test_damage_of_a_shard_is_found_and_repaired(sealed, plan, name, damage):
         layout.CODEC,
         layout.index(0),
         layout.dense_metadata("hidden.2"),
+        layout.DENSE_GROUP,
     ],
 )
 def test_damage_of_what_follows_from_the_rest_is_restored(sealed, plan, name):
@@ -87,6 +93,42 @@ def test_damage_of_what_follows_from_the_rest_is_restored(sealed, plan, name):
     done = repair(DirectoryStorage(sealed))
     assert (done.shards, done.sealed) == ([], True)
     assert contents(sealed) == before
+
+
+def test_a_group_that_makes_sense_and_is_another_is_found(sealed):
+    """Redone checksums and all: a plain tool would believe it."""
+    path = sealed / layout.DENSE_GROUP
+    right = path.read_text()
+    path.write_text(right.replace("uint16", "float16"))
+    hostile_caches.sign_manifest(sealed, hostile_caches.form_of(sealed))
+    assert [p.name for p in verify(DirectoryStorage(sealed)).problems] == [layout.DENSE_GROUP]
+    path.write_text(right.replace("stillroom", "my"))
+    hostile_caches.sign_manifest(sealed, hostile_caches.form_of(sealed))
+    assert verify(DirectoryStorage(sealed)).problems == []  # words are for people
+
+
+def test_repair_of_a_copy_keeps_what_was_noted_of_the_definition(sealed):
+    """A copy has no definition.json, only a manifest that says the same."""
+    noted = DefinitionCheck(done=True, tokens=7, logprob=0.5)
+    form = hostile_caches.form_of(sealed)
+    hostile_caches.sign_manifest(sealed, form, definition=noted.model_dump(mode="json"))
+    flip(sealed / layout.index(0))
+    assert repair(DirectoryStorage(sealed)).sealed
+    assert TeacherCache.open(sealed).manifest.definition == noted
+
+
+def test_repair_leaves_metadata_of_the_first_caches_as_it_is(tmp_path):
+    """They lack the group and the words for people, and a damaged index is no reason to touch
+    what their manifest binds."""
+    old = shutil.copytree(GOLDEN / "cache-v1" / "small", tmp_path / "cache")
+    before = contents(old)
+    assert repair(DirectoryStorage(old)).sealed
+    assert contents(old) == before
+    flip(old / layout.index(0))
+    assert repair(DirectoryStorage(old)).sealed
+    metadata = layout.dense_metadata("hidden.2")
+    assert contents(old)[metadata] == before[metadata]
+    assert verify(DirectoryStorage(old)).problems == []
 
 
 def test_a_receipt_of_another_cache_is_named(sealed, plan):

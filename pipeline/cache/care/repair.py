@@ -15,6 +15,7 @@ from stillroom.pipeline.cache import sealing
 from stillroom.pipeline.cache import shard as shards
 from stillroom.pipeline.cache.care.verification import Progress, Report, identity, verify
 from stillroom.pipeline.cache.formats import Format, publish_codec
+from stillroom.pipeline.cache.shard import file_entry
 from stillroom.pipeline.cache.storage.protocol import Storage
 
 
@@ -44,7 +45,7 @@ def repair(storage: Storage, progress: Progress = lambda done, total: None) -> R
     report = verify(storage, progress)
     _check_not_newer(storage, report.bad_shards)
     removed: list[str] = []
-    _restore(storage, form)  # while the manifest still says what plan and codec are
+    _restore(storage, form, manifest)  # while the manifest still says what plan and codec are
     if report.problems:
         _remove(storage, [layout.MANIFEST, layout.SIGNATURE], removed)  # first: nobody reads it now
     for number in report.bad_shards:
@@ -97,23 +98,24 @@ def _remove_broken_leftovers(storage: Storage, form: Format, removed: list[str])
             _remove(storage, names, removed)
 
 
-def _restore(storage: Storage, form: Format) -> None:
+def _restore(storage: Storage, form: Format, manifest: Manifest | None) -> None:
     """Write again what follows from plan and codec."""
     _put_back(storage, layout.PLAN, form.plan.to_bytes())
     _put_back(storage, layout.CODEC, canonical.sign(form.codec_body, indent=1))
     publish_codec(storage, form.plan, form.codec)
     for name, array in form.dense.items():
-        if not _describes(storage, layout.dense_metadata(name), array):
+        if not _is_right(storage, layout.dense_metadata(name), array, manifest):
             storage.replace(layout.dense_metadata(name), array.metadata())
 
 
-def _describes(storage: Storage, name: str, array: DenseArray) -> bool:
-    """Whether a zarr.json is right, if not in the words that it would get today."""
+def _is_right(storage: Storage, name: str, array: DenseArray, manifest: Manifest | None) -> bool:
+    """Whether a zarr.json is the one that was sealed, if in other words than it would get today."""
     try:
-        array.check_metadata(storage.read(name), name)
+        data = storage.read(name)
+        array.check_metadata(data, name)
     except (FileNotFoundError, ShardCorrupt):
         return False
-    return True
+    return manifest is None or manifest.files.get(name) == file_entry(data)
 
 
 def _put_back(storage: Storage, name: str, data: bytes) -> None:
