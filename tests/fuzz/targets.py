@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from stillroom.cache_schemas import canonical, layout, rows
-from stillroom.cache_schemas.dense_array import DenseArray
+from stillroom.cache_schemas.dense_array import DenseArray, check_group, group_metadata
 from stillroom.cache_schemas.errors import StillroomError
 from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt, read
 from stillroom.cache_schemas.record_codec import RowCodec
@@ -31,6 +31,7 @@ from stillroom.pipeline.cache.formats import (
 from stillroom.pipeline.cache.index import PARQUET, SCHEMA, Index
 from stillroom.pipeline.cache.pieces import Pieces
 from stillroom.pipeline.cache.sealing import check_receipt
+from tests.fuzz.web_answers import SEEDS, http
 from tests.synthetic_records import make_plan, make_record, records_of
 
 
@@ -76,7 +77,10 @@ CODECS = {
     )
     for name, plan in PLANS.items()
 }
+FLAT = RowCodec("portable", nested=False, **codec_sizes(PLANS["portable"]))
 FORMS = {name: Format(PLANS[name], CODECS[name]) for name in PLANS}
+FORMS["without nesting"] = Format(PLANS["portable"], FLAT)
+RECORDS = sorted(name for name, form in FORMS.items() if not form.portable)
 DENSE = {
     name: DenseArray(3, 2, 8, 12, {"name": name, "step": 0.05})
     for name in ("bf16", "fp16", "int8", "fp8", "step")
@@ -94,8 +98,7 @@ def _tables() -> Memory:
 TABLES = _tables()
 SOUND = {
     name: bytes(FORMS[name].encode(make_record(FORMS[name].plan, 1)).values["record"])
-    for name in FORMS
-    if name != "portable"
+    for name in RECORDS
 }
 """A sound record of every codec."""
 
@@ -156,7 +159,7 @@ def file(data: bytes) -> None:
 
 def records(data: bytes) -> None:
     """Two records decoded together, the first one damaged: refused like that one alone."""
-    name = sorted(set(FORMS) - {"portable"})[data[0] % 3] if data else "exact"
+    name = RECORDS[data[0] % 3] if data else "exact"
     body = data[1:-8]
     blob = body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
     together = _outcome(lambda: list(CODECS[name].decode_many([blob, SOUND[name]])))
@@ -183,9 +186,14 @@ def zarr(data: bytes) -> None:
     DENSE["bf16"].check_metadata(data, "zarr.json")
 
 
+def group(data: bytes) -> None:
+    """The zarr.json of a group."""
+    check_group(data, {"hidden.2": DENSE["bf16"], "hidden.3": DENSE["step"]}, "zarr.json")
+
+
 def record(data: bytes) -> None:
     """The bytes of row signals, their checksum made right; the first byte chooses the profile."""
-    name = sorted(set(FORMS) - {"portable"})[data[0] % 3] if data else "exact"
+    name = RECORDS[data[0] % 3] if data else "exact"
     body = data[1:-8]
     CODECS[name].decode(body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little"))
 
@@ -210,8 +218,8 @@ def seeds() -> dict[str, list[bytes]]:
         found["message"].append(bytes([number]) + batch.serialize().to_pybytes())
         found["plan"].append(form.plan.to_bytes())
         found["codec"].append(canonical.sign(form.codec_body))
-        if name != "portable":
-            at = sorted(set(FORMS) - {"portable"}).index(name)
+        if not form.portable:
+            at = RECORDS.index(name)
             found["record"].append(bytes([at]) + bytes(example.values["record"]))
             found["records"].append(bytes([at]) + bytes(example.values["record"]))
         found["file"].append(bytes([number]) + _file(form))
@@ -219,6 +227,8 @@ def seeds() -> dict[str, list[bytes]]:
         values = np.linspace(-3, 3, 60, dtype=np.float32).reshape(5, 12)
         found["dense"].append(bytes([number]) + array.encode(values)[:-4])
     found["zarr"].append(DENSE["bf16"].metadata())
+    found["group"].append(group_metadata({"hidden.2": DENSE["bf16"], "hidden.3": DENSE["step"]}))
+    found["http"] += SEEDS
     found["parquet"].append(_index())
     found["index"].append(struct.pack("<QQQQ", 0, 10, 10, 10))
     for file in TABLES.files.values():
@@ -289,7 +299,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
         *(manifest, plan, receipt, codec, table, message, record, dense, index),
-        *(file, records, parquet, zarr),
+        *(file, records, parquet, zarr, group, http),
     )
 }
 

@@ -74,9 +74,9 @@ def test_writers_at_google_put_only_what_is_not_there(google, plan):
     assert verify(writer.storage).problems == []
     uploads = [line for line in google.requests if line.startswith("POST /upload/")]
     conditional = [line for line in uploads if "ifGenerationMatch=0" in line]
-    # Three files of four shards, plan, codec, zarr.json and README; then index and manifest, which
-    # follow from the rest.
-    assert (len(conditional), len(uploads)) == (16, 18)
+    # Three files of four shards, plan, codec, zarr.json and README; then group, index and manifest,
+    # which follow from the rest.
+    assert (len(conditional), len(uploads)) == (16, 19)
 
 
 def test_google_survives_faults_on_the_wire(google, cache, plan):
