@@ -29,10 +29,11 @@ def push(cache: Cache, target: Target, signal: Signals = None, threads: Threads 
     """Copy a sealed cache to a bucket, directory or hub; the manifest travels last."""
     from stillroom.pipeline.cache.sharing import hub
 
+    source = location(cache)
     if target.startswith(hub.PROTOCOL):
-        _publish(location(cache), target, signal)
+        _publish(source, target, signal)
     else:
-        _copy(location(cache), target, signal, threads, "push")
+        _copy(source, target, signal, threads, "push", own="://" not in source)
 
 
 def pull(
@@ -125,14 +126,19 @@ def reshard(
 
 
 def _copy(
-    source: "str | Storage", target: str, signals: list[str] | None, threads: int, title: str
+    source: "str | Storage",
+    target: str,
+    signals: list[str] | None,
+    threads: int,
+    title: str,
+    own: bool = False,
 ) -> None:
     from stillroom.pipeline.cache.sharing.copying import copy
     from stillroom.pipeline.cache.storage.location import open_storage
 
     end = open_storage(target)
     with progress(title, "shards") as report:
-        done = copy(open_storage(source), end, signals, threads, report, readme=title == "push")
+        done = copy(open_storage(source), end, signals, threads, report, readme=own)
     _say_copied(done, end.location)
 
 

@@ -50,7 +50,7 @@ def main() -> None:
 
     for module in pkgutil.iter_modules(kernels.__path__, "stillroom.cache_schemas.kernels."):
         importlib.import_module(module.name)  # numba cannot compile what is instrumented
-    with atheris.instrument_imports(include=["cache_schemas", "pipeline"]):
+    with atheris.instrument_imports(include=["stillroom"]):
         from tests.fuzz.targets import survives
     folder = CORPUS / options.target
     work = folder if options.keep else Path(tempfile.mkdtemp())

@@ -65,3 +65,4 @@ def test_atheris_finds_nothing_in_a_few_seconds(name):
     command = [sys.executable, "-m", "tests.fuzz.run", name, "--seconds", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Is the code instrumented" not in done.stderr  # else it would be blind
