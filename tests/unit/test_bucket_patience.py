@@ -6,9 +6,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from stillroom.cache_schemas.errors import CacheError, CacheIncomplete
+from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
 from stillroom.pipeline.cache.storage import bucket
 from stillroom.pipeline.cache.storage.bucket import BucketStorage
+from stillroom.pipeline.cache.storage.protocol import MOST_BYTES
 from stillroom.stages.__main__ import run
 
 
@@ -57,6 +58,14 @@ def test_a_service_without_parts_is_refused(lying, monkeypatch):
         lying.read("rows/file", 2, 3)
     assert caught.value.exit_code == 2
     assert "Copy the cache to a disk" in str(caught.value)
+
+
+def test_a_document_larger_than_any_is_not_read_whole(lying):
+    lying.replace("plan.json", bytes(MOST_BYTES["json"] + 1000))
+    with pytest.raises(ShardCorrupt, match="33,554,433 bytes or more"):
+        lying.read("plan.json")
+    lying.replace("plan.json", b"{}")
+    assert lying.read("plan.json") == b"{}"
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def _copy_beside(source: Storage, target: Storage, name: str, is_right: IsRight)
     """A small file that the manifest does not bind; one that is too large, or a page of the server
     in its place, stays where it is."""
     with contextlib.suppress(FileNotFoundError, ShardCorrupt):
-        data = None if source.size(name) is None else read_right(source, name, is_right)
+        data = read_right(source, name, is_right) if source.size(name) else None
         if data is not None:
             target.replace(name, data)
 

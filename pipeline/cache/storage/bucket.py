@@ -22,7 +22,7 @@ from stillroom.cache_schemas.errors import CacheError, CacheIncomplete
 from stillroom.cache_schemas.scrubbing import remember, scrub
 from stillroom.pipeline.cache.storage.directory import locked
 from stillroom.pipeline.cache.storage.patience import within
-from stillroom.pipeline.cache.storage.protocol import TRIES, Claim, most_bytes
+from stillroom.pipeline.cache.storage.protocol import TRIES, Claim, check_whole, most_bytes
 from stillroom.pipeline.cache.storage.services import (
     check_no_credentials,
     defaults,
@@ -85,20 +85,23 @@ class BucketStorage:
         return type(self), (self.url, self.options, self.pause)
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        stop = None if length is None else start + length
         if length == 0:
             return b""
-        size = most_bytes(name) if length is None else length
-        tries = itertools.count(1)
+        most, tries = most_bytes(name), itertools.count(1)
+        # Of a file read whole one byte more than any of its kind has is enough to know.
+        size = most + 1 - start if length is None else length
 
         def attempt() -> bytes:
-            data = self._call("cat_file", name, size, start=start or None, end=stop)
+            data = self._call("cat_file", name, size, start=start or None, end=start + size)
             check_length(data, length)
             if length is not None and len(data) > length:
                 self._sent_more(name, len(data), length, next(tries))
             return data
 
-        return self._retry(attempt, name, "read")
+        data = self._retry(attempt, name, "read")
+        if length is None:
+            check_whole(f"{self.location}/{name}", start + len(data), most)
+        return data
 
     def forget(self, name: str, start: int = 0, length: int | None = None) -> None:
         """Nothing of a file is kept."""
