@@ -1,10 +1,13 @@
 """`merge`, `subset` and `reshard` keep every record, `diff` and `audit` measure what differs."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, PlanMismatch
 from stillroom.pipeline.cache.care.audit import audit
 from stillroom.pipeline.cache.care.comparing import diff, row_divergence
@@ -13,12 +16,15 @@ from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.sharing.copying import copy
 from stillroom.pipeline.cache.sharing.rewriting import Selection, merge, reshard, subset
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.writer import CacheWriter
 from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.teacher.reference.engine import ReferenceEngine
 from stillroom.stages.cache.compare import other_precision
 from tests import memory_cache
 from tests.synthetic_records import assert_same_record, make_plan, make_record, write_cache
 from tests.tiny_models import save_llama
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "cache-v1"
 
 
 def cache_at(root, plan, seed=0):
@@ -235,3 +241,21 @@ def test_audit_knows_another_precision_from_another_teacher(tiny_llama, tmp_path
 def answer(cache, example, seed):
     ids = cache.index(["example_id"]).column("example_id").to_pylist()
     return make_record(cache.plan, ids.index(example.example_id), seed)
+
+
+def test_a_portable_cache_of_the_first_kind_gets_a_list_for_every_row(tmp_path):
+    """And goes on with one list of all rows where it was begun so."""
+    first = TeacherCache.open(GOLDEN / "portable")
+    reshard(first, tmp_path / "new", 3)
+    new = TeacherCache.open(tmp_path / "new")
+    assert (first.form.codec.nested, new.form.codec.nested) == (False, True)
+    for found, expected in zip(new, first, strict=True):
+        assert_same_record(found, expected)
+    begun = shutil.copytree(GOLDEN / "portable", tmp_path / "begun")
+    (begun / layout.MANIFEST).unlink()
+    (begun / layout.receipt(1)).unlink()
+    writer = CacheWriter.open(begun, first.plan)
+    writer.write(1, [first[number] for number in first.plan.shard_range(1)])
+    writer.seal()
+    assert not TeacherCache.open(begun).form.codec.nested
+    assert verify(DirectoryStorage(begun)).problems == []
