@@ -174,7 +174,7 @@ def test_a_student_of_weights_that_are_others_since_is_not_taken_up_again(saved,
     with torch.no_grad():
         next(weights.parameters()).mul_(1.5)
     weights.save_pretrained(source)
-    with pytest.raises(PlanMismatch, match="another teacher.*sha256") as refused:
+    with pytest.raises(PlanMismatch, match=r"another teacher.*sha256") as refused:
         made(source, tmp_path / "student", **student, **named)
     assert f"Delete {tmp_path / 'student'}" in str(refused.value)
     source.rename(tmp_path / "gone")  # training goes on where the teacher is not
