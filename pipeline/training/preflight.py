@@ -182,11 +182,13 @@ def _check_names(caches: Mapping[str, Any], images: Mapping[str, Any]) -> None:
 
 def _check_tracker(settings: Train) -> None:
     tracker = settings.tracker
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+    needed = () if tracker == "none" else (tracker, "accelerate")
+    lacks = [name for name in needed if importlib.util.find_spec(name) is None]
+    if lacks:
         raise ConfigError(
-            f"tracker = '{tracker}' but {tracker} is not installed",
+            f"tracker = '{tracker}' but {lacks[0]} is not installed",
             where="[train]",
-            remedy=f"pip install {tracker}, or set tracker = 'none'.",
+            remedy=f"pip install {' '.join(lacks)}, or set tracker = 'none'.",
         )
 
 
