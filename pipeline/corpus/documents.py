@@ -25,6 +25,7 @@ class Document:
         messages: chat messages as the template takes them; empty for plain text.
         images: bytes of the image files that the messages show, in order.
         context: what else the chat template gets: `tools`, `documents`, arguments of this row.
+        teacher_messages: what the teacher reads in place of `messages`; empty where that is those.
     """
 
     where: str
@@ -32,6 +33,7 @@ class Document:
     messages: tuple[dict[str, Any], ...] = ()
     images: tuple[bytes, ...] = ()
     context: dict[str, Any] = field(default_factory=dict)
+    teacher_messages: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

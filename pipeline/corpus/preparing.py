@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from stillroom.pipeline.corpus.image_chat import ImageChat, ImageTokens
 from stillroom.pipeline.corpus.item_questions import holds_interactions, write_interactions
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
+from stillroom.pipeline.corpus.privileged import teacher_prompts
 from stillroom.pipeline.corpus.rejects import FILE, Rejects
 from stillroom.pipeline.corpus.scratch import replace_directory, scratch_beside
 from stillroom.pipeline.corpus.splits import deal, heldout_documents
@@ -117,6 +118,10 @@ def _report(tell: Callable[[PrepareProgress], None]) -> Callable[[int, int, int]
     return lambda *counts: tell(PrepareProgress(*counts))
 
 
+Prompts = Iterable[np.ndarray | None]
+"""What the teacher reads before each example's first learned token; None where the student's."""
+
+
 class _Drawing:
     """One pass over the sources: examples in an Arrow file, and counts of everything left out."""
 
@@ -172,8 +177,8 @@ class _Drawing:
         read = 0
         for documents in _chunks(self._not_empty(kept)):
             read += len(documents)
-            for document, made in self._made(documents):
-                yield from self._kept(source.name, document, made)
+            for document, made, prompts in self._made(documents):
+                yield from self._kept(source.name, document, zip(made, prompts))
             self.progress(PrepareProgress(read, len(self._seen), self.tokens))
         self._rejects.stop()
 
@@ -188,8 +193,11 @@ class _Drawing:
             else:
                 self.dropped["empty_documents"] += 1
 
-    def _made(self, documents: list[Document]) -> Iterator[tuple[Document, Iterable[Made]]]:
-        """Documents with their windows. A source holds texts or conversations, never both."""
+    def _made(
+        self, documents: list[Document]
+    ) -> Iterator[tuple[Document, Iterable[Made], Prompts]]:
+        """Documents with their windows and what the teacher reads before each. A source holds texts
+        or conversations, never both."""
         if documents[0].messages:
             yield from self._conversations(documents)
             return
@@ -199,13 +207,16 @@ class _Drawing:
         for document, tokens in zip(
             documents, self.tokenizer.texts(written, self.config.end_of_text)
         ):
-            yield document, windows(tokens, size, overlap, begin)
+            yield document, windows(tokens, size, overlap, begin), repeat(None)
 
-    def _conversations(self, documents: list[Document]) -> Iterator[tuple[Document, list[Made]]]:
+    def _conversations(
+        self, documents: list[Document]
+    ) -> Iterator[tuple[Document, list[Made], Prompts]]:
         self.used_template = True
         for document in documents:
             try:
-                yield document, self._fitting(document)
+                made = self._fitting(document)
+                yield document, made, list(teacher_prompts(document, made, self._fitting))
             except CorpusError as error:
                 self._rejects.take(Rejected(error, first_words(document.messages)))
 
@@ -237,13 +248,15 @@ class _Drawing:
         used = "_image_chat" in vars(self)
         return {"processor": self._image_chat.facts} if used else {}
 
-    def _kept(self, source: str, document: Document, made: Iterable[Made]) -> Iterator[Example]:
+    def _kept(
+        self, source: str, document: Document, made: Iterable[tuple[Made, np.ndarray | None]]
+    ) -> Iterator[Example]:
         """The windows of a document that are examples."""
         if self._rejects.stopping:
             return
         document_id = document_digest(document)
         self.repeats["documents"] += document_id in self.documents
-        for tokens in made:
+        for tokens, prompt in made:
             token_ids, mask = tokens[:2]
             images = tokens.images if isinstance(tokens, ImageTokens) else ()
             example_id = content_id(token_ids, mask, images)
@@ -251,7 +264,11 @@ class _Drawing:
                 self.dropped[reason] += 1
                 continue
             self._count(example_id, document_id, token_ids)
-            yield Example(example_id, document_id, source, token_ids, mask, images)
+            if prompt is not None:
+                self.highest_id = max(self.highest_id, int(prompt.max()))
+            yield Example(
+                example_id, document_id, source, token_ids, mask, images, teacher_prompt=prompt
+            )
         for data in document.images:
             self._images.put(data)
 
