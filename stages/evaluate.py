@@ -26,8 +26,9 @@ def evaluate(
     """Full-vocabulary KL to the teacher, top-1 agreement and perplexity of every student; for
     recommenders, hit rates and NDCG of student, teacher and the most popular items."""
     from stillroom.pipeline import config, provenance
-    from stillroom.pipeline.evaluation.held_out import EvaluateProgress, card_results, students_of
+    from stillroom.pipeline.evaluation.held_out import EvaluateProgress, students_of
     from stillroom.pipeline.evaluation.held_out import evaluate as measure
+    from stillroom.pipeline.evaluation.on_the_card import card_results
     from stillroom.pipeline.training.card import add_results
     from stillroom.pipeline.training.curves import draw_curves
 

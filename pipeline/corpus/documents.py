@@ -11,6 +11,7 @@ from typing import Any
 
 from stillroom.cache_schemas.errors import CorpusError
 
+DOCUMENTS_PER_CALL = 64
 WORDS = 80
 """Characters of a bad row that are shown."""
 
@@ -97,6 +98,18 @@ class OpenSource:
             if isinstance(document, Rejected):
                 raise document.error
             yield document
+
+
+def chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents a few at a time; those with images one by one, because of what they weigh."""
+    chunk: list[Document] = []
+    for document in documents:
+        chunk.append(document)
+        if document.images or len(chunk) == DOCUMENTS_PER_CALL:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def first_words(value: Any) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from stillroom.cache_schemas.errors import ConfigError, CorpusError
 from stillroom.pipeline.config import Prepare, Source
-from stillroom.pipeline.corpus.documents import Document, OpenSource, Rejected, first_words
+from stillroom.pipeline.corpus.documents import Document, OpenSource, Rejected, chunks, first_words
 from stillroom.pipeline.corpus.files import Corpus, ExampleFile, write_facts
 from stillroom.pipeline.corpus.fitting import Fitting, Made
 from stillroom.pipeline.corpus.identity import (
@@ -33,7 +33,7 @@ from stillroom.pipeline.corpus.image_chat import ImageChat, ImageTokens
 from stillroom.pipeline.corpus.item_questions import holds_interactions, write_interactions
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
-from stillroom.pipeline.corpus.privileged import teacher_prompts
+from stillroom.pipeline.corpus.privileged import Prompts, teacher_prompts
 from stillroom.pipeline.corpus.rejects import FILE, Rejects
 from stillroom.pipeline.corpus.scratch import replace_directory, scratch_beside
 from stillroom.pipeline.corpus.splits import deal, heldout_documents
@@ -51,7 +51,6 @@ __all__ = [
     "windows",
 ]
 
-DOCUMENTS_PER_CALL = 64
 Say = Callable[[str], None]
 
 
@@ -118,10 +117,6 @@ def _report(tell: Callable[[PrepareProgress], None]) -> Callable[[int, int, int]
     return lambda *counts: tell(PrepareProgress(*counts))
 
 
-Prompts = Iterable[np.ndarray | None]
-"""What the teacher reads before each example's first learned token; None where the student's."""
-
-
 class _Drawing:
     """One pass over the sources: examples in an Arrow file, and counts of everything left out."""
 
@@ -175,7 +170,7 @@ class _Drawing:
     def _examples(self, source: Source, opened: OpenSource) -> Iterator[Example]:
         kept = islice(self._rejects.good(opened.read()), source.limit or None)
         read = 0
-        for documents in _chunks(self._not_empty(kept)):
+        for documents in chunks(self._not_empty(kept)):
             read += len(documents)
             for document, made, prompts in self._made(documents):
                 yield from self._kept(source.name, document, zip(made, prompts))
@@ -263,9 +258,7 @@ class _Drawing:
             if reason := self._unfit(token_ids, mask, example_id):
                 self.dropped[reason] += 1
                 continue
-            self._count(example_id, document_id, token_ids)
-            if prompt is not None:
-                self.highest_id = max(self.highest_id, int(prompt.max()))
+            self._count(example_id, document_id, token_ids, prompt)
             yield Example(
                 example_id, document_id, source, token_ids, mask, images, teacher_prompt=prompt
             )
@@ -282,11 +275,12 @@ class _Drawing:
         self._again[example_id] += 1
         return "duplicate_windows"
 
-    def _count(self, example_id: str, document_id: str, token_ids: np.ndarray) -> None:
+    def _count(self, example_id: str, document_id: str, token_ids: np.ndarray, prompt) -> None:
         self._seen.add(example_id)
         self.documents[document_id] = None
         self.tokens += len(token_ids)
-        self.highest_id = max(self.highest_id, int(token_ids.max()))
+        read = token_ids if prompt is None else np.concatenate([token_ids, prompt])
+        self.highest_id = max(self.highest_id, int(read.max()))
 
     def _nothing(self) -> CorpusError:
         dropped = +self.dropped
@@ -320,15 +314,3 @@ def _check_window(config: Prepare, tokenizer: CorpusTokenizer) -> None:
             where="[prepare]",
             remedy=f"Set window to {context} or less; longer documents are cut into windows.",
         )
-
-
-def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents a few at a time; those with images one by one, because of what they weigh."""
-    chunk: list[Document] = []
-    for document in documents:
-        chunk.append(document)
-        if document.images or len(chunk) == DOCUMENTS_PER_CALL:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

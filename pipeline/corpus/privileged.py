@@ -6,7 +6,7 @@ example. The teacher is asked with that, and its rows, which are about the same 
 to where these stand for the student. A pair that differs in what is learned is refused.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from stillroom.pipeline.corpus.documents import Document
 from stillroom.pipeline.record import Example, TeacherRecord
 
 Make = Callable[[Document], Sequence[Any]]
+Prompts = Iterable[np.ndarray | None]
+"""What the teacher reads before each example's first learned token; None where the student's."""
 
 
 def teacher_prompts(

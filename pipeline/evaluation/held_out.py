@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult
 from torch import nn
 
 from stillroom.cache_schemas import layout
@@ -287,28 +286,6 @@ def _autocast(device: torch.device, precision: str) -> Any:
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def card_results(found: Mapping[str, Scores]) -> list[EvalResult]:
-    """The trained student's figures in the hub's words, for its card."""
-    own = found["after"]
-    kl = f"KL(teacher || student), nats per token, ± {own.kl_standard_error:.4f}"
-    figures = [
-        ("kl_divergence", kl, own.kl),
-        ("accuracy", "same most probable token as the teacher", own.top1),
-        ("perplexity", "perplexity", own.perplexity),
-    ]
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="held-out",
-            dataset_name="held-out text",
-            metric_type=kind,
-            metric_name=name,
-            metric_value=round(value, 6),
-        )
-        for kind, name, value in figures
-    ]
 
 
 def _write(run: Run, found: Mapping[str, Scores], examples: list[Example], seconds: float) -> None:

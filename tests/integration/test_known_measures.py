@@ -13,7 +13,8 @@ from stillroom.cache_schemas.errors import StillroomError
 from stillroom.pipeline import config
 from stillroom.pipeline.corpus.preparing import Corpus, prepare
 from stillroom.pipeline.evaluation import answers, tasks
-from stillroom.pipeline.evaluation.held_out import card_results, evaluate
+from stillroom.pipeline.evaluation.held_out import evaluate
+from stillroom.pipeline.evaluation.on_the_card import card_results
 from stillroom.pipeline.training.card import BEGIN, add_results
 from stillroom.pipeline.training.trainer import train
 from stillroom.stages.__main__ import app
