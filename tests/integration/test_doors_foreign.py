@@ -2,10 +2,12 @@
 
 import json
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load_file
 
@@ -298,10 +300,12 @@ def test_distillkit_files_lose_nothing(cache, tiny_llama, tmp_path):
 
 def test_hidden_states_for_draft_models(cache, tmp_path):
     export(cache, tmp_path / "out", "speculators")
-    rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
+    rows = datasets.load_from_disk(str(tmp_path / "out"))
     for number, record in enumerate(cache):
-        held = load_bf16(tmp_path / "out" / f"hs_{number}.safetensors")
-        assert held["token_ids"].tolist() == rows[number]["input_ids"]
+        held = load_bf16(tmp_path / "out" / "hidden_states" / f"hs_{number}.safetensors")
+        assert torch.equal(held["token_ids"], rows[number]["input_ids"])
+        assert rows[number]["loss_mask"].tolist() == record.example.loss_mask[:-1].tolist()
+        assert rows[number]["seq_len"] == len(held["token_ids"])
         assert held["token_ids"].tolist() == record.example.token_ids[:-1].tolist()
         assert held["hidden_states"].shape == (len(held["token_ids"]), 2, 64)
         for place, name in enumerate(("hidden.1", "hidden.final")):
@@ -336,7 +340,6 @@ def test_what_a_format_has_no_place_for(cache, answers_alone, tmp_path):
 
 
 def test_others_open_what_was_exported(cache, tmp_path):
-    import datasets
     import duckdb
     import pandas
 
