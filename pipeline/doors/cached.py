@@ -20,6 +20,7 @@ from stillroom.pipeline.config.strict import validate
 from stillroom.pipeline.config.training import Objective, Train
 from stillroom.pipeline.data.batch import DistillBatch
 from stillroom.pipeline.data.images import Pictures, processor_of
+from stillroom.pipeline.data.joined import Joined
 from stillroom.pipeline.data.packing import pack
 from stillroom.pipeline.data.records import Answers, Records, lengths_of
 from stillroom.pipeline.objectives.combine import signals_needed, terms_of
@@ -91,7 +92,8 @@ class CachedDataset(Dataset):
     It may be pickled and read by workers that were spawned: they open nothing anew but files.
 
     Args:
-        cache: directory or URL of the main cache, or an opened one; its examples are counted.
+        cache: directory or URL of the main cache, or an opened one; its examples are counted. A
+            list of several, of different texts, is read as one: each text keeps its own teacher.
         objectives: what is to be learned; decides which signals are read.
         caches: further caches of the same examples, by the names that objectives use.
         local_copy: directory that keeps what was read of caches behind a URL.
@@ -211,6 +213,8 @@ class CachedDataset(Dataset):
         return {"": self.cache, **self.caches}
 
     def _open(self, place: Any) -> Any:
+        if isinstance(place, list | tuple):
+            return Joined([self._open(one) for one in place])
         if not isinstance(place, str | Path):
             return place
         kept = {"local_copy": self.local_copy, "local_copy_gigabytes": self.local_copy_gigabytes}

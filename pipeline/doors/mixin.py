@@ -43,7 +43,8 @@ class CachedDistillationMixin(Host):
     Args:
         model: the student, as the trainer takes it.
         args: the trainer's.
-        cache: directory or URL of a sealed cache, or an opened one.
+        cache: directory or URL of a sealed cache, or an opened one; or a list of several (see
+            `CachedDataset`).
         objectives: lines of the `[[objective]]` table: names, or tables as in the TOML.
         caches: further caches of the same examples, by the names that objectives use.
         eval_cache: held-out cache, or several by name; measured as `stillroom train` does.

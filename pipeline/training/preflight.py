@@ -28,6 +28,7 @@ from stillroom.pipeline.training.run import (
     geometry_of,
     longest_of,
     opened,
+    with_joined,
 )
 
 Found = TypeVar("Found")
@@ -105,6 +106,8 @@ def look_up(
     found.of(_check_tracker, settings)
     places = cache_locations(run, settings)
     caches = given or _open(found, places, settings)
+    if "" in caches and (joined := found.of(with_joined, caches[""], settings)) is not None:
+        caches = {**caches, "": joined}
     images = _open(found, settings.images, settings)
     found.of(_check_names, caches, images)
     facts = {name: facts_of(cache) for name, cache in {**caches, **images}.items()}
