@@ -199,7 +199,9 @@ def _keep(run: Run, scores: Mapping[str, Rouge], count: int, max_tokens: int) ->
     models = {label: asdict(one) for label, one in scores.items()}
     facts = {"models": models, "instructions": count, "max_tokens": max_tokens}
     write_durably(run.path(RESULT), json.dumps(facts, indent=2) + "\n")
-    own = scores[STUDENT]
+    own = scores.get(STUDENT)
+    if own is None:
+        return
     told = EvalResult(
         task_type="text-generation",
         dataset_type="held-out",

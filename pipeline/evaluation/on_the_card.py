@@ -12,7 +12,9 @@ from stillroom.pipeline.evaluation.held_out import Scores
 
 def card_results(found: Mapping[str, Scores]) -> list[EvalResult]:
     """The trained student's figures in the hub's words, for its card."""
-    own = found["after"]
+    own = found.get("after")
+    if own is None:  # a run that trains none
+        return []
     kl = f"KL(teacher || student), nats per token, ± {own.kl_standard_error:.4f}"
     figures = [
         ("kl_divergence", kl, own.kl),

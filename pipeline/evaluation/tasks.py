@@ -91,7 +91,8 @@ def measure_tasks(
     told = {label: [asdict(one) for one in figures] for label, figures in found.items()}
     facts = {"models": told, "asked": asdict(asked), "lm_eval": version("lm_eval")}
     write_durably(run.path(RESULT), json.dumps(facts, indent=2) + "\n")
-    _tell_card(run, found[STUDENT], asked)
+    if STUDENT in found:
+        _tell_card(run, found[STUDENT], asked)
     return found
 
 
