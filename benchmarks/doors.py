@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--student", default="runs/demo/student-initial")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch", type=int, default=2, help="examples of a microbatch")
+    parser.add_argument("--about", default="the text demo's", help="what both are, for the result")
     arguments = parser.parse_args()
     for place in (arguments.cache, arguments.student):
         if not Path(place).exists():
@@ -69,6 +70,7 @@ def measure(arguments: Any, directory: Path) -> dict[str, Any]:
         "seconds_per_step": {"stillroom": seconds[0], "trl": seconds[1]},
         "steps": arguments.steps,
         "tokens_per_step": ours.tokens,
+        "about": arguments.about,
     }
 
 

@@ -7,6 +7,8 @@ else, in any script, stays. It is for terminals and log files; it does not escap
 import json
 import unicodedata
 
+from stillroom.cache_schemas.scrubbing import scrub
+
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
@@ -19,6 +21,13 @@ def plain(text: str, limit: int = 0) -> str:
         for c in text
     )
     return shown[: limit - 1] + "…" if limit and len(shown) > limit else shown
+
+
+def code_span(text: str, limit: int = 400) -> str:
+    """A stranger's text as a code span of a Markdown table: no link, image or HTML can be in one,
+    and no credential."""
+    shown = plain(scrub(text), limit).replace("`", "'").replace("|", "\\|")
+    return f"` {shown} `"
 
 
 def plain_json(text: str) -> str:

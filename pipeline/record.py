@@ -40,6 +40,8 @@ class Example:
         behaviour_logprob: float32 [L], for text that a model wrote: log probability, in nats, with
             which each token was drawn; 0 where it was given. Not part of the identity: a cache
             keeps it as the signal of that name.
+        teacher_prompt: int32 [P], what the teacher reads in place of the tokens before the first
+            that is learned; None where it reads the same. A cache holds what the student reads.
     """
 
     example_id: str
@@ -50,6 +52,7 @@ class Example:
     images: tuple[ImageSpan, ...] = ()
     weight: float = 1.0
     behaviour_logprob: np.ndarray | None = None
+    teacher_prompt: np.ndarray | None = None
 
     @property
     def first_row(self) -> int:

@@ -1,20 +1,46 @@
 """`stillroom evaluate`: students against the live teacher on held-out text."""
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from stillroom.stages.arguments import RunFile
 from stillroom.stages.console import progress, put, table
 
 
-def evaluate(run_file: RunFile) -> None:
+def evaluate(
+    run_file: RunFile,
+    tasks: Annotated[
+        str, typer.Option(help="Instead: tasks of lm-evaluation-harness, or YAML files; commas.")
+    ] = "",
+    shots: Annotated[
+        int, typer.Option(min=-1, help="--tasks: solved examples in front; -1: the task's own.")
+    ] = -1,
+    limit: Annotated[int, typer.Option(min=0, help="--tasks: questions of each; 0: all.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="--tasks: in the chat template.")] = False,
+    rouge_l: Annotated[
+        bool, typer.Option("--rouge-l", help="Instead: five answers to held-out instructions.")
+    ] = False,
+) -> None:
     """Full-vocabulary KL to the teacher, top-1 agreement and perplexity of every student; for
     recommenders, hit rates and NDCG of student, teacher and the most popular items."""
     from stillroom.pipeline import config, provenance
     from stillroom.pipeline.evaluation.held_out import EvaluateProgress, students_of
     from stillroom.pipeline.evaluation.held_out import evaluate as measure
+    from stillroom.pipeline.evaluation.on_the_card import card_results
+    from stillroom.pipeline.training.card import add_results
     from stillroom.pipeline.training.curves import draw_curves
 
     run = config.load(run_file)
+    if tasks or rouge_l:
+        from stillroom.stages import measures
+
+        if tasks:
+            measures.tasks(run, tasks, shots, limit, chat)
+        if rouge_l:
+            measures.rouge_l(run)
+        return
     if run.recommender is not None:
         _recommender(run)
         return
@@ -25,6 +51,7 @@ def evaluate(run_file: RunFile) -> None:
 
         found = measure(run, show)
     provenance.record(run.path("run.json"), "evaluate")
+    add_results(run, card_results(found))
     trained = {label: Path(path).parent for label, path in students_of(run).items()}
     trained.pop("before", None)
     draw_curves(trained, run.path("curves.png"))

@@ -14,8 +14,19 @@ def generate(
     engine: Annotated[Engine, typer.Option(help="What runs whoever writes.")] = Engine.vllm,
     rank: Rank = 0,
     world_size: WorldSize = 1,
+    side_by_side: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Instead: show what teacher and students answer to held-out text."
+        ),
+    ] = 0,
 ) -> None:
     """Answer the prompts of the run's sources; the answers become its corpus."""
+    if side_by_side:
+        from stillroom.stages.measures import show_answers
+
+        show_answers(run_file, side_by_side)
+        return
     from stillroom.pipeline import config, provenance
     from stillroom.pipeline.generation.written_corpus import GenerateProgress
     from stillroom.pipeline.generation.written_corpus import generate as write

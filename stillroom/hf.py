@@ -44,6 +44,14 @@ def __getattr__(name: str):
             where=f"stillroom.hf.{name}",
             remedy="pip install 'stillroom[hf]'.",
         ) from None
+    except ImportError as error:  # a package is there, and lacks what is asked of it
+        from stillroom.cache_schemas.errors import ConfigError, first_line
+
+        raise ConfigError(
+            f"the installed versions do not go together ({first_line(error)})",
+            where=f"stillroom.hf.{name}",
+            remedy="pip install 'stillroom[hf]'.",
+        ) from None
     globals()[name] = value
     return value
 

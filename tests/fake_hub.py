@@ -6,10 +6,13 @@ One idea: the loading code is the one that runs against the real hub; only the a
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import yaml
 
 
 def commit_of(revision: str) -> str:
@@ -115,6 +118,23 @@ def _entries(files: dict[str, bytes], wanted) -> list[dict]:
     ]
 
 
+LICENCES = ("apache-2.0", "mit", "cc-by-4.0", "unknown", "other")
+"""Of the hub's own list."""
+
+
+def _faults(card: str) -> Iterator[dict[str, str]]:
+    """What the hub would say of a card's front matter."""
+    told = yaml.safe_load(card.split("---")[1])
+    if told.get("license", "unknown") not in LICENCES:
+        yield {"message": f"license {told['license']}"}
+    if any(len(code) not in (2, 3) for code in told.get("language", ())):
+        yield {"message": f"language {told['language']}"}
+    if not re.fullmatch(r"n<1K|n>1T|1*0*[KMBT]<n<1*0*[KMBT]", told["size_categories"][0]):
+        yield {"message": "size_categories"}
+    if sum(bool(one.get("default")) for one in told["configs"]) != 1:
+        yield {"message": "configs: one default"}
+
+
 def _json(value) -> tuple[int, bytes, dict[str, str]]:
     return 200, json.dumps(value).encode(), {"Content-Type": "application/json"}
 
@@ -138,7 +158,7 @@ class Inbox:
         """What the hub says to a POST."""
         path = path.partition("?")[0]
         if path == "/api/validate-yaml":
-            return _json({"errors": [], "warnings": []})
+            return _json({"errors": list(_faults(json.loads(text)["content"])), "warnings": []})
         if path == "/api/repos/create":
             asked = json.loads(text)
             name = f"{asked['organization']}/{asked['name']}"

@@ -7,8 +7,7 @@ edited or deleted, so nothing binds it, and a copy of a stranger's cache gets a 
 
 from stillroom.cache_schemas.manifest import Plan
 from stillroom.cache_schemas.rows import is_portable
-from stillroom.cache_schemas.scrubbing import scrub
-from stillroom.pipeline.plain_text import plain
+from stillroom.pipeline.plain_text import code_span
 
 README = "README.md"
 
@@ -85,10 +84,10 @@ def card(plan: Plan) -> bytes:
         digest=plan.digest[:12],
         num_examples=plan.num_examples,
         size=size_category(plan.num_examples),
-        teacher=_safe(teacher + str(facts["teacher"].get("weights_sha256", "unknown"))[:16]),
-        rows=_safe(", ".join(plan.row_signals) or "none"),
-        dense=_safe(", ".join(plan.dense_signals) or "none"),
-        profile=_safe(facts["capture"]["profile"]),
+        teacher=code_span(teacher + str(facts["teacher"].get("weights_sha256", "unknown"))[:16]),
+        rows=code_span(", ".join(plan.row_signals) or "none"),
+        dense=code_span(", ".join(plan.dense_signals) or "none"),
+        profile=code_span(facts["capture"]["profile"]),
         examples=PORTABLE if portable else RECORDS,
         more=_dense(plan),
     )
@@ -105,9 +104,3 @@ def _dense(plan: Plan) -> str:
 def size_category(rows: int) -> str:
     """The hub's own word for a number of rows."""
     return next((name for limit, name in SIZES if rows < limit), "n>1T")
-
-
-def _safe(text: str) -> str:
-    """A stranger's text as a code span of a table: no link, image or HTML can be in one."""
-    shown = plain(scrub(text), 400).replace("`", "'").replace("|", "\\|")
-    return f"` {shown} `"

@@ -19,6 +19,7 @@ from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.manifest import Manifest, Plan, ShardReceipt
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.writer import CacheWriter
+from stillroom.pipeline.capture.asking import Asking
 from stillroom.pipeline.capture.plan import (
     check_processor,
     check_tokenizer,
@@ -126,7 +127,7 @@ class Task:
             tokens = corpus.facts["counts"][split]["tokens"]
             question = Question(teacher, table, examples, pictures, tokens)
             compare(writer, engine, opened, question)
-            return opened
+            return Asking(opened)
 
         return cls(writer, examples, start)
 

@@ -46,6 +46,10 @@ class Source(Table):
     """Column of texts; empty takes what `format` says."""
     messages_column: str = ""
     """Column of chat messages; empty takes what `format` says."""
+    teacher_messages_column: str = ""
+    """Column of chat messages that the teacher reads in place of the student's: another prompt
+    (an answer key, instructions, documents) before the same answers. Only the student's are kept in
+    a cache, with what the teacher said of the answers."""
     image_column: str = ""
     """Column of images (paths, bytes or data URLs) that the messages show."""
     images_folder: str = ""

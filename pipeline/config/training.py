@@ -188,6 +188,9 @@ class Train(Table):
     """Steps between two lines of the curves."""
     evaluate_every: int = Field(default=0, ge=0)
     """Steps between measurements on `heldout_cache`; 0 measures only with `stillroom evaluate`."""
+    joined: tuple[PathText, ...] = ()
+    """Caches of other texts, trained on with those of `cache`: each text keeps its own teacher
+    (one for each source, say). Alike in tokenizer, vocabulary, k, temperatures and signals."""
     heldout_cache: PathText = ""
     """Cache of the held-out split, for measurement during training."""
     heldout: dict[str, HeldOutCaches] = Field(default_factory=dict)

@@ -11,6 +11,7 @@ from typing import Any
 
 from stillroom.cache_schemas.errors import CorpusError
 
+DOCUMENTS_PER_CALL = 64
 WORDS = 80
 """Characters of a bad row that are shown."""
 
@@ -25,6 +26,7 @@ class Document:
         messages: chat messages as the template takes them; empty for plain text.
         images: bytes of the image files that the messages show, in order.
         context: what else the chat template gets: `tools`, `documents`, arguments of this row.
+        teacher_messages: what the teacher reads in place of `messages`; empty where that is those.
     """
 
     where: str
@@ -32,6 +34,7 @@ class Document:
     messages: tuple[dict[str, Any], ...] = ()
     images: tuple[bytes, ...] = ()
     context: dict[str, Any] = field(default_factory=dict)
+    teacher_messages: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,18 @@ class OpenSource:
             if isinstance(document, Rejected):
                 raise document.error
             yield document
+
+
+def chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents a few at a time; those with images one by one, because of what they weigh."""
+    chunk: list[Document] = []
+    for document in documents:
+        chunk.append(document)
+        if document.images or len(chunk) == DOCUMENTS_PER_CALL:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 def first_words(value: Any) -> str:

@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         ("images", pa.list_(IMAGE)),
         ("weight", pa.float32()),
         ("behaviour_logprob", pa.list_(pa.float32())),
+        ("teacher_prompt", pa.list_(pa.int32())),
     ]
 )
 
@@ -214,6 +215,7 @@ def _batch(examples: list[Example]) -> pa.RecordBatch:
         "images": [[asdict(image) for image in example.images] for example in examples],
         "weight": [example.weight for example in examples],
         "behaviour_logprob": [example.behaviour_logprob for example in examples],
+        "teacher_prompt": [example.teacher_prompt for example in examples],
     }
     arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
@@ -234,12 +236,13 @@ def _example(batch: pa.RecordBatch, row: int) -> Example:
         loss_mask=batch.column("loss_mask")[row].values.to_numpy(zero_copy_only=False),
         images=_images(batch.column("images")[row].as_py()),
         weight=batch.column("weight")[row].as_py(),
-        behaviour_logprob=_floats(batch, "behaviour_logprob", row),
+        behaviour_logprob=_numbers(batch, "behaviour_logprob", row),
+        teacher_prompt=_numbers(batch, "teacher_prompt", row),
     )
 
 
-def _floats(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray | None:
-    """A list of floats; None where there is none, as in corpora that no model wrote."""
+def _numbers(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray | None:
+    """A list of numbers; None where there is none, as in corpora that no model wrote."""
     if name not in batch.schema.names or not batch.column(name)[row].is_valid:
         return None
     return batch.column(name)[row].values.to_numpy()

@@ -73,6 +73,8 @@ def unchanged(directory: Path, identity: dict[str, Any]) -> Corpus | None:
 def document_digest(document: Document) -> str:
     """The first 32 hex digits of sha256 over a document's text or messages and image hashes."""
     content = document.text.encode() if document.text else canonical_json(list(document.messages))
+    if document.teacher_messages:
+        content += canonical_json(list(document.teacher_messages))
     if document.context:
         content += canonical_json(document.context)
     for data in document.images:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from stillroom.cache_schemas.errors import ConfigError, CorpusError
 from stillroom.pipeline.config import Prepare, Source
-from stillroom.pipeline.corpus.documents import Document, OpenSource, Rejected, first_words
+from stillroom.pipeline.corpus.documents import Document, OpenSource, Rejected, chunks, first_words
 from stillroom.pipeline.corpus.files import Corpus, ExampleFile, write_facts
 from stillroom.pipeline.corpus.fitting import Fitting, Made
 from stillroom.pipeline.corpus.identity import (
@@ -33,6 +33,7 @@ from stillroom.pipeline.corpus.image_chat import ImageChat, ImageTokens
 from stillroom.pipeline.corpus.item_questions import holds_interactions, write_interactions
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
+from stillroom.pipeline.corpus.privileged import Prompts, teacher_prompts
 from stillroom.pipeline.corpus.rejects import FILE, Rejects
 from stillroom.pipeline.corpus.scratch import replace_directory, scratch_beside
 from stillroom.pipeline.corpus.splits import deal, heldout_documents
@@ -50,7 +51,6 @@ __all__ = [
     "windows",
 ]
 
-DOCUMENTS_PER_CALL = 64
 Say = Callable[[str], None]
 
 
@@ -170,10 +170,10 @@ class _Drawing:
     def _examples(self, source: Source, opened: OpenSource) -> Iterator[Example]:
         kept = islice(self._rejects.good(opened.read()), source.limit or None)
         read = 0
-        for documents in _chunks(self._not_empty(kept)):
+        for documents in chunks(self._not_empty(kept)):
             read += len(documents)
-            for document, made in self._made(documents):
-                yield from self._kept(source.name, document, made)
+            for document, made, prompts in self._made(documents):
+                yield from self._kept(source.name, document, zip(made, prompts))
             self.progress(PrepareProgress(read, len(self._seen), self.tokens))
         self._rejects.stop()
 
@@ -188,8 +188,11 @@ class _Drawing:
             else:
                 self.dropped["empty_documents"] += 1
 
-    def _made(self, documents: list[Document]) -> Iterator[tuple[Document, Iterable[Made]]]:
-        """Documents with their windows. A source holds texts or conversations, never both."""
+    def _made(
+        self, documents: list[Document]
+    ) -> Iterator[tuple[Document, Iterable[Made], Prompts]]:
+        """Documents with their windows and what the teacher reads before each. A source holds texts
+        or conversations, never both."""
         if documents[0].messages:
             yield from self._conversations(documents)
             return
@@ -199,13 +202,16 @@ class _Drawing:
         for document, tokens in zip(
             documents, self.tokenizer.texts(written, self.config.end_of_text)
         ):
-            yield document, windows(tokens, size, overlap, begin)
+            yield document, windows(tokens, size, overlap, begin), repeat(None)
 
-    def _conversations(self, documents: list[Document]) -> Iterator[tuple[Document, list[Made]]]:
+    def _conversations(
+        self, documents: list[Document]
+    ) -> Iterator[tuple[Document, list[Made], Prompts]]:
         self.used_template = True
         for document in documents:
             try:
-                yield document, self._fitting(document)
+                made = self._fitting(document)
+                yield document, made, list(teacher_prompts(document, made, self._fitting))
             except CorpusError as error:
                 self._rejects.take(Rejected(error, first_words(document.messages)))
 
@@ -237,21 +243,25 @@ class _Drawing:
         used = "_image_chat" in vars(self)
         return {"processor": self._image_chat.facts} if used else {}
 
-    def _kept(self, source: str, document: Document, made: Iterable[Made]) -> Iterator[Example]:
+    def _kept(
+        self, source: str, document: Document, made: Iterable[tuple[Made, np.ndarray | None]]
+    ) -> Iterator[Example]:
         """The windows of a document that are examples."""
         if self._rejects.stopping:
             return
         document_id = document_digest(document)
         self.repeats["documents"] += document_id in self.documents
-        for tokens in made:
+        for tokens, prompt in made:
             token_ids, mask = tokens[:2]
             images = tokens.images if isinstance(tokens, ImageTokens) else ()
             example_id = content_id(token_ids, mask, images)
             if reason := self._unfit(token_ids, mask, example_id):
                 self.dropped[reason] += 1
                 continue
-            self._count(example_id, document_id, token_ids)
-            yield Example(example_id, document_id, source, token_ids, mask, images)
+            self._count(example_id, document_id, token_ids, prompt)
+            yield Example(
+                example_id, document_id, source, token_ids, mask, images, teacher_prompt=prompt
+            )
         for data in document.images:
             self._images.put(data)
 
@@ -265,11 +275,12 @@ class _Drawing:
         self._again[example_id] += 1
         return "duplicate_windows"
 
-    def _count(self, example_id: str, document_id: str, token_ids: np.ndarray) -> None:
+    def _count(self, example_id: str, document_id: str, token_ids: np.ndarray, prompt) -> None:
         self._seen.add(example_id)
         self.documents[document_id] = None
         self.tokens += len(token_ids)
-        self.highest_id = max(self.highest_id, int(token_ids.max()))
+        read = token_ids if prompt is None else np.concatenate([token_ids, prompt])
+        self.highest_id = max(self.highest_id, int(read.max()))
 
     def _nothing(self) -> CorpusError:
         dropped = +self.dropped
@@ -303,15 +314,3 @@ def _check_window(config: Prepare, tokenizer: CorpusTokenizer) -> None:
             where="[prepare]",
             remedy=f"Set window to {context} or less; longer documents are cut into windows.",
         )
-
-
-def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents a few at a time; those with images one by one, because of what they weigh."""
-    chunk: list[Document] = []
-    for document in documents:
-        chunk.append(document)
-        if document.images or len(chunk) == DOCUMENTS_PER_CALL:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

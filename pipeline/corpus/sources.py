@@ -18,6 +18,7 @@ from stillroom.pipeline.config import Source
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.corpus import compression
 from stillroom.pipeline.corpus.chat import placed
+from stillroom.pipeline.corpus.conversations import messages as chat_messages
 from stillroom.pipeline.corpus.documents import Document, OpenSource, Rejected, Row, first_words
 from stillroom.pipeline.corpus.formats import Format, image_column, recognise, value
 from stillroom.pipeline.corpus.images import inline_images, read_images, refuse_moving
@@ -159,6 +160,7 @@ class _Reader:
     @property
     def _columns(self) -> list[str]:
         more = (*self._context.values(), self._system, self._image, "chat_template_kwargs")
+        more = (*more, self._source.teacher_messages_column)
         moving = ("video", "videos", "audio", "audios")
         return list(dict.fromkeys((*self._form.columns, *more, *moving)))
 
@@ -178,7 +180,15 @@ class _Reader:
         messages = self._with_system(row, messages)
         refuse_moving(row.values, messages)
         document = Document(row.where, messages=messages, context=self._given(row))
-        return replace(document, images=self._images(row, document))
+        told = self._told(row)
+        return replace(document, images=self._images(row, document), teacher_messages=told)
+
+    def _told(self, row: Row) -> tuple:
+        """What the teacher reads, where that is something else."""
+        column = self._source.teacher_messages_column
+        if not column:
+            return ()
+        return cleaned(chat_messages(value(row, column), column), row.arrow)
 
     def _with_system(self, row: Row, messages: tuple) -> tuple:
         """The messages after the row's system prompt, if it has one."""

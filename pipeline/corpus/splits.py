@@ -88,4 +88,6 @@ def canonical_json(value: Any) -> bytes:
 
 def _line(split: str, example: Example) -> bytes:
     facts = (split, example.example_id, example.document_id, example.source, example.weight)
-    return canonical_json(list(facts)) + b"\n"
+    read = example.teacher_prompt
+    more = () if read is None else (hashlib.sha256(read.astype("<i4").tobytes()).hexdigest(),)
+    return canonical_json([*facts, *more]) + b"\n"

@@ -91,6 +91,7 @@ class SideWeights:
 
 def sign(directory: Path, data: CachedDataset) -> None:
     """Write what a checkpoint was trained from."""
+    directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_identity(data), indent=2, sort_keys=True)
     (directory / IDENTITY).write_text(text + "\n")
 

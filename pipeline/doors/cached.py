@@ -19,6 +19,8 @@ from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.config.strict import validate
 from stillroom.pipeline.config.training import Objective, Train
 from stillroom.pipeline.data.batch import DistillBatch
+from stillroom.pipeline.data.images import Pictures, processor_of
+from stillroom.pipeline.data.joined import Joined
 from stillroom.pipeline.data.packing import pack
 from stillroom.pipeline.data.records import Answers, Records, lengths_of
 from stillroom.pipeline.objectives.combine import signals_needed, terms_of
@@ -55,7 +57,16 @@ class CachedBatch:
 
         There is no attention mask: padding stands behind, and positions restart at every document.
         With a cache of keys, transformers would let packed documents see each other.
+
+        Raises:
+            StudentError: the batch is about images, which are not among these.
         """
+        if self.batch.images is not None:
+            raise StudentError(
+                "the batch is about images, which its tokens alone do not show",
+                where="CachedBatch.inputs",
+                remedy="Use the trainers of stillroom.hf, or `stillroom train`.",
+            )
         tokens = {"input_ids": self.batch.input_ids, "position_ids": self.batch.position_ids}
         return {**tokens, "use_cache": False}
 
@@ -81,7 +92,8 @@ class CachedDataset(Dataset):
     It may be pickled and read by workers that were spawned: they open nothing anew but files.
 
     Args:
-        cache: directory or URL of the main cache, or an opened one; its examples are counted.
+        cache: directory or URL of the main cache, or an opened one; its examples are counted. A
+            list of several, of different texts, is read as one: each text keeps its own teacher.
         objectives: what is to be learned; decides which signals are read.
         caches: further caches of the same examples, by the names that objectives use.
         local_copy: directory that keeps what was read of caches behind a URL.
@@ -89,6 +101,9 @@ class CachedDataset(Dataset):
         packed: a row of a batch may hold several examples. Only for a student that keeps them
             apart by their positions (`stillroom.keeps_documents_apart`).
         padding_free: lay all examples of a batch end to end in one row, for attention by lengths.
+        corpus: directory of the prepared corpus, where the pictures of image-text caches are.
+        student: directory of the student whose image processor prepares them; empty where it sees
+            none.
 
     Raises:
         CacheError: there is no sealed cache.
@@ -103,6 +118,8 @@ class CachedDataset(Dataset):
     local_copy_gigabytes: float = 16
     packed: bool = False
     padding_free: bool = False
+    corpus: str = ""
+    student: str = ""
 
     def __post_init__(self):
         self.lines = objective_lines(self.objectives)
@@ -121,7 +138,38 @@ class CachedDataset(Dataset):
     @cached_property
     def records(self) -> Records:
         """What is read of the caches."""
-        return Records(self.sources, signals_needed(self.terms, self.sources))
+        signals = signals_needed(self.terms, self.sources)
+        return Records(self.sources, signals, self.pictures)
+
+    @cached_property
+    def pictures(self) -> Pictures | None:
+        """What looks up pixels; None for a student that sees none."""
+        if not self.student:
+            return None
+        from stillroom.pipeline.corpus.files import Corpus
+
+        images = Corpus.open(self.corpus).image_bytes
+        return Pictures(images, processor_of(self.student))
+
+    @property
+    def has_images(self) -> bool:
+        """Whether texts of the cache may be about images."""
+        return bool(self.sources[""].plan.facts.get("images"))
+
+    def see(self, student: str) -> None:
+        """From here on, batches hold pixels as a student's image processor prepares them.
+
+        Args:
+            student: its directory.
+
+        Raises:
+            CorpusError: there is no corpus.
+            StudentError: the student has no image processor.
+        """
+        self.student = student
+        for name in ("records", "pictures"):
+            vars(self).pop(name, None)
+        self.records  # noqa: B018  (what is missing is refused here)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -165,6 +213,8 @@ class CachedDataset(Dataset):
         return {"": self.cache, **self.caches}
 
     def _open(self, place: Any) -> Any:
+        if isinstance(place, list | tuple):
+            return Joined([self._open(one) for one in place])
         if not isinstance(place, str | Path):
             return place
         kept = {"local_copy": self.local_copy, "local_copy_gigabytes": self.local_copy_gigabytes}
@@ -172,7 +222,7 @@ class CachedDataset(Dataset):
         return opened(settings.cache, settings)
 
 
-MADE_ANEW = ("terms", "records")
+MADE_ANEW = ("terms", "records", "pictures")
 """Held by a data set and not sent to another process."""
 
 

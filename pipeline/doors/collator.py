@@ -93,4 +93,4 @@ class HeldOutBatches:
     def _loader(self) -> DistillLoader:
         sources = self.heldout.caches
         signals = signals_needed(self.heldout.terms, sources)
-        return DistillLoader(sources, signals, self.geometry)
+        return DistillLoader(sources, signals, self.geometry, pictures=self.dataset.pictures)

@@ -1,17 +1,18 @@
-"""Whether a student, its tokenizer and its trainer fit a cache, found before the first step.
+"""Whether a student, its tokenizer and a data set fit a cache, found before the first step.
 
 One idea: whatever would be wrong in silence is asked of the objects themselves: of the tokenizer,
-of the rows of a data set, of the methods that a trainer has. Nothing is trained here.
+of the rows of a data set. What a trainer and its settings must be is in `settings`. Nothing is
+trained here.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.corpus.tokenizer import facts_of_tokenizer, tokenizer_facts
+from stillroom.pipeline.objectives.weighting import Term
 from stillroom.pipeline.student.skeleton import positions_of
 from stillroom.pipeline.training.run import check_tokenizer
 
@@ -20,8 +21,6 @@ EXAMPLE = "example"
 
 LOOKED_AT = 64
 """Rows of a data set whose tokens are compared before the first step; the others when read."""
-
-TRIED = "transformers 5.19 and TRL 1.16"
 
 
 def bare(model: Any) -> Any:
@@ -40,40 +39,6 @@ def bare(model: Any) -> Any:
             remedy="Use LoraConfig; rows of a cache are counted from the text's own first token.",
         )
     return model.get_base_model()
-
-
-def check_trainer(kind: type) -> None:
-    """Refuse a version of a trainer that does not hand over what a right loss needs.
-
-    Raises:
-        ConfigError: naming what it lacks.
-    """
-    from transformers import Trainer
-
-    wanted = {
-        "compute_loss": "num_items_in_batch",
-        "get_batch_samples": "num_batches",
-        "training_step": "num_items_in_batch",
-        "evaluation_loop": "metric_key_prefix",
-        "prediction_step": "prediction_loss_only",
-        "_save": "state_dict",
-        "_load_from_checkpoint": "resume_from_checkpoint",
-    }
-    lacks = [
-        f"{name}(..., {argument})"
-        for name, argument in wanted.items()
-        if argument not in inspect.signature(getattr(Trainer, name, check_trainer)).parameters
-    ]
-    lacks += [] if hasattr(Trainer, "loss_is_scaled_for_ga") else ["loss_is_scaled_for_ga"]
-    if lacks or not issubclass(kind, Trainer):
-        import transformers
-
-        raise ConfigError(
-            f"this trainer has no {lacks[0] if lacks else 'transformers.Trainer in it'}",
-            expected=TRIED,
-            where=f"transformers {transformers.__version__}",
-            remedy="Install a version that was tried: pip install 'stillroom[hf]'.",
-        )
 
 
 def check_student(model: Any, tokenizer: Any, caches: Mapping[str, Any], longest: int) -> None:
@@ -109,6 +74,29 @@ def check_student(model: Any, tokenizer: Any, caches: Mapping[str, Any], longest
         )
 
 
+def check_terms(terms: Sequence[Term]) -> None:
+    """Refuse objectives that a trainer of others would compute wrongly or save in part.
+
+    Raises:
+        StudentError: naming the objective and where it is served.
+    """
+    for term in terms:
+        if term.spec.unit == "image":
+            raise StudentError(
+                f"objective {term.label} brings task tokens, which a trainer's checkpoints leave "
+                "out",
+                where="objectives",
+                remedy="Use `stillroom train`, which keeps them beside the student.",
+            )
+        if term.needs.teacher_head and term.table.cache:
+            raise StudentError(
+                f"objective {term.label} reads the head of a further cache's teacher",
+                expected="the main cache's",
+                where="objectives",
+                remedy="Give that cache as cache, and the other one by name.",
+            )
+
+
 def check_dataset(dataset: Any, data: Any) -> None:
     """Refuse a data set that is not about the cache's examples.
 
@@ -119,17 +107,55 @@ def check_dataset(dataset: Any, data: Any) -> None:
     Raises:
         StudentError: it lacks the column `example`, or its tokens are another example's.
     """
+    if not hasattr(dataset, "column_names") or not hasattr(dataset, "__len__"):
+        raise StudentError(
+            f"the data set is a {type(dataset).__name__}",
+            expected="a datasets.Dataset: rows that have numbers",
+            where="train_dataset",
+            remedy="Leave train_dataset out, or build one with Dataset.from_list(list(...)). A "
+            "CachedDataset is given as cache.",
+        )
     if EXAMPLE not in (dataset.column_names or ()):
         raise StudentError(
             f"the data set has no column '{EXAMPLE}'",
             where="train_dataset",
             remedy="Leave train_dataset out, and the cache's own examples are taken; or add the "
             f"column: the number of each row's record in the cache, "
-            f"dataset.add_column('{EXAMPLE}', range(len(dataset))) where both are in one order.",
+            f"dataset.add_column('{EXAMPLE}', range(len(dataset))) where both are in one order. "
+            "Where the trainer dropped it, set remove_unused_columns = False.",
         )
+    if not len(dataset):
+        raise StudentError("the data set is empty", where="train_dataset")
+    main = data.sources[""]
     for row in np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int)):
         one = dataset[int(row)]
-        check_rows([one], [data.records.main.read(_number(one, len(data)), ())], f"row {row}")
+        check_rows([one], [main.read(_number(one, len(data)), ())], f"row {row}")
+
+
+def check_kept(trainer: Any, collator: type) -> None:
+    """Refuse a trainer that would drop the column of numbers, or collates by itself.
+
+    Args:
+        trainer: made, with the data set that it was given.
+        collator: what it was given to collate with.
+
+    Raises:
+        StudentError: naming what to set.
+    """
+    trainer._set_signature_columns_if_needed()
+    if trainer.args.remove_unused_columns and EXAMPLE not in trainer._signature_columns:
+        raise StudentError(
+            f"the trainer would drop the column '{EXAMPLE}'",
+            where=type(trainer).__name__,
+            remedy="Set remove_unused_columns = False.",
+        )
+    if not isinstance(trainer.data_collator, collator):
+        raise StudentError(
+            f"the trainer took a {type(trainer.data_collator).__name__} for its collator",
+            expected=f"the cache's {collator.__name__}",
+            where=type(trainer).__name__,
+            remedy="Have its __init__ keep the data_collator that it is given.",
+        )
 
 
 def numbers_of(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
@@ -171,74 +197,3 @@ def check_rows(rows: Sequence[Mapping[str, Any]], records: Sequence[Any], where:
                 remedy=f"Make the column '{EXAMPLE}' before the data set is shuffled, filtered or "
                 "cut, or leave train_dataset out.",
             )
-
-
-OURS = {
-    "data_collator": "The collator is the cache's.",
-    "eval_dataset": "Name the held-out cache as eval_cache.",
-    "compute_loss_func": "Name what is to be learned in objectives.",
-    "compute_metrics": "There are no logits to measure; use `stillroom evaluate`.",
-    "preprocess_logits_for_metrics": "There are no logits to measure; use `stillroom evaluate`.",
-    "formatting_func": "The tokens are the cache's.",
-    "model_init": "Give the model itself: it is measured before the first step.",
-}
-"""Arguments of trainers that a cache leaves no room for, and what to do instead."""
-
-UNHEARD = {
-    "label_smoothing_factor": (0, 0.0, None),
-    "torch_compile": (False, None),
-    "deepspeed": (None, ""),
-    "loss_type": (None, "nll", "chunked_nll"),
-    "packing": (None, False),
-    "padding_free": (None, False),
-}
-"""Settings that would change nothing or go wrong, and the values that ask for nothing."""
-
-INSTEAD = {
-    "label_smoothing_factor": "Leave it out: the teacher's own distribution is what is learned.",
-    "torch_compile": "Compile the blocks before: `for block in model.model.layers: "
-    "block.compile()`.",
-    "deepspeed": "Use DDP or FSDP.",
-    "loss_type": "Leave it out: objectives say what is learned.",
-    "packing": "Leave it out: the collator packs where the student keeps examples apart.",
-    "padding_free": "Leave it out: the collator lays rows end to end where attention allows it.",
-}
-
-
-def check_arguments(args: Any, more: Mapping[str, Any], trainer: Any = None) -> None:
-    """Refuse settings that a trainer would take and not follow.
-
-    Args:
-        args: the trainer's arguments; None for its defaults.
-        more: what else the trainer was given.
-        trainer: the same once it is made; None before.
-
-    Raises:
-        ConfigError: naming the setting and what to do instead.
-    """
-    for name, remedy in OURS.items():
-        if more.get(name) is not None:
-            raise ConfigError(f"{name} beside a cache", where="the trainer", remedy=remedy)
-    for name, nothing in UNHEARD.items():
-        if getattr(args, name, nothing[0]) not in nothing:
-            raise ConfigError(
-                f"{name} = {getattr(args, name)!r}",
-                where="the trainer's arguments",
-                remedy=INSTEAD[name],
-            )
-    if trainer is not None:
-        _check_ranks(trainer)
-
-
-def _check_ranks(trainer: Any) -> None:
-    """Refuse ways of sharing a batch that would count it wrongly."""
-    told = getattr(trainer.accelerator, "parallelism_config", None)
-    shared = [n for n in ("tp", "cp", "sp") if told is not None and getattr(told, f"{n}_size") > 1]
-    if trainer.args.n_gpu > 1 or trainer.is_deepspeed_enabled or shared:
-        found = f"{shared[0]}_size above 1" if shared else "nn.DataParallel or DeepSpeed"
-        raise ConfigError(
-            found,
-            expected="DDP or FSDP, a process for each device",
-            where="the trainer",
-            remedy="Start with accelerate launch or torchrun, or make one device visible.",
-        )

@@ -39,7 +39,7 @@ def held_out_sets(given: Any, trained: CachedDataset) -> dict[str, HeldOutBatche
 def _set(name: str, given: Any, trained: CachedDataset) -> HeldOutBatches:
     data = given
     if not isinstance(given, CachedDataset):
-        data = CachedDataset(given, trained.lines)
+        data = CachedDataset(given, trained.lines, corpus=trained.corpus)
     where = f"eval_cache '{name}'" if name else "eval_cache"
     heldout = judge(
         trained.lines,

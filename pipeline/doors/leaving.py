@@ -172,15 +172,17 @@ def _to_distillkit(cache: Any, records: Iterator[TeacherRecord], target: Path) -
 
 
 def _to_speculators(cache: Any, records: Iterator[TeacherRecord], target: Path) -> None:
-    """`hs_{i}.safetensors` with `token_ids` [n] and `hidden_states` [n, layers, D], bf16, layers in
-    order and the final state last; and tokens and masks as Parquet, by the same numbers.
+    """What `ArrowDataset` of speculators 0.9 reads: a data set on disk of `input_ids`, `loss_mask`
+    and `seq_len`, and `hidden_states/hs_{i}.safetensors` with `token_ids` [n] and `hidden_states`
+    [n, layers, D], bf16, layers in order and the final state last.
 
     A cache has no state of a text's last token, which predicts nothing: n is one less than L.
     """
     import torch
     from safetensors.torch import save_file
 
-    names = _layers(cache)
+    names, keep = _layers(cache), _data_set()
+    (target / "hidden_states").mkdir()
     tokens = []
     for number, record in enumerate(records):
         kept = record.example.token_ids[:-1].astype(np.int64)
@@ -192,14 +194,39 @@ def _to_speculators(cache: Any, records: Iterator[TeacherRecord], target: Path) 
                 "token_ids": torch.from_numpy(kept),
                 "hidden_states": torch.from_numpy(states).to(torch.bfloat16),
             },
-            target / f"hs_{number}.safetensors",
+            target / "hidden_states" / f"hs_{number}.safetensors",
         )
         mask = record.example.loss_mask[:-1].astype(np.int64)
-        tokens.append({"input_ids": kept, "loss_mask": mask})
-    (target / "data").mkdir()
-    _write_parquet(tokens, target / "data")
+        tokens.append({"input_ids": kept, "loss_mask": mask, "seq_len": len(kept)})
+    keep(tokens, target)
     told = {"layers": names, "cache": cache.plan.digest}
     (target / "layers.json").write_text(json.dumps(told) + "\n")
+
+
+def _data_set() -> Callable[[list[dict[str, Any]], Path], None]:
+    """Writes rows as a data set on disk whose items are tensors."""
+    try:
+        from datasets import Dataset
+        from datasets.utils import (
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+        )
+    except ImportError:
+        raise ConfigError(
+            "datasets is not installed",
+            where="--to speculators",
+            remedy="pip install 'stillroom[hf]'.",
+        ) from None
+
+    def keep(rows: list[dict[str, Any]], target: Path) -> None:
+        shown = not are_progress_bars_disabled()
+        disable_progress_bars()
+        Dataset.from_list(rows).with_format("torch").save_to_disk(target)
+        if shown:
+            enable_progress_bars()
+
+    return keep
 
 
 def _layers(cache: Any) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stillroom.cache_schemas.errors import StudentError
-from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.doors.adoption import adopt
 from stillroom.pipeline.doors.beside import SideWeights, check_signed, sign
 from stillroom.pipeline.doors.cached import CachedBatch, CachedDataset, Objectives
 from stillroom.pipeline.doors.collator import (
@@ -23,26 +23,13 @@ from stillroom.pipeline.doors.collator import (
     HeldOutBatches,
     dataset_of,
 )
-from stillroom.pipeline.doors.fit import (
-    EXAMPLE,
-    bare,
-    check_arguments,
-    check_dataset,
-    check_student,
-    check_trainer,
-)
+from stillroom.pipeline.doors.fit import EXAMPLE, check_dataset, check_kept
 from stillroom.pipeline.doors.heldout_sets import held_out_sets, heldout_batches
 from stillroom.pipeline.doors.redirection import through
-from stillroom.pipeline.objectives.combine import Distiller, balancing_term
+from stillroom.pipeline.doors.settings import check_arguments, check_trainer, check_whole
 from stillroom.pipeline.objectives.reporting import reports_of
 from stillroom.pipeline.objectives.weighting import UnitWeights, scales
-from stillroom.pipeline.student.states import (
-    balancing_weight,
-    keeps_documents_apart,
-    tells_its_routing,
-)
 from stillroom.pipeline.training.parallel import let_go
-from stillroom.pipeline.training.run import resolved
 
 if TYPE_CHECKING:
     from transformers import Trainer as Host
@@ -56,12 +43,15 @@ class CachedDistillationMixin(Host):
     Args:
         model: the student, as the trainer takes it.
         args: the trainer's.
-        cache: directory or URL of a sealed cache, or an opened one.
+        cache: directory or URL of a sealed cache, or an opened one; or a list of several (see
+            `CachedDataset`).
         objectives: lines of the `[[objective]]` table: names, or tables as in the TOML.
         caches: further caches of the same examples, by the names that objectives use.
         eval_cache: held-out cache, or several by name; measured as `stillroom train` does.
         kernel: as `[train] kernel`.
         local_copy: directory that keeps what was read of caches behind a URL.
+        corpus: directory of the prepared corpus; where the pictures of image-text caches are.
+        teacher: directory or hub id of the cache's teacher, for objectives that read its head.
         train_dataset: rows with a column `example`, the number of their record in the cache, to
             train on some of it or in an order of one's own; None takes every example.
         more: what else the trainer takes.
@@ -83,16 +73,18 @@ class CachedDistillationMixin(Host):
         eval_cache: Any = None,
         kernel: str = "auto",
         local_copy: str = "",
+        corpus: str = "",
+        teacher: str = "",
         train_dataset: Any = None,
         **more: Any,
     ):
         check_trainer(type(self))
         check_arguments(args, more)
-        self.data = data = CachedDataset(cache, objectives, caches or {}, local_copy)
+        self.data = data = CachedDataset(cache, objectives, caches or {}, local_copy, corpus=corpus)
         if train_dataset is not None:
             check_dataset(train_dataset, data)
-        self._held_out = held_out_sets(eval_cache, data)
-        evaluated = {name: dataset_of(one.dataset) for name, one in self._held_out.items()}
+        self.held_out = held_out_sets(eval_cache, data)
+        evaluated = {name: dataset_of(one.dataset) for name, one in self.held_out.items()}
         super().__init__(
             model=model,
             args=args,
@@ -101,29 +93,17 @@ class CachedDistillationMixin(Host):
             eval_dataset=evaluated.get("", evaluated) or None,
             **more,
         )
-        self._adopt(kernel)
+        self._adopt(kernel, teacher)
 
-    def _adopt(self, kernel: str) -> None:
-        """Measure the student that the trainer has made, and put the objectives beside it."""
+    def _adopt(self, kernel: str, teacher: str) -> None:
+        """Look at what the trainer has made of all that, and put the objectives beside it."""
         me: Any = self
         check_arguments(me.args, {}, me)
-        student, data = bare(me.accelerator.unwrap_model(me.model)), self.data
-        named = {f"cache '{name or 'cache'}'": one for name, one in data.sources.items()}
-        check_student(student, me.processing_class, named, int(data.lengths.max()))
-        data.packed = keeps_documents_apart(student, data.facts[""].vocab_size)
-        attention = str(getattr(student.config, "_attn_implementation", ""))
-        data.padding_free = data.packed and attention.startswith("flash_attention")
-        terms = list(data.terms)
-        balance = balancing_weight(student)
-        if balance and tells_its_routing(student):
-            terms.append(balancing_term(terms, balance, data.facts))
-            for one in self._held_out.values():
-                one.heldout.terms.append(terms[-1])
-        settings = resolved(Train.model_validate({"kernel": kernel}), me.args.device)
-        self.distiller = Distiller(student, terms, settings.kernel, packed=data.packed)
-        self.distiller.to(me.args.device if me.place_model_on_device else "cpu")
+        check_dataset(me.train_dataset, self.data)
+        check_kept(me, CachedCollator)
+        self.distiller = adopt(self, kernel, teacher)
         self._beside = SideWeights(self.distiller.projectors, me)
-        self._shown = torch.zeros(len(terms), dtype=torch.float64)
+        self._shown = torch.zeros(len(self.distiller.terms), dtype=torch.float64)
         self._steps_shown = 0
 
     # ---- one step ----
@@ -186,6 +166,7 @@ class CachedDistillationMixin(Host):
         done = self._progress() if me.model.training else 1.0
 
         def inside(moved: CachedBatch) -> torch.Tensor:
+            check_whole(self.distiller.model.get_output_embeddings().weight)
             with me.accelerator.autocast():
                 return self.distiller(moved.batch, weights, done)
 
@@ -227,13 +208,13 @@ class CachedDistillationMixin(Host):
         """Batches of a held-out cache, by its name."""
         own = eval_dataset is None or eval_dataset is self.eval_dataset
         name = "" if own else eval_dataset
-        if not isinstance(name, str) or name not in self._held_out:
+        if not isinstance(name, str) or name not in self.held_out:
             raise StudentError(
                 "only held-out caches are measured",
                 where="evaluate",
                 remedy="Give eval_cache when the trainer is made.",
             )
-        return heldout_batches(self._held_out[name], self)
+        return heldout_batches(self.held_out[name], self)
 
     def evaluation_loop(self, dataloader: Any, *given: Any, **more: Any) -> Any:
         """The trainer's own, with means over all units of all ranks."""
@@ -276,9 +257,14 @@ class CachedDistillationMixin(Host):
         with self._beside.apart():
             super()._save(output_dir, self._beside.without(state_dict))
         if me.args.should_save:
-            directory = Path(output_dir or str(me.args.output_dir))
-            self._beside.save(directory)
-            sign(directory, self.data)
+            self._beside.save(Path(output_dir or str(me.args.output_dir)))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trainer's own, with what the student was trained from beside it."""
+        super().save_model(output_dir, _internal_call)
+        me: Any = self
+        if me.args.should_save:
+            sign(Path(output_dir or str(me.args.output_dir)), self.data)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         directory = Path(resume_from_checkpoint)

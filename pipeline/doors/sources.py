@@ -8,10 +8,10 @@ from pathlib import Path
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config.strict import nearest
-from stillroom.pipeline.doors import distillkit_files, json_answers
+from stillroom.pipeline.doors import axolotl_rows, distillkit_files, json_answers
 from stillroom.pipeline.doors.foreign import Reader
 
-FORMS = ("distillkit", "prompt_logprobs", "top_logprobs")
+FORMS = ("axolotl", "distillkit", "prompt_logprobs", "top_logprobs")
 
 
 def source_of(form: str, source: Path, tokenizer: str, config: str = "") -> tuple[Reader, float]:
@@ -45,4 +45,5 @@ def source_of(form: str, source: Path, tokenizer: str, config: str = "") -> tupl
     from stillroom.pipeline.corpus.tokenizer import load_tokenizer
 
     words = json_answers.Words(load_tokenizer(tokenizer))
-    return partial(json_answers.read_top_logprobs, source, words), 0.0
+    read = axolotl_rows.read_axolotl if form == "axolotl" else json_answers.read_top_logprobs
+    return partial(read, source, words), 0.0

@@ -22,6 +22,7 @@ from stillroom.cache_schemas.plan import Plan
 from stillroom.pipeline.capture.plan import check_tokenizer
 from stillroom.pipeline.config import Run, Teacher, require
 from stillroom.pipeline.config.training import Attention, Evaluate
+from stillroom.pipeline.corpus.privileged import asked
 from stillroom.pipeline.corpus.tokenizer import vocabulary
 from stillroom.pipeline.record import Example
 from stillroom.pipeline.student.loading import is_model, load
@@ -209,11 +210,16 @@ def _measure_one(models, sums, example: Example, device, tokens: torch.Tensor) -
     # Row t predicts token t + 1.
     rows = torch.as_tensor(example.loss_mask[1:].nonzero()[0], device=device)
     places = torch.arange(len(ids), device=device)[None]
+    told = torch.as_tensor(asked(example).token_ids, dtype=torch.long, device=device)
+    moved = len(told) - len(ids)  # a teacher may have read another prompt before the same answer
     states = {label: forward_states(m, ids[None], places) for label, m in models.items()}
+    if example.teacher_prompt is not None:
+        at = torch.arange(len(told), device=device)[None]
+        states["teacher"] = forward_states(models["teacher"], told[None], at)
     parts: dict[str, list] = {label: [] for label in models}
     for chunk in rows.split(ROWS_PER_CHUNK):
         target = ids[chunk + 1]
-        truth = _logprobs(states["teacher"], chunk)
+        truth = _logprobs(states["teacher"], chunk + moved)
         for label in models:
             own = truth if label == "teacher" else _logprobs(states[label], chunk)
             parts[label].append(_compare(truth, own, target, tokens))

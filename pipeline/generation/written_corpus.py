@@ -274,6 +274,15 @@ def _check(prepare: Prepare, settings: Generate) -> None:
             expected="max_tokens < [prepare] window",
             where="[generate] max_tokens",
         )
+    for source in prepare.source:
+        if source.teacher_messages_column:
+            raise ConfigError(
+                f"source '{source.name}' has teacher_messages_column, and a teacher that writes "
+                "reads what the student will",
+                where="[[prepare.source]]",
+                remedy="Leave it out here: write first, and capture the answers as a corpus of two "
+                "columns.",
+            )
 
 
 def _student_facts(settings: Generate, tokenizer: CorpusTokenizer) -> dict[str, Any] | None:

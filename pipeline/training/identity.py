@@ -20,6 +20,7 @@ HOW_NOT_WHAT = {
     "local_copy",
     "local_copy_gigabytes",
     "images",
+    "joined",
     "corpus",
     "workers",
     "checkpoint_every",

@@ -1,7 +1,8 @@
 """The curves of a training run: a JSON line per logged step, TensorBoard, and one more tracker.
 
 One idea: what was logged after the checkpoint that a run goes on from is cut away, so that a
-resumed run leaves the same curves as an uninterrupted one.
+resumed run leaves the same curves as an uninterrupted one. The further tracker is spoken to through
+accelerate's interface, and goes on with the run that it knows of this directory.
 """
 
 import json
@@ -75,13 +76,16 @@ def _open_tracker(name: str, run: str, directory: Path, config: dict[str, Any]) 
     """A tracker that goes on with the run of this directory, if it has one."""
     if name == "none":
         return None
-    module, identity = __import__(name), _identity(directory)
-    if name == "wandb":
-        module.init(project=PROJECT, name=run, id=identity, resume="allow", config=config)
-    else:
-        # trackio knows a run by its name.
-        module.init(project=PROJECT, name=f"{run}-{identity}", resume="allow", config=config)
-    return module
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # its trackers speak of themselves through a log that wants one
+    identity = _identity(directory)
+    # trackio knows a run by its name alone, and would begin another one if it were not told.
+    own = {"name": run, "id": identity} if name == "wandb" else {"name": f"{run}-{identity}"}
+    tracker: Any = LOGGER_TYPE_TO_CLASS[name](PROJECT, **own, resume="allow", config=config)
+    tracker.start()
+    return tracker
 
 
 def _identity(directory: Path) -> str:

@@ -28,6 +28,7 @@ from stillroom.pipeline.training.run import (
     geometry_of,
     longest_of,
     opened,
+    with_joined,
 )
 
 Found = TypeVar("Found")
@@ -105,6 +106,8 @@ def look_up(
     found.of(_check_tracker, settings)
     places = cache_locations(run, settings)
     caches = given or _open(found, places, settings)
+    if "" in caches and (joined := found.of(with_joined, caches[""], settings)) is not None:
+        caches = {**caches, "": joined}
     images = _open(found, settings.images, settings)
     found.of(_check_names, caches, images)
     facts = {name: facts_of(cache) for name, cache in {**caches, **images}.items()}
@@ -182,11 +185,13 @@ def _check_names(caches: Mapping[str, Any], images: Mapping[str, Any]) -> None:
 
 def _check_tracker(settings: Train) -> None:
     tracker = settings.tracker
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+    needed = () if tracker == "none" else (tracker, "accelerate")
+    lacks = [name for name in needed if importlib.util.find_spec(name) is None]
+    if lacks:
         raise ConfigError(
-            f"tracker = '{tracker}' but {tracker} is not installed",
+            f"tracker = '{tracker}' but {lacks[0]} is not installed",
             where="[train]",
-            remedy=f"pip install {tracker}, or set tracker = 'none'.",
+            remedy=f"pip install {' '.join(lacks)}, or set tracker = 'none'.",
         )
 
 

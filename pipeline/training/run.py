@@ -19,6 +19,7 @@ from stillroom.pipeline.config import Run
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.data.images import Pictures, processor_of
+from stillroom.pipeline.data.joined import Joined
 from stillroom.pipeline.data.loader import Geometry
 from stillroom.pipeline.data.records import RecordSource, lengths_of
 from stillroom.pipeline.kernels.execution import triton_runs_on
@@ -45,7 +46,20 @@ def cache_locations(run: Run, settings: Train) -> dict[str, str]:
 def open_caches(run: Run, settings: Train) -> dict[str, Any]:
     """Every cache of a run by name."""
     places = cache_locations(run, settings)
-    return {name: opened(location, settings) for name, location in places.items()}
+    found = {name: opened(location, settings) for name, location in places.items()}
+    return found | {"": with_joined(found[""], settings)}
+
+
+def with_joined(main: Any, settings: Train) -> Any:
+    """The main cache, with those of `[train] joined` behind it.
+
+    Raises:
+        PlanMismatch: they cannot be trained from together.
+        StudentError: two of them are about the same text.
+    """
+    if not settings.joined:
+        return main
+    return Joined([main, *(opened(place, settings) for place in settings.joined)])
 
 
 def opened(location: str, settings: Train) -> Any:

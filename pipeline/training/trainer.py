@@ -18,6 +18,7 @@ from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.data.records import RecordSource
+from stillroom.pipeline.training.card import write_card
 from stillroom.pipeline.training.checkpoint import (
     Best,
     TrainingState,
@@ -202,4 +203,5 @@ class Training(Setup):
         check = export.write(Path(result.student), {"identity": self.identity}, live)
         result = replace(result, check=asdict(check))
         keep(self.settings_run, result, settings.steps, self.identity, form_of(settings))
+        write_card(self.settings_run)
         return result

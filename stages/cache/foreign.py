@@ -18,7 +18,8 @@ def import_(
     source: Annotated[Path, typer.Argument(help="File or directory.", metavar="SOURCE")],
     target: Annotated[str, typer.Argument(help="Directory or URL.", metavar="TARGET")],
     form: Annotated[
-        str, typer.Option("--from", help="distillkit, prompt_logprobs (vLLM), top_logprobs.")
+        str,
+        typer.Option("--from", help="axolotl, distillkit, prompt_logprobs (vLLM), top_logprobs."),
     ],
     teacher: Annotated[str, typer.Option(help="Name of the teacher; nothing vouches for it.")],
     tokenizer: Annotated[str, typer.Option(help="The teacher's tokenizer: directory or hub id.")],

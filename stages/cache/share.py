@@ -14,7 +14,9 @@ from stillroom.stages.cache.arguments import Cache, PublicKey, check_signature, 
 from stillroom.stages.console import progress, put, say
 
 if TYPE_CHECKING:
+    from stillroom.pipeline.cache.reader import TeacherCache
     from stillroom.pipeline.cache.sharing.copying import Copied
+    from stillroom.pipeline.cache.sharing.readable import About
     from stillroom.pipeline.cache.storage.protocol import Storage
 
 Target = Annotated[str, typer.Argument(help="Directory or URL.", metavar="TARGET")]
@@ -25,13 +27,33 @@ Signals = Annotated[
 Threads = Annotated[int, typer.Option(min=1, help="Shards in flight.")]
 
 
-def push(cache: Cache, target: Target, signal: Signals = None, threads: Threads = 8) -> None:
+def push(
+    cache: Cache,
+    target: Target,
+    signal: Signals = None,
+    threads: Threads = 8,
+    license: Annotated[str, typer.Option(help="On a hub's card, such as apache-2.0.")] = "",
+    language: Annotated[
+        list[str] | None, typer.Option(help="On the card, such as en. Repeatable.")
+    ] = None,
+    source_dataset: Annotated[
+        list[str] | None, typer.Option(help="Hub id of where the text is from. Repeatable.")
+    ] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="The teacher's: readable rows are pushed to a hub, and shown first.")
+    ] = "",
+    readable: Annotated[int, typer.Option(min=0, help="Examples in readable rows.")] = 1000,
+) -> None:
     """Copy a sealed cache to a bucket, directory or hub; the manifest travels last."""
     from stillroom.pipeline.cache.sharing import hub
+    from stillroom.pipeline.cache.sharing.readable import About
 
     source = location(cache)
     if target.startswith(hub.PROTOCOL):
-        _publish(source, target, signal)
+        about = About(license, tuple(language or ()), tuple(source_dataset or ()))
+        _publish(source, target, signal, about, readable and tokenizer, readable)
+    elif license or language or source_dataset or tokenizer:
+        raise ConfigError("only a hub has a card", where=target, expected=f"{hub.PROTOCOL}...")
     else:
         _copy(source, target, signal, threads, "push", own="://" not in source)
 
@@ -142,7 +164,14 @@ def _copy(
     _say_copied(done, end.location)
 
 
-def _publish(source: str, target: str, signals: list[str] | None) -> None:
+def _publish(
+    source: str,
+    target: str,
+    signals: list[str] | None,
+    about: "About",
+    tokenizer: str | int,
+    count: int,
+) -> None:
     from stillroom.pipeline.cache.sharing import hub
 
     if not Path(source).is_dir():
@@ -151,9 +180,37 @@ def _publish(source: str, target: str, signals: list[str] | None) -> None:
             where=source,
             remedy="Pull it into a directory first, and push that.",
         )
+    beside = _beside(Path(source), about, str(tokenizer or ""), count)
     with progress("verify", "shards") as report:
-        done = hub.push(Path(source), target, signals, report)
+        done = hub.push(Path(source), target, signals, report, beside)
     _say_copied(done, target)
+
+
+def _beside(source: Path, about: "About", tokenizer: str, count: int) -> dict[str, bytes]:
+    """The card, and rows that a person can read where a tokenizer is named; nothing where nothing
+    was said about the cache."""
+    if about.says_nothing and not tokenizer:
+        return {}
+    from stillroom.pipeline.cache.card import README, card
+    from stillroom.pipeline.cache.reader import TeacherCache
+    from stillroom.pipeline.cache.sharing.readable import FILE, published_card, readable_rows
+    from stillroom.pipeline.corpus.tokenizer import load_tokenizer, tokenizer_facts
+    from stillroom.pipeline.training.run import check_tokenizer
+
+    cache, readme = TeacherCache.open(source), source / README
+    own = readme.read_bytes() if readme.is_file() else card(cache.plan)
+    found = {README: published_card(own, about, bool(tokenizer))}
+    if tokenizer:
+        check_tokenizer(tokenizer_facts(tokenizer), {"the cache": cache}, tokenizer)
+        words = load_tokenizer(tokenizer)
+        records = (cache.read(number, _readable(cache)) for number in range(len(cache)))
+        found[FILE] = readable_rows(records, words.decode, count)
+    return found
+
+
+def _readable(cache: "TeacherCache") -> list[str]:
+    wanted = ("topk_ids", "topk_logprobs", "entropy")
+    return [name for name in wanted if name in cache.signals]
 
 
 def _say_copied(done: "Copied", where: str) -> None:

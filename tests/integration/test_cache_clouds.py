@@ -7,7 +7,10 @@ import socket
 import subprocess
 import sys
 
+import datasets
 import pytest
+from huggingface_hub import DatasetCard
+from transformers import AutoTokenizer
 
 from stillroom.cache_schemas.errors import CacheError
 from stillroom.pipeline.cache.care.verification import verify
@@ -16,7 +19,7 @@ from stillroom.pipeline.cache.sharing.copying import copy
 from stillroom.pipeline.cache.storage.bucket import BucketStorage
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.writer import CacheWriter
-from tests import fake_hub
+from tests import fake_hub, memory_cache
 from tests.services import Proxy
 from tests.synthetic_records import assert_same_record, make_record, records_of
 
@@ -130,6 +133,48 @@ def test_a_cache_is_published_on_the_hub(cache, plan, tmp_path):
         assert repos["owner/new"]["main"][f"run/{name}"] == path.read_bytes()
     assert len(repos["owner/new"]["main"]) == len(files)
     assert_same_record(TeacherCache.open(tmp_path / "copy")[4], make_record(plan, 4))
+
+
+def test_what_a_person_sees_of_a_published_cache(tiny_llama, tmp_path):
+    """The card passes the hub's checks and keeps its words; the viewer opens on rows to read."""
+    made = memory_cache.captured(tiny_llama, memory_cache.examples(6), entropy=True)
+    directory = made.write(tmp_path / "cache")
+    (directory / "README.md").write_bytes((directory / "README.md").read_bytes() + b"Mine.\n")
+    repos, place = {}, "hf://datasets/owner/read"
+    told = ["--license", "apache-2.0", "--language", "en", "--source-dataset", "owner/texts"]
+    with fake_hub.serve(repos) as address:
+        pushed = stillroom(
+            address, "push", str(directory), place, *told, "--tokenizer", str(tiny_llama)
+        )
+        wrong = stillroom(address, "push", str(directory), place, "--language", "English")
+    assert pushed.returncode == 0, pushed.stderr
+    assert (wrong.returncode, "an ISO 639 code" in wrong.stderr) == (2, True)
+    for name, data in repos["owner/read"]["main"].items():
+        (tmp_path / "got" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "got" / name).write_bytes(data)
+    card = DatasetCard.load(tmp_path / "got" / "README.md")
+    assert (card.data.license, card.data.language) == ("apache-2.0", ["en"])
+    assert card.data.source_datasets == ["owner/texts"]
+    assert "Mine." in card.text
+    shown = datasets.load_dataset(str(tmp_path / "got"), cache_dir=str(tmp_path / "kept"))["train"]
+    record = made.records[0]
+    row, length = shown[0], len(record.example.token_ids)
+    assert len(row["tokens"]) == len(row["guesses"]) == len(row["entropy"]) == length
+    assert row["entropy"][: record.first_row + 1] == [None] * (record.first_row + 1)
+    words = AutoTokenizer.from_pretrained(tiny_llama)
+    best = words.decode([int(record.signals["topk_ids"][0, 0])])
+    assert row["guesses"][record.first_row + 1].startswith(f"{best!r} ")
+    index = datasets.load_dataset(str(tmp_path / "got"), "index", cache_dir=str(tmp_path / "kept"))
+    assert index["train"].num_rows == 6
+    assert verify(DirectoryStorage(tmp_path / "got")).problems == []
+
+
+def test_folders_that_a_hub_does_not_take(monkeypatch, cache):
+    from stillroom.pipeline.cache.sharing import hub
+
+    monkeypatch.setattr(hub, "MOST_FILES", 2)
+    with pytest.raises(CacheError, match=r"files in one folder.*reshard"):
+        hub.push(cache.root, "hf://datasets/owner/many")
 
 
 class Refusing(dict):

@@ -2,10 +2,12 @@
 
 import json
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load_file
 
@@ -298,10 +300,12 @@ def test_distillkit_files_lose_nothing(cache, tiny_llama, tmp_path):
 
 def test_hidden_states_for_draft_models(cache, tmp_path):
     export(cache, tmp_path / "out", "speculators")
-    rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
+    rows = datasets.load_from_disk(str(tmp_path / "out"))
     for number, record in enumerate(cache):
-        held = load_bf16(tmp_path / "out" / f"hs_{number}.safetensors")
-        assert held["token_ids"].tolist() == rows[number]["input_ids"]
+        held = load_bf16(tmp_path / "out" / "hidden_states" / f"hs_{number}.safetensors")
+        assert torch.equal(held["token_ids"], rows[number]["input_ids"])
+        assert rows[number]["loss_mask"].tolist() == record.example.loss_mask[:-1].tolist()
+        assert rows[number]["seq_len"] == len(held["token_ids"])
         assert held["token_ids"].tolist() == record.example.token_ids[:-1].tolist()
         assert held["hidden_states"].shape == (len(held["token_ids"]), 2, 64)
         for place, name in enumerate(("hidden.1", "hidden.final")):
@@ -336,7 +340,6 @@ def test_what_a_format_has_no_place_for(cache, answers_alone, tmp_path):
 
 
 def test_others_open_what_was_exported(cache, tmp_path):
-    import datasets
     import duckdb
     import pandas
 
@@ -370,3 +373,56 @@ def test_the_commands(cache, tiny_llama, tmp_path, capsys):
     named[1] = "distilkit"
     assert run([*arguments, *named]) == 2
     assert "Did you mean 'distillkit'" in capsys.readouterr().err
+
+
+# ---- axolotl's rows ----
+
+
+def axolotl_row(tokenizer, shift=0, **more):
+    """A conversation and lists about its last tokens: the token itself at 0.6 and a neighbour."""
+    said = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A lemon"}]
+    text = tokenizer.apply_chat_template(said, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    about = ids[-5 - shift : len(ids) - shift]
+    lists = [
+        [{"token": f"token_id:{one}", "logprob": -0.5}, {"token": "token_id:9", "logprob": -1.5}]
+        for one in about
+    ]
+    return {"messages": said, "logprobs": lists} | more, ids
+
+
+def test_axolotls_rows_belong_to_the_last_tokens(tiny_llama, tiny_tokenizer, tmp_path):
+    row, ids = axolotl_row(tiny_tokenizer)
+    numbers = [[one["logprob"] for one in entries] for entries in row["logprobs"]]
+    tokens = [[int(one["token"][9:]) for one in entries] for entries in row["logprobs"]]
+    split = row | {"logprobs": numbers, "target_token_ids": tokens}
+    for number, told in enumerate((row, split)):
+        source = tmp_path / f"{number}.jsonl"
+        source.write_text(json.dumps(told))
+        record = taken("axolotl", source, tmp_path / f"cache{number}", tiny_llama)[0]
+        np.testing.assert_array_equal(record.example.token_ids, ids)
+        assert np.flatnonzero(record.example.loss_mask).tolist() == list(
+            range(len(ids) - 5, len(ids))
+        )
+        assert record.first_row == len(ids) - 6
+        np.testing.assert_array_equal(record.signals["topk_ids"][:, 0], ids[-5:])
+        np.testing.assert_allclose(record.signals["topk_logprobs"], [[-0.5, -1.5]] * 5)
+        assert "tail_logprob" not in record.signals
+
+
+@pytest.mark.parametrize(
+    ("shift", "more", "message"),
+    [
+        (1, {}, r"line 1.* of 5 tokens are among the guesses.*tokenizer and template"),
+        (0, {"target_logprobs": []}, "prepared by axolotl, which renormalises"),
+        (0, {"messages": []}, "no messages and logprobs"),
+        (0, {"target_token_ids": [[1]]}, "1 lists of ids for 5"),
+    ],
+)
+def test_axolotls_rows_that_cannot_be_right(
+    tiny_tokenizer, tiny_llama, tmp_path, shift, more, message
+):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(axolotl_row(tiny_tokenizer, shift, **more)[0]))
+    with pytest.raises(StillroomError, match=message):
+        taken("axolotl", tmp_path / "rows.jsonl", tmp_path / "cache", tiny_llama)
+    assert not (tmp_path / "cache").exists()

@@ -175,7 +175,9 @@ from tests.in_float64 import norms_in_float64
 from tests.integration import test_doors_trainers as here
 
 llama, cache, out, fsdp = sys.argv[1:]
-more = {"fsdp": "full_shard", "fsdp_config": {"version": 2}} if fsdp == "fsdp" else {}
+sharded = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+more = {"fsdp": "full_shard", "fsdp_config": sharded} if fsdp == "fsdp" else {}
+more |= {"save_strategy": "steps", "save_steps": 2} if more else {}
 args = here.arguments(here.TrainingArguments, out, gradient_accumulation_steps=1, **more)
 with norms_in_float64():
     trainer = CachedTrainer(
@@ -185,16 +187,22 @@ with norms_in_float64():
     )
     trainer.train()
     measured = trainer.evaluate()
+    again = []
+    if more:
+        resumed = CachedTrainer(here.student(llama, torch.float64), args, cache=cache,
+            objectives=here.LINES, train_dataset=here.order_of(cache))
+        resumed.train(resume_from_checkpoint=f"{out}/checkpoint-2")
+        again = here.logged(resumed)[-2:]
 trainer.save_model()
 if trainer.is_world_process_zero():
     import json, pathlib
-    told = {"losses": here.logged(trainer), "held": measured["eval_held_loss"]}
+    told = {"losses": here.logged(trainer), "held": measured["eval_held_loss"], "again": again}
     pathlib.Path(out, "told.json").write_text(json.dumps(told))
 ranks.leave()
 """
 
 
-@pytest.mark.parametrize("kind", ["ddp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_ranks_take_the_steps_of_one(kind, ours, tiny_llama, cache, tmp_path):
     losses, weights = ours
     script = tmp_path / "rank.py"
@@ -210,6 +218,7 @@ def test_two_ranks_take_the_steps_of_one(kind, ours, tiny_llama, cache, tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads((tmp_path / "told.json").read_text())
     np.testing.assert_allclose(told["losses"], losses, rtol=1e-6)
+    assert told["again"] == (told["losses"][-2:] if kind == "fsdp" else [])
     assert_same_weights(load_file(tmp_path / "model.safetensors"), weights)
     alone = evaluated(tiny_llama, cache, tmp_path / "model.safetensors", tmp_path / "alone")
     np.testing.assert_allclose(told["held"], alone, rtol=ROUNDING)

@@ -266,6 +266,7 @@ class Tracker:
 
     def init(self, **told):
         self.begun.append(told)
+        return self
 
     def log(self, values, step):
         self.logged.append(step)

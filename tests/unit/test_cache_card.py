@@ -1,12 +1,18 @@
 """The card of a cache is what the hub's own library reads, and its files are opened by others."""
 
+import io
+from dataclasses import replace
+
 import datasets
 import duckdb
+import numpy as np
 import pandas
 import pytest
 from huggingface_hub import DatasetCard
 
 from stillroom.pipeline.cache.card import README, size_category
+from stillroom.pipeline.cache.sharing.readable import readable_rows
+from tests.synthetic_records import make_record
 
 
 def test_the_hub_reads_the_card(original):
@@ -34,3 +40,14 @@ def test_others_open_the_table_that_the_viewer_shows(original, tmp_path):
     assert sorted(one for (one,) in rows) == sorted(table["example_id"])
     loaded = datasets.load_dataset(str(original), cache_dir=str(tmp_path))
     assert loaded["train"]["example_id"][:] == table["example_id"].tolist()
+
+
+def test_a_long_text_is_cut_where_the_viewer_would_not_show_it(plan):
+    made = make_record(plan, 0)
+    long = replace(made.example, token_ids=np.zeros(300_000, np.int32))
+    long = replace(long, loss_mask=np.ones(300_000, bool))
+    file = readable_rows([replace(made, example=long)], lambda ids: "word " * len(ids), 5)
+    (row,) = pandas.read_parquet(io.BytesIO(file)).to_dict("records")
+    assert row["num_tokens"] == 300_000
+    assert len(row["tokens"]) == len(row["guesses"]) < 100_000
+    assert len(row["text"]) + sum(map(len, row["tokens"])) < 2_000_000

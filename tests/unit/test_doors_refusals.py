@@ -5,12 +5,23 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 from trl import SFTConfig
 
 from stillroom.cache_schemas.errors import StillroomError
-from stillroom.hf import CachedCollator, CachedSFTTrainer, CachedTrainer
-from stillroom.pipeline.doors import fit
+from stillroom.hf import (
+    CachedCollator,
+    CachedDistillationMixin,
+    CachedSFTTrainer,
+    CachedTrainer,
+)
+from stillroom.pipeline.doors import settings
 from stillroom.pipeline.doors.cached import CachedDataset
 from stillroom.pipeline.doors.redirection import through
 from tests import memory_cache, tiny_models
@@ -50,7 +61,7 @@ def test_settings_that_would_not_be_followed(kind, arguments, message, model, ca
         made(kind, model, cache, tmp_path, arguments)
 
 
-@pytest.mark.parametrize("name", sorted(fit.OURS))
+@pytest.mark.parametrize("name", sorted(settings.OURS))
 def test_arguments_that_a_cache_leaves_no_room_for(name, model, cache, tmp_path):
     with pytest.raises(StillroomError, match=f"{name} beside a cache"):
         made(CachedTrainer, model, cache, tmp_path, **{name: object()})
@@ -108,6 +119,72 @@ def test_a_trainer_that_drops_columns_keeps_ours(kind, model, cache, tmp_path):
     trainer = made(kind, model, cache, tmp_path, train_dataset=data)
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["distill"].batch.num_tokens > 0
+
+
+def test_data_sets_whose_rows_have_no_numbers(model, cache, tmp_path):
+    for given in (rows(cache, example=list(range(12))).to_iterable_dataset(), CachedDataset(cache)):
+        with pytest.raises(
+            StillroomError, match=r"the data set is a .*expected a datasets.Dataset"
+        ):
+            made(CachedTrainer, model, cache, tmp_path, train_dataset=given)
+    with pytest.raises(StillroomError, match="the data set is empty"):
+        made(
+            CachedTrainer, model, cache, tmp_path, train_dataset=Dataset.from_dict({"example": []})
+        )
+
+
+def refused(host, message, model, cache, tmp_path):
+    """A trainer mixed with ours, which does something to the data set or the collator."""
+    mixes = issubclass(host, CachedDistillationMixin)
+    kind = host if mixes else type("Mine", (CachedDistillationMixin, host), {})
+    with pytest.raises(StillroomError, match=message):
+        kind(model, TrainingArguments(str(tmp_path), report_to="none"), cache=cache)
+
+
+def test_a_trainer_that_drops_the_column(model, cache, tmp_path):
+    class Drops(Trainer):
+        def __init__(self, *given, train_dataset, **more):
+            kept = train_dataset.remove_columns("example")
+            super().__init__(*given, train_dataset=kept, **more)
+
+    class Forgets(CachedTrainer):
+        def _set_signature_columns_if_needed(self):
+            self._signature_columns = ["input_ids"]
+
+    message = r"no column 'example'.*remove_unused_columns = False"
+    refused(Drops, message, model, cache, tmp_path)
+    refused(Forgets, r"would drop the column 'example'.*= False", model, cache, tmp_path)
+
+
+def test_a_trainer_with_a_collator_of_its_own(model, cache, tmp_path):
+    class Collates(Trainer):
+        def __init__(self, *given, data_collator, **more):
+            super().__init__(*given, data_collator=default_data_collator, **more)
+
+    refused(Collates, "took a function for its collator", model, cache, tmp_path)
+
+
+def test_versions_before_the_ones_that_were_tried(monkeypatch, model, cache, tmp_path):
+    monkeypatch.setattr(settings, "version", lambda name: {"trl": "1.9.1"}.get(name, "5.19.0"))
+    made(CachedTrainer, model, cache, tmp_path)
+    with pytest.raises(StillroomError, match=r"trl 1.9.1; expected trl 1.16 or later"):
+        made(CachedSFTTrainer, model, cache, tmp_path)
+
+
+def test_a_head_that_is_sharded_apart():
+    class Part:
+        def full_tensor(self): ...
+
+    with pytest.raises(StillroomError, match="TRANSFORMER_BASED_WRAP"):
+        settings.check_whole(Part())
+
+
+def test_a_teachers_head_that_nobody_gives(model, tiny_llama, tmp_path):
+    made_of = memory_cache.captured(tiny_llama, memory_cache.examples(4), hidden_layers=("final",))
+    held = str(made_of.write(tmp_path / "cache"))
+    line = {"name": "full_vocabulary"}
+    with pytest.raises(StillroomError, match=r"reads the teacher's head.*Give teacher ="):
+        made(CachedTrainer, model, held, tmp_path, objectives=[line])
 
 
 def test_a_version_that_hands_over_less(monkeypatch, model, cache, tmp_path):

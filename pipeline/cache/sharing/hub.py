@@ -6,7 +6,8 @@ a push that was cut off is an unsealed cache there, and the same push goes on. I
 from the hub: BucketStorage does.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfUri
 
 PROTOCOL = "hf://"
+MOST_FILES = 10_000
+"""Of one folder, by the hub's rules."""
 REFUSED = (401, 403, 404)
 """The hub's ways to say no rather than not now."""
 
@@ -34,6 +37,7 @@ def push(
     url: str,
     signals: list[str] | None = None,
     progress: Progress = lambda done, total: None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> Copied:
     """Publish a sealed cache; a data set that does not exist yet is made, private.
 
@@ -42,12 +46,14 @@ def push(
         url: `hf://datasets/OWNER/NAME`, with `@REVISION` and `/FOLDER` behind it where wanted.
         signals: dense signals to publish (`logits` alone means none); None takes all.
         progress: of the check that comes first, in shards.
+        beside: path -> content of what is published with the cache and is no part of it.
 
     Returns:
         All files of the published cache: the hub does not say which of them it had.
 
     Raises:
-        CacheError: no such signal; no sealed cache; the hub refuses.
+        CacheError: no such signal; no sealed cache; the hub refuses; a folder of more files than
+            it takes.
         ShardCorrupt: a file is not what the manifest says; nothing has been sent.
         PlanMismatch: another cache lies there.
         CacheIncomplete: the connection failed; the same push again goes on.
@@ -62,19 +68,39 @@ def push(
             where=str(directory),
             remedy="Run `stillroom cache repair` on it before anybody gets a copy.",
         )
+    _check_folders(directory)
     with _told(url):
         _make(place)
         check_target(cache, BucketStorage(url))
-        return _upload(cache, directory, place, dense)
+        return _upload(cache, directory, place, dense, beside or {})
 
 
-def _upload(cache: TeacherCache, directory: Path, place: "HfUri", dense: list[str]) -> Copied:
+def _check_folders(directory: Path) -> None:
+    """Refuse what the hub would, before anything is sent."""
+    counts = Counter(path.parent for path in directory.rglob("*") if path.is_file())
+    for folder, count in counts.items():
+        if count > MOST_FILES:
+            raise CacheError(
+                f"{count:,} files in one folder",
+                expected=f"at most {MOST_FILES:,}, which is what the hub takes",
+                where=str(folder),
+                remedy="Run `stillroom cache reshard` with a larger --examples-per-shard.",
+            )
+
+
+def _upload(
+    cache: TeacherCache,
+    directory: Path,
+    place: "HfUri",
+    dense: list[str],
+    beside: Mapping[str, bytes],
+) -> Copied:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils import filter_repo_objects
 
     left_out = [f"dense/{name}/*" for name in sorted(set(cache.form.dense) - set(dense))]
     left_out += [layout.DENSE_GROUP] * bool(left_out)
-    ignored = [layout.MANIFEST, partial.PARTIAL, f"{layout.STAGING}/*", *left_out]
+    ignored = [layout.MANIFEST, partial.PARTIAL, f"{layout.STAGING}/*", *left_out, *beside]
     HfApi().upload_folder(
         folder_path=directory,
         ignore_patterns=list(ignored),
@@ -82,7 +108,7 @@ def _upload(cache: TeacherCache, directory: Path, place: "HfUri", dense: list[st
         commit_message="Teacher cache: shards",
         **_repository(place),
     )
-    last = {layout.MANIFEST: cache.storage.read(layout.MANIFEST)}
+    last = {**beside, layout.MANIFEST: cache.storage.read(layout.MANIFEST)}
     if set(dense) != set(cache.plan.dense_signals):
         last[partial.PARTIAL] = partial.listing(dense)
     HfApi().create_commit(

@@ -1,0 +1,162 @@
+"""Whether a trainer and its settings lead to a right loss, found before the first step.
+
+One idea: a setting that a trainer would take and not follow, a way of sharing a batch that would
+count it wrongly and a version that hands over less are each refused by name, with what to set.
+"""
+
+import inspect
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from stillroom.cache_schemas.errors import ConfigError
+
+LEAST = {"transformers": (5, 19), "trl": (1, 16)}
+"""Versions before which the losses were not compared with those of `stillroom train`."""
+
+TRIED = "transformers 5.19 and TRL 1.16"
+
+
+def check_trainer(kind: type) -> None:
+    """Refuse a version of a trainer that does not hand over what a right loss needs.
+
+    Raises:
+        ConfigError: naming what it lacks.
+    """
+    from transformers import Trainer
+
+    for name in {one.__module__.partition(".")[0] for one in kind.__mro__} & LEAST.keys():
+        _check_version(name)
+    wanted = {
+        "compute_loss": "num_items_in_batch",
+        "get_batch_samples": "num_batches",
+        "training_step": "num_items_in_batch",
+        "evaluation_loop": "metric_key_prefix",
+        "prediction_step": "prediction_loss_only",
+        "_save": "state_dict",
+        "_load_from_checkpoint": "resume_from_checkpoint",
+    }
+    lacks = [
+        f"{name}(..., {argument})"
+        for name, argument in wanted.items()
+        if argument not in inspect.signature(getattr(Trainer, name, check_trainer)).parameters
+    ]
+    lacks += [] if hasattr(Trainer, "loss_is_scaled_for_ga") else ["loss_is_scaled_for_ga"]
+    if lacks or not issubclass(kind, Trainer):
+        import transformers
+
+        raise ConfigError(
+            f"this trainer has no {lacks[0] if lacks else 'transformers.Trainer in it'}",
+            expected=TRIED,
+            where=f"transformers {transformers.__version__}",
+            remedy="Install a version that was tried: pip install 'stillroom[hf]'.",
+        )
+
+
+def _check_version(name: str) -> None:
+    found, least = version(name), LEAST[name]
+    numbers = [int("".join(c for c in part if c.isdigit()) or 0) for part in found.split(".")[:2]]
+    if tuple(numbers) < least:
+        raise ConfigError(
+            f"{name} {found}",
+            expected=f"{name} {'.'.join(map(str, least))} or later ({TRIED} were tried)",
+            where="the trainer",
+            remedy="pip install 'stillroom[hf]'.",
+        )
+
+
+OURS = {
+    "data_collator": "The collator is the cache's.",
+    "eval_dataset": "Name the held-out cache as eval_cache.",
+    "compute_loss_func": "Name what is to be learned in objectives.",
+    "compute_metrics": "There are no logits to measure; use `stillroom evaluate`.",
+    "preprocess_logits_for_metrics": "There are no logits to measure; use `stillroom evaluate`.",
+    "formatting_func": "The tokens are the cache's.",
+    "model_init": "Give the model itself: it is measured before the first step.",
+}
+"""Arguments of trainers that a cache leaves no room for, and what to do instead."""
+
+UNHEARD = {
+    "label_smoothing_factor": (0, 0.0, None),
+    "torch_compile": (False, None),
+    "deepspeed": (None, ""),
+    "loss_type": (None, "nll", "chunked_nll"),
+    "packing": (None, False),
+    "padding_free": (None, False),
+}
+"""Settings that would change nothing or go wrong, and the values that ask for nothing."""
+
+INSTEAD = {
+    "label_smoothing_factor": "Leave it out: the teacher's own distribution is what is learned.",
+    "torch_compile": "Compile the blocks before: `for block in model.model.layers: "
+    "block.compile()`.",
+    "deepspeed": "Use DDP or FSDP.",
+    "loss_type": "Leave it out: objectives say what is learned.",
+    "packing": "Leave it out: the collator packs where the student keeps examples apart.",
+    "padding_free": "Leave it out: the collator lays rows end to end where attention allows it.",
+}
+
+
+def check_arguments(args: Any, more: Mapping[str, Any], trainer: Any = None) -> None:
+    """Refuse settings that a trainer would take and not follow.
+
+    Args:
+        args: the trainer's arguments; None for its defaults.
+        more: what else the trainer was given.
+        trainer: the same once it is made; None before.
+
+    Raises:
+        ConfigError: naming the setting and what to do instead.
+    """
+    for name, remedy in OURS.items():
+        if more.get(name) is not None:
+            raise ConfigError(f"{name} beside a cache", where="the trainer", remedy=remedy)
+    for name, nothing in UNHEARD.items():
+        if getattr(args, name, nothing[0]) not in nothing:
+            raise ConfigError(
+                f"{name} = {getattr(args, name)!r}",
+                where="the trainer's arguments",
+                remedy=INSTEAD[name],
+            )
+    if trainer is not None:
+        _check_ranks(trainer)
+
+
+def _check_ranks(trainer: Any) -> None:
+    """Refuse ways of sharing a batch that would count it wrongly."""
+    told = getattr(trainer.accelerator, "parallelism_config", None)
+    shared = [n for n in ("tp", "cp", "sp") if told is not None and getattr(told, f"{n}_size") > 1]
+    if trainer.args.n_gpu > 1 or trainer.is_deepspeed_enabled or shared:
+        found = f"{shared[0]}_size above 1" if shared else "nn.DataParallel or DeepSpeed"
+        raise ConfigError(
+            found,
+            expected="DDP or FSDP, a process for each device",
+            where="the trainer",
+            remedy="Start with accelerate launch or torchrun, or make one device visible.",
+        )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ConfigError(
+            "FSDP of version 1",
+            expected="FSDP2",
+            where="the trainer",
+            remedy="Set fsdp_config = {'version': 2} in the arguments, or fsdp_version: 2 in "
+            "accelerate's file.",
+        )
+
+
+def check_whole(head: Any) -> None:
+    """Refuse a head that another wrapper than the whole model's has sharded.
+
+    Args:
+        head: its matrix, as it is inside the forward pass of what wraps the student.
+
+    Raises:
+        ConfigError: only a part of it is here.
+    """
+    if hasattr(head, "full_tensor"):
+        raise ConfigError(
+            "FSDP shards the LM head apart from the model",
+            where="the trainer",
+            remedy="Set fsdp_config's auto_wrap_policy = 'TRANSFORMER_BASED_WRAP' with the blocks "
+            "alone as transformer_layer_cls_to_wrap.",
+        )

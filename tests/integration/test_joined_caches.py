@@ -1,0 +1,74 @@
+"""A teacher for each source of text: several caches trained from as one."""
+
+import json
+
+import numpy as np
+import pytest
+
+from stillroom.cache_schemas.errors import StillroomError
+from stillroom.pipeline.config import parse
+from stillroom.pipeline.data.joined import Joined
+from stillroom.pipeline.doors.cached import CachedDataset
+from stillroom.pipeline.training.trainer import train
+from tests import memory_cache
+
+
+@pytest.fixture(scope="module")
+def caches(tiny_llama, deep_llama, tmp_path_factory):
+    """Of two teachers, each asked about texts of its own."""
+    root = tmp_path_factory.mktemp("two")
+    made = [
+        memory_cache.captured(teacher, memory_cache.examples(count, seed=seed))
+        for seed, (teacher, count) in enumerate([(tiny_llama, 7), (deep_llama, 5)])
+    ]
+    return [str(one.write(root / str(number))) for number, one in enumerate(made)]
+
+
+def test_every_text_has_its_own_teachers_answers(caches):
+    data = CachedDataset(caches)
+    parts = [CachedDataset(one) for one in caches]
+    assert len(data) == 12
+    apart = [part[number][""] for part in parts for number in range(len(part))]
+    for number, expected in enumerate(apart):
+        found = data[number][""]
+        assert found.example == expected.example
+        for name, array in found.signals.items():
+            np.testing.assert_array_equal(array, expected.signals[name])
+    assert data.lengths.tolist() == [len(one.example.token_ids) for one in apart]
+    shards = [data.sources[""].shard_of(number) for number in range(12)]
+    assert shards == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert data[-1][""].example == apart[-1].example
+    again = CachedDataset(caches[::-1])
+    assert again.sources[""].plan.digest != data.sources[""].plan.digest
+
+
+def test_a_run_trains_on_both(caches, tiny_llama, tmp_path):
+    document = {
+        "name": "both",
+        "directory": str(tmp_path),
+        "teacher": {"model": str(tiny_llama)},
+        "student": {"keep_every": 2},
+        "objective": [{"name": "forward_kl"}],
+        "train": {
+            "cache": caches[0],
+            "joined": caches[1:],
+            "steps": 2,
+            "batch_tokens": 240,
+            "workers": 0,
+        },
+    }
+    run = parse(document, "test")
+    assert np.isfinite(train(run).final_loss)
+    identity = json.loads(run.path("train.json").read_text())["identity"]
+    assert identity["cache train.cache"] == CachedDataset(caches).sources[""].plan.digest
+
+
+def test_what_cannot_be_trained_from_together(caches, tiny_llama):
+    other = memory_cache.captured(tiny_llama, memory_cache.examples(3, seed=9), k=4)
+    with pytest.raises(StillroomError, match=r"joined cache 2 has \[capture\] k = 4; expected 16"):
+        CachedDataset([caches[0], other])
+    with pytest.raises(StillroomError, match="two of the joined caches are about example"):
+        CachedDataset([caches[0], caches[0]])
+    first, _ = (CachedDataset(one).sources[""] for one in caches)
+    with pytest.raises(IndexError):
+        Joined([first]).read(7)

@@ -1,0 +1,185 @@
+"""What students are known by elsewhere: the harness's tasks, Rouge-L, answers, the model card."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+from stillroom.cache_schemas.errors import StillroomError
+from stillroom.pipeline import config
+from stillroom.pipeline.corpus.preparing import Corpus, prepare
+from stillroom.pipeline.evaluation import answers, tasks
+from stillroom.pipeline.evaluation.held_out import evaluate
+from stillroom.pipeline.evaluation.on_the_card import card_results
+from stillroom.pipeline.training.card import BEGIN, add_results
+from stillroom.pipeline.training.trainer import train
+from stillroom.stages.__main__ import app
+from tests import memory_cache, tiny_models
+
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {rows}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    """Of a student that has taken two steps, beside its untrained twin, with chats to hold out."""
+    root = tmp_path_factory.mktemp("measures")
+    teacher = tiny_models.save_llama(root / "teacher")
+    (root / "chats.jsonl").write_text("\n".join(map(json.dumps, chats(12))))
+    text = TOML.format(root=root, teacher=teacher)
+    (root / "run.toml").write_text(text)
+    run = config.load(root / "run.toml")
+    prepare(run.prepare, str(teacher), run.path("corpus"))
+    cache = memory_cache.captured(teacher, list(Corpus.open(run.path("corpus")).split("train")))
+    train(run, caches={"": cache})
+    return root / "run.toml"
+
+
+TOML = """
+name = "known"
+directory = "{root}/run"
+[teacher]
+model = "{teacher}"
+dtype = "float32"
+[prepare]
+window = 64
+heldout = 0.3
+[[prepare.source]]
+name = "chats"
+kind = "jsonl"
+path = "{root}/chats.jsonl"
+messages_column = "messages"
+[student]
+keep_every = 2
+[[objective]]
+name = "forward_kl"
+[train]
+steps = 2
+batch_tokens = 64
+workers = 0
+cache = "hf://datasets/owner/answers"
+[evaluate]
+examples = 2
+[evaluate.students]
+control = "{root}/run/student-initial"
+[generate]
+max_tokens = 4
+temperature = 0.0
+"""
+
+
+def chats(count: int):
+    words = tiny_models.english(20_000).split()
+    for number in range(count):
+        said = " ".join(words[10 * number : 10 * number + 8])
+        turns = [("user", f"What is {number}?"), ("assistant", said)]
+        yield {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+def test_tasks_of_the_harness(run_file, tmp_path):
+    pytest.importorskip("lm_eval")
+    rows = tmp_path / "rows.jsonl"
+    told = [
+        {"question": f"{n} is", "choices": ["a lemon", "the moon"], "answer": n % 2}
+        for n in range(6)
+    ]
+    rows.write_text("\n".join(map(json.dumps, told)))
+    (tmp_path / "colours.yaml").write_text(TASK.format(rows=rows))
+    done = CliRunner().invoke(
+        app, ["evaluate", str(run_file), "--tasks", str(tmp_path / "colours.yaml"), "--shots", "0"]
+    )
+    assert done.exit_code == 0, done.output
+    run = config.load(run_file)
+    kept = json.loads(run.path(tasks.RESULT).read_text())
+    assert list(kept["models"]) == ["teacher", "student", "control"]
+    for figures in kept["models"].values():
+        (one,) = figures
+        assert (one["task"], one["measure"], one["dataset"]) == ("colours", "acc", "")
+        assert one["value"] * 6 == pytest.approx(round(one["value"] * 6))
+        share = one["value"]
+        assert one["standard_error"] == pytest.approx(np.sqrt(share * (1 - share) / 5))
+    card = ModelCard.load(run.path("student", "README.md"))
+    assert [r.dataset_name for r in card.data.eval_results if r.metric_type == "acc"] == ["colours"]
+    with pytest.raises(StillroomError, match=r"no task 'hellaswagg'.*hellaswag"):
+        tasks.measure_tasks(run, tasks.Asked(("hellaswagg",)))
+
+
+def test_results_on_data_sets_of_the_hub_are_entries_of_their_own(run_file):
+    run = config.load(run_file)
+    figures = [
+        tasks.Figure("arc_easy", "acc", 0.25, 0.1, "allenai/ai2_arc", 0),
+        tasks.Figure("colours", "acc", 0.5, None, "", 0),
+    ]
+    pytest.importorskip("lm_eval")
+    tasks._tell_card(run, figures, tasks.Asked(("arc_easy",), limit=4))
+    (entry,) = yaml.safe_load(run.path("student", tasks.ENTRIES).read_text())
+    assert entry["dataset"] == {"id": "allenai/ai2_arc", "task_id": "arc_easy"}
+    assert entry["value"] == 0.25
+    assert "first 4 questions" in entry["notes"]
+
+
+def test_rouge_l_of_five_draws(run_file):
+    scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    run = config.load(run_file)
+    found = answers.measure_rouge(run, max_tokens=6)
+    assert list(found) == ["teacher", "student", "control"]
+    assert all(len(one.draws) == 5 and 0 <= one.mean <= 100 for one in found.values())
+    again = answers.measure_rouge(run, max_tokens=6)
+    assert again == found  # every draw has its seed
+    judge = scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    assert answers._rouge_l(judge, "the cats sat", "the cat sat") == 100
+    told = answers._summed(np.array([[1.0, 2, 3, 4, 5], [3, 4, 5, 6, 7]]))
+    assert (told.mean, told.draws) == (4.0, (2.0, 3.0, 4.0, 5.0, 6.0))
+    assert told.standard_error == pytest.approx(np.sqrt(2.5 / 5))
+
+
+def test_instructions_are_texts_up_to_their_last_answer(run_file):
+    run = config.load(run_file)
+    found, tokenizer = answers.instructions_of(run)
+    for one in found:
+        prompt = tokenizer.hf.decode(one.prompt.token_ids)
+        assert prompt.startswith("<|im_start|>user\nWhat is ")
+        assert prompt.endswith("<|im_start|>assistant\n")
+        assert tokenizer.hf.decode(one.answer).endswith("<|im_end|>")
+
+
+def test_answers_side_by_side(run_file):
+    done = CliRunner().invoke(app, ["generate", str(run_file), "--side-by-side", "2"])
+    assert done.exit_code == 0, done.output
+    for word in ("1 of 2: user", "the data", "teacher", "student", "control"):
+        assert word in done.output
+    assert not Path(config.load(run_file).path("generate.config.json")).exists()
+
+
+def test_the_card_of_a_student(run_file):
+    run = config.load(run_file)
+    path = run.path("student", "README.md")
+    add_results(run, card_results(evaluate(run)))
+    path.write_text(path.read_text().replace("A student that", "Mine: a student that"))
+    add_results(run, card_results(evaluate(run)))
+    card = ModelCard.load(path)
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert card.data.datasets == ["owner/answers"]
+    identity = json.loads(run.path("train.json").read_text())["identity"]
+    assert card.data.teacher_caches == [identity["cache train.cache"]]
+    assert card.data.base_model is None  # the teacher is a directory of this machine
+    assert str(run.path()) not in path.read_text()
+    assert "Mine: a student" in card.text
+    assert card.text.count(BEGIN) == card.text.count("KL(teacher") == 1
+    kinds = [one.metric_type for one in card.data.eval_results]
+    assert sorted(kinds).count("kl_divergence") == 1
