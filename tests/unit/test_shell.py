@@ -132,8 +132,8 @@ def test_lines_come_now_and_then_and_at_the_end(monkeypatch, capsys):
             now[0] = step * 1.0
             report(step * 10, 1000, tok_per_s=1234.5)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 + 100 // int(console.SECONDS_BETWEEN_LINES)
-    assert lines[0] == "capture: 150/1,000 tokens  15 s, about 85 s left  tok/s 1,234"
+    assert len(lines) == 100 // int(console.SECONDS_BETWEEN_LINES)
+    assert lines[0] == "capture: 100/1,000 tokens  10 s, about 90 s left  tok/s 1,234"
     assert re.match(r"capture: 1,000/1,000 tokens  100 s", lines[-1])
 
 
@@ -142,3 +142,32 @@ def test_lines_come_now_and_then_and_at_the_end(monkeypatch, capsys):
 )
 def test_numbers_are_short(value, text):
     assert console.short(value) == text
+
+
+def test_help_says_the_names_of_tables(capsys):
+    assert shell.run(["init", "--help"]) == 0
+    assert shell.run(["evaluate", "--help"]) == 0
+    assert shell.run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--install-completion" in shown
+    assert "[OPTIONS]" in shown
+
+
+def test_quiet_leaves_results_and_errors(monkeypatch, capsys):
+    monkeypatch.setenv(console.QUIET, "1")
+    console.say("by the way")
+    with console.progress("train", "steps") as report:
+        report(1, 1, loss=0.5)
+    console.put("result")
+    console.warn("error: bad")
+    assert capsys.readouterr() == ("result\n", "error: bad\n")
+
+
+def test_quiet_is_understood_after_the_commands_name(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["stillroom", "config", str(tmp_path / "no.toml"), "--quiet"])
+    monkeypatch.delenv(console.QUIET, raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        shell.main()
+    assert console.is_quiet()
+    monkeypatch.delenv(console.QUIET)
+    assert "no such file" in capsys.readouterr().err
