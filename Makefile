@@ -14,7 +14,8 @@ setup:  ## Build .venv with pinned dependencies (CPU or GPU, whichever is there)
 	@PYTHON="$(PYTHON)" VARIANT="$(VARIANT)" ./install.sh
 
 demo: setup  ## Teacher under vLLM -> cache -> student -> results, on a real model and real text
-	@$(BIN)/stillroom demo runbooks/demo.toml --control runbooks/demo-control.toml
+	@$(BIN)/stillroom demo runbooks/demo.toml --control runbooks/demo-control.toml \
+		--elsewhere runbooks/demo-elsewhere.toml
 
 demo-vision: setup  ## A small image-text teacher under vLLM -> vision targets -> students -> results
 	@$(BIN)/stillroom demo-vision runbooks/demo-vision.toml
