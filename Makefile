@@ -1,6 +1,6 @@
 # The only commands to know. `make demo` and `make test` build .venv first if it is not there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vision demo-recsys test test-fast check bench golden clean
+.PHONY: help setup demo demo-vision demo-recsys test test-fast check docs bench golden clean
 
 PYTHON ?=
 VARIANT ?=
@@ -33,6 +33,10 @@ check: setup  ## Lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
+
+docs: setup  ## The documentation as web pages, in build/site
+	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install --quiet ".[docs]"
+	@PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 bench: setup  ## Run every benchmark; each prints one JSON object
 	@$(BIN)/stillroom teacher fetch smollm2

@@ -55,9 +55,6 @@ class Part(Records):
 
 def in_words(records: Records, where: str, tokens: int, signals: Sequence[str]) -> str:
     """What an open cache is, in three lines."""
-    lines = [
-        f"{type(records).__name__} at {where}",
-        f"{len(records):,} examples, {tokens:,} tokens",
-    ]
+    count = f"{len(records):,} examples, {tokens:,} tokens"
     lines = f"{type(records).__name__} at {where}", count, ", ".join(signals)
     return "\n  ".join(map(plain, lines))
