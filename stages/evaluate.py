@@ -28,7 +28,8 @@ def evaluate(run_file: RunFile, as_json: AsJson = False) -> None:
     provenance.record(run.path("run.json"), "evaluate")
     trained = {label: Path(path).parent for label, path in students_of(run).items()}
     trained.pop("before", None)
-    draw_curves(trained, run.path("curves.png"))
+    if run.train is not None:  # whoever trains nothing has no curves of its own
+        draw_curves(trained, run.path("curves.png"))
     if as_json:
         document({label: asdict(scores) for label, scores in found.items()})
         return
