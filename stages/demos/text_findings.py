@@ -19,6 +19,8 @@ ROWS = {
 }
 NAMES = {"teacher": "teacher", "before": "before", "after": "student", "control": "control"}
 """Models of an evaluation, as the table and as keys of perplexities name them."""
+MEASURES = {"kl": "kl", "top1": "top1", "perplexity": "ppl"}
+DIFFERENCES = {"kl": "kl", "hits": "top1", "nll": "log_perplexity"}
 SPREAD = "standard errors over {} windows; differences are paired by window; one seed"
 
 
@@ -28,22 +30,18 @@ def figures(evaluation: Path) -> dict[str, Any]:
     from stillroom.pipeline.evaluation.scores import mean_and_error
 
     facts = json.loads(evaluation.read_text())
-    models = facts["models"]
-    found: dict[str, Any] = {}
+    models, found = facts["models"], {}
     spread: dict[str, Any] = {"of": SPREAD.format(facts["examples"])}
-    for name in ("before", "after", "control"):
-        found[f"kl_{name}"] = models[name]["kl"]
-        spread[f"kl_{name}"] = models[name]["kl_standard_error"]
-    for name in ("before", "after", "control"):
-        found[f"top1_{name}"] = models[name]["top1"]
-        spread[f"top1_{name}"] = models[name]["top1_standard_error"]
     for model, name in NAMES.items():
-        found[f"ppl_{name}"] = models[model]["perplexity"]
-        spread[f"ppl_{name}"] = models[model]["perplexity_standard_error"]
+        for measure, key in MEASURES.items():
+            if model != "teacher" or measure == "perplexity":
+                label = f"{key}_{name if measure == 'perplexity' else model}"
+                found[label] = models[model][measure]
+                spread[label] = models[model][f"{measure}_standard_error"]
     student, control = (models[name]["by_example"] for name in ("after", "control"))
     difference = {}
-    for key, name in (("kl", "kl"), ("hits", "top1"), ("nll", "log_perplexity")):
-        gaps = [a - b for a, b in zip(student[key], control[key], strict=True)]
+    for sums, name in DIFFERENCES.items():
+        gaps = [a - b for a, b in zip(student[sums], control[sums], strict=True)]
         mean, error = mean_and_error(gaps, student["rows"])
         difference[name] = {"mean": mean, "error": error}
     return found | {"spread": spread, "student_minus_control": difference}
