@@ -145,12 +145,26 @@ def test_numbers_are_short(value, text):
 
 
 def test_help_says_the_names_of_tables(capsys):
-    assert shell.run(["init", "--help"]) == 0
-    assert shell.run(["evaluate", "--help"]) == 0
+    assert shell.run(["cache", "audit", "--help"]) == 0
+    assert "Run with the [teacher]." in capsys.readouterr().out
+
+
+def test_completion_can_be_installed(capsys):
     assert shell.run(["--help"]) == 0
-    shown = capsys.readouterr().out
-    assert "--install-completion" in shown
-    assert "[OPTIONS]" in shown
+    assert "--install-completion" in capsys.readouterr().out
+
+
+PRINT_TABLES = "init prepare capture train student evaluate recommend doctor demo ask"
+PRINT_TABLES_BELOW = {"cache": "show ls diff audit plan", "corpus": "show"}
+
+
+def test_every_command_that_prints_a_table_prints_json_too():
+    known = typer.main.get_command(shell.app).commands
+    commands = [known[name] for name in PRINT_TABLES.split()]
+    for group, names in PRINT_TABLES_BELOW.items():
+        commands += [known[group].commands[name] for name in names.split()]
+    for command in commands:
+        assert "--json" in {option for p in command.params for option in p.opts}, command.name
 
 
 def test_quiet_leaves_results_and_errors(monkeypatch, capsys):
