@@ -65,8 +65,8 @@ def capture_on_ray(
     if (sealed := manifest_of(task.writer)) is not None:
         return sealed
     if not ray.is_initialized():
-        # A dying node of a cluster begun here writes its state, 25 lines, to this terminal, below the
-        # level of an error; a death is one sentence of ours.
+        # A dying node of a cluster begun here writes its state, 25 lines, to this terminal, below
+        # the level of an error; a death is one sentence of ours.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
         ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
     need = 1 if about == "images" else gpus_per_engine(require(run.teacher, "teacher", ""), engine)
