@@ -6,6 +6,8 @@ nothing was drawn; the reference writer writes. It shows, and measures nothing.
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from stillroom.pipeline.config import Generate, Teacher
 from stillroom.pipeline.corpus.documents import Document
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer
@@ -61,5 +63,5 @@ def _prompt(tokenizer: CorpusTokenizer, text: str, plain: bool) -> Example:
     return Example(content_id(ids, mask, ()), "", "", ids, mask, ())
 
 
-def _text(tokenizer: CorpusTokenizer, ids: Sequence[int]) -> str:
+def _text(tokenizer: CorpusTokenizer, ids: np.ndarray) -> str:
     return tokenizer.hf.decode(ids, skip_special_tokens=True).strip()
