@@ -177,11 +177,15 @@ def test_quiet_leaves_results_and_errors(monkeypatch, capsys):
     assert capsys.readouterr() == ("result\n", "error: bad\n")
 
 
-def test_quiet_is_understood_after_the_commands_name(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["stillroom", "config", str(tmp_path / "no.toml"), "--quiet"])
-    monkeypatch.delenv(console.QUIET, raising=False)
-    with pytest.raises(SystemExit, match="2"):
-        shell.main()
-    assert console.is_quiet()
-    monkeypatch.delenv(console.QUIET)
-    assert "no such file" in capsys.readouterr().err
+def test_quiet_is_understood_after_the_commands_name(tmp_path):
+    code = (
+        "import sys; from stillroom.stages import __main__ as shell, console;"
+        "shell.app.command('look')(lambda: (console.say('hush'), console.put('result')));"
+        "sys.argv = ['stillroom', 'look', *sys.argv[1:]]; shell.main()"
+    )
+    said = []
+    for more in ([], ["--quiet"]):
+        command = [sys.executable, "-c", code, *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        said.append((done.stdout, done.stderr))
+    assert said == [("result\n", "hush\n"), ("result\n", "")]
