@@ -1,6 +1,6 @@
 # The only commands to know. `make demo` and `make test` build .venv first if it is not there.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vision demo-recsys test test-fast check bench golden clean
+.PHONY: help setup demo demo-vision demo-recsys test test-fast check docs bench golden clean
 
 PYTHON ?=
 VARIANT ?=
@@ -14,7 +14,8 @@ setup:  ## Build .venv with pinned dependencies (CPU or GPU, whichever is there)
 	@PYTHON="$(PYTHON)" VARIANT="$(VARIANT)" ./install.sh
 
 demo: setup  ## Teacher under vLLM -> cache -> student -> results, on a real model and real text
-	@$(BIN)/stillroom demo runbooks/demo.toml --control runbooks/demo-control.toml
+	@$(BIN)/stillroom demo runbooks/demo.toml --control runbooks/demo-control.toml \
+		--elsewhere runbooks/demo-elsewhere.toml
 
 demo-vision: setup  ## A small image-text teacher under vLLM -> vision targets -> students -> results
 	@$(BIN)/stillroom demo-vision runbooks/demo-vision.toml
@@ -33,6 +34,10 @@ check: setup  ## Lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
+
+docs: setup  ## The documentation as web pages, in build/site
+	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install --quiet ".[docs]"
+	@PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 bench: setup  ## Run every benchmark; each prints one JSON object
 	@$(BIN)/stillroom teacher fetch smollm2

@@ -6,6 +6,7 @@ their traceback. Stages import what is heavy inside their commands, so `--help` 
 """
 
 import errno
+import logging
 import os
 import shlex
 import signal
@@ -22,9 +23,9 @@ from stillroom.cache_schemas.errors import (
     StillroomError,
 )
 from stillroom.cache_schemas.scrubbing import scrub
-from stillroom.stages import capture, evaluate, generate, prepare, recommend, teacher, train
+from stillroom.stages import ask, capture, evaluate, generate, prepare, recommend, teacher, train
 from stillroom.stages.cache import group as cache
-from stillroom.stages.console import say, show_traceback
+from stillroom.stages.console import QUIET, show_traceback, warn
 from stillroom.stages.corpus import group as corpus
 from stillroom.stages.demos import recsys as demo_recsys
 from stillroom.stages.demos import text as demo
@@ -38,8 +39,8 @@ app = typer.Typer(
     name="stillroom",
     help="Run a teacher once, keep what it said in a checked cache, train students from it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # `[tables]` in a help text are no markup
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -52,6 +53,7 @@ app.add_typer(cache.app, name="cache")
 app.command()(train.student)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
+app.command()(ask.ask)
 app.command()(recommend.recommend)
 app.command()(demo.demo)
 app.command()(demo_vision.demo_vision)
@@ -73,6 +75,8 @@ SURROUNDINGS = {
 }
 """Failures of the machine rather than of the program, and what to do about each."""
 
+EVERYWHERE = ("--debug", "--quiet")
+"""Options that are understood anywhere on the line."""
 INTERRUPTED = 130
 """What typer returns for a KeyboardInterrupt inside a command."""
 
@@ -80,14 +84,17 @@ INTERRUPTED = 130
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option(help="Show the traceback of every error.")] = False,
+    quiet: Annotated[bool, typer.Option(help="Only results, warnings and errors.")] = False,
 ) -> None:
-    """Options of every command; `--debug` is also understood after the command's name."""
+    """Options of every command; both are also understood after the command's name."""
 
 
 def main() -> NoReturn:
     """Run one command and exit with its code."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    arguments = [argument for argument in sys.argv[1:] if argument not in EVERYWHERE]
+    debug = "--debug" in sys.argv
+    if "--quiet" in sys.argv:
+        os.environ[QUIET] = "1"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: finished work is kept
     sys.excepthook = lambda _, error, __: show_traceback(error)  # without credentials
     if not debug:
@@ -114,6 +121,10 @@ def hush_libraries() -> None:
     in this process and in those of an engine."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_COLOR", "0")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # until vLLM sets up its own
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|vllm|zarr)\b")
@@ -156,7 +167,7 @@ def surroundings(error: BaseException) -> str:
 def _fail(message: str, code: int, debug: bool, advice: str = "") -> int:
     if debug and (error := sys.exception()):
         show_traceback(error)
-    say(f"error: {message}" + (f"\n{advice}" if advice else ""))
+    warn(f"error: {message}" + (f"\n{advice}" if advice else ""))
     return code
 
 
@@ -167,7 +178,7 @@ def _again(error: StillroomError, arguments: list[str]) -> str:
 
 
 def _interrupted(arguments: list[str]) -> int:
-    say(f"interrupted; finished work is kept. Run again to go on: {_line(arguments)}")
+    warn(f"interrupted; finished work is kept. Run again to go on: {_line(arguments)}")
     return EXIT_INCOMPLETE
 
 

@@ -27,6 +27,11 @@ class Engine(StrEnum):
 EngineChoice = Annotated[Engine, typer.Option(help="What runs the teacher.")]
 
 
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON for a program instead of a table.")
+]
+
+
 def check_worker(rank: int, world_size: int) -> None:
     """Refuse a worker that is not among its peers."""
     if rank >= world_size:

@@ -2,13 +2,22 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stillroom.stages.arguments import Engine, EngineChoice, Rank, RunFile, WorldSize, check_worker
-from stillroom.stages.console import progress, put, say
+from stillroom.stages.arguments import (
+    AsJson,
+    Engine,
+    EngineChoice,
+    Rank,
+    RunFile,
+    WorldSize,
+    check_worker,
+)
+from stillroom.stages.console import document, progress, put, say, table
 
 if TYPE_CHECKING:
     from stillroom.pipeline.capture.progress import CaptureProgress
@@ -47,6 +56,7 @@ def capture(
         str, typer.Option(help="Of the cluster; by default RAY_ADDRESS, or one on this machine.")
     ] = "",
     dry_run: Annotated[bool, typer.Option(help="Score a sample and print the cost.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score the prepared corpus and seal the cache; run again to go on after any interruption."""
     from stillroom.pipeline import config
@@ -54,7 +64,7 @@ def capture(
     run = config.load(run_file)
     check_worker(rank, world_size)
     if dry_run:
-        _dry_run(run, engine.value, split.value)
+        _dry_run(run, engine.value, split.value, as_json)
         return
     worker: dict[str, Any] = {"rank": rank, "world_size": world_size, "on_error": on_error.value}
     if ray or ray_address:
@@ -63,8 +73,8 @@ def capture(
     if run.capture is not None or not any(wanted.values()):  # another table alone means it alone
         where = {"engine": engine.value, "split": split.value, "location": cache}
         _capture(run, **where, **worker)
-    for about, table in wanted.items():
-        if table is not None:
+    for about, asked in wanted.items():
+        if asked is not None:
             _capture_more(run, about, engine.value, split.value, **worker)
 
 
@@ -166,11 +176,13 @@ def _capture_more(run, about: str, engine: str, split: str, **worker) -> None:
     put(kept.get(about) or default_location(run, split))
 
 
-def _dry_run(run, engine: str, split: str) -> None:
+def _dry_run(run, engine: str, split: str, as_json: bool) -> None:
     from stillroom.pipeline.capture.cost import estimate
-    from stillroom.stages.console import table
 
     cost = estimate(run, engine=engine, split=split)  # type: ignore[arg-type]
+    if as_json:
+        document(asdict(cost) | {"hours": cost.hours, "gigabytes": cost.gigabytes})
+        return
     rows = [
         ["examples", f"{cost.examples:,}"],
         ["tokens", f"{cost.tokens:,}"],

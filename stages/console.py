@@ -8,6 +8,7 @@ draws.
 """
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -16,15 +17,18 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.cells import cell_len
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from stillroom.cache_schemas.scrubbing import scrub, scrubbed
 from stillroom.pipeline.plain_text import plain, plain_json
+from stillroom.stages.progress_line import Pace, line, log_line, short
 
-SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_LINES = 10.0
+QUIET = "STILLROOM_QUIET"
+"""Set in the environment by `--quiet`, so that the stages of a whole run are quiet too."""
 WIDE = 100_000
 """Columns of a file or pipe: nothing is wrapped there."""
 
@@ -48,8 +52,19 @@ class Report(Protocol):
         ...
 
 
+def is_quiet() -> bool:
+    """Whether only results, warnings and errors are wanted."""
+    return bool(os.environ.get(QUIET))
+
+
 def say(message: str) -> None:
     """One line for a person; stderr, so that stdout holds results only."""
+    if not is_quiet():
+        warn(message)
+
+
+def warn(message: str) -> None:
+    """The same for what must be told: warnings and errors, with `--quiet` too."""
     err.print(Text(shown(message)), soft_wrap=True)
 
 
@@ -94,7 +109,7 @@ def has_colours() -> bool:
 
 def show_traceback(error: BaseException) -> None:
     """Where an error came from; stderr."""
-    say("".join(traceback.format_exception(error)).rstrip("\n"))
+    warn("".join(traceback.format_exception(error)).rstrip("\n"))
 
 
 def _line(text: str) -> str:
@@ -105,50 +120,40 @@ def _line(text: str) -> str:
 @contextmanager
 def progress(title: str, unit: str = "tokens") -> Iterator[Report]:
     """Show one piece of work: bar, count, rate, time left and the caller's own numbers."""
-    if not err.is_terminal:
+    if is_quiet():
+        yield lambda done, total, **numbers: None
+    elif not err.is_terminal:
         yield _Lines(title, unit)
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        _Count(unit),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}", style="dim", markup=False),
-    )
-    with Progress(*columns, console=err) as drawn:
-        task = drawn.add_task(_line(title), total=None, numbers="")
-
-        def report(done: float, total: float | None, **numbers: float | str) -> None:
-            drawn.update(task, completed=done, total=total, numbers=_line(describe(numbers)))
-
-        yield report
+    else:
+        bar = _Bar(title, unit)
+        with Live(bar, console=err, refresh_per_second=4):
+            yield bar
 
 
 def describe(numbers: dict[str, float | str]) -> str:
-    """`{"kl": 0.123456, "tok_per_s": 15321.2}` as `kl 0.1235  tok/s 15,321`."""
-    return "  ".join(f"{name.replace('_per_', '/')} {short(v)}" for name, v in numbers.items())
+    """`{"kl": 0.123456, "tok_per_s": 15321.2}` as `kl 0.1235  tok/s 15,321`; what is 0 or empty so
+    far is not told."""
+    told = {name: value for name, value in numbers.items() if value}
+    return "  ".join(f"{name.replace('_per_', '/')} {short(v)}" for name, v in told.items())
 
 
-def short(value: float | str) -> str:
-    """A number in about five characters; text as it stands."""
-    if isinstance(value, str):
-        return value
-    if value == int(value) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+class _Bar:
+    """A live line; drawn again several times a second, so that the time left counts down."""
 
+    def __init__(self, title: str, unit: str):
+        self.title, self.unit, self.numbers = _line(title), unit, ""
+        self.pace = Pace(time.monotonic())
 
-class _Count(ProgressColumn):
-    """`12,345/100,000 tokens 1,530/s`."""
+    def __call__(self, done: float, total: float | None, **numbers: float | str) -> None:
+        self.pace.note(time.monotonic(), done, total)
+        self.numbers = _line(describe(numbers))
 
-    def __init__(self, unit: str):
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        total = "?" if task.total is None else short(task.total)
-        rate = f" {short(float(round(task.speed)))}/s" if task.speed and task.speed >= 1 else ""
-        return Text(f"{short(task.completed)}/{total} {self.unit}{rate}")
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        about = self.title, self.unit, self.pace, self.numbers
+        drawn = line(*about, time.monotonic(), options.max_width)
+        if not options.encoding.startswith("utf"):
+            drawn = drawn.replace("━", "#").replace("╌", "-")
+        yield Text(drawn, no_wrap=True, overflow="crop")
 
 
 class _Lines:
@@ -156,26 +161,16 @@ class _Lines:
 
     def __init__(self, title: str, unit: str):
         self.title, self.unit = title, unit
-        self.started = self.printed = time.monotonic()
-        self.first: tuple[float, float] | None = None
+        self.pace = Pace(time.monotonic())
+        self.printed = self.pace.began
         self.finished = False
 
     def __call__(self, done: float, total: float | None, **numbers: float | str) -> None:
         now = time.monotonic()
-        self.first = self.first or (now, done)
-        complete = total is not None and done >= total
+        self.pace.note(now, done, total)
+        complete = self.pace.complete
         if self.finished or not (complete or now - self.printed >= SECONDS_BETWEEN_LINES):
             return
         self.finished, self.printed = complete, now
-        line = f"{self.title}: {short(done)}/{short(total) if total else '?'} {self.unit}"
-        line += f"{self._left(now, done, total)}  {describe(numbers)}"
-        print(_line(line), file=sys.stderr, flush=True)
-
-    def _left(self, now: float, done: float, total: float | None) -> str:
-        passed = now - self.started
-        # What came before the first report (loading, compiling) says nothing about the rate.
-        began, done_before = self.first or (now, done)
-        gained = done - done_before
-        if total is None or done >= total or gained <= 0:
-            return f"  {passed:.0f} s"
-        return f"  {passed:.0f} s, about {(now - began) * (total - done) / gained:.0f} s left"
+        told = log_line(self.title, self.unit, self.pace, describe(numbers), now)
+        print(_line(told), file=sys.stderr, flush=True)

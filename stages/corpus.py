@@ -5,11 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from stillroom.stages.arguments import RunFile
-from stillroom.stages.console import coloured, document, has_colours, put, say, table
+from stillroom.stages.arguments import AsJson, RunFile
+from stillroom.stages.console import coloured, document, has_colours, put, say, table, warn
 
 group = typer.Typer(name="corpus", help="Look at a prepared corpus.", no_args_is_help=True)
-AsJson = Annotated[bool, typer.Option("--json", help="What is shown, as JSON.")]
 SPECIAL, TARGET, BAR = "dim cyan", "bold green", 40
 
 
@@ -107,7 +106,7 @@ def _numbers(seen: dict[str, Any]) -> None:
     put(f"targets: {seen['share_of_targets']:.1%} of the tokens")
     if seen["share_without_targets"]:
         share = seen["share_without_targets"]
-        say(f"warning: {share:.1%} of the examples had no target at all and are left out")
+        warn(f"warning: {share:.1%} of the examples had no target at all and are left out")
     _overlap(seen["overlap"])
 
 

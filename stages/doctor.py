@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from stillroom.cache_schemas.errors import EXIT_USER_ERROR
+from stillroom.stages.arguments import AsJson
 from stillroom.stages.console import document, progress, say, table
 
 MARKS = {"ok": "ok", "warning": "?", "failed": "NO"}
@@ -18,7 +19,7 @@ def doctor(
         typer.Argument(help="A run whose models are looked at too.", metavar="RUN.toml"),
     ] = None,
     serve: Annotated[bool, typer.Option(help="Start vLLM on a tiny model.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check packages, device, disk, memory, hub and vLLM; exit 2 where something is missing."""
     from stillroom.pipeline import config

@@ -1,12 +1,13 @@
 """`stillroom evaluate`: students against the live teacher on held-out text."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stillroom.stages.arguments import RunFile
-from stillroom.stages.console import progress, put, table
+from stillroom.stages.arguments import AsJson, RunFile
+from stillroom.stages.console import document, progress, put, table
 
 
 def evaluate(
@@ -22,6 +23,7 @@ def evaluate(
     rouge_l: Annotated[
         bool, typer.Option("--rouge-l", help="Instead: five answers to held-out instructions.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Full-vocabulary KL to the teacher, top-1 agreement and perplexity of every student; for
     recommenders, hit rates and NDCG of student, teacher and the most popular items."""
@@ -37,12 +39,12 @@ def evaluate(
         from stillroom.stages import measures
 
         if tasks:
-            measures.tasks(run, tasks, shots, limit, chat)
+            measures.tasks(run, tasks, shots, limit, chat, as_json)
         if rouge_l:
-            measures.rouge_l(run)
+            measures.rouge_l(run, as_json)
         return
     if run.recommender is not None:
-        _recommender(run)
+        _recommender(run, as_json)
         return
     with progress("evaluate", "examples") as report:
 
@@ -54,13 +56,17 @@ def evaluate(
     add_results(run, card_results(found))
     trained = {label: Path(path).parent for label, path in students_of(run).items()}
     trained.pop("before", None)
-    draw_curves(trained, run.path("curves.png"))
+    if run.train is not None:  # whoever trains nothing has no curves of its own
+        draw_curves(trained, run.path("curves.png"))
+    if as_json:
+        document({label: asdict(scores) for label, scores in found.items()})
+        return
     rows = [
         [
             label,
             f"{scores.kl:.4f} ± {scores.kl_standard_error:.4f}",
-            f"{scores.top1:.3f}",
-            f"{scores.perplexity:,.1f}",
+            f"{scores.top1:.3f} ± {scores.top1_standard_error:.3f}",
+            f"{scores.perplexity:,.1f} ± {scores.perplexity_standard_error:,.1f}",
             f"{scores.no_token:.2%}",
             f"{scores.parameters / 1e6:,.1f}",
         ]
@@ -68,16 +74,19 @@ def evaluate(
     ]
     columns = ["model", "KL to teacher", "top-1 agreement", "perplexity", "on no token"]
     columns += ["parameters (M)"]
-    table(f"held-out text, {run.name}", columns, rows)
+    table(f"text that nobody trained on, {run.name}; errors over examples", columns, rows)
     put(run.path("evaluation.json"))
 
 
-def _recommender(run) -> None:
+def _recommender(run, as_json: bool) -> None:
     from stillroom.pipeline import provenance
     from stillroom.pipeline.evaluation.ranking import RESULT, evaluate_recommender
 
     found = evaluate_recommender(run)
     provenance.record(run.path("run.json"), "evaluate")
+    if as_json:
+        document({label: asdict(one) for label, one in found.items()})
+        return
     names = ["hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20"]
     rows = [
         [label, *(f"{r.mean[name]:.4f} ± {r.standard_error[name]:.4f}" for name in names)]

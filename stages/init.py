@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from stillroom.cache_schemas.errors import ConfigError
-from stillroom.stages.console import put, say, table
+from stillroom.stages.arguments import AsJson
+from stillroom.stages.console import document, put, say, table, warn
 
 STUDENTS = "third, half (of the teacher's blocks), a model's directory or hub id, a JSON config"
 UP_TO_A_DAY = 24 * 60
@@ -17,6 +18,7 @@ def init(
     teacher: Annotated[str, typer.Option(help="HF directory or hub id.")],
     student: Annotated[str, typer.Option(help=f"What is trained: {STUDENTS}.")] = "third",
     to: Annotated[Path | None, typer.Option(help="Where to write; NAME.toml by default.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a commented run file for your data, and say what each stage will cost here."""
     from stillroom.pipeline.beginning.choices import choose
@@ -34,6 +36,11 @@ def init(
     found, wished = sample(data, model), wish(student)
     made = choose(found, model, wished.kept)
     target.write_text(run_text(name, data, teacher, wished, found, made))
+    if as_json:
+        sizes = {"documents": found.documents, "tokens": found.tokens, "whole": found.whole}
+        costs = {"minutes": made.minutes, "megabytes": made.megabytes, "fits": made.fits}
+        document({"run": str(target)} | sizes | costs)
+        return
     _tell(found, made, target)
 
 
@@ -45,7 +52,7 @@ def _tell(found, made, target: Path) -> None:
     middle, last = found.share(0.5), found.lengths[-1]
     say(f"lengths: half of the examples have up to {middle:,} tokens, the longest {last:,}")
     if not made.fits:
-        say("warning: training needs more memory than is free; see [train.lora], [train] parallel")
+        warn("warning: training needs more memory than is free; see [train.lora], [train] parallel")
     rows = [[f"stillroom {stage} {target}", _about(made.minutes[stage])] for stage in made.minutes]
     table("what comes next, and about how long here (reckoned, not measured)", ["", ""], rows)
     say(f"the cache: about {made.megabytes:,.0f} MB. All four at once: stillroom run {target}")

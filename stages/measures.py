@@ -4,16 +4,17 @@ One idea: each is one table of teacher, student and whatever stands beside them,
 JSON in the run's directory. Answers are strangers' text; `console` makes them safe.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stillroom.stages.console import put, say, table
+from stillroom.stages.console import document, put, say, table
 
 if TYPE_CHECKING:
     from stillroom.pipeline.config import Run
 
 
-def tasks(run: "Run", names: str, shots: int, limit: int, chat: bool) -> None:
+def tasks(run: "Run", names: str, shots: int, limit: int, chat: bool, as_json: bool) -> None:
     """Ask the tasks of lm-evaluation-harness."""
     from stillroom.pipeline import provenance
     from stillroom.pipeline.evaluation.tasks import RESULT, Asked, measure_tasks
@@ -22,6 +23,9 @@ def tasks(run: "Run", names: str, shots: int, limit: int, chat: bool) -> None:
     asked = Asked(wanted, None if shots < 0 else shots, limit, chat)
     found = measure_tasks(run, asked, lambda label: say(f"asking {label}"))
     provenance.record(run.path("run.json"), "evaluate --tasks")
+    if as_json:
+        document({label: [asdict(one) for one in own] for label, own in found.items()})
+        return
     cells = {
         label: {(one.task, one.measure): _with_error(one.value, one.standard_error) for one in own}
         for label, own in found.items()
@@ -36,13 +40,16 @@ def _with_error(value: float, error: float | None) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
-def rouge_l(run: "Run") -> None:
+def rouge_l(run: "Run", as_json: bool) -> None:
     """Judge five answers of each model to every held-out instruction."""
     from stillroom.pipeline import provenance
     from stillroom.pipeline.evaluation.answers import RESULT, measure_rouge
 
     found = measure_rouge(run, on_model=lambda label: say(f"asking {label}"))
     provenance.record(run.path("run.json"), "evaluate --rouge-l")
+    if as_json:
+        document({label: asdict(one) for label, one in found.items()})
+        return
     rows = [
         [label, f"{one.mean:.2f} ± {one.standard_error:.2f}", *(f"{v:.2f}" for v in one.draws)]
         for label, one in found.items()

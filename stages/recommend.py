@@ -1,13 +1,12 @@
 """`stillroom recommend`: a trained recommender's list for one user."""
 
-from pathlib import Path
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from stillroom.stages.console import say, table
-
-RunFile = Annotated[Path, typer.Argument(help="The run's TOML file.", metavar="RUN.toml")]
+from stillroom.stages.arguments import AsJson, RunFile
+from stillroom.stages.console import document, say, table
 
 
 def recommend(
@@ -15,6 +14,7 @@ def recommend(
     user: Annotated[str, typer.Option(help="A user of the interactions.")] = "",
     items: Annotated[str, typer.Option(help="Item ids in their place, oldest first.")] = "",
     top: Annotated[int, typer.Option(min=1, help="How many items.")] = 10,
+    as_json: AsJson = False,
 ) -> None:
     """What the run's student recommends next."""
     from stillroom.cache_schemas.errors import ConfigError
@@ -27,6 +27,9 @@ def recommend(
     run = config.load(run_file)
     named = tuple(item for item in items.split(",") if item)
     history, found = ask(run, top, user, named)
+    if as_json:
+        document({"after": list(history), "items": [asdict(one) for one in found]})
+        return
     say("after " + "; ".join(plain(title, 60) for title in history))
     rows = [[one.item_id, plain(one.title, 80), f"{one.score:.3f}"] for one in found]
     table(f"recommended to {user or 'you'}", ["item", "title", "score"], rows)

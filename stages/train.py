@@ -4,13 +4,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stillroom.stages.arguments import RunFile
-from stillroom.stages.console import progress, put, say, table
+from stillroom.stages.arguments import AsJson, RunFile
+from stillroom.stages.console import document, progress, put, say, table, warn
 
 if TYPE_CHECKING:
     from stillroom.pipeline.config import Run
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 def train(
     run_file: RunFile,
     sweep: Annotated[bool, typer.Option(help="The file is a sweep: several students.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train the student of a run, or go on where it stopped.
 
     Under torchrun every process runs this command; the main one speaks.
     """
     if sweep:
-        _sweep(run_file)
+        _sweep(run_file, as_json)
         return
     from stillroom.pipeline import config, provenance
     from stillroom.pipeline.training.curves import draw_curves
@@ -43,7 +45,7 @@ def train(
             report(now.step, settings.steps, **numbers, **more)
             for warning in set(now.warnings) - warned:
                 warned.add(warning)
-                say(f"warning: {warning}")
+                warn(f"warning: {warning}")
 
         result = train_student(run, on_progress=show, stop=stop, on_note=say)
     if not is_main_process():
@@ -56,7 +58,7 @@ def train(
     put(result.student)
 
 
-def _sweep(sweep_file: Path) -> None:
+def _sweep(sweep_file: Path, as_json: bool) -> None:
     """Train all arms, then compare them in one table and one picture."""
     from stillroom.pipeline.training import arms as trained_arms
     from stillroom.pipeline.training.curves import draw_curves
@@ -81,8 +83,11 @@ def _sweep(sweep_file: Path) -> None:
     columns = ["arm", "last loss", "tokens", "KL to teacher", "top-1 agreement", "perplexity"]
     if base.recommender is not None:
         columns = ["arm", "last loss", "histories", "validation", "weights", ""]
-    table(f"sweep of {base.name}", columns, rows)
-    put(picture)
+    if as_json:
+        document([dict(zip(columns, row)) for row in rows])
+    else:
+        table(f"sweep of {base.name}", columns, rows)
+        put(picture)
     if failed:
         reasons = "".join(f"\n- {name}: {reason}" for name, reason in failed.items())
         raise trained_arms.SweepIncomplete(
@@ -128,15 +133,53 @@ def _ranking_scores(students: dict[str, str]) -> dict[str, list[str]]:
     }
 
 
-def student(run_file: RunFile) -> None:
+def student(
+    run_file: RunFile,
+    leave_out: Annotated[
+        int, typer.Option(min=0, help="Only measure which blocks the teacher misses least.")
+    ] = 0,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Of the corpus, to measure on with --leave-out.")
+    ] = 2048,
+    as_json: AsJson = False,
+) -> None:
     """Make the untrained student, so that training never needs the teacher."""
     from stillroom.pipeline import config
     from stillroom.pipeline.student.model import initial_student
 
     run = config.load(run_file)
+    if leave_out:
+        _measure_blocks(run, leave_out, tokens, as_json)
+        return
     settings = config.require(run.student, "student", str(run_file))
     made = initial_student(settings, run.teacher, run.path("student-initial"))
     put(made)
+
+
+def _measure_blocks(run: "Run", count: int, tokens: int, as_json: bool) -> None:
+    """Which blocks to leave out, one at a time, and the line that says so in a run file."""
+    from stillroom.pipeline import config
+    from stillroom.pipeline.corpus.preparing import Corpus
+    from stillroom.pipeline.shares import evenly
+    from stillroom.pipeline.student.leaving_out import least_missed
+    from stillroom.pipeline.student.model import load_teacher
+    from stillroom.pipeline.student.states import blocks_of
+
+    teacher = config.require(run.teacher, "teacher", run.name)
+    corpus = Corpus.open(run.path("corpus")).split("train")
+    wanted = max(1, tokens // max(len(corpus[0].token_ids), 1))  # examples
+    examples = [corpus[number] for number in evenly(len(corpus), wanted)]
+    model = load_teacher(teacher).eval()
+    with progress("measure", "passes") as report:
+        gone = least_missed(model, examples, count, report)
+    without = {left.block for left in gone}
+    kept = [n for n in range(len(blocks_of(model))) if n not in without]
+    if as_json:
+        document({"left_out": [asdict(left) for left in gone], "keep_layers": kept})
+        return
+    rows = [[str(left.block), f"{left.kl:.4f}"] for left in gone]
+    table("left out, one after the other", ["block", "KL to the whole teacher, nats"], rows)
+    put(f"keep_layers = {kept}")
 
 
 def is_main_process() -> bool:

@@ -6,7 +6,7 @@ so a cache far larger than memory costs no memory. It neither shuffles nor packs
 """
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from stillroom.cache_schemas.rankings import Rankings
 from stillroom.pipeline.cache import shard as shards
 from stillroom.pipeline.cache.formats import Encoded, Format, read_codec
 from stillroom.pipeline.cache.index import Index
+from stillroom.pipeline.cache.part import Records, in_words
 from stillroom.pipeline.cache.partial import present_signals
 from stillroom.pipeline.cache.pieces import Pieces
 from stillroom.pipeline.cache.sealing import (
@@ -55,8 +56,8 @@ class _Offsets:
     """Checksums of the chunks of each dense signal; receipts of the first caches have none."""
 
 
-class TeacherCache:
-    """A sealed cache. Made by `open`."""
+class TeacherCache(Records):
+    """A sealed cache. Made by `open`; a sequence of records, each read when it is asked for."""
 
     def __init__(self, storage: Storage, manifest: Manifest, form: Format):
         self.storage, self.manifest, self.form = storage, manifest, form
@@ -123,11 +124,8 @@ class TeacherCache:
     def __len__(self) -> int:
         return self.plan.num_examples
 
-    def __getitem__(self, number: int) -> TeacherRecord:
-        return self.read(number)
-
-    def __iter__(self) -> Iterator[TeacherRecord]:
-        return (self.read(number) for number in range(len(self)))
+    def __repr__(self) -> str:
+        return in_words(self, self.storage.location, self.manifest.num_tokens, self.signals)
 
     def read(self, number: int, signals: Collection[str] | None = None) -> TeacherRecord:
         """One record with the signals named (None: all).

@@ -7,7 +7,9 @@ directory (or the bucket of the cache) and nothing else; the seal is the one tha
 would have made.
 """
 
+import logging
 import math
+import os
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -63,7 +65,10 @@ def capture_on_ray(
     if (sealed := manifest_of(task.writer)) is not None:
         return sealed
     if not ray.is_initialized():
-        ray.init(address=address or None, log_to_driver=False)
+        # A dying node of a cluster begun here writes its state, 25 lines, to this terminal, below
+        # the level of an error; a death is one sentence of ours.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
+        ray.init(address=address or None, log_to_driver=False, logging_level=logging.ERROR)
     need = 1 if about == "images" else gpus_per_engine(require(run.teacher, "teacher", ""), engine)
     missing = task.writer.missing()
     tell = on_progress or (lambda _: None)
@@ -180,8 +185,10 @@ class _Crew:
             raise  # a mistake in the program, not a death
         except self._ray.exceptions.RayError as error:
             self._bury(place, error)
+            left = still_missing(shards)
             # To the front of the queue, in their own order.
-            self._waiting.extendleft(reversed(still_missing(shards)))
+            self._waiting.extendleft(reversed(left))
+            self._tell(replace(self._sum(), doing=_lost(place, len(left))))
             return
         if isinstance(said, Problem):
             raise said.error()
@@ -203,6 +210,11 @@ class _Crew:
         total = {name: sum(getattr(one, name) for one in seen) for name in counts}
         total |= {name: sum(getattr(o, name) * o.rows for o in seen) / rows for name in means}
         return replace(self._totals.progress(), **total)
+
+
+def _lost(place: Place, shards: int) -> str:
+    """What a person is told of a death; Ray's own account is in its log directory."""
+    return f"the worker on node {place.node[:8]} was lost; its {shards} shards go elsewhere"
 
 
 def _gpu_places(found: dict[str, int], need: int) -> dict[Place, dict[str, float]]:

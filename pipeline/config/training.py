@@ -208,9 +208,14 @@ class Evaluate(Table):
     """Held-out measurement."""
 
     students: dict[str, PathText] = Field(default_factory=dict)
-    """Label -> HF directory, beside this run's student before and after training."""
+    """Label -> HF directory, beside this run's student before and after training; a run without
+    [train] measures these alone."""
+    corpus: PathText = ""
+    """Directory of a prepared corpus; empty takes `<directory>/corpus`."""
+    split: Literal["heldout", "train"] = "heldout"
+    """Which of its examples; `train` for a text that was prepared only to measure on."""
     examples: int = Field(default=0, ge=0)
-    """Held-out examples to use; 0 takes all."""
+    """Examples to use; 0 takes all."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward passes; log-probabilities are always fp32."""
     attention: Attention = "auto"

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from stillroom.pipeline.config import Run, Teacher, require
 from stillroom.pipeline.config.training import Attention, Evaluate
 from stillroom.pipeline.corpus.privileged import asked
 from stillroom.pipeline.corpus.tokenizer import vocabulary
+from stillroom.pipeline.evaluation.scores import Scores, Sums
 from stillroom.pipeline.record import Example
 from stillroom.pipeline.student.loading import is_model, load
 from stillroom.pipeline.student.states import StudentStates, forward_states
@@ -35,56 +36,6 @@ from stillroom.pipeline.training.checkpoint import write_durably
 
 RESULT = "evaluation.json"
 ROWS_PER_CHUNK = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """One model on the held-out text; every figure is a mean over the same rows.
-
-    Attributes:
-        kl: KL(teacher || model) over the full vocabulary, nats per token; 0 for the teacher.
-        kl_standard_error: of that mean, over examples (rows of one example are not independent).
-        top1: share of rows where the most probable token is the teacher's.
-        perplexity: exp of the mean -log p of the text's own tokens.
-        parameters: of the model.
-        no_token: probability on ids that no token has, mean over rows.
-    """
-
-    kl: float
-    kl_standard_error: float
-    top1: float
-    perplexity: float
-    parameters: int
-    no_token: float
-
-
-@dataclass
-class _Sums:
-    """Running sums of one model."""
-
-    parameters: int
-    kl: list[float] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    hits: int = 0
-    nll: float = 0.0
-    no_token: float = 0.0
-
-    def add(self, kl: torch.Tensor, hits: torch.Tensor, nll: torch.Tensor, no_token) -> None:
-        self.no_token += float(no_token.double().sum())
-        self.kl.append(float(kl.double().sum()))
-        self.rows.append(len(kl))
-        self.hits += int(hits.sum())
-        self.nll += float(nll.double().sum())
-
-    def scores(self) -> Scores:
-        total, sums = sum(self.rows), torch.tensor(self.kl, dtype=torch.float64)
-        rows = torch.tensor(self.rows, dtype=torch.float64)
-        mean = float(sums.sum() / total)
-        # Ratio estimator: the examples are the independent units, of unequal size.
-        spread = float(((sums - mean * rows) ** 2).sum().sqrt() / total)
-        perplexity = float(torch.tensor(self.nll / total, dtype=torch.float64).exp())
-        rates = self.hits / total, perplexity, self.parameters, self.no_token / total
-        return Scores(mean, spread, *rates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +52,7 @@ def evaluate(
 ) -> dict[str, Scores]:
     """Measure the teacher and every student of a run, and write `evaluation.json`.
 
-    Students are `before` (untrained), `after` (trained) and those named in `[evaluate]`.
+    See `students_of` for which; a run that trains nothing measures those that it names.
 
     Raises:
         CorpusError: there is no held-out text.
@@ -112,11 +63,11 @@ def evaluate(
     from stillroom.pipeline.corpus.preparing import Corpus
 
     settings = run.evaluate or Evaluate()
-    corpus = Corpus.open(run.path("corpus"))
-    examples = list(corpus.split("heldout"))
-    chosen = examples[: settings.examples or None]
+    corpus = Corpus.open(settings.corpus or run.path("corpus"))
+    chosen = list(corpus.split(settings.split))[: settings.examples or None]
     if not chosen:
-        raise CorpusError("there is no held-out text", where="[prepare] heldout")
+        where = '[prepare] heldout, or [evaluate] split = "train"'
+        raise CorpusError("there is no held-out text", where=where)
     teacher: Teacher = require(run.teacher, "teacher", run.name)
     check_tokenizer(corpus, teacher)
     _check_cache(run, teacher)
@@ -140,13 +91,16 @@ def _check_cache(run: Run, teacher: Teacher) -> None:
 
 
 def students_of(run: Run) -> dict[str, str]:
-    """Label -> HF directory of every student that a run compares.
+    """Label -> HF directory of every student that a run compares: those named in `[evaluate]`, and
+    `before` and `after` training its own, if it has one.
 
     Raises:
-        StudentError: a directory is missing.
+        StudentError: a directory is missing, or there is no student at all.
     """
-    named = {"before": str(run.path("student-initial")), "after": str(run.path("student"))}
-    named |= (run.evaluate or Evaluate()).students
+    named = (run.evaluate or Evaluate()).students
+    if run.train is not None or not named:
+        own = {"before": str(run.path("student-initial")), "after": str(run.path("student"))}
+        named = own | named
     for label, directory in named.items():
         if not is_model(Path(directory)):
             raise StudentError(
@@ -185,12 +139,12 @@ def measure(
     models = {label: model.to(device).eval() for label, model in models.items()}
     tokens = _tokens_of(teacher, models).to(device)
     _check_vocabularies(models, tokens)
-    sums = {label: _Sums(_size(model)) for label, model in models.items()}
+    sums = {label: Sums(_size(model)) for label, model in models.items()}
     for number, example in enumerate(examples):
         with torch.inference_mode(), _autocast(device, precision):
             _measure_one(models, sums, example, device, tokens)
         if on_progress is not None:
-            means = {label: sum(s.kl) / sum(s.rows) for label, s in sums.items()}
+            means = {label: value.mean_kl() for label, value in sums.items()}
             on_progress(EvaluateProgress(number + 1, len(examples), means))
     return {label: value.scores() for label, value in sums.items()}
 

@@ -1,8 +1,10 @@
 """Rate and distortion of a cache before it is made: what each setting would cost and keep.
 
-One idea: the teacher scores a few hundred examples once with long lists; every setting is then
-coded for real, with tables fitted on half of them and measured on the other half. Loading the
-teacher is `sample`, measuring is `frontier`, deciding is `choose`; no drawing here.
+One idea: the teacher scores a few examples once with long lists; every setting is then coded for
+real, with tables fitted on half of them and measured on the other half. Planning may cost a tenth
+of the capture that it plans, so how much is scored follows from the corpus, and how much of that is
+coded from the time that is left. Loading the teacher is `sample`, measuring is `frontier`, deciding
+is `choose`; no drawing here.
 """
 
 import time
@@ -26,8 +28,14 @@ KS = (0, 4, 8, 12, 16, 32, 64, 128, 256)
 DRAWS = (0, 16, 56, 256)
 USUAL_KS, BUDGETS = (16, 64), (1e-5, 1e-3)
 """Lists that are also coded in profiles `strict` and `exact`, and to other budgets of `small`."""
-CODED_ROWS = 49_152
-"""Rows that are coded per setting, at most: more change the figures little."""
+CODED_ROWS, LEAST_CODED = 49_152, 512
+"""Rows that are coded per setting, at most and at least: more change the figures little, fewer say
+nothing."""
+COST, SCORED = 0.1, 0.02
+"""Shares of a capture: what planning may cost, the engine's start apart, and what it scores."""
+LEAST_EXAMPLES, MOST_EXAMPLES = 8, 200
+NEAR = 1.1
+"""Errors up to this many times the least one are as good, without a budget."""
 
 Progress = Callable[[int, int], None]
 
@@ -92,18 +100,51 @@ class Sample:
         vocab_size: of the teacher.
         rows_per_second: of the engine, its start not counted.
         corpus_rows: rows of the whole corpus.
+        seconds: that scoring took.
     """
 
     rows: list[dict[str, np.ndarray]]
     vocab_size: int
     rows_per_second: float
     corpus_rows: int
+    seconds: float = 0.0
+
+    @property
+    def capture_seconds(self) -> float:
+        """What the whole capture will take on this machine, without the engine's start."""
+        return self.corpus_rows / self.rows_per_second
+
+    @property
+    def left(self) -> float:
+        """Seconds that measuring may take, so that planning costs a tenth of the capture."""
+        return max(0.0, COST * self.capture_seconds - self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is scored: examples and tokens, of how many in all."""
+
+    examples: int
+    every_example: int
+    tokens: int
+    every_token: int
+
+
+def size_of(run: Run, examples: int = 0) -> Size:
+    """How much planning would score; `examples` of 0 takes what SCORED asks for."""
+    from stillroom.pipeline.corpus.preparing import Corpus
+
+    corpus = Corpus.open(run.path("corpus"))
+    count, tokens = len(corpus.split("train")), corpus.facts["counts"]["train"]["tokens"]
+    wanted = examples or min(max(round(count * SCORED), LEAST_EXAMPLES), MOST_EXAMPLES)
+    wanted = min(wanted, count)
+    return Size(wanted, count, round(tokens * wanted / max(count, 1)), tokens)
 
 
 def sample(
     run: Run,
     engine: Literal["vllm", "reference"] = "vllm",
-    examples: int = 200,
+    examples: int = MOST_EXAMPLES,
     on_progress: Progress | None = None,
 ) -> Sample:
     """Let the run's teacher score examples spread evenly over its prepared corpus.
@@ -130,7 +171,8 @@ def sample(
         opened.close()
     scored = sum(len(signals["topk_ids"]) for signals in rows)
     per_example = scored / max(len(rows), 1)  # rows
-    return Sample(rows, vocab_size, scored / max(seconds, 1e-9), round(per_example * len(every)))
+    rate, every_row = scored / max(seconds, 1e-9), round(per_example * len(every))
+    return Sample(rows, vocab_size, rate, every_row, seconds)
 
 
 def settings(longest: int, vocab_size: int) -> list[Setting]:
@@ -147,13 +189,16 @@ def frontier(
     sample: Sample,
     candidates: Sequence[Setting] | None = None,
     on_progress: Progress | None = None,
+    seconds: float | None = None,
 ) -> list[Point]:
-    """Measure settings, by rising bytes; the efficient ones are marked."""
+    """Measure settings, by rising bytes; the efficient ones are marked. With `seconds`, on as many
+    rows as can be coded in that time, and LEAST_CODED at least."""
     longest = max((signals["topk_ids"].shape[1] for signals in sample.rows), default=0)
     todo = list(candidates or settings(longest, sample.vocab_size))
     if len(sample.rows) < 2:
         raise ConfigError(f"{len(sample.rows)} examples", expected="at least 2 to plan with")
-    sample = replace(sample, rows=_enough(sample.rows))
+    wanted = CODED_ROWS if seconds is None else _codable(sample, todo, seconds)
+    sample = replace(sample, rows=_enough(sample.rows, min(wanted, CODED_ROWS)))
     usual = distortion.mean_distribution(sample.rows, sample.vocab_size)
     points = []
     for done, setting in enumerate(todo):
@@ -184,7 +229,7 @@ def choose(
             where="cache plan",
         )
     best = min(point.gradient_error for point in able)
-    near = [p for p in able if p.gradient_error <= best * (1.1 if budget is None else 1.0)]
+    near = [p for p in able if p.gradient_error <= best * (NEAR if budget is None else 1.0)]
     return min(near, key=lambda point: point.bytes_per_token)
 
 
@@ -230,11 +275,23 @@ def _marked(points: list[Point]) -> list[Point]:
     return marked
 
 
-def _enough(rows: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    """Examples, evenly spread, that hold about CODED_ROWS rows."""
+def _enough(rows: list[dict[str, np.ndarray]], wanted: int) -> list[dict[str, np.ndarray]]:
+    """Examples, evenly spread, that hold about so many rows."""
     total = sum(len(signals["topk_ids"]) for signals in rows)
-    wanted = max(2, len(rows) * CODED_ROWS // max(total, 1))
-    return [rows[number] for number in evenly(len(rows), wanted)]
+    count = max(2, len(rows) * wanted // max(total, 1))
+    return [rows[number] for number in evenly(len(rows), count)]
+
+
+def _codable(sample: Sample, todo: Sequence[Setting], seconds: float) -> int:
+    """Rows of which all settings can be coded in so many seconds, by a trial of a middling one."""
+    few = replace(sample, rows=_enough(sample.rows, LEAST_CODED))
+    usual = distortion.mean_distribution(few.rows, sample.vocab_size)
+    middling = todo[len(todo) // 2]
+    _measure(few, middling, usual)  # compiles what is not compiled yet
+    started = time.monotonic()
+    _measure(few, middling, usual)
+    each = (time.monotonic() - started) / sum(len(one["topk_ids"]) for one in few.rows)
+    return max(LEAST_CODED, int(seconds / (each * len(todo))))
 
 
 def _question(capture: Capture, vocab_size: int) -> Capture:

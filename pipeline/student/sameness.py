@@ -49,7 +49,7 @@ def expected_of(model: Any, keep: Sequence[int] = ()) -> Expected:
     if not keep:
         return Expected(logits_of(model, ids), ids)
     blocks = blocks_of(model)
-    with _skipped([block for n, block in enumerate(blocks) if n not in keep]):
+    with skipped([block for n, block in enumerate(blocks) if n not in keep]):
         logits = logits_of(model, ids)
     said = tuple(_says_of_itself(blocks[n]) for n in keep)
     return Expected(logits, ids, said, tuple(keep))
@@ -130,7 +130,8 @@ def _says_of_itself(block: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def _skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it these blocks hand on what they are given."""
     hooks = [b.register_forward_hook(_hand_on, with_kwargs=True) for b in blocks]
     try:
         yield

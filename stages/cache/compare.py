@@ -4,15 +4,16 @@ One idea: numbers on stdout, judgement in the exit code.
 """
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stillroom.cache_schemas.errors import CacheError
-from stillroom.stages.arguments import Engine, EngineChoice
+from stillroom.stages.arguments import AsJson, Engine, EngineChoice
 from stillroom.stages.cache.arguments import Cache, location
-from stillroom.stages.console import say, table
+from stillroom.stages.console import document, say, table
 
 if TYPE_CHECKING:
     from stillroom.pipeline.config import Teacher
@@ -24,6 +25,7 @@ def diff(
     first: Cache,
     second: Annotated[str, typer.Argument(help="Another.", metavar="CACHE")],
     sample: Sample = 200,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two caches by plan, by examples and by value."""
     from stillroom.pipeline.cache.care.comparing import diff
@@ -31,6 +33,9 @@ def diff(
 
     caches = [TeacherCache.open(location(cache)) for cache in (first, second)]
     found = diff(caches[0], caches[1], sample)
+    if as_json:
+        document(asdict(found))
+        return
     for line in found.plan:
         say(f"plan: {line}")
     rows = [
@@ -48,6 +53,7 @@ def audit(
     run_file: Annotated[Path, typer.Argument(help="Run with the [teacher].", metavar="RUN.toml")],
     engine: EngineChoice = Engine.vllm,
     sample: Sample = 32,
+    as_json: AsJson = False,
 ) -> None:
     """Score examples of a cache again: cache against live teacher, live against live."""
     from stillroom.pipeline import config
@@ -89,7 +95,10 @@ def audit(
     ]
     if result.other is not None:
         rows.append(_row(f"live || live in {precision}", result.other))
-    table(f"{result.cached.examples} examples", COLUMNS, rows)
+    if as_json:
+        document(asdict(result) | {"passed": result.passed, "allowed": result.allowed})
+    else:
+        table(f"{result.cached.examples} examples", COLUMNS, rows)
     if not result.passed:
         raise CacheError(
             f"mean KL {result.cached.kl_mean:.3g} nats from the live teacher",

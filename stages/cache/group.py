@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from stillroom.cache_schemas.errors import CacheError, CacheIncomplete
+from stillroom.stages.arguments import AsJson
 from stillroom.stages.cache import compare, foreign, plan, share
 from stillroom.stages.cache.arguments import (
     Cache,
@@ -35,7 +36,7 @@ def show(
     guesses: Annotated[int, typer.Option(help="Top guesses per row.", min=1)] = 5,
     tokenizer: Tokenizer = "",
     corpus: Annotated[str, typer.Option(help="Of a cache of items or lists, for titles.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="The facts alone, as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What a cache holds, and a few tokens with the teacher's top guesses; of a cache about a
     catalogue an item, or a history with the teacher's list and what came."""
@@ -64,12 +65,16 @@ def show(
 @app.command()
 def ls(
     directory: Annotated[Path, typer.Argument(help="Where to look.")] = Path("."),
+    as_json: AsJson = False,
 ) -> None:
     """The caches below a directory."""
     from stillroom.pipeline.cache.care.overview import Overview, find
-    from stillroom.stages.cache.view import LS_COLUMNS, ls_row
+    from stillroom.stages.cache.view import LS_COLUMNS, ls_json, ls_row
 
     found = find(directory)
+    if as_json:
+        document(ls_json(found))
+        return
     rows = [ls_row(seen, directory) for seen in found if isinstance(seen, Overview)]
     table(str(directory), LS_COLUMNS, rows)
     for seen in found:

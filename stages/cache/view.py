@@ -35,6 +35,14 @@ def ls_row(seen: Overview, directory: Path) -> list[str]:
     ]
 
 
+def ls_json(found: list) -> list[dict[str, Any]]:
+    """The same for a program; what cannot be read says why."""
+    return [
+        facts_json(seen) if isinstance(seen, Overview) else {"location": seen[0], "error": seen[1]}
+        for seen in found
+    ]
+
+
 def facts_table(seen: Overview) -> None:
     """Identity and sizes of one cache."""
     facts, capture = seen.plan.facts, seen.plan.facts["capture"]

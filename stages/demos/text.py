@@ -17,14 +17,24 @@ import typer
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.whole_text import write_whole
-from stillroom.stages.arguments import Engine, EngineChoice, RunFile
-from stillroom.stages.console import put, say, table
+from stillroom.stages.arguments import AsJson, Engine, EngineChoice, RunFile
+from stillroom.stages.console import document, say
+from stillroom.stages.demos.text_findings import figures, show
 from stillroom.stages.stage_process import perform as run_command
 
 if TYPE_CHECKING:
     from stillroom.pipeline.config import Run
 
 Control = Annotated[Path, typer.Option(help="A run to compare with, trained without the teacher.")]
+Elsewhere = Annotated[
+    Path | None,
+    typer.Option(help="A run that measures the same students on text of another kind."),
+]
+PROMPTS = [
+    "What is a dictionary in Python?",
+    "Write one sentence about the sea.",
+    "Name three fruits.",
+]
 INSTALL_SECONDS = Path(sys.prefix, ".install-seconds")
 
 
@@ -82,7 +92,9 @@ class Ledger:
 def demo(
     run_file: RunFile,
     control: Control,
+    elsewhere: Elsewhere = None,
     engine: EngineChoice = Engine.vllm,
+    as_json: AsJson = False,
 ) -> None:
     """Prepare, capture, train a student and a control, evaluate; then show what came of it."""
     from stillroom.pipeline import config
@@ -95,14 +107,21 @@ def demo(
             remedy="Give the control a directory of its own.",
         )
     ledger = Ledger.open(run.path("demo.json"))
-    for stage in plan_stages(run, other, run_file, control, engine.value):
+    further = config.load(elsewhere) if elsewhere else None
+    stages = plan_stages(run, other, run_file, control, engine.value)
+    if further is not None:
+        stages += elsewhere_stages(further, str(elsewhere), stages[-1].inputs)
+    for stage in stages:
         if ledger.is_done(stage):
             say(f"{stage.name}: done before, in {ledger.seconds(stage.name):,.0f} s")
         else:
             perform(stage, ledger)
-    results = summarise(run.path(), ledger)
+    results = summarise(run, further, ledger)
     write_whole(run.path("results.json"), json.dumps(results, indent=2) + "\n")
-    show(results, run.path())
+    if as_json:
+        document(results)
+    else:
+        show(results, run.path())
 
 
 def plan_stages(
@@ -127,6 +146,17 @@ def plan_stages(
         Stage("train", ["train", run_name], run.path("student", "config.json"), student),
         Stage("control", ["train", other_name], other.path("student", "config.json"), compared),
         Stage("evaluate", ["evaluate", run_name], run.path("evaluation.json"), measured),
+        Stage("answers", ["ask", run_name, *PROMPTS], run.path("answers.json"), measured),
+    ]
+
+
+def elsewhere_stages(run: "Run", name: str, students: str) -> list[Stage]:
+    """Text of another kind, prepared and measured on; `students` is what they depend on."""
+    corpus = settings(run, "teacher", "prepare")
+    measured = students + corpus + settings(run, "evaluate")
+    return [
+        Stage("prepare elsewhere", ["prepare", name], run.path("corpus", "corpus.json"), corpus),
+        Stage("elsewhere", ["evaluate", name], run.path("evaluation.json"), measured),
     ]
 
 
@@ -162,20 +192,13 @@ def perform(stage: Stage, ledger: Ledger) -> None:
         ledger.note(stage, time.monotonic() - started, done)
 
 
-def summarise(directory: Path, ledger: Ledger) -> dict[str, Any]:
+def summarise(run: "Run", elsewhere: "Run | None", ledger: Ledger) -> dict[str, Any]:
     """The numbers of a finished demo, as its `results.json` has them."""
-    models = json.loads((directory / "evaluation.json").read_text())["models"]
-    manifest = json.loads((directory / "cache" / "manifest.json").read_text())
+    manifest = json.loads(run.path("cache", "manifest.json").read_text())
     tokens = sum(manifest["shards"]["num_tokens"])
-    size = sum(path.stat().st_size for path in (directory / "cache").rglob("*") if path.is_file())
-    return {
-        "kl_before": models["before"]["kl"],
-        "kl_after": models["after"]["kl"],
-        "kl_control": models["control"]["kl"],
-        "top1_after": models["after"]["top1"],
-        "ppl_teacher": models["teacher"]["perplexity"],
-        "ppl_student": models["after"]["perplexity"],
-        "ppl_control": models["control"]["perplexity"],
+    size = sum(path.stat().st_size for path in run.path("cache").rglob("*") if path.is_file())
+    results = figures(run.path("evaluation.json")) | {
+        "seeds": [run.train.seed if run.train else 0],
         "bytes_per_token": size / tokens,
         "tokens_captured": tokens,
         "seconds": {
@@ -183,9 +206,16 @@ def summarise(directory: Path, ledger: Ledger) -> dict[str, Any]:
             "prepare": ledger.seconds("fetch", "prepare"),
             "capture": ledger.seconds("capture"),
             "train": ledger.seconds("train"),
+            "control": ledger.seconds("control"),
             "evaluate": ledger.seconds("evaluate"),
         },
     }
+    if elsewhere is not None:
+        results["elsewhere"] = figures(elsewhere.path("evaluation.json"))
+        results["seconds"]["elsewhere"] = ledger.seconds("prepare elsewhere", "elsewhere")
+    results["answers"] = json.loads(run.path("answers.json").read_text())
+    results["seconds"]["answers"] = ledger.seconds("answers")
+    return results
 
 
 def install_seconds() -> float | None:
@@ -194,24 +224,3 @@ def install_seconds() -> float | None:
         return float(INSTALL_SECONDS.read_text())
     except (OSError, ValueError):
         return None
-
-
-def show(results: dict[str, Any], directory: Path) -> None:
-    """The results as two tables, and where the rest is."""
-    rows = [
-        ["teacher", "0", "1", f"{results['ppl_teacher']:.2f}"],
-        ["student before training", f"{results['kl_before']:.3f}", "", ""],
-        [
-            "student, distilled",
-            f"{results['kl_after']:.3f}",
-            f"{results['top1_after']:.3f}",
-            f"{results['ppl_student']:.2f}",
-        ],
-        ["control, text only", f"{results['kl_control']:.3f}", "", f"{results['ppl_control']:.2f}"],
-    ]
-    table("held-out text", ["model", "KL to teacher, nats", "same top-1", "perplexity"], rows)
-    seconds = {name: "-" if s is None else f"{s:,.0f}" for name, s in results["seconds"].items()}
-    table("seconds", list(seconds), [list(seconds.values())])
-    tokens, size = results["tokens_captured"], results["bytes_per_token"]
-    say(f"cache: {tokens:,} tokens, {size:.1f} bytes per token, everything on disk counted")
-    put(f"{directory}/results.json  {directory}/curves.png")

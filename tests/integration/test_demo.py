@@ -33,18 +33,34 @@ examples = 4
 students = {{ {control} }}
 """
 
-KEYS = [
-    "kl_before",
-    "kl_after",
-    "kl_control",
-    "top1_after",
-    "ppl_teacher",
-    "ppl_student",
-    "ppl_control",
-    "bytes_per_token",
-    "tokens_captured",
-    "seconds",
-]
+ELSEWHERE = """
+name = "elsewhere"
+directory = "{root}/elsewhere"
+[teacher]
+model = "{teacher}"
+[prepare]
+window = 32
+heldout = 0.0
+[[prepare.source]]
+name = "other"
+kind = "text"
+path = "{root}/other.txt"
+[evaluate]
+split = "train"
+[evaluate.students]
+before = "{root}/distilled/student-initial"
+after = "{root}/distilled/student"
+control = "{root}/control/student"
+"""
+
+FIGURES = {
+    *("kl_before", "kl_after", "kl_control", "top1_before", "top1_after", "top1_control"),
+    *("ppl_teacher", "ppl_before", "ppl_student", "ppl_control"),
+}
+"""Each with its spread."""
+KEYS = FIGURES | {"spread", "student_minus_control", "seeds", "bytes_per_token", "tokens_captured"}
+KEYS |= {"seconds", "elsewhere", "answers"}
+STAGES = ["install", "prepare", "capture", "train", "control", "evaluate", "elsewhere", "answers"]
 
 
 @pytest.fixture
@@ -56,8 +72,11 @@ def files(tmp_path, tiny_llama):
             control = label if name == "distilled" else ""
             text = RUN.format(name=name, objective=objective, control=control, **values)
             (tmp_path / f"{name}.toml").write_text(text)
+        (tmp_path / "elsewhere.toml").write_text(ELSEWHERE.format(**values))
+        (tmp_path / "other.txt").write_text("The sea was calm, and nobody said a word. " * 12)
         run, other = tmp_path / "distilled.toml", tmp_path / "control.toml"
-        return ["demo", str(run), "--control", str(other), "--engine", "reference"]
+        more = ["--elsewhere", str(tmp_path / "elsewhere.toml"), "--engine", "reference"]
+        return ["demo", str(run), "--control", str(other), *more]
 
     return write
 
@@ -67,10 +86,17 @@ def test_the_second_run_only_shows_the_results(files, tmp_path, capfd):
     command = files()
     assert shell.run(command) == 0, capfd.readouterr().err[-3000:]
     shown = capfd.readouterr()
-    assert shown.err.count("$ stillroom ") == 5
+    assert shown.err.count("$ stillroom ") == 8
     results = json.loads((tmp_path / "distilled" / "results.json").read_text())
-    assert list(results) == KEYS
-    assert list(results["seconds"]) == ["install", "prepare", "capture", "train", "evaluate"]
+    assert set(results) == KEYS
+    assert list(results["seconds"]) == STAGES
+    assert set(results["spread"]) == FIGURES | {"of"}
+    assert results["seeds"] == [0]
+    assert results["elsewhere"].keys() == FIGURES | {"spread", "student_minus_control"}
+    assert set(results["answers"]["answers"]) == {"teacher", "before", "after", "control"}
+    assert shown.out.count("control, text only") == 2
+    assert "student less control: kl" in shown.out
+    assert f"{results['top1_control']:.3f} ± " in shown.out
     assert results["tokens_captured"] > 1000
     assert 0 < results["kl_after"] < results["kl_before"]
     assert min(results["seconds"][stage] for stage in ("prepare", "capture", "train")) > 0

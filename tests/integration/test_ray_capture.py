@@ -81,6 +81,7 @@ def test_a_node_killed_mid_run_changes_nothing_about_the_seal(tiny_llama, tmp_pa
     cache = TeacherCache.open(str(tmp_path / "spread" / "cache"))
     assert len(cache) == len(TeacherCache.open(str(tmp_path / "alone" / "cache")))
     assert seen[-1].total_shards == cache.plan.num_shards
+    assert all(one.doing.endswith("go elsewhere") for one in seen if one.doing)
     again = capture_on_ray(spread, engine="reference")
     assert again == cache.manifest
 

@@ -2,6 +2,7 @@
 with a tiny teacher."""
 
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -223,3 +224,52 @@ def test_draws_alone_are_planned_too(rows):
     assert alone.bytes_per_token < listed.bytes_per_token
     assert planning.choose([alone, listed], budget=1e9) is listed
     assert planning.choose([alone]) is alone
+
+
+def test_planning_costs_a_tenth_of_the_capture(rows, monkeypatch):
+    """By a clock that counts coded rows: as many as the time allows, or the least that say
+    something."""
+    monkeypatch.setattr(planning, "LEAST_CODED", 100)
+    now, coded = [0.0], []
+    real = planning._measure
+
+    def measured(sample, setting, usual):
+        count = sum(len(one["topk_ids"]) for one in sample.rows)
+        coded.append(count)
+        now[0] += count * 0.01
+        return real(sample, setting, usual)
+
+    monkeypatch.setattr(planning, "_measure", measured)
+    monkeypatch.setattr(planning.time, "monotonic", lambda: now[0])
+    planning.frontier(rows, SETTINGS[:2], seconds=12.0)
+    assert coded[2:] == [600, 600]
+    coded.clear()
+    planning.frontier(rows, SETTINGS[:2], seconds=0.0)
+    assert coded[2:] == [300, 300]  # two examples, the least that can be coded
+
+
+def test_a_sample_knows_what_planning_may_take():
+    sample = Sample([], VOCAB, rows_per_second=100.0, corpus_rows=60_000, seconds=20.0)
+    assert sample.capture_seconds == 600.0
+    assert sample.left == 40.0
+    assert Sample([], VOCAB, 100.0, 1000, seconds=5.0).left == 0.0
+
+
+def test_the_star_says_why_it_is_where_it_is(rows):
+    from stillroom.pipeline.planning.reasons import LISTLESS, why
+
+    both = Setting(0, 64, "small"), Setting(4, 8, "small")
+    found = planning.frontier(rows, both)
+    alone, listed = (at(found, setting) for setting in both)
+    assert alone.gradient_error < listed.gradient_error
+    cheap = replace(alone, bytes_per_token=1.0)
+    said = why([cheap, listed], listed, budget=1000.0)
+    assert said.startswith("4 ids and 8 draws: the least error within 1000 bytes a token")
+    assert (
+        f"0 ids and 64 draws has less error for fewer bytes (error {cheap.gradient_error:.1e}"
+        in said
+    )
+    assert said.endswith(LISTLESS)
+    assert why([listed], listed).count(";") == 0
+    coarse = replace(listed, bytes_per_token=1.0)
+    assert "more than 1e-05 nats of KL" in why([coarse, listed], listed, max_kl=1e-5)

@@ -1,6 +1,7 @@
 """Writer and reader of a cache: round trip, resume, refusal of another plan, sealing."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 
@@ -31,6 +32,27 @@ def test_what_is_written_is_read(tmp_path, profile):
     assert len(cache) == 10
     for number in range(len(cache)):
         assert_same_record(cache[number], make_record(plan, number))
+
+
+def test_a_cache_is_a_sequence_and_says_what_it_is_in_three_lines(tmp_path):
+    plan = make_plan(hidden_layers=[2])
+    write_all(tmp_path, plan).seal()
+    cache = TeacherCache.open(tmp_path)
+    part = cache[2:9:3]
+    assert isinstance(part, Sequence)
+    assert [one.example.example_id for one in part] == [
+        cache[number].example.example_id for number in (2, 5, 8)
+    ]
+    assert_same_record(part[-1:][0], make_record(plan, 8))
+    with pytest.raises(IndexError):
+        part[3]
+    assert len(list(reversed(cache))) == len(list(cache)) == 10
+    lines = repr(cache).splitlines()
+    assert lines[0] == f"TeacherCache at {tmp_path}"
+    assert lines[1].startswith("  10 examples, ")
+    assert "hidden.2" in lines[2]
+    assert len(lines) == 3
+    assert repr(part).startswith("3 examples of TeacherCache")
 
 
 def test_only_the_signals_asked_for_are_decoded(tmp_path):

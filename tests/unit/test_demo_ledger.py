@@ -9,10 +9,14 @@ import pytest
 from stillroom.pipeline import config
 from stillroom.stages.demos import text as demo
 from stillroom.stages.demos.text import Ledger, Stage, perform, plan_stages
+from stillroom.stages.demos.text_findings import in_words
 from stillroom.stages.stage_process import StageFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN, CONTROL = ROOT / "runbooks" / "demo.toml", ROOT / "runbooks" / "demo-control.toml"
+
+
+MEASURED = {"evaluate", "answers"}
 
 
 def stages(run=None, other=None) -> dict[str, Stage]:
@@ -32,11 +36,11 @@ def stale(run=None, other=None) -> set[str]:
 @pytest.mark.parametrize(
     ("table", "values", "redone"),
     [
-        ("evaluate", {"examples": 3}, {"evaluate"}),
-        ("train", {"steps": 7}, {"train", "evaluate"}),
-        ("student", {"keep_every": 5}, {"train", "evaluate"}),
-        ("capture", {"k": 8}, {"capture", "train", "control", "evaluate"}),
-        ("prepare", {"window": 64}, {"prepare", "capture", "train", "control", "evaluate"}),
+        ("evaluate", {"examples": 3}, MEASURED),
+        ("train", {"steps": 7}, {"train"} | MEASURED),
+        ("student", {"keep_every": 5}, {"train"} | MEASURED),
+        ("capture", {"k": 8}, {"capture", "train", "control"} | MEASURED),
+        ("prepare", {"window": 64}, {"prepare", "capture", "train", "control"} | MEASURED),
     ],
 )
 def test_a_change_makes_stale_what_depends_on_it(table, values, redone):
@@ -44,7 +48,7 @@ def test_a_change_makes_stale_what_depends_on_it(table, values, redone):
 
 
 def test_the_control_stands_on_its_own():
-    assert stale(None, changed(config.load(CONTROL), "train", steps=7)) == {"control", "evaluate"}
+    assert stale(None, changed(config.load(CONTROL), "train", steps=7)) == {"control"} | MEASURED
 
 
 def test_the_control_differs_from_the_run_in_its_loss_alone():
@@ -106,3 +110,24 @@ def test_install_time_is_unknown_where_make_did_not_install(tmp_path, monkeypatc
 
 def test_the_environments_own_record_is_used():
     assert Path(sys.prefix) in demo.INSTALL_SECONDS.parents
+
+
+def test_text_of_another_kind_depends_on_the_students_and_on_itself():
+    elsewhere = config.load(ROOT / "runbooks" / "demo-elsewhere.toml")
+    prepared, measured = demo.elsewhere_stages(elsewhere, "x.toml", "students")
+    other = demo.elsewhere_stages(elsewhere, "x.toml", "other students")
+    assert prepared.inputs == other[0].inputs
+    assert measured.inputs != other[1].inputs
+    fewer = changed(elsewhere, "evaluate", examples=3)
+    assert demo.elsewhere_stages(fewer, "x.toml", "students")[1].inputs != measured.inputs
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "ahead"),
+    [(-0.2, 0.01, "student ahead"), (0.01, 0.01, "level"), (0.2, 0.05, "control ahead")],
+)
+def test_who_is_ahead_is_said_beyond_two_errors(mean, error, ahead):
+    said = in_words({"kl": {"mean": mean, "error": error}})
+    assert said == f"student less control: kl {mean:+.3f} ± {error:.3f} ({ahead})"
+    other = in_words({"top1": {"mean": -mean, "error": error}})
+    assert other.endswith(f"({ahead})")

@@ -132,8 +132,8 @@ def test_lines_come_now_and_then_and_at_the_end(monkeypatch, capsys):
             now[0] = step * 1.0
             report(step * 10, 1000, tok_per_s=1234.5)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 + 100 // int(console.SECONDS_BETWEEN_LINES)
-    assert lines[0] == "capture: 150/1,000 tokens  15 s, about 85 s left  tok/s 1,234"
+    assert len(lines) == 100 // int(console.SECONDS_BETWEEN_LINES)
+    assert lines[0] == "capture: 100/1,000 tokens  10 s, about 90 s left  tok/s 1,234"
     assert re.match(r"capture: 1,000/1,000 tokens  100 s", lines[-1])
 
 
@@ -142,3 +142,50 @@ def test_lines_come_now_and_then_and_at_the_end(monkeypatch, capsys):
 )
 def test_numbers_are_short(value, text):
     assert console.short(value) == text
+
+
+def test_help_says_the_names_of_tables(capsys):
+    assert shell.run(["cache", "audit", "--help"]) == 0
+    assert "Run with the [teacher]." in capsys.readouterr().out
+
+
+def test_completion_can_be_installed(capsys):
+    assert shell.run(["--help"]) == 0
+    assert "--install-completion" in capsys.readouterr().out
+
+
+PRINT_TABLES = "init prepare capture train student evaluate recommend doctor demo ask"
+PRINT_TABLES_BELOW = {"cache": "show ls diff audit plan", "corpus": "show"}
+
+
+def test_every_command_that_prints_a_table_prints_json_too():
+    known = typer.main.get_command(shell.app).commands
+    commands = [known[name] for name in PRINT_TABLES.split()]
+    for group, names in PRINT_TABLES_BELOW.items():
+        commands += [known[group].commands[name] for name in names.split()]
+    for command in commands:
+        assert "--json" in {option for p in command.params for option in p.opts}, command.name
+
+
+def test_quiet_leaves_results_and_errors(monkeypatch, capsys):
+    monkeypatch.setenv(console.QUIET, "1")
+    console.say("by the way")
+    with console.progress("train", "steps") as report:
+        report(1, 1, loss=0.5)
+    console.put("result")
+    console.warn("error: bad")
+    assert capsys.readouterr() == ("result\n", "error: bad\n")
+
+
+def test_quiet_is_understood_after_the_commands_name(tmp_path):
+    code = (
+        "import sys; from stillroom.stages import __main__ as shell, console;"
+        "shell.app.command('look')(lambda: console.say('hush') or console.put('result'));"
+        "sys.argv = ['stillroom', 'look', *sys.argv[1:]]; shell.main()"
+    )
+    said = []
+    for more in ([], ["--quiet"]):
+        command = [sys.executable, "-c", code, *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        said.append((done.stdout, done.stderr))
+    assert said == [("result\n", "hush\n"), ("result\n", "")]

@@ -6,6 +6,7 @@ whether shards fit them is `verification.py`'s question.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def overview(storage: Storage) -> Overview:
     )
 
 
-def find(directory: str | Path, depth: int = 3) -> list[Overview | tuple[str, str]]:
+def find(directory: str | Path) -> list[Overview | tuple[str, str]]:
     """Every cache below a directory; (location, what is wrong) for one that cannot be read.
 
     Raises:
@@ -102,7 +103,7 @@ def find(directory: str | Path, depth: int = 3) -> list[Overview | tuple[str, st
     root = Path(directory)
     if not root.is_dir():
         raise CacheError("no such directory", where=str(root), remedy="Check the path.")
-    return [_look(path.parent) for path in sorted(_plans(root, depth))]
+    return [_look(path.parent) for path in sorted(_plans(root))]
 
 
 def _look(path: Path) -> Overview | tuple[str, str]:
@@ -114,12 +115,13 @@ def _look(path: Path) -> Overview | tuple[str, str]:
         return str(path), error.strerror or type(error).__name__
 
 
-def _plans(root: Path, depth: int) -> set[Path]:
-    return {
-        path
-        for level in range(depth + 1)
-        for path in root.glob("/".join([*["*"] * level, layout.PLAN]))
-    }
+def _plans(root: Path) -> Iterator[Path]:
+    """Plans at any depth, not inside a cache, in a hidden folder or behind a link."""
+    for folder, below, files in os.walk(root):
+        if layout.PLAN in files:
+            yield Path(folder, layout.PLAN)
+            below.clear()
+        below[:] = [name for name in below if not name.startswith(".")]
 
 
 def _manifest(storage: Storage) -> Manifest | None:

@@ -34,7 +34,7 @@ def start_vllm(teacher: Teacher, arguments: dict):
     plugin.register()
     try:
         with _processors_shared(_num_ranks(arguments)):
-            llm = import_vllm().LLM(**arguments)
+            llm = import_vllm().LLM(**{"use_tqdm_on_load": False} | arguments)
     except TeacherError:
         raise
     except Exception as error:

@@ -1,0 +1,103 @@
+"""Which blocks a teacher misses least: what is measured, and how `student --leave-out` says it."""
+
+import json
+
+import pytest
+import torch
+
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.evaluation.scores import mean_and_error
+from stillroom.pipeline.student.leaving_out import least_missed
+from stillroom.pipeline.student.loading import load
+from stillroom.pipeline.student.pruning import prune_layers
+from stillroom.pipeline.student.states import blocks_of
+from stillroom.stages.__main__ import run as command
+from tests import memory_cache
+from tests.tiny_models import save_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(save_llama(tmp_path_factory.mktemp("deep") / "m", num_layers=4, seed=5)).eval()
+
+
+@torch.no_grad()
+def kl_of_pruned(model, texts, keep) -> float:
+    """By cutting the blocks out, in float64."""
+    import copy
+
+    cut = copy.deepcopy(model)
+    prune_layers(cut, blocks_of(cut), keep)
+    total, rows = 0.0, 0
+    for text in texts:
+        ids = torch.as_tensor(text.token_ids, dtype=torch.long)[None]
+        p, q = (m(input_ids=ids).logits[0].double().log_softmax(-1) for m in (model, cut))
+        total += float((p.exp() * (p - q)).sum())
+        rows += len(p)
+    return total / rows
+
+
+def test_the_block_that_goes_first_is_missed_least(model):
+    texts = memory_cache.examples(3)
+    passes = []
+    gone = least_missed(model, texts, 2, lambda done, total: passes.append((done, total)))
+    alone = {n: kl_of_pruned(model, texts, [k for k in range(4) if k != n]) for n in range(4)}
+    assert gone[0].block == min(alone, key=alone.__getitem__)
+    assert gone[0].kl == pytest.approx(alone[gone[0].block], rel=1e-3)
+    left = [n for n in range(4) if n not in (gone[0].block, gone[1].block)]
+    assert gone[1].kl == pytest.approx(kl_of_pruned(model, texts, left), rel=1e-3)
+    assert passes[-1] == (7, 7)
+
+
+def test_no_block_would_be_left(model):
+    with pytest.raises(StudentError, match="4 blocks to leave out; expected 1 to 3"):
+        least_missed(model, memory_cache.examples(1), 4)
+
+
+def test_errors_of_means_are_over_examples():
+    mean, error = mean_and_error([2.0, 4.0, 9.0], [2, 2, 3])
+    assert mean == pytest.approx(15 / 7)
+    gaps = [2 - 2 * 15 / 7, 4 - 2 * 15 / 7, 9 - 3 * 15 / 7]
+    assert error == pytest.approx(sum(gap**2 for gap in gaps) ** 0.5 / 7)
+
+
+RUN = """
+name = "elsewhere"
+directory = "{root}/run"
+[teacher]
+model = "{teacher}"
+[prepare]
+window = 32
+heldout = 0.0
+[[prepare.source]]
+name = "help"
+kind = "pydoc_topics"
+limit = 2
+[evaluate]
+split = "train"
+examples = 4
+students = {{ other = "{other}" }}
+"""
+
+
+def test_students_are_measured_and_asked_without_a_training_of_their_own(
+    tmp_path, tiny_llama, capsys
+):
+    other = save_llama(tmp_path / "other", num_layers=1, seed=3)
+    file = tmp_path / "run.toml"
+    file.write_text(RUN.format(root=tmp_path, teacher=tiny_llama, other=other))
+    assert command(["prepare", str(file)]) == 0
+    capsys.readouterr()
+    assert command(["evaluate", str(file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"teacher", "other"}
+    assert found["other"]["kl_standard_error"] > 0
+    assert len(found["other"]["by_example"]["kl"]) == 4
+    assert command(["ask", str(file), "one", "two", "--plain", "--tokens", "3", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == json.loads((tmp_path / "run" / "answers.json").read_text())
+    assert [len(answers) for answers in said["answers"].values()] == [2, 2]
+    assert command(["student", str(file), "--leave-out", "1", "--json"]) == 0
+    kept = json.loads(capsys.readouterr().out)
+    depth = len(kept["keep_layers"]) + 1
+    assert sorted([*kept["keep_layers"], kept["left_out"][0]["block"]]) == list(range(depth))
