@@ -4,9 +4,9 @@
 
 One idea: each example is one of a few hundred synthetic ones behind a prompt that spells its
 number, so that all differ and none costs more to make than to encode. 100,000 examples of 2 to 24
-rows of 12 ids, 12 draws and every scalar, in 200 shards; and 16,000 in 2,000 shards. Times are by the
-clock and of processors, which other work on the machine lengthens little; of one process and of one
-for each CPU, on files that the machine has in memory.
+rows of 12 ids, 12 draws and every scalar, in 200 shards; and 16,000 in 2,000 shards. Times are by
+the clock and of processors, which other work on the machine lengthens little; of one process and of
+one for each CPU, on files that the machine has in memory.
 """
 
 import argparse
