@@ -128,6 +128,8 @@ def parse(blob: bytes | memoryview) -> Record:
     body, checksum = view[:-CHECKSUM_BYTES], view[-CHECKSUM_BYTES:]
     if xxhash.xxh3_64_intdigest(body) != int.from_bytes(checksum, "little"):
         corrupt("its checksum does not fit its bytes")
+    if body[2] < 1:
+        corrupt(f"record version {body[2]}", f"{VERSION}")
     if body[2] > VERSION:
         raise FormatTooNew(
             f"record version {body[2]}",

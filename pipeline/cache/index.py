@@ -123,15 +123,16 @@ class Index:
         return column.cast(pa.string())
 
     def _check_sizes(self, data: memoryview, sizes: list[int]) -> None:
-        facts = self._file.metadata
-        found = [facts.row_group(at).num_rows for at in range(facts.num_row_groups)]
+        groups = parquet_pages.row_groups(data, self.where)
+        found = [group.rows for group in groups]
         if found != sizes:
             raise ShardCorrupt(f"{sum(found)} rows", expected=f"{sum(sizes)}", where=self.where)
-        for at, rows in enumerate(sizes):
-            for number, field in enumerate(SCHEMA):
-                chunk = facts.row_group(at).column(number)
-                limit = FREE_BYTES + rows * ROW_BYTES.get(field.name, 16)
-                _check_chunk(data, chunk, rows, limit, self.where)
+        if {len(group.chunks) for group in groups} - {len(SCHEMA)}:
+            raise ShardCorrupt("has other columns than an index", where=self.where)
+        for group in groups:
+            for (start, length), field in zip(group.chunks, SCHEMA):
+                limit = FREE_BYTES + group.rows * ROW_BYTES.get(field.name, 16)
+                _check_chunk(data, start, length, group.rows, limit, self.where)
 
 
 def _text_bytes(column: pa.DictionaryArray) -> int:
@@ -144,12 +145,9 @@ def _text_bytes(column: pa.DictionaryArray) -> int:
 
 
 def _check_chunk(
-    data: memoryview, chunk: pq.ColumnChunkMetaData, rows: int, limit: int, where: str
+    data: memoryview, start: int, length: int, rows: int, limit: int, where: str
 ) -> None:
-    start = chunk.data_page_offset
-    if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
-        start = min(start, chunk.dictionary_page_offset)
-    sizes = list(parquet_pages.pages(data, start, chunk.total_compressed_size, where))
+    sizes = list(parquet_pages.pages(data, start, length, where))
     unpacked, values = sum(size for size, _ in sizes), sum(count for _, count in sizes)
     if unpacked > limit or values != rows:
         found = f"a column of {values:,} values and {unpacked:,} bytes"
