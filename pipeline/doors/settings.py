@@ -14,7 +14,7 @@ from stillroom.cache_schemas.errors import ConfigError
 LEAST = {"transformers": (5, 19), "trl": (1, 16)}
 """Versions before which the losses were not compared with those of `stillroom train`."""
 
-TRIED = "transformers 5.19 and TRL 1.16"
+TRIED = "transformers 5.19 to 5.24 and TRL 1.16"
 
 
 def check_trainer(kind: type) -> None:

@@ -204,7 +204,7 @@ def _keep(run: Run, scores: Mapping[str, Rouge], count: int, max_tokens: int) ->
         return
     told = EvalResult(
         task_type="text-generation",
-        dataset_type="held-out",
+        dataset_type="held-out-instructions",
         dataset_name=f"{count} held-out instructions",
         metric_type="rouge",
         metric_name=f"Rouge-L, {DRAWS} draws, ± {own.standard_error:.2f}",

@@ -24,7 +24,7 @@ def card_results(found: Mapping[str, Scores]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type="held-out",
+            dataset_type="held-out-text",
             dataset_name="held-out text",
             metric_type=kind,
             metric_name=name,

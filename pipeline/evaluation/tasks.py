@@ -81,7 +81,7 @@ def measure_tasks(
         ConfigError: the harness is not installed, or knows no such task.
         StudentError: a student is not there.
     """
-    manager = _manager()
+    manager = _manager(asked.tasks)
     _check_names(asked.tasks, manager)
     found, models = {}, compared(run)
     for label, model in loaded(models):
@@ -96,7 +96,8 @@ def measure_tasks(
     return found
 
 
-def _manager() -> Any:
+def _manager(tasks: Sequence[str]) -> Any:
+    """What knows the harness's tasks; thousands of files are not looked at where none is asked."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -105,12 +106,16 @@ def _manager() -> Any:
             where="--tasks",
             remedy="pip install 'stillroom[eval]'.",
         ) from None
-    return TaskManager()
+    return TaskManager(include_defaults=not all(map(_is_file, tasks)))
+
+
+def _is_file(task: str) -> bool:
+    return Path(task).suffix in (".yaml", ".yml")
 
 
 def _check_names(tasks: Sequence[str], manager: Any) -> None:
     for name in tasks:
-        is_file = Path(name).suffix in (".yaml", ".yml")
+        is_file = _is_file(name)
         if Path(name).is_file() if is_file else manager.match_tasks([name]):
             continue
         raise ConfigError(
@@ -179,6 +184,7 @@ def _tell_card(run: Run, figures: Sequence[Figure], asked: Asked) -> None:
                 task_type="text-generation",
                 dataset_type=one.dataset or "local",
                 dataset_name=one.task,
+                dataset_config=one.task,  # the hub tells results apart by type and config
                 metric_type=one.measure,
                 metric_name=f"{one.measure}{spread}",
                 metric_value=round(one.value, 6),

@@ -128,7 +128,7 @@ def _shown(name: str) -> str:
 
 
 def _key(result: EvalResult) -> tuple:
-    return result.dataset_type, result.dataset_name, result.dataset_config, result.metric_type
+    return result.dataset_type, result.dataset_config, result.metric_type
 
 
 def _table(results: Any) -> str:

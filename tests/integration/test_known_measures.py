@@ -115,17 +115,28 @@ def test_tasks_of_the_harness(run_file, tmp_path):
         assert one["standard_error"] == pytest.approx(np.sqrt(share * (1 - share) / 5))
     card = ModelCard.load(run.path("student", "README.md"))
     assert [r.dataset_name for r in card.data.eval_results if r.metric_type == "acc"] == ["colours"]
+
+
+def test_tasks_that_are_not_there(run_file, tmp_path, monkeypatch):
+    class Knows:
+        all_tasks = ("arc_easy", "hellaswag")
+        match_tasks = staticmethod(lambda names: [])
+
+    monkeypatch.setattr(tasks, "_manager", lambda names: Knows())
+    run = config.load(run_file)
     with pytest.raises(StillroomError, match=r"no task 'hellaswagg'.*hellaswag"):
         tasks.measure_tasks(run, tasks.Asked(("hellaswagg",)))
+    with pytest.raises(StillroomError, match=r"no task '.*mine.yaml'"):
+        tasks.measure_tasks(run, tasks.Asked((str(tmp_path / "mine.yaml"),)))
 
 
-def test_results_on_data_sets_of_the_hub_are_entries_of_their_own(run_file):
+def test_results_on_data_sets_of_the_hub_are_entries_of_their_own(run_file, monkeypatch):
+    monkeypatch.setattr(tasks, "version", lambda name: "0.4.13")
     run = config.load(run_file)
     figures = [
         tasks.Figure("arc_easy", "acc", 0.25, 0.1, "allenai/ai2_arc", 0),
         tasks.Figure("colours", "acc", 0.5, None, "", 0),
     ]
-    pytest.importorskip("lm_eval")
     tasks._tell_card(run, figures, tasks.Asked(("arc_easy",), limit=4))
     (entry,) = yaml.safe_load(run.path("student", tasks.ENTRIES).read_text())
     assert entry["dataset"] == {"id": "allenai/ai2_arc", "task_id": "arc_easy"}
@@ -166,9 +177,14 @@ def test_answers_side_by_side(run_file):
     assert not Path(config.load(run_file).path("generate.config.json")).exists()
 
 
-def test_the_card_of_a_student(run_file):
+def test_the_card_of_a_student(run_file, monkeypatch):
+    monkeypatch.setattr(tasks, "version", lambda name: "0.4.13")
     run = config.load(run_file)
     path = run.path("student", "README.md")
+    told = [tasks.Figure(name, "acc", 0.5, None, "owner/same", 0) for name in ("one", "two")]
+    tasks._tell_card(run, told, tasks.Asked(("one", "two")))
+    scores = {"student": answers._summed(np.ones((2, 5)))}
+    answers._keep(run, scores, 2, 4)
     add_results(run, card_results(evaluate(run)))
     path.write_text(path.read_text().replace("A student that", "Mine: a student that"))
     add_results(run, card_results(evaluate(run)))
@@ -182,4 +198,6 @@ def test_the_card_of_a_student(run_file):
     assert "Mine: a student" in card.text
     assert card.text.count(BEGIN) == card.text.count("KL(teacher") == 1
     kinds = [one.metric_type for one in card.data.eval_results]
-    assert sorted(kinds).count("kl_divergence") == 1
+    assert [kinds.count(kind) for kind in ("kl_divergence", "rouge")] == [1, 1]
+    same = [one.dataset_name for one in card.data.eval_results if one.dataset_type == "owner/same"]
+    assert same == ["one", "two"]
