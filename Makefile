@@ -23,8 +23,9 @@ demo-vision: setup  ## A small image-text teacher under vLLM -> vision targets -
 demo-recsys: setup  ## An LLM as teacher of small recommenders: items, lists, students -> results
 	@$(BIN)/stillroom demo-recsys runbooks/demo-recsys.toml
 
+# Files of tests go to as many processes as there are cores; a file stays in one, with its fixtures.
 test: setup  ## The whole test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-fast: setup  ## Without the tests that start a vLLM engine, Ray, or take over 20 seconds
 	@$(BIN)/python -m pytest -m "not vllm and not ray and not slow"

@@ -104,8 +104,9 @@ def alpaca(row: Row, given: str = "input", said: str = "output") -> tuple[Messag
     return (*turns, *_pair(asked, _text(row, said)))
 
 
-def question_and_answer(row: Row, asked: str, said: str) -> tuple[Message, ...]:
-    """Two columns, each a text or messages; an answer with the label false is not learned.
+def question_and_answer(row: Row, asked: str, said: str, given: str = "") -> tuple[Message, ...]:
+    """Two columns, each a text or messages; an answer with the label false is not learned. What is
+    `given` with a question stands before it, an empty line between them, as SQuAD's passages do.
 
     Raises:
         CorpusError: one is missing, or something else.
@@ -113,7 +114,8 @@ def question_and_answer(row: Row, asked: str, said: str) -> tuple[Message, ...]:
     answer = _side(row, said, "assistant")
     if row.values.get("label") is False:
         answer = tuple({**message, "weight": 0} for message in answer)
-    return (*_side(row, asked, "user"), *answer)
+    question = _side(row, asked, "user")
+    return (*(_after(_text(row, given), question) if row.values.get(given) else question), *answer)
 
 
 def chosen(row: Row, asked: str) -> tuple[Message, ...]:
@@ -152,6 +154,16 @@ def _side(row: Row, column: str, role: str) -> tuple[Message, ...]:
     if is_sharegpt(listed):
         return sharegpt(listed, column)
     return ({"role": role, "content": _text(row, column)},)
+
+
+def _after(given: str, question: tuple[Message, ...]) -> tuple[Message, ...]:
+    if len(question) != 1 or not isinstance(question[0]["content"], str):
+        raise CorpusError(
+            "a context beside a question of several messages or parts",
+            expected="a context and a question that are both plain text",
+            remedy="Write the context into the messages, and drop its column.",
+        )
+    return ({**question[0], "content": f"{given}\n\n{question[0]['content']}"},)
 
 
 def _text(row: Row, column: str) -> str:

@@ -71,10 +71,19 @@ class OpenSource:
     Attributes:
         facts: what was found: name, kind, number of files, sha256 over their bytes, format.
         read: call it to read them from the start.
+        aside: columns that hold something and are not read; told, and no part of the facts.
     """
 
     facts: dict[str, Any]
     read: Callable[[], Iterator[Document | Rejected]] = field(compare=False)
+    aside: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def words(self) -> str:
+        """What it is taken for, and what of it is not read."""
+        names = ", ".join(f'"{name}"' for name in self.aside)
+        not_read = f"; not read: {names}" if names else ""
+        return f"{self.facts['format']} ({self.facts['name']}){not_read}"
 
     def documents(self) -> Iterator[Document]:
         """The documents of a source in which every row has to be one.

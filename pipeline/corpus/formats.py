@@ -119,12 +119,16 @@ def _completion(source: Source, rows: Sequence[Row]) -> Format | None:
     if source.format != "completion" and not (asked and said):
         return None
     asked, said = asked or "prompt", said or "completion"
+    given = "context" if _column(rows, ("context",), _is_text) else ""
     words = f'questions in column "{asked}" and answers in column "{said}"'
+    words += f', each question after its "{given}"' if given else ""
     labels = [row.values["label"] for row in rows if row.values.get("label") is not None]
     judged = bool(labels) and all(isinstance(label, bool) for label in labels)
     words += ', those with "label" false not learned' if judged else ""
-    columns = (asked, said, *(["label"] if judged else []))
-    return Format("completion", columns, words, lambda row: question_and_answer(row, asked, said))
+    columns = (asked, said, *(["label"] if judged else []), *filter(None, (given,)))
+    return Format(
+        "completion", columns, words, lambda row: question_and_answer(row, asked, said, given)
+    )
 
 
 def _captions(source: Source, rows: Sequence[Row]) -> Format | None:

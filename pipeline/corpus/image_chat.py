@@ -116,6 +116,7 @@ class ImageChat:
         )
 
     def _process(self, text: str, pictures: list, where: str) -> dict[str, Any]:
+        check_places(self._processor, text, len(pictures), where)
         bos = self._processor.tokenizer.bos_token
         with refusals(where, "the processor refuses this conversation"):
             return self._processor(
@@ -126,6 +127,24 @@ class ImageChat:
                 return_text_replacement_offsets=True,
                 **self._arguments,
             )
+
+
+def check_places(processor: Any, text: str, count: int, where: str) -> None:
+    """Refuse a text that writes the model's image token where no image is: the processor would put
+    the next image there, or none.
+
+    Raises:
+        CorpusError: another number of image tokens than of images.
+    """
+    token = getattr(processor, "image_token", None)
+    if isinstance(token, str) and text.count(token) != count:
+        raise CorpusError(
+            f"the rendered text holds {token} {text.count(token)} times for {count} images",
+            expected="that token where an image is, and nowhere else",
+            where=where,
+            remedy="Write it in another way where a text only speaks of it; if none does, use the "
+            "model's own chat template.",
+        )
 
 
 def pictures_of(document: Document) -> list[Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.corpus.chat import refusals
 from stillroom.pipeline.corpus.documents import Document
-from stillroom.pipeline.corpus.image_chat import ImageTokens, pictures_of
+from stillroom.pipeline.corpus.image_chat import ImageTokens, check_places, pictures_of
 from stillroom.pipeline.corpus.images import place_images
 from stillroom.pipeline.images import image_sha256
 from stillroom.pipeline.record import ImageSpan
@@ -52,6 +52,7 @@ class PrefixChat:
         pictures = pictures_of(document)
         place_images(document.messages, len(pictures), document.where)
         text = self._processor.image_token * len(pictures) + _text(document, "user")
+        check_places(self._processor, text, len(pictures), document.where)
         with refusals(document.where, "the processor refuses this question"):
             made = self._processor(
                 text=[text], images=[pictures] if pictures else None, **suffix, **self._arguments

@@ -94,7 +94,7 @@ def prepare(
     _check_window(config, tokenizer)
     sources = [open_source(source) for source in config.source]
     for opened in sources:
-        say(f"{opened.facts['format']} ({opened.facts['name']})")
+        say(opened.words)
     facts = identity(config, tokenizer, sources)
     target = Path(directory)
     if (found := unchanged(target, facts)) is not None:

@@ -108,7 +108,7 @@ def files_source(source: Source, kind: str, files: list[Path], **more: str) -> O
         words = {"text": "a text in each file", "images": "a picture and its caption"}[kind]
         return OpenSource(facts | {"format": words}, partial(_whole_files, WHOLE[kind], files))
     reader = _Reader.of(source, kind, files)
-    return OpenSource(facts | {"format": reader.words}, reader.documents)
+    return OpenSource(facts | {"format": reader.words}, reader.documents, reader.aside)
 
 
 def kind_of(path: str | Path) -> str:
@@ -121,6 +121,7 @@ class _Reader:
 
     Attributes:
         words: the format, in words.
+        aside: columns of the first rows that hold something and are not read.
     """
 
     def __init__(
@@ -133,6 +134,9 @@ class _Reader:
         self._system = source.system_column or "system"
         shown = self._image and form.name != "captions"
         self.words = form.words + (f', images in column "{self._image}"' if shown else "")
+        filled = (name for row in rows for name, one in row.values.items() if one is not None)
+        read = {*self._columns}
+        self.aside = tuple(name for name in dict.fromkeys(filled) if name not in read)
 
     @classmethod
     def of(cls, source: Source, kind: str, files: list[Path]) -> "_Reader":

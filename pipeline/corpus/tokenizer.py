@@ -26,7 +26,7 @@ from stillroom.pipeline.corpus.image_chat import (
     settings_sha256,
 )
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
-from stillroom.pipeline.teacher.facts import model_directory, model_shape
+from stillroom.pipeline.teacher.facts import model_shape, settings_directory
 
 PROBE = "any text"
 COMPLETE = "Complete the directory, or set [prepare] tokenizer."
@@ -128,7 +128,7 @@ class CorpusTokenizer:
             directory=directory,
             context=shape.context if shape else 0,
             head=shape.vocab_size if shape else 0,
-            end_ids=_end_ids(model_directory(teacher) if teacher else directory),
+            end_ids=_end_ids(settings_directory(teacher) if teacher else directory),
             trusts_code=trusts_code,
             chats=chats or ChatSettings(),
         )
@@ -205,7 +205,7 @@ class CorpusTokenizer:
 def _directory(model: str, revision: str) -> Path:
     """A directory with a tokenizer need not hold a model."""
     path = Path(model).expanduser()
-    return path if path.is_dir() else model_directory(Teacher(model=model, revision=revision))
+    return path if path.is_dir() else settings_directory(Teacher(model=model, revision=revision))
 
 
 def _load(directory: Path, trusts_code: bool) -> Any:
@@ -245,7 +245,7 @@ def _canonical(hf: Any) -> bytes:
 
 
 def _must_agree(facts: dict, tokenizer: str, teacher: Teacher) -> None:
-    own = facts_of_tokenizer(_load(model_directory(teacher), teacher.trust_remote_code))
+    own = facts_of_tokenizer(_load(settings_directory(teacher), teacher.trust_remote_code))
     if facts["sha256"] != own["sha256"]:
         raise PlanMismatch(
             f"[prepare] tokenizer is {tokenizer} ({facts['sha256'][:12]})",

@@ -6,6 +6,7 @@ Every message names the argument, and where there is one the row and the value.
 """
 
 import math
+from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -29,20 +30,26 @@ def check_objective(objective: Objective, tail_ids: Tensor | None, tail_weights:
     """
     _one_of("divergence", objective.divergence, get_args(DivergenceName))
     _one_of("tail", objective.tail, get_args(TailName))
-    _require(0 < objective.beta < 1, f"beta: found {objective.beta}; expected 0 < beta < 1")
-    _require(0 < objective.alpha < 1, f"alpha: found {objective.alpha}; expected 0 < alpha < 1")
+    _require(0 < objective.beta < 1, lambda: f"beta: found {objective.beta}; expected 0 < beta < 1")
+    _require(
+        0 < objective.alpha < 1, lambda: f"alpha: found {objective.alpha}; expected 0 < alpha < 1"
+    )
     t, cap, hard = objective.temperature, objective.softcap, objective.ce_weight
-    _require(t > 0 and math.isfinite(t), f"temperature: found {t}; expected a positive number")
-    _require(cap is None or cap > 0, f"softcap: found {cap}; expected a positive number")
-    _require(hard >= 0 and math.isfinite(hard), f"ce_weight: found {hard}; expected at least 0")
+    _require(0 < t < math.inf, lambda: f"temperature: found {t}; expected a positive number")
+    _require(cap is None or cap > 0, lambda: f"softcap: found {cap}; expected a positive number")
+    _require(0 <= hard < math.inf, lambda: f"ce_weight: found {hard}; expected at least 0")
     if objective.tail == "sampled":
         name = objective.divergence
-        _require(name == "forward_kl", f"tail: 'sampled' is for forward_kl only; found {name!r}")
+        _require(
+            name == "forward_kl", lambda: f"tail: 'sampled' is for forward_kl only; found {name!r}"
+        )
         drawn = tail_ids is not None and tail_weights is not None
         _require(drawn, "tail: 'sampled' needs tail_ids and tail_weights")
     else:
         given = tail_ids is not None or tail_weights is not None
-        _require(not given, f"tail_ids: only for tail='sampled'; found tail={objective.tail!r}")
+        _require(
+            not given, lambda: f"tail_ids: only for tail='sampled'; found tail={objective.tail!r}"
+        )
 
 
 def check_student(hidden: Tensor, unembedding: Tensor, bias: Tensor | None) -> None:
@@ -53,16 +60,15 @@ def check_student(hidden: Tensor, unembedding: Tensor, bias: Tensor | None) -> N
         TypeError: dtypes that do not fit.
     """
     for name, tensor in (("hidden", hidden), ("unembedding", unembedding), ("bias", bias)):
-        sharded = hasattr(tensor, "placements")
-        _require(
-            not sharded, f"{name}: is a DTensor; see stillroom.pipeline.kernels.distributed_head"
-        )
-    _require(hidden.dim() == 2, f"hidden: found shape {tuple(hidden.shape)}; expected [N, D]")
+        _not_sharded(name, tensor)
+    _require(
+        hidden.dim() == 2, lambda: f"hidden: found shape {tuple(hidden.shape)}; expected [N, D]"
+    )
     if not hidden.is_floating_point():
         raise TypeError(f"hidden: found {hidden.dtype}; expected a floating dtype")
     width, found = hidden.shape[1], tuple(unembedding.shape)
     fits = unembedding.dim() == 2 and found[1] == width
-    _require(fits, f"unembedding: found shape {found}; expected [V, {width}]")
+    _require(fits, lambda: f"unembedding: found shape {found}; expected [V, {width}]")
     _shape("bias", bias, (found[0],))
     for name, tensor in (("unembedding", unembedding), ("bias", bias)):
         _same_device(name, tensor, hidden)
@@ -80,11 +86,13 @@ def check_words(
     rows = unembedding.shape[0]
     if shard is None:
         words = rows if valid_vocab is None else valid_vocab
-        _require(0 < words <= rows, f"valid_vocab: found {words}; expected 1 to {rows}")
+        _require(0 < words <= rows, lambda: f"valid_vocab: found {words}; expected 1 to {rows}")
         return Shard.whole(words)
     _require(valid_vocab is None, "valid_vocab: is shard.total where a shard is given")
     _require(impl != "eager", "shard: 'eager' needs the whole head; expected 'chunked' or 'triton'")
-    _require(0 <= shard.width <= rows, f"shard: holds {shard.width} words; the head, {rows}")
+    _require(
+        0 <= shard.width <= rows, lambda: f"shard: holds {shard.width} words; the head, {rows}"
+    )
     return shard
 
 
@@ -95,7 +103,7 @@ def check_how(impl: str, budget: int | None) -> None:
         ValueError: either cannot be.
     """
     _one_of("impl", impl, IMPLEMENTATIONS)
-    _require(budget is None or budget > 0, f"memory_budget: found {budget}; expected bytes")
+    _require(budget is None or budget > 0, lambda: f"memory_budget: found {budget}; expected bytes")
 
 
 def check_rows(
@@ -108,7 +116,9 @@ def check_rows(
         TypeError: a dtype that does not fit.
     """
     missing = ce_weight > 0 and labels is None
-    _require(not missing, f"ce_weight: found {ce_weight} without labels; expected labels [N]")
+    _require(
+        not missing, lambda: f"ce_weight: found {ce_weight} without labels; expected labels [N]"
+    )
     _shape("labels", labels, (hidden.shape[0],))
     _shape("weights", weights, (hidden.shape[0],))
     _same_device("labels", labels, hidden)
@@ -130,7 +140,7 @@ def check_sparse(
     """
     rows, found = hidden.shape[0], tuple(ids.shape)
     fits = ids.dim() == 2 and found[0] == rows and found[1] > 0
-    _require(fits, f"{ids_name}: found shape {found}; expected [{rows}, k] with k >= 1")
+    _require(fits, lambda: f"{ids_name}: found shape {found}; expected [{rows}, k] with k >= 1")
     _shape(values_name, values, found)
     _integers(ids_name, ids)
     _same_device(ids_name, ids, hidden)
@@ -148,7 +158,7 @@ def check_packed(hidden: Tensor, lists: PackedTopk, logprobs: Tensor | None) -> 
     _require(logprobs is None, "logprobs: are in the packed lists already; expected none")
     found, rows = tuple(lists.shape), hidden.shape[0]
     fits = found[0] == rows and found[1] > 0
-    _require(fits, f"ids: found packed lists {found}; expected [{rows}, k] with k >= 1")
+    _require(fits, lambda: f"ids: found packed lists {found}; expected [{rows}, k] with k >= 1")
     _same_device("ids", lists.gaps, hidden)
 
 
@@ -166,11 +176,11 @@ def check_teacher(
     """
     found, rows = tuple(teacher_hidden.shape), hidden.shape[0]
     fits = len(found) == 2 and found[0] == rows
-    _require(fits, f"teacher_hidden: found shape {found}; expected [{rows}, D']")
+    _require(fits, lambda: f"teacher_hidden: found shape {found}; expected [{rows}, D']")
     head = tuple(teacher_unembedding.shape)
     fits = len(head) == 2 and head[0] >= words and head[1] == found[1]
     expected = f"[V', {found[1]}] with V' >= {words}"
-    _require(fits, f"teacher_unembedding: found shape {head}; expected {expected}")
+    _require(fits, lambda: f"teacher_unembedding: found shape {head}; expected {expected}")
     _shape("teacher_bias", teacher_bias, head[:1])
     for name, tensor in (
         ("teacher_hidden", teacher_hidden),
@@ -239,13 +249,21 @@ def _all(good: Tensor, name: str, values: Tensor, expected: str) -> None:
     raise ValueError(f"{name}: row {place[0]} holds {value}; {expected}")
 
 
-def _require(good: bool, message: str) -> None:
+def _require(good: bool, message: str | Callable[[], str]) -> None:
+    """Messages with numbers are made when they are wanted: a tracer cannot write its symbols."""
     if not good:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
+
+
+def _not_sharded(name: str, tensor: Tensor | None) -> None:
+    _require(
+        not hasattr(tensor, "placements"),
+        lambda: f"{name}: is a DTensor; see stillroom.pipeline.kernels.distributed_head",
+    )
 
 
 def _one_of(name: str, found: str, known: tuple[str, ...]) -> None:
-    _require(found in known, f"{name}: {found!r} is unknown; expected one of {known}")
+    _require(found in known, lambda: f"{name}: {found!r} is unknown; expected one of {known}")
 
 
 def _shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:

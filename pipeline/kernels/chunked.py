@@ -99,7 +99,7 @@ class FusedDivergence(torch.autograd.Function):
         factor = common_factor(grad_output)
         if kept is None or factor is None:
             hidden, unembedding, bias = ctx.saved_tensors
-            plan, factor = _weighted(ctx.plan, grad_output), None
+            plan, factor = with_factors(ctx.plan, grad_output), None
             kept = sweep_rows(hidden, unembedding, bias, plan, ctx.needed)[1:]
         gradients, unit = kept
         factors = [f for f in (factor, unit) if f is not None]
@@ -116,7 +116,8 @@ def common_factor(grad_output: Tensor) -> Tensor | None:
     return None
 
 
-def _weighted(plan: Plan, factors: Tensor) -> Plan:
+def with_factors(plan: Plan, factors: Tensor) -> Plan:
+    """The plan with every row's weight multiplied by a factor [N]."""
     weights = plan.targets.weights
     weights = factors if weights is None else weights.to(factors) * factors
     return replace(plan, targets=replace(plan.targets, weights=weights))

@@ -31,7 +31,7 @@ DEBUG_VARIABLE = "STILLROOM_DEBUG_KERNELS"
 
 
 def opaque(door: Door) -> Door:
-    """The door as torch.compile is to see it: one call, not looked into.
+    """What torch.compile is not to look into, where no operator stands for it (see `compiled`).
 
     Chunks write into one buffer in place and hand over gradients that were taken on the way.
     Traced, that becomes many graphs and copies of the buffer; as one call it is one graph break.
@@ -41,10 +41,18 @@ def opaque(door: Door) -> Door:
     return disabled
 
 
+def traced() -> bool:
+    """Whether a compiler looks at this call, which an operator then has to stand for."""
+    return torch.compiler.is_compiling()
+
+
 def debugging(debug: bool | None, hidden: Tensor) -> bool:
-    """Whether tensors' values are checked: on the CPU by default, elsewhere when asked."""
+    """Whether tensors' values are checked: on the CPU by default, elsewhere when asked; asked of a
+    tracer, which has no values, they break the graph."""
     if debug is not None:
         return debug
+    if traced():
+        return False
     return hidden.device.type == "cpu" or os.environ.get(DEBUG_VARIABLE) == "1"
 
 
@@ -60,6 +68,7 @@ def plan(
     *,
     triton: bool = False,
     teacher_itemsize: int = 0,
+    compute: torch.dtype | None = None,
 ) -> Plan:
     """A plan for the fused form.
 
@@ -68,8 +77,9 @@ def plan(
         triton: the sweep takes logits in the products' dtype (others take fp32 or fp64), and
             Triton scales the gradients.
         teacher_itemsize: bytes of each of the teacher's logits, where a chunk has them too.
+        compute: dtype of the products; None for what autocast says now.
     """
-    compute = autocasting.dtype_of(hidden)
+    compute = compute or autocasting.dtype_of(hidden)
     return Plan(
         sweep=sweep,
         sweep_dtype=compute if triton else wide(compute),

@@ -7,13 +7,12 @@ divergences are those of `topk_divergence` with every word in the list and no ta
 
 from torch import Tensor
 
-from stillroom.pipeline.kernels import argument_checks, chunked, eager, execution
+from stillroom.pipeline.kernels import argument_checks, chunked, compiled, eager, execution
 from stillroom.pipeline.kernels.dense_sweep import DenseTargets
 from stillroom.pipeline.kernels.divergences import DivergenceName, Objective
 from stillroom.pipeline.kernels.execution import Implementation
 
 
-@execution.opaque
 def linear_divergence(
     hidden: Tensor,
     unembedding: Tensor,
@@ -85,6 +84,9 @@ def linear_divergence(
     )
     if impl == "eager":
         return eager.linear_divergence(hidden, unembedding, bias, targets, objective, shard.total)
+    if execution.traced():
+        how = objective, impl, shard.total, memory_budget, accumulate_fp32
+        return compiled.divergence(hidden, unembedding, bias, targets, *how)
     plan = execution.plan(
         execution.dense_teacher_sweep(impl, hidden),
         hidden,

@@ -56,7 +56,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stillroom.pipeline.kernels import argument_checks, chunked, eager, execution
+from stillroom.pipeline.kernels import argument_checks, chunked, compiled, eager, execution
 from stillroom.pipeline.kernels.divergences import DivergenceName, Objective, TailName
 from stillroom.pipeline.kernels.execution import Implementation
 from stillroom.pipeline.kernels.packed_topk import PackedTargets, PackedTopk
@@ -65,7 +65,6 @@ from stillroom.pipeline.kernels.targets import Targets
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 
-@execution.opaque
 def topk_divergence(
     hidden: Tensor,
     unembedding: Tensor,
@@ -199,6 +198,26 @@ def _run(
 ) -> Tensor:
     if impl == "eager":
         return eager.topk_divergence(hidden, unembedding, bias, targets, objective, shard.total)
+    if execution.traced() and shard.group is None and isinstance(targets, Targets):
+        how = objective, impl, shard.total, budget, accumulate_fp32
+        return compiled.divergence(hidden, unembedding, bias, targets, *how)
+    return _fused(
+        impl, hidden, unembedding, bias, targets, objective, shard, budget, accumulate_fp32
+    )
+
+
+@execution.opaque
+def _fused(
+    impl: Implementation,
+    hidden: Tensor,
+    unembedding: Tensor,
+    bias: Tensor | None,
+    targets: Targets | PackedTargets,
+    objective: Objective,
+    shard: Shard,
+    budget: int | None,
+    accumulate_fp32: bool,
+) -> Tensor:
     plan = execution.plan(
         execution.sparse_sweep(impl, hidden, shard),
         hidden,

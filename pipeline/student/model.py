@@ -26,8 +26,12 @@ from stillroom.pipeline.student.saving import RECEIPT, export
 from stillroom.pipeline.student.states import blocks_of
 from stillroom.pipeline.teacher.adapter import merged
 from stillroom.pipeline.teacher.facts import model_config, model_directory, teacher_facts
+from stillroom.pipeline.teacher.sameness import check_same_teacher
 
 __all__ = ["export", "initial_student", "load"]
+
+TAKES_WEIGHTS = frozenset({"prune_layers", "prune_width", "model"})
+"""Ways to make a student that take over weights of one model."""
 
 
 def initial_student(student: Student, teacher: Teacher | None, directory: Path) -> Path:
@@ -40,12 +44,14 @@ def initial_student(student: Student, teacher: Teacher | None, directory: Path) 
         directory: where it is kept.
 
     Raises:
-        PlanMismatch: the directory holds a student made from other settings.
+        PlanMismatch: the directory holds a student made from other settings, or from weights
+            of another model than is named now (where that one's files are here to be read).
         StudentError: it has to be made and there is nothing to make it from.
     """
     settings = student.model_dump(mode="json")
     if (directory / RECEIPT).exists():
         _check_receipt(directory, settings)
+        _check_origin(directory, student, teacher)
         return directory
     if teacher is None:
         raise StudentError(
@@ -114,14 +120,30 @@ def _check_receipt(directory: Path, settings: dict) -> None:
             )
 
 
+def _check_origin(directory: Path, student: Student, teacher: Teacher | None) -> None:
+    """Refuse a student of another model's weights; nothing is fetched for that."""
+    made = json.loads((directory / RECEIPT).read_text()).get("teacher") or {}
+    source = teacher and _named(student, teacher)
+    if "architecture" not in made or source is None or not Path(source.model).is_dir():
+        return
+    remedy = f"Delete {directory} to cut the student anew, or use another run directory."
+    # Its weights are float32, however the teacher is run.
+    check_same_teacher(made, teacher_facts(source), str(directory), remedy, as_run=False)
+
+
 def _origin(student: Student, teacher: Teacher) -> dict:
-    if student.init in ("prune_layers", "prune_width") and not student.model:
-        return teacher_facts(teacher)
+    if student.init in TAKES_WEIGHTS:
+        return teacher_facts(_named(student, teacher))
     return {"model": student.model}
 
 
+def _named(student: Student, teacher: Teacher) -> Teacher:
+    """The model whose weights a student takes over."""
+    return Teacher(model=student.model) if student.model else teacher
+
+
 def _source(student: Student, teacher: Teacher) -> Any:
-    named = teacher.model_copy(update={"model": student.model}) if student.model else teacher
+    named = _named(student, teacher)
     directory = model_directory(named)
     needed = {"weights in fp32": FP32 * sum(numbers_in(directory).values())}
     remedy = (

@@ -16,7 +16,7 @@ from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.adapter import CONFIG as ADAPTER_CONFIG
 from stillroom.pipeline.teacher.adapter import adapter_facts
 from stillroom.pipeline.teacher.arguments import meaningful
-from stillroom.pipeline.teacher.identity import directory_facts, stored_dtype
+from stillroom.pipeline.teacher.identity import WEIGHT_PATTERNS, directory_facts, stored_dtype
 from stillroom.pipeline.teacher.overrides import overridden
 
 DTYPES = frozenset({"float64", "float32", "bfloat16", "float16"})
@@ -94,8 +94,14 @@ def model_directory(teacher: Teacher) -> Path:
     return _resolve(teacher.model, teacher.revision)
 
 
+def settings_directory(teacher: Teacher) -> Path:
+    """The same directory where nobody needs its weights, which are not fetched for it: config,
+    tokenizer and processor are there."""
+    return _resolve(teacher.model, teacher.revision, without=WEIGHT_PATTERNS)
+
+
 @cache
-def _resolve(model: str, revision: str) -> Path:
+def _resolve(model: str, revision: str, without: tuple[str, ...] = ()) -> Path:
     if (path := Path(model)).is_dir():
         return _with_config(path)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
@@ -105,14 +111,16 @@ def _resolve(model: str, revision: str) -> Path:
             where=model,
             remedy="Check [teacher] model.",
         )
-    return _from_hub(model, revision)
+    return _from_hub(model, revision, without)
 
 
-def _from_hub(model: str, revision: str) -> Path:
+def _from_hub(model: str, revision: str, without: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
+    left_out = list(without) or None
     try:
-        return _with_config(Path(snapshot_download(model, revision=revision or None)))
+        found = snapshot_download(model, revision=revision or None, ignore_patterns=left_out)
+        return _with_config(Path(found))
     except TeacherError:
         raise
     except Exception as error:
@@ -149,7 +157,7 @@ def model_config(teacher: Teacher) -> Any:
     """
     from transformers import AutoConfig
 
-    directory = model_directory(teacher)
+    directory = settings_directory(teacher)
     trusted = teacher.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
@@ -189,7 +197,7 @@ def dtype_of(teacher: Teacher) -> str:
         raise TeacherError(
             f"says dtype = {found[:80]}",
             expected=", ".join(sorted(DTYPES)),
-            where=f"{model_directory(teacher)}/config.json",
+            where=f"{settings_directory(teacher)}/config.json",
             remedy='Name the dtype to run it in as [teacher] dtype, such as "bfloat16".',
         )
     return found

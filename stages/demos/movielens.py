@@ -88,10 +88,14 @@ def _title(title: str | None, year: int | None) -> str:
 
 def _unpacked(scratch: Path) -> Path:
     """Path of the database, without its suffix."""
-    _run(["apt-get", "download", PACKAGE], scratch)
+    try:
+        _run(["apt-get", "download", PACKAGE], scratch)
+    except CorpusError:  # fresh images come without lists of packages
+        _run(["apt-get", "update"], scratch)
+        _run(["apt-get", "download", PACKAGE], scratch)
     (package,) = scratch.glob("*.deb")
     check_sha256(package, SHA256, "sha256", package.name)
-    _run(["dpkg-deb", "-x", str(package), str(scratch / "files")], scratch)
+    _run(["dpkg-deb", "-x", package.name, "files"], scratch)
     return scratch / "files" / PREFIX
 
 

@@ -297,8 +297,8 @@ def test_triton_missing_is_an_error_not_a_fallback(monkeypatch):
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_a_compiled_model_breaks_its_graph_once(debug):
-    """Before the loss and after it the graph is whole; nothing of the loss is traced."""
+def test_a_compiled_model_breaks_its_graph_only_where_values_are_to_be_checked(debug):
+    """Nothing of the loss itself is traced; see `test_compiled_door`."""
     case = make_case(with_bias=False, dtype=torch.float64)
 
     def step(hidden, head):
@@ -309,7 +309,7 @@ def test_a_compiled_model_breaks_its_graph_once(debug):
 
     leaves = [t.clone().requires_grad_() for t in (case.hidden, case.unembedding)]
     seen = torch._dynamo.explain(step)(*leaves)
-    assert (seen.graph_count, seen.graph_break_count) == (2, 1)
+    assert (seen.graph_break_count > 0) == debug
     expected = torch.autograd.grad(step(*leaves), leaves)
     found = torch.autograd.grad(torch.compile(step, backend="aot_eager")(*leaves), leaves)
     for ours, theirs in zip(found, expected, strict=True):

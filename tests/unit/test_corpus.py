@@ -1,6 +1,7 @@
 """Preparing a corpus: windows, splits, digests, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -327,8 +328,6 @@ def test_every_window_begins_as_a_text_does(length, size, overlap, data):
 @pytest.fixture(scope="module")
 def begins(tiny_llama, tmp_path_factory):
     """The tiny teacher with a tokenizer that puts BOS before a text, as Gemma's and Llama's do."""
-    import shutil
-
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
@@ -409,8 +408,6 @@ def test_conversations_are_left_alone(begins, tiny_llama, tmp_path):
 def test_edges_that_cannot_be_are_refused(begins, tiny_llama, tmp_path):
     with pytest.raises(ConfigError, match="less the 1 that a text begins with"):
         prepare(settings(overlap=63), str(begins), tmp_path / "a")
-    import shutil
-
     from transformers import AutoTokenizer
 
     endless = shutil.copytree(tiny_llama, tmp_path / "endless")
@@ -426,3 +423,25 @@ def test_windows_of_texts_that_begin_with_nothing_are_what_they_were():
     for overlap in (0, 8):
         for number, (ids, mask) in enumerate(windows((np.arange(130), spoken), 64, overlap)):
             assert mask.tolist() == [n >= overlap or number == 0 for n in range(len(ids))]
+
+
+def test_a_teacher_on_a_hub_is_prepared_for_without_its_weights(tiny_llama, tmp_path, monkeypatch):
+    """The hub's client is stood in for: no network here."""
+    asked = []
+
+    def snapshot(name, revision, ignore_patterns):
+        asked.append((name, revision, ignore_patterns))
+        here = tmp_path / "snapshot"
+        shutil.copytree(
+            tiny_llama, here, ignore=shutil.ignore_patterns(*ignore_patterns), dirs_exist_ok=True
+        )
+        return str(here)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    path = tmp_path / "a.txt"
+    path.write_text("A text.")
+    config = Prepare(source=(Source(name="a", path=str(path)),), heldout=0.0, window=64)
+    corpus = prepare(config, "nobody/teacher", tmp_path / "corpus", revision="v1")
+    assert len(corpus.split("train")) == 1
+    assert {(name, revision) for name, revision, _ in asked} == {("nobody/teacher", "v1")}
+    assert all("*.safetensors" in left_out for *_, left_out in asked)

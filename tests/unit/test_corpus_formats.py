@@ -85,6 +85,14 @@ FORMATS = {
         [{"role": "user", "content": "Add.\n\n2 and 2"}, {"role": "assistant", "content": "4"}],
         '"instruction", "context" and "response"',
     ),
+    "questions with a context": (
+        {"context": "Two and two.", "question": "How many?", "answer": "Four."},
+        [
+            {"role": "user", "content": "Two and two.\n\nHow many?"},
+            {"role": "assistant", "content": "Four."},
+        ],
+        'questions in column "question" and answers in column "answer", each question after its',
+    ),
     "judged": (
         {"prompt": "Who?", "completion": "Me.", "label": False},
         [CHAT[0], CHAT[1] | {"weight": 0}],
@@ -340,9 +348,8 @@ def test_llava_json_with_a_folder_of_images(llava, tmp_path):
     said = []
     config = Prepare(source=(source,), heldout=0.0)
     corpus = prepare(config, str(llava), tmp_path / "corpus", say=said.append)
-    assert said == [
-        'ShareGPT conversations in column "conversations", images in column "image" (l)'
-    ]
+    known = 'ShareGPT conversations in column "conversations", images in column "image"'
+    assert said == [f'{known} (l); not read: "id"']
     with_image, without = corpus.split("train")
     assert corpus.image_bytes(with_image.images[0].sha256) == data
     assert without.images == ()
@@ -359,3 +366,19 @@ def test_llava_json_with_a_folder_of_images(llava, tmp_path):
 def test_video_and_audio_are_refused_by_name(row, tmp_path):
     with pytest.raises(CorpusError, match=r"a\.jsonl:1: holds (video|audio)"):
         read(write(tmp_path / "a.jsonl", [row]))
+
+
+def test_a_context_beside_messages_is_refused(tmp_path):
+    row = {"context": "Two.", "question": CHAT[:1] * 2, "answer": "Four."}
+    path = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(CorpusError, match=r"a context beside a question of several messages"):
+        read(path)
+
+
+def test_columns_that_are_not_read_are_told(tiny_llama, tmp_path):
+    row = {"prompt": "Who?", "completion": "Me.", "id": 4, "score": None, "by": "me"}
+    source = Source(name="a", kind="jsonl", path=str(write(tmp_path / "a.jsonl", [row])))
+    said: list[str] = []
+    config = Prepare(source=(source,), window=64, heldout=0.0)
+    prepare(config, str(tiny_llama), tmp_path / "corpus", say=said.append)
+    assert said[0].endswith('(a); not read: "id", "by"')

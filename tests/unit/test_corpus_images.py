@@ -12,6 +12,7 @@ import pytest
 from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.capture.images import images_of
 from stillroom.pipeline.config import Prepare, Source
+from stillroom.pipeline.corpus.image_chat import load_processor
 from stillroom.pipeline.corpus.images import place_images
 from stillroom.pipeline.corpus.preparing import Corpus, prepare
 from tests import tiny_image_models
@@ -270,3 +271,17 @@ def test_texts_among_parts_are_parts(llava, tmp_path):
     row = conversation(["a.png"], ["What is ", {"type": "image"}])
     (example,) = prepared(llava, tmp_path, [row]).split("train")
     assert len(example.images) == 1
+
+
+@pytest.mark.parametrize("image", [[], [{"type": "image"}]])
+def test_an_image_token_that_stands_for_no_image_is_refused(image, family, tmp_path):
+    """A processor gives the next image to the token's first place, whoever wrote it there."""
+    _, model = family
+    token = load_processor(model).image_token
+    picture(tmp_path, "a.png", 1)
+    row = conversation(
+        ["a.png"] * len(image), [{"type": "text", "text": f"What is {token}?"}, *image]
+    )
+    found = rf"rows\.jsonl:1: the rendered text holds .* {1 + len(image)} times for {len(image)}"
+    with pytest.raises(CorpusError, match=found):
+        prepared(model, tmp_path, [row])

@@ -3,13 +3,16 @@
 import gzip
 import itertools
 import math
+import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stillroom.cache_schemas.errors import CorpusError
+from stillroom.stages.demos import movielens
 from stillroom.stages.demos import recsys_synthetic as made
 from stillroom.stages.demos.movielens import read_frame, read_r, write_csv
 from stillroom.stages.demos.recsys_findings import draw, findings, paired, rows_of
@@ -79,6 +82,34 @@ def test_a_data_frame_of_rs_becomes_movielens_files(tmp_path):
     ]
     films = (tmp_path / "movies.csv").read_text(encoding="utf-8").splitlines()
     assert films[1:] == ["5,Café (1999),", "6,Alien,Comedy"]
+
+
+PROGRAMS = {
+    # Without lists of packages, as fresh images are; the second time they are there.
+    "apt-get": """case $1 in
+update) touch "$LISTS" ;;
+download) test -e "$LISTS" && echo archive > "some_1_all.deb" ;;
+esac""",
+    "dpkg-deb": 'test -f "$2" && mkdir "$3" && echo "$2" > "$3/found"',
+}
+
+
+def test_the_package_is_fetched_into_a_directory_named_from_here(tmp_path, monkeypatch):
+    """`directory` of the demo's run file is relative; the programs run in another directory."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, lines in PROGRAMS.items():
+        (programs / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setenv("LISTS", str(tmp_path / "lists"))
+    monkeypatch.setattr(movielens, "check_sha256", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    found = movielens._unpacked(Path("."))
+    assert found == Path("files", movielens.PREFIX)
+    (tmp_path / "elsewhere").mkdir()
+    movielens._unpacked(Path("elsewhere"))
+    assert (tmp_path / "elsewhere" / "files" / "found").read_text() == "some_1_all.deb\n"
 
 
 def test_what_could_be_run_is_not_read():

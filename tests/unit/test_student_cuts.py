@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stillroom.cache_schemas.errors import StudentError
+from stillroom.cache_schemas.errors import PlanMismatch, StudentError
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.training import Student
 from stillroom.pipeline.student import pruning
@@ -162,3 +162,20 @@ def test_experts_are_not_cut(saved, tmp_path):
     with pytest.raises(StudentError, match=r"cannot be pruned in width.*init = 'prune_layers'"):
         made(source, tmp_path / "made", init="prune_width")
     made(source, tmp_path / "made", init="prune_layers", keep_layers=(0, 2))
+
+
+@pytest.mark.parametrize("student", [{"keep_layers": [0, 1]}, {"init": "model"}])
+def test_a_student_of_weights_that_are_others_since_is_not_taken_up_again(saved, tmp_path, student):
+    source = saved("llama")
+    named = {"model": str(source)} if "init" in student else {}
+    made(source, tmp_path / "student", **student, **named)
+    made(source, tmp_path / "student", **student, **named)
+    weights = load(source)
+    with torch.no_grad():
+        next(weights.parameters()).mul_(1.5)
+    weights.save_pretrained(source)
+    with pytest.raises(PlanMismatch, match=r"another teacher.*sha256") as refused:
+        made(source, tmp_path / "student", **student, **named)
+    assert f"Delete {tmp_path / 'student'}" in str(refused.value)
+    source.rename(tmp_path / "gone")  # training goes on where the teacher is not
+    made(source, tmp_path / "student", **student, **named)
