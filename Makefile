@@ -36,7 +36,7 @@ check: setup  ## Lint, format and types
 	@$(BIN)/pyright
 
 docs: setup  ## The documentation as web pages, in build/site
-	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install --quiet ".[docs]"
+	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	@PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 bench: setup  ## Run every benchmark; each prints one JSON object

@@ -8,7 +8,7 @@ import typer
 
 from stillroom.cache_schemas.errors import EXIT_USER_ERROR
 from stillroom.stages.arguments import AsJson
-from stillroom.stages.console import document, progress, say, table
+from stillroom.stages.console import document, progress, table, warn
 
 MARKS = {"ok": "ok", "warning": "?", "failed": "NO"}
 
@@ -38,6 +38,6 @@ def doctor(
         table("this machine", ["", "", "found"], rows)
     for finding in found:
         if finding.remedy:
-            say(f"{finding.name}: {finding.remedy}")
+            warn(f"{finding.name}: {finding.remedy}")
     if any(finding.verdict == "failed" for finding in found):
         raise typer.Exit(EXIT_USER_ERROR)

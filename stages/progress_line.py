@@ -6,9 +6,9 @@ minute or the last few reports, whichever reaches further back, and is not told 
 something. Nothing is printed here.
 """
 
+import unicodedata
 from collections import deque
-
-from rich.cells import cell_len, set_cell_size
+from itertools import accumulate
 
 SECONDS_BEFORE_A_RATE = 3.0
 """What comes in the first moments is start-up and buffers."""
@@ -64,7 +64,7 @@ def line(title: str, unit: str, pace: Pace, numbers: str, now: float, width: int
     """The line of a live bar in exactly so many columns or fewer."""
     times = _times(pace, now)
     count, rate = counted(pace, unit), _rate(pace)
-    title = set_cell_size(title, SHORTEST_TITLE) if cell_len(title) > width // 3 else title
+    title = _cut(title, SHORTEST_TITLE) if _cells(title) > width // 3 else title
     kept = [part for part in (title, count, rate, times) if part]
     if _width(kept) > width:
         kept = [part for part in (title, count, times) if part]
@@ -78,7 +78,7 @@ def line(title: str, unit: str, pace: Pace, numbers: str, now: float, width: int
     bar = min(width - _width(made) - 1, LONGEST_BAR)
     if pace.total and bar >= SHORTEST_BAR:
         made.insert(kept.index(title) + 1 if title in kept else 0, _bar(pace, bar))
-    return set_cell_size(" ".join(made), width).rstrip()
+    return _cut(" ".join(made), width).rstrip()
 
 
 def log_line(title: str, unit: str, pace: Pace, numbers: str, now: float) -> str:
@@ -132,4 +132,19 @@ def _bar(pace: Pace, width: int) -> str:
 
 
 def _width(parts: list[str]) -> int:
-    return sum(map(cell_len, parts)) + len(parts) - 1
+    return sum(map(_cells, parts)) + len(parts) - 1
+
+
+def _cells(text: str) -> int:
+    """Columns that a text takes."""
+    return sum(map(_columns, text))
+
+
+def _cut(text: str, width: int) -> str:
+    """As much of a text as so many columns hold."""
+    ends = accumulate(map(_columns, text))
+    return "".join(character for character, end in zip(text, ends) if end <= width)
+
+
+def _columns(character: str) -> int:
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -21,7 +21,7 @@ from stillroom.stages.cache.arguments import (
     tokenizer_near,
     tokenizer_of,
 )
-from stillroom.stages.console import document, progress, put, say, table
+from stillroom.stages.console import document, progress, put, say, table, warn
 
 app = typer.Typer(help="Look at caches, check, mend and share them.", no_args_is_help=True)
 
@@ -59,7 +59,7 @@ def show(
         guesses_table(storage, example, rows, guesses, tokenizer or tokenizer_near(cache, expected))
     if not seen.sealed:
         left = seen.plan.num_shards - seen.shards_done
-        say(f"not sealed: {left} of {seen.plan.num_shards} shards are missing")
+        warn(f"not sealed: {left} of {seen.plan.num_shards} shards are missing")
 
 
 @app.command()
@@ -79,7 +79,7 @@ def ls(
     table(str(directory), LS_COLUMNS, rows)
     for seen in found:
         if not isinstance(seen, Overview):
-            say(f"{seen[0]}: {seen[1]}")
+            warn(f"{seen[0]}: {seen[1]}")
 
 
 @app.command()
@@ -101,7 +101,7 @@ def verify(
         say(f"note: {note}")
     for problem in result.problems:
         shard = "" if problem.shard is None else f"shard {problem.shard}: "
-        say(f"{shard}{problem.name}: {problem.found}")
+        warn(f"{shard}{problem.name}: {problem.found}")
     put(
         f"{result.num_shards} shards, {result.num_examples:,} examples, {result.num_tokens:,} "
         f"tokens, {result.num_bytes:,} bytes are right"

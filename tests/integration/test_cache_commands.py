@@ -151,3 +151,12 @@ def test_show_finds_the_tokenizer_of_the_run(capsys, tmp_path, tiny_llama, where
     code, out, err = stillroom(capsys, "show", tmp_path / "cache", "--rows", 1)
     assert (code, "pass --tokenizer DIR" in err) == (0, where == "nowhere")
     assert ("'" in out.splitlines()[-2]) == (where != "nowhere")
+
+
+def test_ls_finds_caches_however_deep_and_none_inside_a_cache(capsys, tmp_path, plan):
+    deep = write_cache(tmp_path / "a" / "b" / "c" / "d" / "e", plan, shards=[0])
+    write_cache(deep / "inside", plan, shards=[0])
+    write_cache(tmp_path / ".hidden", plan, shards=[0])
+    code, out, _ = stillroom(capsys, "ls", tmp_path, "--json")
+    assert code == 0
+    assert [seen["location"] for seen in json.loads(out)] == [str(deep)]

@@ -118,7 +118,7 @@ def _look(path: Path) -> Overview | tuple[str, str]:
 def _plans(root: Path) -> Iterator[Path]:
     """Plans at any depth, not inside a cache, in a hidden folder or behind a link."""
     for folder, below, files in os.walk(root):
-        if layout.PLAN in files:
+        if layout.PLAN in files or layout.PLAN in below:
             yield Path(folder, layout.PLAN)
             below.clear()
         below[:] = [name for name in below if not name.startswith(".")]
