@@ -15,6 +15,17 @@ from stillroom.stages.demos.vision_findings import spread
 CEILING = "full"
 """The arm that others are compared with: the teacher's whole distribution."""
 
+COLUMNS = {
+    "kl": ("KL", ".3f"),
+    "relative_to_full": ("KL to full", "+.1%"),
+    "reverse_kl": ("reverse KL", ".3f"),
+    "before_kl": ("KL before", ".3f"),
+    "before_reverse_kl": ("reverse KL before", ".3f"),
+    "top1": ("top-1", ".3f"),
+    "perplexity": ("perplexity", ".0f"),
+}
+"""What a cell may measure: its column's head, and the form of its numbers."""
+
 
 def report(cells: Path, grid: str) -> dict[str, Any]:
     """Means and standard errors over the seeds that were run; a table and a plot beside the cells.
@@ -47,27 +58,25 @@ def report(cells: Path, grid: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    head = ["arm", "tokens", "seeds", "bytes/token", "KL", "KL to full", "top-1", "perplexity"]
-    lines = [head, ["---"] * len(head), *map(_cells, rows)]
+    shown = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    head = ["arm", "tokens", "seeds", "bytes/token", *(COLUMNS[key][0] for key in shown)]
+    lines = [head, ["---"] * len(head), *(_cells(row, shown) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], shown: list[str]) -> list[str]:
     return [
         f"`{row['arm']}`",
         f"{row['tokens']:,}",
         str(row["seeds"]),
         # The ceiling lives on hidden states, which these bytes leave out.
         "-" if row["arm"] == CEILING else f"{row['bytes_per_token']:.1f}",
-        _with_error(row, "kl", ".3f"),
-        _with_error(row, "relative_to_full", "+.1%"),
-        _with_error(row, "top1", ".3f"),
-        _with_error(row, "perplexity", ".0f"),
+        *(_with_error(row, key, COLUMNS[key][1]) for key in shown),
     ]
 
 
 def _with_error(row: dict[str, Any], key: str, form: str) -> str:
-    if row[key] is None:
+    if row.get(key) is None:
         return "-"
     error = row[f"{key}_standard_error"]
     tail = "" if error is None else f" ± {error:{form.lstrip('+')}}"
@@ -81,10 +90,13 @@ def _row(cells: list[dict], ceiling: list[dict]) -> dict[str, Any]:
     return {
         **{key: cells[0][key] for key in kept},
         "seeds": len(cells),
-        **_mean_and_error([cell["kl"] for cell in cells], "kl"),
         **_mean_and_error(shares, "relative_to_full"),
-        **_mean_and_error([cell["top1"] for cell in cells], "top1"),
-        **_mean_and_error([cell["perplexity"] for cell in cells], "perplexity"),
+        **{
+            name: value
+            for key in COLUMNS
+            if all(key in cell for cell in cells)
+            for name, value in _mean_and_error([cell[key] for cell in cells], key).items()
+        },
     }
 
 

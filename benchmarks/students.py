@@ -14,6 +14,10 @@ is over.
                  random       draws from the whole distribution, no exact ids (RS-KD)
     losses   forward KL, reverse KL, JSD, LLaVADI's joint alignment and plain cross-entropy, on one
              cache with k = 64
+    warm     forward KL, reverse KL and JSD from a student that can already speak: 80 steps of
+             forward KL come before, one such start for each seed
+    speaks   the question of `tail` once more with a student that can speak from the start: 24 of
+             the teacher's 30 blocks
 
 It does not time anything: see benchmarks.train.
 
@@ -53,6 +57,21 @@ class Storage:
     def name(self) -> str:
         """Directory name of its cache."""
         return f"k{self.k}-d{self.draws}" + ("-final" if self.final else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the arms of a grid have in common.
+
+    Attributes:
+        student: the [student] table.
+        learning_rate: highest of the schedule.
+        warm_steps: of forward KL on 64 ids, at the same learning rate, before the arm begins.
+    """
+
+    student: dict[str, Any]
+    learning_rate: float
+    warm_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +124,24 @@ GRIDS: dict[str, tuple[Arm, ...]] = {
         Arm("full", _NEAREST, ({"name": "full_vocabulary"},)),
         Arm("cross_entropy", _NEAREST, ({"name": "cross_entropy"},)),
     ),
+    "warm": tuple(
+        Arm(name, _NEAREST, ({"name": name},)) for name in ("forward_kl", "reverse_kl", "jsd")
+    ),
+    "speaks": (
+        Arm("full", Storage(8, final=True), ({"name": "full_vocabulary"},)),
+        Arm("sampled-40", Storage(12, 56), _kl("sampled")),
+        Arm("bucket-90", _NEAREST, _kl("bucket")),
+        Arm("bucket-16", Storage(16), _kl("bucket")),
+    ),
+}
+
+# Without the six blocks whose absence the teacher feels least.
+_SPEAKS = {"keep_layers": [n for n in range(30) if n not in (13, 16, 19, 22, 24, 26)]}
+RECIPES: dict[str, Recipe] = {
+    "tail": Recipe({"keep_every": 3}, 6e-4),
+    "losses": Recipe({"keep_every": 3}, 6e-4),
+    "warm": Recipe({"keep_every": 3}, 1e-4, warm_steps=80),
+    "speaks": Recipe(_SPEAKS, 3e-4),
 }
 
 
@@ -126,7 +163,8 @@ def main() -> None:
         return
     arms = [a for a in GRIDS[arguments.grid] if not arguments.arms or a.name in arguments.arms]
     model = needs.model(arguments.model)
-    experiment = Experiment(arguments.work, arguments.cells / arguments.grid, model)
+    cells_of_grid = arguments.cells / arguments.grid
+    experiment = Experiment(arguments.work, cells_of_grid, model, RECIPES[arguments.grid])
     cells = [(arm, seed) for seed in arguments.seeds for arm in arms]
     worker, workers = map(int, arguments.worker.split("/"))
     for arm, seed in cells[worker::workers]:
@@ -141,16 +179,16 @@ class Experiment:
         work: corpus, caches and runs.
         cells: results, one file per cell.
         model: the teacher.
+        recipe: of the grid.
     """
 
     work: Path
     cells: Path
     model: str
+    recipe: Recipe
 
     def run(self, arm: Arm, steps: int, seed: int) -> None:
         """Train and measure one cell, unless its result is there."""
-        from stillroom.pipeline.corpus.preparing import Corpus
-        from stillroom.pipeline.evaluation.held_out import measure
         from stillroom.pipeline.training.trainer import train
 
         path = self.cells / f"{arm.name}-{steps}-{seed}.json"
@@ -158,9 +196,8 @@ class Experiment:
             return
         cache = self._cache(arm.storage)
         directory = self.work / "runs" / f"{self.cells.name}-{path.stem}"
-        result = train(self._training(arm, cache, directory, steps, seed))
-        heldout = list(Corpus.open(self.work / "corpus").split("heldout"))[:HELDOUT]
-        scores = measure(self.model, {"student": result.student}, heldout, "bfloat16")["student"]
+        student, before = self._beginning(seed)
+        result = train(self._training(arm, cache, directory, steps, seed, student))
         facts = {
             "arm": arm.name,
             "seed": seed,
@@ -168,14 +205,45 @@ class Experiment:
             "tokens": result.tokens,
             **asdict(arm.storage),
             **_bytes_per_token(cache),
-            "kl": scores.kl,
-            "kl_standard_error_over_windows": scores.kl_standard_error,
-            "top1": scores.top1,
-            "perplexity": scores.perplexity,
+            **before,
+            **self._measured(result.student),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(facts, indent=1) + "\n")
         shutil.rmtree(directory)
+
+    def _measured(self, student: str) -> dict[str, float]:
+        """Against the live teacher, on the held-out windows."""
+        from stillroom.pipeline.corpus.preparing import Corpus
+        from stillroom.pipeline.evaluation.held_out import measure
+
+        heldout = list(Corpus.open(self.work / "corpus").split("heldout"))[:HELDOUT]
+        scores = measure(self.model, {"student": student}, heldout, "bfloat16")["student"]
+        return {
+            "kl": scores.kl,
+            "kl_standard_error_over_windows": scores.kl_standard_error,
+            "reverse_kl": scores.reverse_kl,
+            "top1": scores.top1,
+            "perplexity": scores.perplexity,
+        }
+
+    def _beginning(self, seed: int) -> tuple[dict[str, Any], dict[str, float]]:
+        """The [student] table of a seed, and what that student scores before its arm begins."""
+        from stillroom.pipeline.training.trainer import train
+
+        if not self.recipe.warm_steps:
+            return self.recipe.student, {}
+        directory = self.work / "runs" / f"{self.cells.name}-start-{seed}"
+        scores, steps = directory / "scores.json", self.recipe.warm_steps
+        with _locked(self.work / f"start-{seed}.lock"):
+            if not scores.exists():
+                start = GRIDS["losses"][0]
+                cache, own = self._cache(start.storage), self.recipe.student
+                result = train(self._training(start, cache, directory, steps, seed, own))
+                found = self._measured(result.student)
+                write_durably(scores, json.dumps(found))
+        before = {f"before_{name}": value for name, value in json.loads(scores.read_text()).items()}
+        return {"init": "model", "model": str(directory / "student")}, before
 
     def _cache(self, storage: Storage) -> Path:
         """The cache of a storage, captured by whichever worker comes first."""
@@ -217,18 +285,20 @@ class Experiment:
         }
         return config.parse(document, "benchmarks.students")
 
-    def _training(self, arm: Arm, cache: Path, directory: Path, steps: int, seed: int):
+    def _training(
+        self, arm: Arm, cache: Path, directory: Path, steps: int, seed: int, student: dict
+    ):
         document = {
             "name": arm.name,
             "directory": str(directory),
             "teacher": {"model": self.model, "dtype": "bfloat16"},
-            "student": {"keep_every": 3},
+            "student": student,
             "objective": list(arm.objectives),
             "train": {
                 "cache": str(cache),
                 "steps": steps,
                 "batch_tokens": BATCH_TOKENS,
-                "learning_rate": 6e-4,
+                "learning_rate": self.recipe.learning_rate,
                 "precision": "bfloat16",
                 "seed": seed,
                 "checkpoint_every": 75,

@@ -191,8 +191,8 @@ def _logprobs(states: StudentStates, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _compare(truth: torch.Tensor, own: torch.Tensor, target, tokens: torch.Tensor) -> tuple:
-    """Per row: KL(truth || own), whether the first choices agree, -log own(target), and own mass on
-    ids that no token has.
+    """Per row: KL(truth || own), whether the first choices agree, -log own(target), own mass on
+    ids that no token has, and KL(own || truth).
 
     The teacher has no mass on columns that only the student has; what the student counts there it
     has lost. Columns that only the teacher has are padding, and are left out of its softmax.
@@ -204,7 +204,9 @@ def _compare(truth: torch.Tensor, own: torch.Tensor, target, tokens: torch.Tenso
     kl = (truth.exp() * (truth - shared)).sum(dim=-1)
     no_token = own.exp()[:, ~tokens[:width]].sum(dim=-1)
     hits = truth.argmax(-1) == own.argmax(-1)
-    return kl, hits, -own.gather(1, target[:, None])[:, 0], no_token
+    both = shared.log_softmax(dim=-1)
+    reverse = (both.exp() * (both - truth)).sum(dim=-1)
+    return kl, hits, -own.gather(1, target[:, None])[:, 0], no_token, reverse
 
 
 def _tokens_of(teacher: Teacher, models: Mapping[str, Any]) -> torch.Tensor:

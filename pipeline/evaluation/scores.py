@@ -26,6 +26,8 @@ class Scores:
         no_token: probability on ids that no token has, mean over rows.
         top1_standard_error, perplexity_standard_error: over examples.
         by_example: "rows", and sums over each example's rows of "kl", "hits" and "nll".
+        reverse_kl: KL(model || teacher) over the columns that both heads have, the model's
+            distribution scaled to one there: what training on reverse KL lowers.
     """
 
     kl: float
@@ -37,6 +39,7 @@ class Scores:
     top1_standard_error: float
     perplexity_standard_error: float
     by_example: dict[str, list[float]]
+    reverse_kl: float
 
 
 @dataclass
@@ -48,10 +51,19 @@ class Sums:
         default_factory=lambda: {"rows": [], "kl": [], "hits": [], "nll": []}
     )
     no_token: float = 0.0
+    reverse_kl: float = 0.0
 
-    def add(self, kl: torch.Tensor, hits: torch.Tensor, nll: torch.Tensor, no_token) -> None:
+    def add(
+        self,
+        kl: torch.Tensor,
+        hits: torch.Tensor,
+        nll: torch.Tensor,
+        no_token: torch.Tensor,
+        reverse_kl: torch.Tensor,
+    ) -> None:
         """Add an example; every tensor is [rows]."""
         self.no_token += float(no_token.double().sum())
+        self.reverse_kl += float(reverse_kl.double().sum())
         self.by_example["rows"].append(len(kl))
         for name, values in (("kl", kl), ("hits", hits), ("nll", nll)):
             self.by_example[name].append(float(values.double().sum()))
@@ -76,6 +88,7 @@ class Sums:
             top1_standard_error=top1_error,
             perplexity_standard_error=exp(nll) * nll_error,  # to first order
             by_example=self.by_example,
+            reverse_kl=self.reverse_kl / sum(rows),
         )
 
 

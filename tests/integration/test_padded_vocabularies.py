@@ -99,6 +99,10 @@ def test_it_is_counted_and_costs_divergence(tmp_path, teacher, padded, texts, ca
     expected = float((p.exp() * (p - q[:, :VOCAB])).sum(-1).mean())
     assert found["fresh"].kl == pytest.approx(expected, rel=1e-5)
     assert found["fresh"].no_token == pytest.approx(float(torch.cat(masses).mean()), rel=1e-5)
+    shared = q[:, :VOCAB].log_softmax(-1)
+    backwards = float((shared.exp() * (shared - p)).sum(-1).mean())
+    assert found["fresh"].reverse_kl == pytest.approx(backwards, rel=1e-5)
+    assert abs(found["teacher"].reverse_kl) < 1e-6
     assert found["fresh"].perplexity == pytest.approx(
         float(torch.cat(labels).mean().exp()), rel=1e-5
     )
