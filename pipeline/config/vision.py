@@ -67,7 +67,8 @@ class Vision(Table):
     images_per_shard: int = Field(default=64, ge=1)
     """Images between two commits."""
     batch: int = Field(default=16, ge=1)
-    """Images of one forward pass; a matter of speed."""
+    """Images of one forward pass. Where it divides `images_per_shard`, a capture that was
+    interrupted has the bytes of one that was not; else it is the same but for rounding."""
     decoders: int = Field(default=4, ge=1)
     """Threads that open and resize images ahead of the encoders."""
 
