@@ -5,11 +5,12 @@ the engine and the rows are moved behind it, so that neither the engine nor the 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from stillroom.pipeline.corpus.privileged import asked, seated
 from stillroom.pipeline.record import Example, TeacherRecord
+from stillroom.pipeline.teacher.protocol import Reject, stop
 
 
 class Asking:
@@ -22,9 +23,7 @@ class Asking:
     def __init__(self, engine: Any):
         self._engine = engine
 
-    def score(
-        self, examples: Iterable[Example], on_reject: Callable[..., None]
-    ) -> Iterator[TeacherRecord]:
+    def score(self, examples: Iterable[Example], reject: Reject = stop) -> Iterator[TeacherRecord]:
         """Records about the examples as a student reads them."""
         waiting: deque[Example] = deque()
 
@@ -33,7 +32,7 @@ class Asking:
                 waiting.append(example)
                 yield asked(example)
 
-        for record in self._engine.score(questions(), on_reject):
+        for record in self._engine.score(questions(), reject):
             example = waiting.popleft()
             assert record.example.example_id == example.example_id
             yield seated(record, example)

@@ -62,7 +62,7 @@ def add_results(run: Run, results: Sequence[EvalResult]) -> None:
     path = run.path("student", README)
     if not path.exists():
         return
-    card = ModelCard.load(path, ignore_metadata_errors=True)
+    card: Any = ModelCard.load(path, ignore_metadata_errors=True)
     kept = {_key(one): one for one in (*(card.data.eval_results or ()), *results)}
     card.data.model_name = run.name
     card.data.eval_results = list(kept.values())

@@ -86,7 +86,7 @@ def published_card(readme: bytes, about: About, readable: bool) -> bytes:
     """
     from huggingface_hub import DatasetCard
 
-    card = DatasetCard(readme.decode(), ignore_metadata_errors=True)
+    card: Any = DatasetCard(readme.decode(), ignore_metadata_errors=True)
     told = {
         "license": about.license,
         "language": list(about.languages),
