@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.config.training import Train
@@ -189,10 +190,18 @@ class Setup:
         )
 
     def _teacher_head(self) -> Head | None:
-        if not any(term.needs.teacher_head for term in self.terms):
+        asking = {term.table.cache: term.label for term in self.terms if term.needs.teacher_head}
+        if not asking:
             return None
+        if len(asking) > 1:
+            raise StudentError(
+                f"objectives {' and '.join(asking.values())} read the heads of two caches' teachers",
+                expected="one cache under all objectives that rebuild the whole vocabulary",
+                where="[[objective]] cache",
+                remedy="Rebuild from one cache, and train on the other's lists.",
+            )
         path, teacher = self.settings_run.path(HEAD_FILE), self.settings_run.teacher
-        cache: TeacherCache = self.named.caches[""]
+        cache: TeacherCache = self.named.caches[next(iter(asking))]
         wanted = cache.plan.facts["teacher"]
         self.parallel.together(lambda: keep_teacher_head(teacher, wanted, path))
         head = read_teacher_head(path)

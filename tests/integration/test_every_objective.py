@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.cache_schemas.errors import ConfigError, PlanMismatch, StudentError
 from stillroom.pipeline.config import parse
 from stillroom.pipeline.evaluation.held_out import measure
 from stillroom.pipeline.objectives.registry import OBJECTIVES
@@ -238,6 +239,25 @@ def test_two_teachers_at_once(tmp_path, teacher, cache, texts):
     logged = read_metrics(run.path())[-1]
     assert logged["objective/1.forward_kl"] > 0
     assert logged["objective/2.forward_kl@second"] > 0
+
+
+def test_a_vocabulary_is_rebuilt_with_the_head_of_its_own_caches_teacher(
+    tmp_path, teacher, cache, texts
+):
+    other = tiny_models.save_llama(tmp_path / "other", num_layers=3, seed=5)
+    second = memory_cache.captured(other, list(reversed(texts[:40])), hidden_layers=("final",))
+    caches = {"": cache, "second": second}
+    lines = [{"name": "forward_kl"}, {"name": "full_vocabulary", "cache": "second"}]
+    named = {"objective": lines, "caches": {"second": "unused"}}
+    with pytest.raises(PlanMismatch, match="is another teacher"):  # [teacher] is the first's
+        train(make_run(tmp_path / "run", teacher, **named), caches=caches)
+    run = make_run(tmp_path / "again", other, steps=1, **named)
+    train(run, caches=caches)
+    kept = load_file(run.path("teacher-head.safetensors"))["head"]
+    assert torch.equal(kept, load(other).get_output_embeddings().weight)
+    named["objective"] = [*lines, {"name": "full_vocabulary"}]
+    with pytest.raises(StudentError, match="read the heads of two caches' teachers"):
+        train(make_run(tmp_path / "both", teacher, **named), caches=caches)
 
 
 def test_compiled_blocks_train_to_the_same_losses(tmp_path, teacher, cache):
