@@ -195,7 +195,7 @@ class Setup:
             return None
         if len(asking) > 1:
             raise StudentError(
-                f"objectives {' and '.join(asking.values())} read the heads of two caches' teachers",
+                f"objectives {' and '.join(asking.values())} read the heads of different caches",
                 expected="one cache under all objectives that rebuild the whole vocabulary",
                 where="[[objective]] cache",
                 remedy="Rebuild from one cache, and train on the other's lists.",

@@ -256,7 +256,7 @@ def test_a_vocabulary_is_rebuilt_with_the_head_of_its_own_caches_teacher(
     kept = load_file(run.path("teacher-head.safetensors"))["head"]
     assert torch.equal(kept, load(other).get_output_embeddings().weight)
     named["objective"] = [*lines, {"name": "full_vocabulary"}]
-    with pytest.raises(StudentError, match="read the heads of two caches' teachers"):
+    with pytest.raises(StudentError, match="read the heads of different caches"):
         train(make_run(tmp_path / "both", teacher, **named), caches=caches)
 
 
