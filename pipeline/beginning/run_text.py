@@ -66,7 +66,8 @@ def wish(student: str) -> Wish:
     if student in ("third", "half"):
         every = {"third": 3, "half": 2}[student]
         kept = f"keep_every = {every}{' ' * 18}# blocks 0, {every}, {2 * every}, ... of the teacher"
-        return Wish(f'init = "prune_layers"\n{kept}', 1 / every, "6e-4")
+        better = "# Which blocks the teacher misses least: stillroom student RUN.toml --leave-out N"
+        return Wish(f'init = "prune_layers"\n{kept}\n{better}', 1 / every, "6e-4")
     fresh = Path(student).suffix == ".json"
     kind, rate = ("config", "6e-4") if fresh else ("model", "1e-4")
     return Wish(f'init = "{kind}"\nmodel = {json.dumps(student)}', 1.0, rate)
