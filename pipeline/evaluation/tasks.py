@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -130,10 +130,12 @@ def _ask(model: Any, tokenizer: Any, asked: Asked, manager: Any) -> list[Figure]
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    # Both are wrapped by decorators that hide what they take.
+    read_by, ask = cast(Any, HFLM), cast(Any, simple_evaluate)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reader = HFLM(pretrained=model.to(device), tokenizer=tokenizer, batch_size=BATCH)
+    reader = read_by(pretrained=model.to(device), tokenizer=tokenizer, batch_size=BATCH)
     try:
-        found = simple_evaluate(
+        found = ask(
             reader,
             tasks=list(asked.tasks),
             num_fewshot=asked.shots,
