@@ -38,7 +38,7 @@ class Joined:
         for number, cache in enumerate(self._caches[1:], 2):
             _check_alike(self._caches[0], cache, number)
         self._ends = list(accumulate(len(cache) for cache in self._caches))
-        shards = [1 + max(c.shard_of(i) for i in range(len(c))) for c in self._caches]
+        shards = [1 + cache.shard_of(len(cache) - 1) for cache in self._caches]  # they rise
         self._first_shard = [0, *accumulate(shards)][:-1]
         self._check_distinct()
         self.signals = tuple(self._caches[0].signals)

@@ -127,9 +127,9 @@ def side_by_side(
     for label, model in compared(run).items():
         on_model(label)
         for own, (ids,) in zip(said, written(model, prompts, settings, tokenizer.stop_ids)):
-            own[label] = _text(tokenizer, ids)
+            own[label] = text_of(tokenizer, ids)
     return [
-        (_text(tokenizer, one.prompt.token_ids), _text(tokenizer, one.answer), own)
+        (text_of(tokenizer, one.prompt.token_ids), text_of(tokenizer, one.answer), own)
         for one, own in zip(found, said)
     ]
 
@@ -150,7 +150,7 @@ def measure_rouge(
     """
     scorer = _scorer()
     found, tokenizer = instructions_of(run, (run.evaluate or Evaluate()).examples)
-    wanted = [_text(tokenizer, one.answer) for one in found]
+    wanted = [text_of(tokenizer, one.answer) for one in found]
     prompts = [one.prompt for one in found]
     settings = Generate(n=DRAWS, temperature=1.0, max_tokens=max_tokens)
     scores = {}
@@ -158,7 +158,7 @@ def measure_rouge(
         on_model(label)
         answers = written(model, prompts, settings, tokenizer.stop_ids)
         values = [
-            [_rouge_l(scorer, right, _text(tokenizer, ids)) for ids in drawn]
+            [_rouge_l(scorer, right, text_of(tokenizer, ids)) for ids in drawn]
             for right, drawn in zip(wanted, answers)
         ]
         scores[label] = _summed(np.array(values))
@@ -189,7 +189,8 @@ def _summed(values: np.ndarray) -> Rouge:
     return Rouge(float(draws.mean()), float(error), tuple(draws.tolist()))
 
 
-def _text(tokenizer: CorpusTokenizer, ids: np.ndarray) -> str:
+def text_of(tokenizer: CorpusTokenizer, ids: np.ndarray) -> str:
+    """Ids as a person reads them: without special tokens."""
     return tokenizer.hf.decode(ids, skip_special_tokens=True).strip()
 
 

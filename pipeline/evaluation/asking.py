@@ -6,13 +6,11 @@ nothing was drawn; the reference writer writes. It shows, and measures nothing.
 
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from stillroom.pipeline.config import Generate, Teacher
 from stillroom.pipeline.corpus.documents import Document
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer
-from stillroom.pipeline.generation.reference_writer import ReferenceGenerator
-from stillroom.pipeline.generation.writers import Writers
+from stillroom.pipeline.evaluation.answers import text_of, written
+from stillroom.pipeline.evaluation.compared import as_model
 from stillroom.pipeline.record import Example, content_id
 
 
@@ -44,13 +42,12 @@ def ask(
     tokenizer = CorpusTokenizer.open("", teacher.model, teacher.revision, teacher.trust_remote_code)
     asked = [_prompt(tokenizer, text, plain) for text in prompts]
     settings = Generate(temperature=0, max_tokens=tokens)
-    models = {"teacher": teacher} | {label: Teacher(model=one) for label, one in students.items()}
+    models = {"teacher": teacher} | {label: as_model(one) for label, one in students.items()}
     said = {}
     for label, model in models.items():
         model = model.model_copy(update={"dtype": "float32"})
-        writers = Writers(model, settings, tokenizer.stop_ids, tokens)
-        answers = ReferenceGenerator(writers).answer(asked)
-        said[label] = [_text(tokenizer, one.token_ids) for (one,) in answers]
+        answers = written(model, asked, settings, tokenizer.stop_ids)
+        said[label] = [text_of(tokenizer, ids) for (ids,) in answers]
         if on_progress is not None:
             on_progress(len(said), len(models))
     return said
@@ -61,7 +58,3 @@ def _prompt(tokenizer: CorpusTokenizer, text: str, plain: bool) -> Example:
     ids = tokenizer.prompt(Document("the prompt", text=text, messages=messages))
     mask = ids < 0  # nothing of it is a target
     return Example(content_id(ids, mask, ()), "", "", ids, mask, ())
-
-
-def _text(tokenizer: CorpusTokenizer, ids: np.ndarray) -> str:
-    return tokenizer.hf.decode(ids, skip_special_tokens=True).strip()

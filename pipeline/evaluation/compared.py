@@ -35,12 +35,12 @@ def compared(run: Run) -> dict[str, Teacher]:
     precision = (run.evaluate or Evaluate()).precision
     students = {name: place for name, place in students_of(run).items() if name != "before"}
     students = {STUDENT if name == "after" else name: place for name, place in students.items()}
-    own = {name: _as_model(place) for name, place in students.items()}
+    own = {name: as_model(place) for name, place in students.items()}
     models = {"teacher": teacher, **own}
     return {name: one.model_copy(update={"dtype": precision}) for name, one in models.items()}
 
 
-def _as_model(directory: str) -> Teacher:
+def as_model(directory: str) -> Teacher:
     """A student as the engines take a model; an adapter with what it belongs to."""
     place = Path(directory)
     adapter = str(place) if is_model(place) and (place / ADAPTER).is_file() else ""

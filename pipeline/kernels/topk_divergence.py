@@ -154,7 +154,12 @@ def topk_divergence(
         dtype = wide(hidden.dtype)
         targets = _with_draws(targets.unpack(), tail_ids, tail_weights, dtype)
         objective = replace(objective, tail="truncate")
-    return _run(
+    if impl == "eager":
+        return eager.topk_divergence(hidden, unembedding, bias, targets, objective, shard.total)
+    if execution.traced() and shard.group is None and isinstance(targets, Targets):
+        how = objective, impl, shard.total, memory_budget, accumulate_fp32
+        return compiled.divergence(hidden, unembedding, bias, targets, *how)
+    return _fused(
         impl, hidden, unembedding, bias, targets, objective, shard, memory_budget, accumulate_fp32
     )
 
@@ -183,27 +188,6 @@ def _with_draws(
     drawn = tail_weights.detach().to(dtype).log()
     logprobs = torch.cat([targets.logprobs.to(dtype), drawn], 1)
     return replace(targets, ids=ids, logprobs=logprobs)
-
-
-def _run(
-    impl: Implementation,
-    hidden: Tensor,
-    unembedding: Tensor,
-    bias: Tensor | None,
-    targets: Targets | PackedTargets,
-    objective: Objective,
-    shard: Shard,
-    budget: int | None,
-    accumulate_fp32: bool,
-) -> Tensor:
-    if impl == "eager":
-        return eager.topk_divergence(hidden, unembedding, bias, targets, objective, shard.total)
-    if execution.traced() and shard.group is None and isinstance(targets, Targets):
-        how = objective, impl, shard.total, budget, accumulate_fp32
-        return compiled.divergence(hidden, unembedding, bias, targets, *how)
-    return _fused(
-        impl, hidden, unembedding, bias, targets, objective, shard, budget, accumulate_fp32
-    )
 
 
 @execution.opaque

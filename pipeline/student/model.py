@@ -50,8 +50,9 @@ def initial_student(student: Student, teacher: Teacher | None, directory: Path) 
     """
     settings = student.model_dump(mode="json")
     if (directory / RECEIPT).exists():
-        _check_receipt(directory, settings)
-        _check_origin(directory, student, teacher)
+        receipt = json.loads((directory / RECEIPT).read_text())
+        _check_receipt(receipt, directory, settings)
+        _check_origin(receipt, directory, student, teacher)
         return directory
     if teacher is None:
         raise StudentError(
@@ -107,9 +108,8 @@ def _made(student: Student, teacher: Teacher) -> tuple[Any, Expected]:
     return model, expected_of(model)
 
 
-def _check_receipt(directory: Path, settings: dict) -> None:
-    made = json.loads((directory / RECEIPT).read_text())["student"]
-    made = Student().model_dump(mode="json") | made
+def _check_receipt(receipt: dict, directory: Path, settings: dict) -> None:
+    made = Student().model_dump(mode="json") | receipt["student"]
     for key, wanted in settings.items():
         if made.get(key) != wanted:
             raise PlanMismatch(
@@ -120,9 +120,11 @@ def _check_receipt(directory: Path, settings: dict) -> None:
             )
 
 
-def _check_origin(directory: Path, student: Student, teacher: Teacher | None) -> None:
+def _check_origin(
+    receipt: dict, directory: Path, student: Student, teacher: Teacher | None
+) -> None:
     """Refuse a student of another model's weights; nothing is fetched for that."""
-    made = json.loads((directory / RECEIPT).read_text()).get("teacher") or {}
+    made = receipt.get("teacher") or {}
     source = teacher and _named(student, teacher)
     if "architecture" not in made or source is None or not Path(source.model).is_dir():
         return

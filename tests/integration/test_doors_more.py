@@ -21,32 +21,18 @@ from stillroom.pipeline.student.teacher_head import FILE
 from stillroom.pipeline.training.trainer import train
 from tests import memory_cache
 from tests.in_float64 import in_float64, norms_in_float64
+from tests.integration.test_doors_trainers import USUAL, logged
 from tests.integration.test_vision_training import EMBEDDING, PLAIN, run_of, world  # noqa: F401
 
 STEPS = 2
-USUAL = {
-    "max_steps": STEPS,
-    "logging_steps": 1,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "adam_beta2": 0.95,
-    "train_sampling_strategy": "sequential",
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-}
-
-
-def logged(trainer) -> list[float]:
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+MORE = USUAL | {"max_steps": STEPS}
 
 
 def sees(world, tmp_path, corpus=True, model=None, **more):  # noqa: F811
     model = model or AutoModelForImageTextToText.from_pretrained(world["llava"], dtype="float64")
     return CachedTrainer(
         model,
-        TrainingArguments(str(tmp_path), per_device_train_batch_size=2, **USUAL),
+        TrainingArguments(str(tmp_path), per_device_train_batch_size=2, **MORE),
         cache=world["cache"],
         corpus=str(world["root"] / "run" / "corpus") if corpus else "",
         **({"objectives": [PLAIN]} | more),
@@ -102,7 +88,7 @@ def test_the_teachers_head_is_taken_once(deep_llama, tiny_llama, tmp_path):
     for teacher in (str(deep_llama), ""):  # the second finds the head of the first
         trainer = CachedTrainer(
             AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64),
-            TrainingArguments(str(tmp_path), **USUAL),
+            TrainingArguments(str(tmp_path), **MORE),
             cache=cache,
             objectives=[HEAD],
             teacher=teacher,
@@ -114,7 +100,7 @@ def test_the_teachers_head_is_taken_once(deep_llama, tiny_llama, tmp_path):
     with pytest.raises(StillroomError, match="weights"):
         CachedTrainer(
             AutoModelForCausalLM.from_pretrained(tiny_llama),
-            TrainingArguments(str(tmp_path / "other"), **USUAL),
+            TrainingArguments(str(tmp_path / "other"), **MORE),
             cache=cache,
             objectives=[HEAD],
             teacher=str(tiny_llama),

@@ -55,25 +55,29 @@ def student(directory, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
 
 
+USUAL = {
+    "max_steps": STEPS,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "adam_beta2": 0.95,
+    "train_sampling_strategy": "sequential",
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
 def arguments(kind, directory, **more):
     """Of few steps, in the order of the data set, with the optimiser of `stillroom train`."""
-    usual = {
+    own = {
         "output_dir": str(directory),
         "per_device_train_batch_size": BATCH,
         "gradient_accumulation_steps": ACCUMULATE,
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "adam_beta2": 0.95,
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "bf16": False,
     }
-    return kind(**(usual | more))
+    return kind(**(USUAL | own | more))
 
 
 def logged(trainer, key="loss") -> list[float]:
