@@ -13,6 +13,9 @@ from itertools import accumulate
 SECONDS_BEFORE_A_RATE = 3.0
 """What comes in the first moments is start-up and buffers."""
 SECONDS_LOOKED_BACK, REPORTS_LOOKED_BACK = 60.0, 4
+SHARE_BEFORE_A_RATE = 0.01
+"""Of the work, or so many reports as are looked back: one answer of many that are written side by
+side comes early, and the others follow all at once."""
 SHORTEST_BAR, LONGEST_BAR = 8, 40
 SHORTEST_TITLE = 12
 
@@ -50,7 +53,10 @@ class Pace:
         if len(self._seen) < 2:
             return None
         (first, before), (last, after) = self._seen[0], self._seen[-1]
-        return (after - before) / (last - first) if last - first >= SECONDS_BEFORE_A_RATE else None
+        few = after - before < SHARE_BEFORE_A_RATE * (self.total or 0.0)
+        if last - first < SECONDS_BEFORE_A_RATE or (few and len(self._seen) < REPORTS_LOOKED_BACK):
+            return None
+        return (after - before) / (last - first)
 
     def left(self, now: float) -> float | None:
         """Seconds of work left, counting down between two reports; None while nobody can tell."""

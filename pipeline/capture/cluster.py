@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import CacheIncomplete, ConfigError, first_line
+from stillroom.cache_schemas.extras import extra_package
 from stillroom.cache_schemas.manifest import Manifest
 from stillroom.pipeline.capture.job import OnError, Task, manifest_of
 from stillroom.pipeline.capture.node import About, Problem, Worker, open_task
@@ -57,7 +58,7 @@ def capture_on_ray(
         CacheIncomplete: workers died again and again; what they finished is kept.
         StillroomError: what a worker met, as a worker of `job.capture` would.
     """
-    ray = _import_ray()
+    ray = extra_package("ray", "ray", "--ray")
     run, location = _everywhere(run, location)
     job = {"run": run.model_dump(), "engine": engine, "split": split}
     job |= {"location": location, "on_error": on_error, "about": about}
@@ -255,15 +256,3 @@ def _resolved(table: Any) -> Any:
 def _still_missing(task: Task, shards: list[int]) -> list[int]:
     missing = set(task.writer.missing())
     return [shard for shard in shards if shard in missing]
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError(
-            f"Ray cannot be imported ({error})",
-            where="--ray",
-            remedy="Install it with pip install 'stillroom[ray]'.",
-        ) from None
-    return ray

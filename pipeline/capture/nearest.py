@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from stillroom.cache_schemas.extras import extra_package
+
 MARGIN = 16
 """Found beyond what is asked for: rounding inside the search may swap neighbours."""
 
@@ -71,14 +73,4 @@ def _graph(vectors: np.ndarray) -> Any:
 
 
 def _usearch(name: str) -> Any:
-    from stillroom.cache_schemas.errors import ConfigError
-
-    try:
-        from usearch import index
-    except ImportError as error:
-        raise ConfigError(
-            f"usearch cannot be imported ({error})",
-            where="[candidates]",
-            remedy="Install it with pip install 'stillroom[recsys]'.",
-        ) from None
-    return getattr(index, name)
+    return getattr(extra_package("usearch.index", "recsys", "[candidates]"), name)

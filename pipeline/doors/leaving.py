@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.cache_schemas.errors import CacheError, ConfigError
+from stillroom.cache_schemas.extras import extra_package
 from stillroom.cache_schemas.signals import is_hidden
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.doors.distillkit_files import pack, write_settings
@@ -205,26 +206,14 @@ def _to_speculators(cache: Any, records: Iterator[TeacherRecord], target: Path) 
 
 def _data_set() -> Callable[[list[dict[str, Any]], Path], None]:
     """Writes rows as a data set on disk whose items are tensors."""
-    try:
-        from datasets import Dataset
-        from datasets.utils import (
-            are_progress_bars_disabled,
-            disable_progress_bars,
-            enable_progress_bars,
-        )
-    except ImportError:
-        raise ConfigError(
-            "datasets is not installed",
-            where="--to speculators",
-            remedy="pip install 'stillroom[hf]'.",
-        ) from None
+    datasets = extra_package("datasets", "hf", "--to speculators")
 
     def keep(rows: list[dict[str, Any]], target: Path) -> None:
-        shown = not are_progress_bars_disabled()
-        disable_progress_bars()
-        Dataset.from_list(rows).with_format("torch").save_to_disk(target)
+        shown = not datasets.utils.are_progress_bars_disabled()
+        datasets.utils.disable_progress_bars()
+        datasets.Dataset.from_list(rows).with_format("torch").save_to_disk(target)
         if shown:
-            enable_progress_bars()
+            datasets.utils.enable_progress_bars()
 
     return keep
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from stillroom.cache_schemas.errors import ConfigError, CorpusError
+from stillroom.cache_schemas.errors import CorpusError
+from stillroom.cache_schemas.extras import extra_package
 from stillroom.pipeline.capture.plan import check_tokenizer
 from stillroom.pipeline.config import Evaluate, Generate, Run, Teacher, require
 from stillroom.pipeline.corpus.files import Corpus
@@ -167,15 +168,8 @@ def measure_rouge(
 
 
 def _scorer() -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise ConfigError(
-            "rouge-score is not installed",
-            where="--rouge-l",
-            remedy="pip install 'stillroom[eval]'.",
-        ) from None
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    scoring = extra_package("rouge_score.rouge_scorer", "eval", "--rouge-l")
+    return scoring.RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def _rouge_l(scorer: Any, right: str, said: str) -> float:

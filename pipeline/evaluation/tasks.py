@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from stillroom.cache_schemas.errors import ConfigError, StillroomError, first_line
+from stillroom.cache_schemas.extras import extra_package
 from stillroom.pipeline.config import Run
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.corpus.tokenizer import load_tokenizer
@@ -98,15 +99,8 @@ def measure_tasks(
 
 def _manager(tasks: Sequence[str]) -> Any:
     """What knows the harness's tasks; thousands of files are not looked at where none is asked."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise ConfigError(
-            "lm-evaluation-harness is not installed",
-            where="--tasks",
-            remedy="pip install 'stillroom[eval]'.",
-        ) from None
-    return TaskManager(include_defaults=not all(map(_is_file, tasks)))
+    harness = extra_package("lm_eval.tasks", "eval", "--tasks")
+    return harness.TaskManager(include_defaults=not all(map(_is_file, tasks)))
 
 
 def _is_file(task: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.cache_schemas.errors import TeacherError, first_line
+from stillroom.cache_schemas.extras import extra_package
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.teacher.identity import (
     SILENT_ADAPTER_KEYS,
@@ -106,17 +107,10 @@ def _untie(model: Any, head: Any) -> None:
 
 def _applied(model: Any, teacher: Teacher) -> Any:
     directory = adapter_directory(teacher)
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise TeacherError(
-            f"PEFT cannot be imported ({error})",
-            where=WHERE,
-            remedy="Install it with pip install 'stillroom[lora]'.",
-        ) from None
+    peft = extra_package("peft", "lora", WHERE)
     try:
         with warnings.catch_warnings(action="ignore"):  # names are checked below, all of them
-            made = PeftModel.from_pretrained(model, directory)
+            made = peft.PeftModel.from_pretrained(model, directory)
     except Exception as error:  # whatever PEFT raises at a foreign file
         reason = first_line(error)
         raise _unfit(directory, f"PEFT cannot apply it ({reason})") from None

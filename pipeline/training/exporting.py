@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.cache_schemas.extras import extra_package
 from stillroom.pipeline.config.training import Lora, Train
 from stillroom.pipeline.data.batch import DistillBatch
 from stillroom.pipeline.objectives.combine import Distiller
@@ -66,14 +67,9 @@ def adapted(model: Any, settings: Train) -> Any:
     """
     if settings.lora is None:
         return model
-    try:
-        from stillroom.pipeline.student.lora import adapt
-    except ImportError:
-        raise ConfigError(
-            "[train.lora] needs PEFT, which is not installed",
-            where="[train.lora]",
-            remedy="pip install peft, or leave the table out.",
-        ) from None
+    extra_package("peft", "lora", "[train.lora]")
+    from stillroom.pipeline.student.lora import adapt
+
     return adapt(model, settings.lora)
 
 

@@ -63,6 +63,22 @@ def test_the_first_moments_have_no_rate():
     assert pace.rate() == 1000
 
 
+def test_one_answer_of_many_side_by_side_is_no_rate():
+    pace = Pace(0.0)
+    pace.note(27.0, 0, 1969)
+    pace.note(59.0, 1, 1969)
+    assert pace.rate() is None
+    pace.note(60.0, 60, 1969)
+    assert pace.rate() == pytest.approx(60 / 33)
+
+
+def test_slow_work_has_a_rate_after_a_few_reports():
+    pace = Pace(0.0)
+    for number in range(4):
+        pace.note(number * 60.0, number, 100_000)
+    assert pace.rate() == pytest.approx(1 / 60)
+
+
 def test_a_rate_is_that_of_the_last_minute():
     pace = Pace(0.0)
     for second in range(600):
