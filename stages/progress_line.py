@@ -13,6 +13,8 @@ from itertools import accumulate
 SECONDS_BEFORE_A_RATE = 3.0
 """What comes in the first moments is start-up and buffers."""
 SECONDS_LOOKED_BACK, REPORTS_LOOKED_BACK = 60.0, 4
+SECONDS_OF_A_BURST = 0.5
+"""Reports so close together are one: a batch that is done is often told item by item."""
 SHARE_BEFORE_A_RATE = 0.01
 """Of the work, or so many reports as are looked back: one answer of many that are written side by
 side comes early, and the others follow all at once."""
@@ -37,6 +39,8 @@ class Pace:
         self.done, self.total = done, total
         if self._seen and done <= self._seen[-1][1]:
             return
+        if len(self._seen) > 1 and now - self._seen[-1][0] < SECONDS_OF_A_BURST:
+            now, _ = self._seen.pop()
         self._seen.append((now, done))
         while len(self._seen) > REPORTS_LOOKED_BACK:
             if now - self._seen[1][0] < SECONDS_LOOKED_BACK:

@@ -72,6 +72,17 @@ def test_one_answer_of_many_side_by_side_is_no_rate():
     assert pace.rate() == pytest.approx(60 / 33)
 
 
+def test_batches_told_item_by_item_have_the_rate_of_batches():
+    pace = Pace(0.0)
+    pace.note(0.0, 0, 1969)
+    for batch in range(5):
+        for item in range(128):
+            pace.note((batch + 1) * 61.0 + item * 0.001, batch * 128 + item + 1, 1969)
+        assert pace.rate() == pytest.approx(128 / 61, rel=0.01)
+    pace.note(366.0, 641, 1969)  # the first of the next batch comes late
+    assert pace.rate() == pytest.approx(128 / 61, rel=0.5)
+
+
 def test_slow_work_has_a_rate_after_a_few_reports():
     pace = Pace(0.0)
     for number in range(4):
