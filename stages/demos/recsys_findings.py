@@ -21,9 +21,10 @@ def paired(values: list[float], others: list[float]) -> tuple[float, float]:
     return spread([a - b for a, b in zip(values, others)])
 
 
-def in_words(found: tuple[float, float]) -> str:
-    """`0.1234 ± 0.0012`."""
-    return f"{found[0]:.4f} ± {found[1]:.4f}"
+def in_words(found: tuple[float, float], sign: str = "") -> str:
+    """`0.1234 ± 0.0012`; the mean alone where one seed has no error."""
+    mean = f"{found[0]:{sign}.4f}"
+    return mean if math.isnan(found[1]) else f"{mean} ± {found[1]:.4f}"
 
 
 def rows_of(arms: dict[str, dict[str, list[float]]]) -> list[list[str]]:
@@ -35,7 +36,7 @@ def rows_of(arms: dict[str, dict[str, list[float]]]) -> list[list[str]]:
             str(len(found["ndcg10"])),
             in_words(spread(found["hr10"])),
             in_words(spread(found["ndcg10"])),
-            f"{paired(found['ndcg10'], none)[0]:+.4f} ± {paired(found['ndcg10'], none)[1]:.4f}",
+            "" if name == "none" else in_words(paired(found["ndcg10"], none), "+"),
         ]
         for name, found in arms.items()
     ]

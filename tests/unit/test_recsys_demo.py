@@ -153,6 +153,8 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert mean == pytest.approx(0.1)
     assert error == pytest.approx(0, abs=1e-12)
     assert rows_of(arms)[1][-1] == "+0.1000 ± 0.0000"
+    one = {name: {key: value[:1] for key, value in arm.items()} for name, arm in arms.items()}
+    assert rows_of(one)[1][-1] == "+0.1000"  # one seed has no error
     teacher = {"hr10": 0.0, "ndcg10": 0.0}
     results = {"teacher": teacher, "popular": teacher, "arms": arms}
     assert "| all | 2 |" in findings(results)
