@@ -144,6 +144,12 @@ DOCUMENTS = {
 }
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1E999", "9" * 400 + ".0", "NaN", "Infinity"])
+def test_a_number_that_is_not_finite_is_refused_where_it_is_read(number):
+    with pytest.raises(ShardCorrupt, match="is not JSON"):
+        canonical.parse(f'{{"x":[{number}]}}'.encode(), "a document")
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 @pytest.mark.parametrize("file", ["manifest", "plan", "receipt"])
 def test_a_document_that_would_be_large_is_one_message(cache, file, name):
