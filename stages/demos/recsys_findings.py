@@ -86,6 +86,7 @@ def draw(results: dict[str, Any], target: Path) -> Path:
         axis.barh(names, [mean for mean, _ in found], xerr=[error for _, error in found])
         axis.axvline(0, color="black", linewidth=0.8)
         axis.invert_yaxis()
+        axis.locator_params(axis="x", nbins=5)
         axis.set(title=title, xlabel="NDCG@10 minus none, paired by seed")
     figure.savefig(target, dpi=120)
     return target
