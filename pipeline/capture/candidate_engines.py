@@ -101,18 +101,21 @@ class Grounded:
         return True
 
     def _title(self, tokens: np.ndarray) -> str:
-        """What was written, up to the end of its first line."""
+        """The title in what was written: its first line, without what stands around a title."""
         text = self._shelf.tokenizer.hf.decode(tokens, skip_special_tokens=True)
-        return " ".join(text.split(LINE_END)[0].split())
+        line = " ".join(text.split(LINE_END)[0].split())
+        before, behind = self._shelf.settings.line_template().around("title")
+        return line.removeprefix(before.strip()).removesuffix(behind.strip()).strip()
 
     def _vectors(self, titles: dict[str, str], reject: protocol.Reject) -> dict[str, np.ndarray]:
         """Embeddings of written titles, made as the catalogue's were."""
         settings, more = self._shelf.settings, dict.fromkeys(self._shelf.settings.text_columns, "")
+        template = settings.item_template()
         asked = (
             asked_about(
                 text_example(
                     self._shelf.tokenizer,
-                    settings.item_text.format(**more, title=title),
+                    template.fill(more | {"title": title}),
                     name,
                     name,
                 ),
@@ -139,7 +142,8 @@ class Scored:
     def __init__(self, engine: Any, shelf: Shelf):
         self._engine, self._shelf = engine, shelf
         self.close = engine.close
-        lines = [shelf.settings.line.format(title=title) + LINE_END for title in shelf.titles]
+        line = shelf.settings.line_template()
+        lines = [line.fill({"title": title}) + LINE_END for title in shelf.titles]
         hf = shelf.tokenizer.hf
         self._answers = hf(lines, add_special_tokens=False, verbose=False)["input_ids"]
 

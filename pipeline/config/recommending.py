@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from stillroom.pipeline.config.plain_template import PlainTemplate
 from stillroom.pipeline.config.strict import Table
 
 
@@ -32,7 +33,7 @@ class Interactions(Table):
     encoding: str = ""
     """Of text files; empty takes UTF-8, and for MovieLens' own `.dat` and `u.item` Latin-1 where
     they are not UTF-8."""
-    min_rating: float = 0.0
+    min_rating: float = Field(default=0.0, allow_inf_nan=False)
     """Interactions rated lower are left out and counted."""
     k_core: int = Field(default=5, ge=1)
     """Users and items with fewer interactions are left out, again and again until none has."""
@@ -46,15 +47,29 @@ class Interactions(Table):
     prompt: str = "One person chose these, one after the other:\n\n{history}\n"
     """What the teacher is asked to continue by one line; `{history}` stands for a line per item."""
     line: str = "{title}"
-    """One item of the history."""
+    """One item of the history, as the teacher reads and writes it; braces are written `{{` and
+    `}}`."""
     item_text: str = "{title}"
-    """What stands for an item where it is embedded; may name `text_columns`."""
+    """What stands for an item where it is embedded; may name `text_columns`, which are empty for a
+    title that the teacher writes."""
 
     @model_validator(mode="after")
     def _templates_have_their_places(self) -> "Interactions":
-        if "{history}" not in self.prompt or "{title}" not in self.line:
-            raise ValueError("prompt needs {history}, and line needs {title}")
+        if "{history}" not in self.prompt:
+            raise ValueError("prompt needs {history}")
+        if self.line_template().count("title") != 1 or len((self.line + "|").splitlines()) != 1:
+            raise ValueError("line needs {title} once, and is one line")
+        if not self.item_template().count("title"):
+            raise ValueError("item_text needs {title}: a title that a teacher writes stands there")
         return self
+
+    def line_template(self) -> PlainTemplate:
+        """`line`, read."""
+        return PlainTemplate.of(self.line, ["title"])
+
+    def item_template(self) -> PlainTemplate:
+        """`item_text`, read."""
+        return PlainTemplate.of(self.item_text, ["title", *self.text_columns])
 
 
 class Items(Table):
@@ -105,7 +120,7 @@ class Distilled(Table):
 
     cache: str
     """Name of an item cache under [train.caches]."""
-    weight: float = 0.2
+    weight: float = Field(default=0.2, allow_inf_nan=False)
     """Of the projected teacher embedding beside the student's own."""
 
 

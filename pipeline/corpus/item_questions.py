@@ -144,8 +144,8 @@ class _Questions:
         self._window, self._settings, self._found = window, settings, found
         self._hf, self._source = tokenizer.hf, source
         self._bare = Histories(found.users, found.offsets, found.items, pa.array([], pa.string()))
-        titles = found.catalogue.titles
-        self._lines = [settings.line.format(title=title) for title in titles]
+        line = settings.line_template()
+        self._lines = [line.fill({"title": title}) for title in found.catalogue.titles]
         self._answers = self._tokens([line + LINE_END for line in self._lines], special=False)
         self.dropped: Counter[str] = Counter()
 
