@@ -59,6 +59,7 @@ def capture(
     as_json: AsJson = False,
 ) -> None:
     """Score the prepared corpus and seal the cache; run again to go on after any interruption."""
+    from stillroom.cache_schemas.errors import ConfigError
     from stillroom.pipeline import config
 
     run = config.load(run_file)
@@ -70,6 +71,12 @@ def capture(
     if ray or ray_address:
         worker["address"] = ray_address
     wanted = {"images": run.vision, "items": run.items, "candidates": run.candidates}
+    if cache and run.capture is None and any(wanted.values()):
+        raise ConfigError(
+            f"--cache {cache} of a run without [capture]",
+            expected="the option left out: only answers to texts can be put elsewhere",
+            remedy="Copy the caches with `stillroom cache push`.",
+        )
     if run.capture is not None or not any(wanted.values()):  # another table alone means it alone
         where = {"engine": engine.value, "split": split.value, "location": cache}
         _capture(run, **where, **worker)

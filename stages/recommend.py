@@ -22,10 +22,10 @@ def recommend(
     from stillroom.pipeline.evaluation.ranking import recommend as ask
     from stillroom.pipeline.plain_text import plain
 
-    if bool(user) == bool(items):
+    named = tuple(filter(None, (item.strip() for item in items.split(","))))
+    if bool(user) == bool(named):
         raise ConfigError("whose list?", expected="--user NAME, or --items ID,ID,...")
     run = config.load(run_file)
-    named = tuple(item for item in items.split(",") if item)
     history, found = ask(run, top, user, named)
     if as_json:
         document({"after": list(history), "items": [asdict(one) for one in found]})

@@ -8,6 +8,7 @@ K places and distances that rise.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -154,14 +155,24 @@ class Scored:
         todo = iter(examples)
         while batch := list(islice(todo, self._shelf.table.batch)):
             lists = [self._shortlist(example) for example in batch]
-            pairs = [
-                self._pair(example, int(place))
-                for example, places in zip(batch, lists)
-                for place in places
-            ]
-            answers = (_distance(record) for record in self._engine.score(pairs, reject))
+            asked = [(e, int(place)) for e, places in zip(batch, lists) for place in places]
+            pairs = [self._pair(example, place) for example, place in asked]
+            told = partial(self._told, {p.example_id: one for p, one in zip(pairs, asked)}, reject)
+            answers = map(_distance, self._engine.score(pairs, told))
             for example, places in zip(batch, lists):
                 yield self._record(example, places, np.array(list(islice(answers, len(places)))))
+
+    def _told(
+        self,
+        asked: dict[str, tuple[Example, int]],
+        reject: protocol.Reject,
+        error: protocol.RejectedExample,
+    ) -> None:
+        """A title that cannot be scored is a matter of its history, which people can look up."""
+        example, place = asked[error.example.example_id]
+        found = f"with the title '{self._shelf.titles[place][:60]}': {error.found}"
+        more = {"expected": error.expected, "remedy": error.remedy}
+        reject(protocol.RejectedExample(example, found, **more))
 
     def _record(self, example: Example, places: np.ndarray, distances: np.ndarray) -> TeacherRecord:
         order = np.lexsort((places, distances))[: self._shelf.table.k]

@@ -23,7 +23,12 @@ from stillroom.pipeline.capture.progress import CaptureProgress
 from stillroom.pipeline.config import Capture, Run, Teacher, require
 from stillroom.pipeline.config.recommending import Candidates
 from stillroom.pipeline.corpus.files import Corpus
-from stillroom.pipeline.corpus.histories import Histories, open_catalogue, open_histories
+from stillroom.pipeline.corpus.histories import (
+    Histories,
+    open_catalogue,
+    open_histories,
+    open_items,
+)
 from stillroom.pipeline.corpus.item_questions import PARTS, settings_in
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer
 from stillroom.pipeline.record import Example
@@ -95,7 +100,8 @@ def open_task(run: Run, engine: EngineName, split: str, location: str = "") -> T
             Nearest(read_items(items), table.exact) if items else None,
             _popular(histories, len(catalogue)),
         )
-        opened, wanted = _open(run, teacher, engine, longest(corpus), scale)
+        room = max(longest(corpus), max(len(item.token_ids) for item in open_items(corpus)))
+        opened, wanted = _open(run, teacher, engine, room, scale)
         tokens = corpus.facts["counts"][split]["tokens"]
         compare(writer, engine, opened, Question(teacher, wanted, asked, None, tokens))
         if table.method == "scored":
@@ -174,7 +180,11 @@ class _Some(Sequence[Example]):
 def _open(
     run: Run, teacher: Teacher, name: EngineName, window: int, scale: float
 ) -> tuple[TeacherEngine, Capture]:
-    """The teacher's engine, and what it is asked for."""
+    """The teacher's engine, and what it is asked for.
+
+    Args:
+        window: tokens of the longest question or item; a written title comes on top of either.
+    """
     table = require(run.candidates, "candidates", run.directory)
     if table.method == "scored":
         check = run.capture.check if run.capture else "auto"
@@ -198,15 +208,20 @@ def _check_count(table: Candidates, items: int) -> None:
 
 
 def _windows(corpus: Corpus, histories: Histories, split: str) -> Callable[[str], np.ndarray]:
-    """Example id -> the items in its prompt."""
+    """Example id -> the items in its prompt; where items of one title make one question of several
+    histories, those of all."""
     rows = histories.rows(PARTS[split])
     names = histories.example_ids.take(rows).to_pylist()
-    return partial(_window, histories, dict(zip(names, rows.tolist())), settings_in(corpus).history)
+    asked: dict[str, list[int]] = {}
+    for name, row in zip(names, rows.tolist()):
+        asked.setdefault(name, []).append(row)
+    return partial(_window, histories, asked, settings_in(corpus).history)
 
 
-def _window(histories: Histories, rows: dict[str, int], length: int, name: str) -> np.ndarray:
-    found = histories.windows(np.array([rows[name]]), length, -1)[0]
-    return found[found >= 0]
+def _window(histories: Histories, rows: dict[str, list[int]], length: int, name: str) -> np.ndarray:
+    found = histories.windows(np.array(rows[name]), length, -1).ravel()
+    found = found[found >= 0]
+    return found[np.sort(np.unique(found, return_index=True)[1])]
 
 
 def _popular(histories: Histories, items: int) -> np.ndarray:

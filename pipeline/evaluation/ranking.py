@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from stillroom.cache_schemas.errors import CacheError, StudentError
+from stillroom.cache_schemas.errors import CacheError, PlanMismatch, StudentError
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.config import Run, require
+from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.corpus.files import Corpus
 from stillroom.pipeline.corpus.histories import (
     Catalogue,
@@ -61,7 +62,7 @@ def evaluate_recommender(run: Run) -> dict[str, Ranking]:
         StudentError: there is no trained student, or it is of another catalogue.
     """
     table = require(run.recommender, "recommender", run.directory)
-    corpus = Corpus.open(run.path("corpus"))
+    corpus = corpus_of(run)
     found = {
         "student": Ranking.of(student_ranks(run.path("student"), corpus, table.exclude_seen)),
         "most popular": Ranking.of(popular_ranks(corpus, table.exclude_seen)),
@@ -77,15 +78,21 @@ def evaluate_recommender(run: Run) -> dict[str, Ranking]:
     return found
 
 
+def corpus_of(run: Run) -> Corpus:
+    """What a run trains on, and is judged on."""
+    return Corpus.open((run.train.corpus if run.train else "") or run.path("corpus"))
+
+
 def student_ranks(directory: Path, corpus: Corpus, exclude_seen: bool = True) -> np.ndarray:
     """int64 [R]: rank of every test item.
 
     Raises:
         StudentError: there is no student.
-        PlanMismatch: it was trained on another catalogue.
+        PlanMismatch: it was trained on another catalogue, or on other sequences.
     """
     model, config = load(directory)
     check_catalogue(config["catalogue"], corpus.facts["catalogue"], str(directory))
+    _check_sequences(config, corpus, directory)
     histories, rows, targets = _test(corpus)
     windows = histories.windows(rows, config["history"], config["items"])
 
@@ -93,6 +100,19 @@ def student_ranks(directory: Path, corpus: Corpus, exclude_seen: bool = True) ->
         return histories.seen(int(rows[row]))
 
     return ranks(model, windows, targets, seen if exclude_seen else None)
+
+
+def _check_sequences(config: dict[str, Any], corpus: Corpus, directory: Path) -> None:
+    """What is a test item here may have been trained on there."""
+    found = str(config["identity"].get("corpus", ""))
+    if found != corpus.digest:
+        raise PlanMismatch(
+            f"was trained on the sequences of another corpus, {found[:12]}",
+            expected=f"those of {corpus.digest[:12]}, whose test items it has not seen",
+            where=str(directory),
+            remedy="Train again in a new directory, or set [train] corpus to the one that it was "
+            "trained on.",
+        )
 
 
 def popular_ranks(corpus: Corpus, exclude_seen: bool = True) -> np.ndarray:
@@ -158,7 +178,7 @@ def recommend(
         StudentError: no such user or item.
     """
     table = require(run.recommender, "recommender", run.directory)
-    corpus = Corpus.open(run.path("corpus"))
+    corpus = corpus_of(run)
     catalogue = open_catalogue(corpus)
     model, config = load(run.path("student"))
     check_catalogue(config["catalogue"], corpus.facts["catalogue"], str(run.path("student")))
@@ -194,7 +214,11 @@ def _named(items: tuple[str, ...], catalogue: Catalogue) -> np.ndarray:
     places = {name: place for place, name in enumerate(catalogue.item_ids)}
     for name in items:
         if name not in places:
-            raise StudentError(f"no item '{name}'", expected="item ids of the catalogue")
+            raise StudentError(
+                f"no item '{name}'",
+                expected=f"ids of the {len(catalogue):,} items of the catalogue",
+                remedy=nearest(name, catalogue.item_ids),
+            )
     return np.array([places[name] for name in items], dtype=np.int64)
 
 

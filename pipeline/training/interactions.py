@@ -92,7 +92,7 @@ class Interactions:
         """The training rows, with the candidates of the caches named.
 
         Raises:
-            StudentError: there is no row, or a cache answers none of them.
+            StudentError: there is no row, a cache answers none of them, or one holds all items.
         """
         numbers = self.histories.rows("train")
         if not len(numbers):
@@ -101,15 +101,32 @@ class Interactions:
                 expected="users with four interactions or more",
                 where=str(self.corpus.directory),
             )
+        history, target = self.windows(numbers), self.histories.items[numbers].astype(np.int64)
+        self._check_negatives(history, target)
         ids = self.histories.example_ids.take(numbers).to_pylist()
         answers = {name: _answers(name, self.caches[name], ids) for name in names}
         return Rows(
-            self.windows(numbers),
-            self.histories.items[numbers].astype(np.int64),
+            history,
+            target,
             ids,
             {name: _lists(self.caches[name]) for name in names},
             answers,
         )
+
+    def _check_negatives(self, history: np.ndarray, target: np.ndarray) -> None:
+        """Refuse rows that hold every item: none is left that did not come."""
+        items = len(self.catalogue)
+        if items > self.length + 1:
+            return
+        rows = np.concatenate([history, target[:, None]], axis=1)
+        full = sum(len(set(row) - {self.padding}) == items for row in rows.tolist())
+        if full:
+            raise StudentError(
+                f"{full} of {len(rows)} training rows hold every one of the {items} items",
+                expected="an item in no row's history, to be told from the one that came",
+                where=str(self.corpus.directory),
+                remedy="Use a larger catalogue (keep_unused_items = true), or a shorter history.",
+            )
 
     def windows(self, rows: np.ndarray) -> np.ndarray:
         """int64 [R, L]: histories of these rows as students read them."""

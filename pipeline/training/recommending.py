@@ -7,21 +7,24 @@ chooses among the same weights. The test rows are never looked at.
 """
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from stillroom.cache_schemas.errors import ConfigError
+from stillroom.cache_schemas.errors import ConfigError, StudentError
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.config.recommending import Recommender
 from stillroom.pipeline.config.training import Train
-from stillroom.pipeline.data.histories import HistoryLoader
+from stillroom.pipeline.data.histories import HistoryLoader, Rows
 from stillroom.pipeline.data.loader import Geometry
 from stillroom.pipeline.objectives.recommending import RankingDistiller, terms_of
+from stillroom.pipeline.objectives.weighting import Term
 from stillroom.pipeline.student.recommenders.export import export
 from stillroom.pipeline.student.recommenders.model import initial
 from stillroom.pipeline.student.recommenders.ranks import measures, ranks
@@ -44,7 +47,27 @@ from stillroom.pipeline.training.trainer import Training
 BEST = "best.safetensors"
 CHOOSES = {"evaluate_every"}
 """How often validation is looked at decides which weights go out, so here it is part of a run."""
-FOR_LANGUAGE_MODELS: dict[str, Any] = {"ema": 0.0, "lora": None, "parallel": "ddp"}
+FOR_LANGUAGE_MODELS = (
+    "activation_checkpointing",
+    "batch_tokens",
+    "ema",
+    "export_dtype",
+    "freeze",
+    "heldout",
+    "heldout_cache",
+    "images",
+    "joined",
+    "keep_best",
+    "lora",
+    "parallel",
+    "patience",
+    "sequence_length",
+)
+"""Keys of [train] that would be ignored, or choose by the lowest value."""
+INSTEAD = {
+    "batch_tokens": " [recommender] batch is the number of histories.",
+    "keep_best": " [recommender] select_by chooses.",
+}
 
 
 def train_recommender(
@@ -93,6 +116,8 @@ class RecommenderTraining(Training):
         settings, parallel, data = self.settings, self.parallel, self.data
         listed = {t.table.cache for t in self.terms if "candidate_ids" in t.needs.signals}
         self.rows = data.rows(listed)
+        _check_lengths(self.terms, self.rows)
+        self._tell_answered()
         part = self.table.distilled
         own = None if part is None else data.vectors(part.cache)
         model = initial(self.table, len(data.catalogue), data.length, own)
@@ -117,6 +142,13 @@ class RecommenderTraining(Training):
             1, self.table.batch, settings.accumulate, parallel.rank, parallel.world_size
         )
         self.loader = HistoryLoader(self.rows, geometry, settings.seed)
+
+    def _tell_answered(self) -> None:
+        """A teacher that was asked about few rows teaches little, which no curve shows."""
+        for name, where in self.rows.answers.items():
+            known = int((where >= 0).sum())
+            if known < len(where):
+                self._note(f"cache '{name}' answers {known:,} of {len(where):,} training rows")
 
     def _identity(self) -> dict[str, Any]:
         """Everything that makes a run what it is, flat, so that a difference has a name."""
@@ -162,20 +194,24 @@ class RecommenderTraining(Training):
         """The highest value wins, and of equal ones the earliest step."""
         path = self.settings_run.path(BEST)
         if path.exists():
-            with safe_open(path, "pt") as file:
-                held = file.metadata()
+            held = _metadata(path)
             if (float(held["value"]), -int(held["step"])) >= (value, -step):
                 return
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(self.distiller)}
         staging = path.with_name(path.name + ".part")
         save_file(tensors, staging, {"step": str(step), "value": repr(value)})
+        with staging.open("rb") as file:
+            os.fsync(file.fileno())
         staging.replace(path)
 
     def _resume(self) -> TrainingState:
-        state = super()._resume()
+        state, path = super()._resume(), self.settings_run.path(BEST)
+        every, steps = self.settings.evaluate_every, self.settings.steps
         if not state.step:
             # A run that has no checkpoint yet has no best weights either.
-            self.settings_run.path(BEST).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        elif state.step >= (every or steps):
+            self.parallel.together(lambda: _metadata(path))
         return state
 
     def _finish(self, state: TrainingState, seconds: float) -> TrainResult:
@@ -193,11 +229,11 @@ class RecommenderTraining(Training):
 
     def _load_best(self) -> dict[str, Any]:
         """Put the best weights into the student; which step's they are."""
-        with safe_open(self.settings_run.path(BEST), "pt") as file:
-            held = file.metadata()
-            with torch.no_grad():
-                for name, parameter in trainable(self.distiller):
-                    parameter.copy_(file.get_tensor(name))
+        path = self.settings_run.path(BEST)
+        held = _metadata(path)
+        with safe_open(path, "pt") as file, torch.no_grad():
+            for name, parameter in trainable(self.distiller):
+                parameter.copy_(file.get_tensor(name))
         return {"step": int(held["step"]), self.table.select_by: float(held["value"])}
 
     def _export(self, chosen: dict[str, Any]) -> None:
@@ -217,11 +253,40 @@ class RecommenderTraining(Training):
 
 def _check_settings(settings: Train) -> None:
     """Refuse what would be ignored."""
-    for key, usual in FOR_LANGUAGE_MODELS.items():
-        if getattr(settings, key) != usual:
+    usual = Train()
+    for key in FOR_LANGUAGE_MODELS:
+        if getattr(settings, key) != getattr(usual, key):
             raise ConfigError(
                 f"{key} does nothing for a recommender",
                 expected="the key left out",
                 where="[train]",
-                remedy=f"Remove {key}.",
+                remedy=f"Remove {key}.{INSTEAD.get(key, '')}",
             )
+
+
+def _check_lengths(terms: list[Term], rows: Rows) -> None:
+    """Refuse to use more candidates than a list has."""
+    for term in terms:
+        lists = rows.candidates.get(term.table.cache)
+        if lists is not None and term.options.k > lists[0].shape[1]:
+            held = lists[0].shape[1]
+            raise ConfigError(
+                f"k = {term.options.k} candidates of lists of {held}",
+                expected=f"k <= {held}",
+                where=f"[[objective]] {term.label} options",
+                remedy=f"Set options = {{ k = {held} }}, or capture longer lists.",
+            )
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Step and value of the best weights so far."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata()
+    except (OSError, SafetensorError) as error:
+        raise StudentError(
+            f"the best weights so far cannot be read ({error})",
+            where=str(path),
+            remedy="Only this file knows which step was the best: train again in another run "
+            "directory.",
+        ) from None

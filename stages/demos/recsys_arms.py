@@ -5,12 +5,14 @@ between arms are paired by seed. Weights go out by the validation rows; what is 
 test rows.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from stillroom.cache_schemas.errors import PlanMismatch
 from stillroom.cache_schemas.manifest import Plan
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.writer import CacheWriter
@@ -19,6 +21,7 @@ from stillroom.pipeline.config import Run
 from stillroom.pipeline.config.recommending import Distilled
 from stillroom.pipeline.config.training import Objective
 from stillroom.pipeline.corpus.files import Corpus
+from stillroom.pipeline.corpus.splits import canonical_json
 from stillroom.pipeline.evaluation.ranking import student_ranks
 from stillroom.pipeline.record import TeacherRecord
 from stillroom.pipeline.student.recommenders.ranks import measures
@@ -82,16 +85,40 @@ def measured(
 ) -> dict[str, Any]:
     """Train and judge one student, or read what was measured before."""
     made = arm_of(run, arm, seed, ARMS[arm] if lines is None else lines, steps)
-    path = made.path("measured.json")
+    path, asked = made.path("measured.json"), settings_of(made)
     if not path.exists():
         result = train_recommender(made)
         assert made.recommender is not None
         rank = student_ranks(
             Path(result.student), Corpus.open(run.path("corpus")), made.recommender.exclude_seen
         )
-        facts = in_short(rank) | {"seconds": round(result.seconds, 1)}
+        facts = in_short(rank) | {"seconds": round(result.seconds, 1), "of": asked}
         path.write_text(json.dumps(facts) + "\n")
-    return json.loads(path.read_text())
+    found = json.loads(path.read_text())
+    if found.get("of", asked) != asked:
+        raise PlanMismatch(
+            "was measured with other settings, another corpus or other caches",
+            expected="those of the run file, so that arms can be compared",
+            where=str(path),
+            remedy="Set them back, use another run directory, or delete students/ in this one.",
+        )
+    return found
+
+
+def settings_of(made: Run) -> str:
+    """A digest over all that makes a student's measures what they are."""
+    assert made.train is not None
+    assert made.recommender is not None
+    left_out = {"caches", "corpus", "checkpoint_every", "keep_last", "log_every", "tracker"}
+    tables = [made.train.model_dump(mode="json", exclude=left_out)]
+    tables += [line.model_dump(mode="json") for line in made.objective]
+    tables += [made.recommender.model_dump(mode="json"), Corpus.open(made.train.corpus).digest]
+    part = made.recommender.distilled
+    used = {line.cache for line in made.objective} | ({part.cache} if part else set())
+    for name in sorted(used - {""}):
+        plan = TeacherCache.open(made.train.caches[name]).plan
+        tables.append({name: plan.digest})
+    return hashlib.sha256(canonical_json(tables)).hexdigest()
 
 
 def in_short(rank: np.ndarray) -> dict[str, float]:

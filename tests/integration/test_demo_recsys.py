@@ -27,7 +27,7 @@ k_core = 1
 history = 4
 [items]
 [candidates]
-k = 3
+k = 10
 written_tokens = 5
 histories_per_user = 1
 [recommender]

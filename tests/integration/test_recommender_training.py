@@ -349,8 +349,13 @@ path = "{films}"
 name = "plain"
 [[arm]]
 name = "distilled"
-objective = [{ name = "next_item" }, { name = "ranking_distillation", cache = "candidates" }]
 recommender = { kind = "gru4rec" }
+[[arm.objective]]
+name = "next_item"
+[[arm.objective]]
+name = "ranking_distillation"
+cache = "candidates"
+options = { k = 3 }
 """
     )
     results = run_sweep(sweep)

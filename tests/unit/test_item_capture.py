@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,15 +15,17 @@ from stillroom.pipeline.cache.care.verification import verify
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.capture import candidates, items, job
-from stillroom.pipeline.capture.candidate_engines import line_ends, prompt_of
+from stillroom.pipeline.capture.candidate_engines import Grounded, line_ends, prompt_of
 from stillroom.pipeline.capture.candidates import capture_candidates, questions
 from stillroom.pipeline.capture.items import capture_items, read_items
 from stillroom.pipeline.capture.nearest import Nearest
 from stillroom.pipeline.config import Run
+from stillroom.pipeline.config.recommending import Interactions, Items
 from stillroom.pipeline.corpus.files import Corpus
 from stillroom.pipeline.corpus.histories import open_catalogue, open_histories
 from stillroom.pipeline.corpus.preparing import prepare
 from stillroom.pipeline.teacher.opening import open_writing_engine
+from stillroom.pipeline.teacher.protocol import RejectedExample
 from tests import small_interactions
 from tests.synthetic_records import make_candidates_plan, make_plan
 
@@ -281,6 +284,86 @@ def test_the_graph_finds_what_the_whole_search_finds():
     assert np.mean(same) > 9
     assert 3 not in exact.search(vectors[3], 5, np.array([3]))[0]
     assert len(Nearest(vectors[:4]).search(vectors[0], 9)[0]) == 4
+
+
+def test_any_number_of_items_of_one_vector_are_listed_in_the_catalogues_order():
+    random = np.random.default_rng(1)
+    for _ in range(60):
+        vectors = random.normal(size=(int(random.integers(50, 1500)), 8)).astype(np.float32)
+        alike = random.permutation(len(vectors))[: int(random.integers(20, len(vectors)))]
+        vectors[alike] = vectors[3]
+        query = vectors[3] + random.normal(size=8) * random.choice([0, 0.1, 2])
+        query = query.astype(np.float32)
+        gone = random.permutation(len(vectors))[: int(random.integers(0, 10))]
+        far = np.linalg.norm(vectors.astype(np.float64) - query.astype(np.float64), axis=1)
+        order = np.lexsort((np.arange(len(vectors)), far))
+        wanted = order[~np.isin(order, gone)][:10]
+        places, distances = Nearest(vectors).search(query, 10, gone)
+        assert places.tolist() == wanted.tolist()
+        np.testing.assert_allclose(distances, far[wanted], rtol=1e-12)
+    zeros = np.zeros((50, 8), dtype=np.float32)
+    zeros[::2] *= -1
+    assert Nearest(zeros, exact=False).search(zeros[1], 4)[0].tolist() == [0, 1, 2, 3]
+
+
+def test_what_a_line_has_around_a_title_is_no_part_of_what_was_written(tiny_tokenizer):
+    def title(line, written):
+        shelf = SimpleNamespace(
+            tokenizer=SimpleNamespace(hf=tiny_tokenizer), settings=Interactions(line=line)
+        )
+        engine = Grounded(SimpleNamespace(close=None), shelf, Items())
+        return engine._title(tiny_tokenizer(written, add_special_tokens=False)["input_ids"])
+
+    assert title("{title}", " The  river \nAnother") == "The river"
+    assert title("- {title}", "- The river\n") == "The river"
+    assert title('"{title}",', '"The river",\n') == "The river"
+    assert title('"{title}",', "The river") == "The river"
+    assert title("- {title}", "- \nThe river") == ""
+
+
+def test_histories_that_make_one_question_are_left_out_together(tmp_path, tiny_llama):
+    """Two films of one title: whichever of them was taken, neither comes back as new."""
+    films = tmp_path / "films"
+    films.mkdir()
+    rows = [
+        (u, i, 5, t) for u, first in (("a", 1), ("b", 2)) for t, i in enumerate((first, 3, 4, 5))
+    ]
+    text = ["userId,movieId,rating,timestamp", *(",".join(map(str, row)) for row in rows)]
+    (films / "ratings.csv").write_text("\n".join(text))
+    names = {1: "Twin", 2: "Twin", 3: "Three", 4: "Four", 5: "Five"}
+    text = ["movieId,title", *(f"{item},{title}" for item, title in names.items())]
+    (films / "movies.csv").write_text("\n".join(text))
+    table = {"method": "scored", "shortlist_size": 5, "k": 5}
+    run = prepared(run_in(tmp_path / "run", tiny_llama, films, table, keep_unused_items=True))
+    capture_candidates(run, engine="reference")
+    (record,) = TeacherCache.open(run.path("candidates"))
+    assert sorted(record.signals["candidate_ids"].tolist()) == [-1, -1, 2, 3, 4]
+
+
+def test_a_title_that_cannot_be_scored_is_told_by_its_history(captured, tmp_path, monkeypatch):
+    from stillroom.pipeline.teacher.reference.engine import ReferenceEngine
+
+    table = {"method": "scored", "shortlist_size": 3, "k": 2, "seen": "keep"}
+    run = captured.model_copy(
+        update={
+            "directory": str(tmp_path),
+            "candidates": captured.candidates.model_copy(update=table),
+        }
+    )
+    shutil.copytree(captured.path("corpus"), run.path("corpus"))
+    real, asked = ReferenceEngine._score, iter(range(10**6))
+
+    def refuse(self, example):
+        if next(asked) == 1:
+            raise RejectedExample(example, "too long")
+        return real(self, example)
+
+    monkeypatch.setattr(ReferenceEngine, "_score", refuse)
+    capture_candidates(run, engine="reference", on_error="quarantine")
+    (line,) = run.path("candidate-notes", "rejects.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert told["example_id"] in set(Corpus.open(run.path("corpus")).split("train").ids())
+    assert "with the title 'The " in told["reason"]
 
 
 @pytest.mark.vllm

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from stillroom.cache_schemas.errors import StudentError, first_line
+from stillroom.cache_schemas.errors import StillroomError, StudentError, first_line
 from stillroom.pipeline.config.recommending import Recommender
 from stillroom.pipeline.config.strict import validate
 from stillroom.pipeline.student.recommenders.model import SequentialRecommender
@@ -20,6 +21,9 @@ from stillroom.pipeline.student.recommenders.model import SequentialRecommender
 CONFIG, WEIGHTS, ITEM_IDS = "config.json", "model.safetensors", "items.json"
 TOLERANCE = 1e-4
 """Of a score, relative to the largest: folding adds in another order, in fp32."""
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+UNREADABLE += (SafetensorError, StillroomError)
+"""What files that were changed by hand, or belong to something else, raise."""
 
 
 def export(
@@ -67,10 +71,16 @@ def load(directory: Path) -> tuple[SequentialRecommender, dict[str, Any]]:
     """
     try:
         config = json.loads((directory / CONFIG).read_text())
+        lacking = {"catalogue", "identity"} - config.keys()
+        if lacking or config["items"] != config["catalogue"]["items"]:
+            raise ValueError(f"{CONFIG} is not as it was written")
         table = validate(Recommender, config["recommender"], str(directory / CONFIG))
+        weights = load_file(directory / WEIGHTS)
+        if any(not tensor.isfinite().all() for tensor in weights.values()):
+            raise ValueError(f"{WEIGHTS} holds what is not a number")
         model = SequentialRecommender(table, config["items"], config["history"])
-        model.load_state_dict(load_file(directory / WEIGHTS))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        model.load_state_dict(weights)
+    except UNREADABLE as error:
         raise StudentError(
             f"cannot be loaded ({first_line(error)})",
             expected="a recommender that stillroom exported",
