@@ -94,8 +94,18 @@ class Grounded:
             yield self._shelf.record(example, places, distances, said.get(name, ()))
 
     def _fits(self, example: Example, reject: protocol.Reject) -> bool:
+        """Whether the prompt and what is written after it are within the teacher's context."""
+        shape, length = self._engine.shape, len(example.token_ids)
         try:
-            protocol.check_example(example, self._engine.shape, len(example.token_ids))
+            protocol.check_example(example, shape, length)
+            needed = len(prompt_of(example)) + self._shelf.table.written_tokens
+            if shape.context and needed > shape.context:
+                raise protocol.RejectedExample(
+                    example,
+                    f"{needed} tokens with those that are to be written",
+                    expected=f"at most {shape.context}, the teacher's context",
+                    remedy="Prepare with a smaller window, or lower written_tokens.",
+                )
         except protocol.RejectedExample as error:
             reject(error)
             return False

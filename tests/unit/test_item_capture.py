@@ -366,6 +366,15 @@ def test_a_title_that_cannot_be_scored_is_told_by_its_history(captured, tmp_path
     assert "with the title 'The " in told["reason"]
 
 
+def test_nothing_is_written_beyond_the_teachers_context(captured, tmp_path):
+    table = captured.candidates.model_copy(update={"written_tokens": 10**6})
+    run = captured.model_copy(update={"candidates": table})
+    with pytest.raises(
+        RejectedExample, match=r"to be written; expected at most \d+, the teacher's"
+    ):
+        capture_candidates(run, engine="reference", location=str(tmp_path / "candidates"))
+
+
 @pytest.mark.vllm
 def test_vllm_writes_and_embeds_as_the_reference_does(captured, tmp_path, tiny_tokenizer):
     caches = []
