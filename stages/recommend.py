@@ -30,6 +30,8 @@ def recommend(
     if as_json:
         document({"after": list(history), "items": [asdict(one) for one in found]})
         return
+    if not found:
+        say("nothing is left: every item was taken; exclude_seen = false lists them too")
     say("after " + "; ".join(plain(title, 60) for title in history))
     rows = [[one.item_id, plain(one.title, 80), f"{one.score:.3f}"] for one in found]
     table(f"recommended to {user or 'you'}", ["item", "title", "score"], rows)

@@ -123,6 +123,16 @@ def test_a_student_that_was_changed_by_hand_recommends_nothing(copied, change):
             ask()
 
 
+def test_a_student_is_written_again_from_its_checkpoint(copied):
+    before = (copied.path("student") / "model.safetensors").read_bytes()
+    with_bytes("model.safetensors", b"x" * 50)(copied.path("student"))
+    with pytest.raises(StudentError, match="once this directory is deleted"):
+        recommend(copied, 3, user="u3")
+    shutil.rmtree(copied.path("student"))
+    train_recommender(copied)
+    assert (copied.path("student") / "model.safetensors").read_bytes() == before
+
+
 def test_a_language_model_is_no_recommender(copied, tiny_llama):
     shutil.rmtree(copied.path("student"))
     shutil.copytree(tiny_llama, copied.path("student"))
@@ -187,7 +197,11 @@ def test_how_many_rows_a_teacher_answers_is_told(tmp_path, tiny_llama, films):
 
 
 def test_rows_without_an_item_that_did_not_come_are_refused(tmp_path, tiny_llama):
-    films = small_interactions.save(tmp_path / "films", users=6, items=3)
+    films = tmp_path / "films"
+    films.mkdir()
+    rows = [f"u{user},{(user + time) % 3},5,{time}" for user in range(6) for time in range(6)]
+    (films / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *rows]))
+    (films / "movies.csv").write_text("movieId,title\n0,None\n1,One\n2,Two\n")
     run = run_in(tmp_path / "run", tiny_llama, films, LINES[:1])
     prepare(run.prepare, run.teacher.model, run.path("corpus"))
     with pytest.raises(StudentError, match=r"training rows hold every one of the \d items"):

@@ -85,7 +85,8 @@ def load(directory: Path) -> tuple[SequentialRecommender, dict[str, Any]]:
             f"cannot be loaded ({first_line(error)})",
             expected="a recommender that stillroom exported",
             where=str(directory),
-            remedy="Run `stillroom train` for this run.",
+            remedy="Run `stillroom train` for this run; it writes the student again from its last "
+            "checkpoint once this directory is deleted.",
         ) from None
     return model.eval(), config
 
