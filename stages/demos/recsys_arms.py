@@ -115,7 +115,7 @@ def settings_of(made: Run) -> str:
     tables += [made.recommender.model_dump(mode="json"), Corpus.open(made.train.corpus).digest]
     part = made.recommender.distilled
     used = {line.cache for line in made.objective} | ({part.cache} if part else set())
-    for name in sorted(used - {""}):
+    for name in sorted(used & made.train.caches.keys()):
         plan = TeacherCache.open(made.train.caches[name]).plan
         tables.append({name: plan.digest})
     return hashlib.sha256(canonical_json(tables)).hexdigest()
