@@ -7,28 +7,27 @@ fewer than three interactions go. Interactions of one user at one time are order
 module asks no teacher; questions are `item_questions`.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config.recommending import Interactions
 from stillroom.pipeline.corpus.histories import Catalogue
+from stillroom.pipeline.corpus.interaction_cells import (
+    codes,
+    filled,
+    numbers,
+    order_of,
+    times,
+    trimmed,
+)
 from stillroom.pipeline.corpus.interaction_files import Columns
-from stillroom.pipeline.corpus.interaction_tables import EXACT
 
 LEAST = 3
 """Interactions of a user: one to train from, one to validate, one to test."""
-UNITS = ("s", "us", "ns")
-TIMES = (pa.int64(), *(pa.timestamp(unit, zone) for unit in UNITS for zone in (None, "UTC")))
-"""What a column of times is tried as; all of it is one of them. Dates either all name a zone or all
-do not."""
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass
@@ -84,15 +83,15 @@ def read_log(columns: Columns, settings: Interactions) -> Log:
     Raises:
         CorpusError: a column is missing, or a cell is empty or not a number.
     """
-    text = [_filled(columns, columns.need(given, usual)) for given, usual in _keys(settings)]
-    (users, user), (items, item) = (_codes(column) for column in text)
-    time = _times(columns, columns.need(settings.time, "time"))
+    text = [filled(columns, columns.need(given, usual)) for given, usual in _keys(settings)]
+    (users, user), (items, item) = (codes(column) for column in text)
+    time = times(columns, columns.need(settings.time, "time"))
     log = Log(users, items, user, item, time)
     rating = columns.pick(settings.rating, "rating")
     if settings.min_rating and not rating:
         columns.need(settings.rating, "rating")
     if settings.min_rating:
-        log.keep(_numbers(columns, rating) >= settings.min_rating, "interactions_rated_too_low")
+        log.keep(numbers(columns, rating) >= settings.min_rating, "interactions_rated_too_low")
     return log
 
 
@@ -108,7 +107,7 @@ def read_catalogue(
     Raises:
         CorpusError: a column is missing, an id is there twice, or a title is empty.
     """
-    ids = _trimmed(columns, columns.need(settings.item, "item")).fill_null("").to_pylist()
+    ids = trimmed(columns, columns.need(settings.item, "item")).fill_null("").to_pylist()
     named = [columns.need(settings.title, "title")]
     named += [columns.pick(name, "title") for name in settings.text_columns]
     titles, *texts = (
@@ -127,7 +126,7 @@ def read_catalogue(
                 remedy='Complete it, or set [prepare] empty_documents = "skip".',
             )
         dropped["items_without_a_title"] += 1
-    order = [kept[place] for place in _order([ids[row] for row in kept])]
+    order = [kept[place] for place in order_of([ids[row] for row in kept])]
     template = settings.item_template()
     text = [template.fill(_named(settings, titles, texts, row)) for row in order]
     return Catalogue([ids[row] for row in order], [titles[row] for row in order], text)
@@ -155,87 +154,6 @@ def sequences(log: Log, catalogue: Catalogue, settings: Interactions) -> Sequenc
 
 def _keys(settings: Interactions) -> tuple[tuple[str, str], ...]:
     return (settings.user, "user"), (settings.item, "item")
-
-
-def _trimmed(columns: Columns, name: str) -> pa.ChunkedArray:
-    return pc.call_function("utf8_trim_whitespace", [columns.text(name)])
-
-
-def _filled(columns: Columns, name: str) -> pa.ChunkedArray:
-    column = _trimmed(columns, name)
-    empty = np.asarray(pc.call_function("equal", [column, ""]).fill_null(True))
-    if empty.any():
-        raise CorpusError(f"column '{name}' is empty", where=columns.at(int(np.argmax(empty))))
-    return column
-
-
-def _codes(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
-    """Names in their order, and each row's place in them."""
-    encoded = column.combine_chunks().dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
-    names = encoded.dictionary.to_pylist()
-    order = _order(names)
-    place = np.empty(len(names), dtype=np.int64)
-    place[order] = np.arange(len(names))
-    return [names[i] for i in order], place[np.asarray(encoded.indices, dtype=np.int64)]
-
-
-def _order(names: list[str]) -> list[int]:
-    """By number where all are whole numbers, else by text; equal numbers by text."""
-    if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(range(len(names)), key=lambda i: (_by_number(names[i]), names[i]))
-    return sorted(range(len(names)), key=names.__getitem__)
-
-
-def _by_number(digits: str) -> tuple[int, str]:
-    """Sorts as the number does, however long it is."""
-    bare = digits.lstrip("0")
-    return len(bare), bare
-
-
-def _times(columns: Columns, name: str) -> np.ndarray:
-    """Whole numbers and dates exactly; other numbers as far as fp64 tells them apart.
-
-    Nanoseconds since 1970 are beyond what fp64 holds, so they must not pass through it.
-    """
-    text = _filled(columns, name)
-    for kind in TIMES:
-        try:
-            return np.asarray(text.cast(kind).cast(pa.int64()))
-        except pa.ArrowInvalid:
-            continue
-    values = _numbers(columns, name, "a number, or a date as 2024-05-31 or 2024-05-31T23:59:59Z")
-    large = np.abs(values) >= EXACT
-    if large.any():
-        row = int(np.argmax(large))
-        raise CorpusError(
-            f"column '{name}' holds '{text[row].as_py()[:40]}'",
-            expected="whole numbers of 64 bits, or numbers below 2^53",
-            where=columns.at(row),
-            remedy="Write times as whole numbers: 64-bit floating point gives many of these one "
-            "value, and their order would be lost.",
-        )
-    return values
-
-
-def _numbers(columns: Columns, name: str, expected: str = "a number") -> np.ndarray:
-    text = _filled(columns, name)
-    try:
-        values = np.asarray(text.cast(pa.float64()))
-    except pa.ArrowInvalid:
-        values = np.array([_number(value) for value in text.to_pylist()])
-    bad = ~np.isfinite(values)
-    if bad.any():
-        row = int(np.argmax(bad))
-        found = f"column '{name}' holds '{text[row].as_py()[:40]}'"
-        raise CorpusError(found, expected=expected, where=columns.at(row))
-    return values
-
-
-def _number(text: str) -> float:
-    """Python also reads `1_000` and digits of other scripts, which nobody means by a number."""
-    return float(text) if NUMBER.fullmatch(text) else float("nan")
 
 
 def _one_line(value: str | None) -> str:
