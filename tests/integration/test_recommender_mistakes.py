@@ -16,6 +16,7 @@ from stillroom.pipeline.corpus.histories import open_histories
 from stillroom.pipeline.corpus.preparing import prepare
 from stillroom.pipeline.evaluation.ranking import evaluate_recommender, recommend, student_ranks
 from stillroom.pipeline.student.recommenders.export import load
+from stillroom.pipeline.training.arms import run_sweep
 from stillroom.pipeline.training.recommending import train_recommender
 from stillroom.pipeline.training.trainer import Interrupted
 from stillroom.stages.__main__ import run as command
@@ -254,3 +255,23 @@ def test_all_that_is_left_is_listed(trained):
     model, _ = load(trained.path("student"))
     assert len(listed) == model.num_items - len(set(taken.tolist()))
     assert torch.isfinite(model.head.weight).all()
+
+
+def test_one_bad_arm_stops_no_other(trained, films, tmp_path):
+    base = tmp_path / "run.toml"
+    base.write_text(
+        f'name = "films"\ndirectory = "{tmp_path / "run"}"\n[recommender]\nwidth = 8\nbatch = 16\n'
+        f'[train]\nsteps = 2\ncorpus = "{trained.path("corpus")}"\n'
+        '[[objective]]\nname = "next_item"\n'
+    )
+    arms = {
+        "missing": 'objective = [{ name = "ranking_distillation", cache = "nothing" }]',
+        "blows_up": "train = { learning_rate = 1e38, warmup = 0.0 }",
+        "good": 'recommender = { kind = "caser" }',
+    }
+    lines = [f'[[arm]]\nname = "{name}"\n{table}\n' for name, table in arms.items()]
+    (tmp_path / "sweep.toml").write_text('base = "run.toml"\n' + "".join(lines))
+    results = run_sweep(tmp_path / "sweep.toml")
+    assert "no cache 'nothing'" in results["missing"].failed
+    assert "finite" in results["blows_up"].failed
+    assert load(Path(results["good"].student))[1]["recommender"]["kind"] == "caser"
