@@ -35,6 +35,7 @@ def evaluate(
     from stillroom.pipeline.training.curves import draw_curves
 
     run = config.load(run_file)
+    _check_options(tasks, rouge_l, as_json, {"shots": shots >= 0, "limit": limit > 0, "chat": chat})
     if tasks or rouge_l:
         from stillroom.stages import measures
 
@@ -76,6 +77,19 @@ def evaluate(
     columns += ["parameters (M)"]
     table(f"text that nobody trained on, {run.name}; errors over examples", columns, rows)
     put(run.path("evaluation.json"))
+
+
+def _check_options(tasks: str, rouge_l: bool, as_json: bool, of_tasks: dict[str, bool]) -> None:
+    """Refuse options that nothing would follow."""
+    from stillroom.cache_schemas.errors import ConfigError
+
+    unheard = [name for name, given in of_tasks.items() if given and not tasks]
+    if unheard:
+        where = f"--{unheard[0]}"
+        raise ConfigError("without --tasks", where=where, remedy="It is about tasks alone.")
+    if tasks and rouge_l and as_json:
+        where = "--tasks, --rouge-l, --json"
+        raise ConfigError("two documents on stdout", where=where, remedy="Ask for one at a time.")
 
 
 def _recommender(run, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.config.strict import validate
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.doors.cached import CachedDataset
 from stillroom.pipeline.doors.fit import bare, check_student, check_terms
@@ -55,7 +56,7 @@ def adopt(trainer: Any, kernel: str, teacher: str) -> Distiller:
     terms = [*data.terms, *_balancing(student, data)]
     for held in trainer.held_out.values():
         held.heldout.terms.extend(terms[len(data.terms) :])
-    settings = resolved(Train.model_validate({"kernel": kernel}), trainer.args.device)
+    settings = resolved(validate(Train, {"kernel": kernel}, "kernel"), trainer.args.device)
     head = _teacher_head(trainer, teacher)
     distiller = Distiller(student, terms, settings.kernel, head, packed=data.packed)
     return distiller.to(trainer.args.device if trainer.place_model_on_device else "cpu")

@@ -82,6 +82,8 @@ def measure_tasks(
         ConfigError: the harness is not installed, or knows no such task.
         StudentError: a student is not there.
     """
+    if not asked.tasks:
+        raise ConfigError("no task is named", where="--tasks", remedy="Name one or more.")
     manager = _manager(asked.tasks)
     _check_names(asked.tasks, manager)
     found, models = {}, compared(run)
@@ -155,7 +157,7 @@ def _figures(found: Mapping[str, Any]):
         config = found.get("configs", {}).get(task, {})
         for key, value in told.items():
             measure, _, kind = key.partition(",")
-            if not kind or measure.endswith("_stderr"):
+            if not kind or measure.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = told.get(f"{measure}_stderr,{kind}")
             named = measure if kind == "none" else f"{measure} ({kind})"
@@ -196,4 +198,14 @@ def _tell_card(run: Run, figures: Sequence[Figure], asked: Asked) -> None:
     if entries:
         path = run.path("student", ENTRIES)
         path.parent.mkdir(exist_ok=True)
-        write_durably(path, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
+        told = _with_others(path, eval_result_entries_to_yaml(entries))
+        write_durably(path, yaml.safe_dump(told, sort_keys=False))
+
+
+def _with_others(path: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries, behind those of other tasks that were measured before."""
+    import yaml
+
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else []
+    anew = [one["dataset"] for one in entries]
+    return [one for one in before if one["dataset"] not in anew] + entries

@@ -153,17 +153,18 @@ class Distiller(nn.Module):
 
     @contextmanager
     def judged_by(self, terms: Sequence[Term]) -> Iterator[None]:
-        """Within it the objectives are computed with the facts of other caches.
+        """Within it the objectives are computed with the facts of other caches, and what they leave
+        in `sums` is apart from what training has left there.
 
         Args:
             terms: the same lines of the `[[objective]]` table.
         """
-        before = self.terms
-        self.terms = [within(term, self._head_rows) for term in terms]
+        before = self.terms, self.sums
+        self.terms, self.sums = [within(term, self._head_rows) for term in terms], {}
         try:
             yield
         finally:
-            self.terms = before
+            self.terms, self.sums = before
 
     def weigh(
         self, batch: DistillBatch, progress: float

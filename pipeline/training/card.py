@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
+from stillroom.cache_schemas.errors import StudentError, first_line
 from stillroom.pipeline.config import Run, Student
 from stillroom.pipeline.plain_text import code_span
 from stillroom.pipeline.training.checkpoint import write_durably
@@ -43,10 +45,10 @@ A cache is derived from its teacher, and this student from both: their licences 
 
 
 def write_card(run: Run) -> None:
-    """Write the README of a finished run's student; one that a person has begun stays."""
+    """Write the README of a finished run's student; one that is there stays."""
     path = run.path("student", README)
     facts = finished_facts(run)
-    if facts is None or (path.exists() and BEGIN in path.read_text()):
+    if facts is None or path.exists():
         return
     write_durably(path, str(_card(run, facts)))
 
@@ -57,19 +59,36 @@ def add_results(run: Run, results: Sequence[EvalResult]) -> None:
     Args:
         run: the run; nothing happens where its student is not finished.
         results: replace older ones of the same data set and measure.
+
+    Raises:
+        StudentError: the card that is there cannot be read.
     """
     write_card(run)
     path = run.path("student", README)
     if not path.exists():
         return
-    card: Any = ModelCard.load(path, ignore_metadata_errors=True)
+    card = _kept(path)
     kept = {_key(one): one for one in (*(card.data.eval_results or ()), *results)}
     card.data.model_name = run.name
     card.data.eval_results = list(kept.values())
-    before, begin, rest = card.text.partition(BEGIN)
-    after = rest.partition(END)[2] if begin else ""
+    before, _, rest = card.text.partition(BEGIN)
+    after = rest if END not in rest else rest.partition(END)[2]
     card.text = f"{before}{BEGIN}\n{_table(kept.values())}\n{END}{after}"
     write_durably(path, str(card))
+
+
+def _kept(path: Path) -> Any:
+    """The card that is there, as a person may have changed it."""
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True)
+    except (YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise StudentError(
+            f"the model card cannot be read ({first_line(error)})",
+            expected="YAML between two lines of ---, then Markdown",
+            where=str(path),
+            remedy="What was measured is kept in the run's directory. Mend the card or delete it, "
+            "and evaluate again.",
+        ) from None
 
 
 def hub_id(name: str) -> str:
@@ -119,7 +138,8 @@ def _caches(run: Run, identity: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _published(place: str) -> str:
-    return "/".join(place.removeprefix(HUB).split("/")[:2]) if place.startswith(HUB) else ""
+    named = place.removeprefix(HUB).partition("@")[0]  # what stands behind is a revision
+    return "/".join(named.split("/")[:2]) if place.startswith(HUB) else ""
 
 
 def _shown(name: str) -> str:
