@@ -104,7 +104,8 @@ def integers(value: Any, name: str, where: str, axes: int = 1) -> np.ndarray:
     """
     found = _array(value, name, where, axes)
     if found.size and (found.dtype.kind not in "iu" or _beyond(found)):
-        raise wrong(where, f"{name} holds {_odd(found)!r}", "whole numbers of 31 bits")
+        odd = _first(value, lambda one: type(one) is not int or abs(one) > LARGEST_ID)
+        raise wrong(where, f"{name} holds {odd}", "whole numbers of 31 bits")
     return found.astype(np.int64)
 
 
@@ -116,7 +117,8 @@ def numbers(value: Any, name: str, where: str, axes: int = 1) -> np.ndarray:
     """
     found = _array(value, name, where, axes)
     if found.size and found.dtype.kind not in "fiu":
-        raise wrong(where, f"{name} holds {_odd(found)!r}", "numbers")
+        odd = _first(value, lambda one: type(one) not in (int, float))
+        raise wrong(where, f"{name} holds {odd}", "numbers")
     return found.astype(np.float64)
 
 
@@ -136,7 +138,7 @@ def _beyond(found: np.ndarray) -> bool:
     return int(found.max()) > LARGEST_ID or int(found.min()) < -LARGEST_ID
 
 
-def _odd(found: np.ndarray) -> str:
-    flat = found.ravel().tolist()
-    odd = (v for v in flat if type(v) is not int or abs(v) > LARGEST_ID)
-    return str(next(odd, flat[0]))[:40]
+def _first(value: Any, odd: Callable[[Any], bool]) -> str:
+    """The first of nested lists that is odd, for a message."""
+    flat = [one for row in value for one in (row if isinstance(row, list) else [row])]
+    return repr(next(filter(odd, flat), flat[0]))[:40]

@@ -81,7 +81,7 @@ def _kept(path: Path) -> Any:
     """The card that is there, as a person may have changed it."""
     try:
         return ModelCard.load(path, ignore_metadata_errors=True)
-    except (YAMLError, ValueError, TypeError, AttributeError) as error:
+    except (YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise StudentError(
             f"the model card cannot be read ({first_line(error)})",
             expected="YAML between two lines of ---, then Markdown",
