@@ -150,8 +150,10 @@ def _type(value: Any) -> pa.DataType:
     return found
 
 
-def _to_jsonl(_cache: Any, records: Iterator[TeacherRecord], target: Path) -> None:
+def _to_jsonl(cache: Any, records: Iterator[TeacherRecord], target: Path) -> None:
     """vLLM's `prompt_logprobs`: id -> log-probability and rank, null where there is no row."""
+    if not cache.plan.facts["capture"].get("k", 0):
+        raise _lacks("exact ids", "jsonl")
     with (target / "data.jsonl").open("w") as file:
         for record in records:
             file.write(json.dumps(_line(record)) + "\n")

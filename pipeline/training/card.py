@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from yaml import YAMLError
 
-from stillroom.cache_schemas.errors import StudentError, first_line
 from stillroom.pipeline.config import Run, Student
+from stillroom.pipeline.hub_card import card_of
 from stillroom.pipeline.plain_text import code_span
 from stillroom.pipeline.training.checkpoint import write_durably
 from stillroom.pipeline.training.result import finished_facts
@@ -61,13 +60,13 @@ def add_results(run: Run, results: Sequence[EvalResult]) -> None:
         results: replace older ones of the same data set and measure.
 
     Raises:
-        StudentError: the card that is there cannot be read.
+        CacheError: the card that is there cannot be read.
     """
     write_card(run)
     path = run.path("student", README)
     if not path.exists():
         return
-    card = _kept(path)
+    card = card_of(ModelCard, path.read_bytes(), str(path))
     kept = {_key(one): one for one in (*(card.data.eval_results or ()), *results)}
     card.data.model_name = run.name
     card.data.eval_results = list(kept.values())
@@ -75,20 +74,6 @@ def add_results(run: Run, results: Sequence[EvalResult]) -> None:
     after = rest if END not in rest else rest.partition(END)[2]
     card.text = f"{before}{BEGIN}\n{_table(kept.values())}\n{END}{after}"
     write_durably(path, str(card))
-
-
-def _kept(path: Path) -> Any:
-    """The card that is there, as a person may have changed it."""
-    try:
-        return ModelCard.load(path, ignore_metadata_errors=True)
-    except (YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise StudentError(
-            f"the model card cannot be read ({first_line(error)})",
-            expected="YAML between two lines of ---, then Markdown",
-            where=str(path),
-            remedy="What was measured is kept in the run's directory. Mend the card or delete it, "
-            "and evaluate again.",
-        ) from None
 
 
 def hub_id(name: str) -> str:

@@ -413,3 +413,15 @@ def test_urls_and_paths_through_files(many, tmp_path, capsys):
     }.items():
         assert run(["cache", "export", where, target, "--to", "parquet"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_draws_alone_are_no_list(tiny_llama, tmp_path):
+    made = memory_cache.captured(tiny_llama, memory_cache.examples(3), k=0, tail_draws=16)
+    draws = TeacherCache.open(made.write(tmp_path / "cache"))
+    for form in ("jsonl", "distillkit"):
+        with pytest.raises(StillroomError, match=r"lacks exact ids.*parquet"):
+            export(draws, tmp_path / form, form)
+    export(draws, tmp_path / "parquet", "parquet")
+    row = pq.read_table(tmp_path / "parquet").to_pylist()[1]
+    for name in ("draw_ids", "draw_counts"):
+        np.testing.assert_array_equal(row[name], draws[1].signals[name])

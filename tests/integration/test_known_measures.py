@@ -146,6 +146,9 @@ def test_results_on_data_sets_of_the_hub_are_entries_of_their_own(run_file, monk
     assert entry["dataset"] == {"id": "allenai/ai2_arc", "task_id": "arc_easy"}
     assert entry["value"] == 0.25
     assert "first 4 questions" in entry["notes"]
+    told = ModelCard.load(run.path("student", "README.md")).data.eval_results
+    names = [one.metric_name for one in told if one.metric_type == "acc"]
+    assert all("0-shot, first 4 questions" in name for name in names)  # no part for the whole
 
 
 def test_rouge_l_of_five_draws(run_file):
@@ -238,7 +241,7 @@ def test_a_card_that_cannot_be_read(own_card):
     path, measure = own_card
     for broken in (b"---\nfoo: [1\n---\nmine", b"\xff\xfe caf\xe9", b"---\n- a list\n---\nmine"):
         path.write_bytes(broken)
-        with pytest.raises(StillroomError, match=r"README.md: the model card cannot be read"):
+        with pytest.raises(StillroomError, match=r"README.md: the card cannot be read"):
             measure()
         assert path.read_bytes() == broken
 
@@ -291,3 +294,12 @@ def prompt_of(length: int) -> Example:
     tokens = np.arange(length, dtype=np.int32) + 4
     mask = np.zeros(length, dtype=bool)
     return Example(content_id(tokens, mask), "", "", tokens, mask)
+
+
+def test_a_task_that_cannot_be_read_is_told_before_a_model_is_loaded(run_file, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "bad.yaml").write_text("task: [1")
+    assert command(["evaluate", str(run_file), "--tasks", str(tmp_path / "bad.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "asking teacher" not in said
+    assert "the harness stopped (ParserError: while parsing a flow sequence). Mend" in said
