@@ -31,11 +31,12 @@ def evaluate(
     from stillroom.pipeline.evaluation.held_out import EvaluateProgress, students_of
     from stillroom.pipeline.evaluation.held_out import evaluate as measure
     from stillroom.pipeline.evaluation.on_the_card import card_results
-    from stillroom.pipeline.training.card import add_results
+    from stillroom.pipeline.training.card import add_results, check_card
     from stillroom.pipeline.training.curves import draw_curves
 
     run = config.load(run_file)
     _check_options(tasks, rouge_l, as_json, {"shots": shots >= 0, "limit": limit > 0, "chat": chat})
+    check_card(run)
     if tasks or rouge_l:
         from stillroom.stages import measures
 

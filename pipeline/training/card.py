@@ -52,6 +52,17 @@ def write_card(run: Run) -> None:
     write_durably(path, str(_card(run, facts)))
 
 
+def check_card(run: Run) -> None:
+    """Refuse a card that results could not be added to, before hours are spent on them.
+
+    Raises:
+        CacheError: it cannot be read.
+    """
+    path = run.path("student", README)
+    if path.exists():
+        card_of(ModelCard, path.read_bytes(), str(path))
+
+
 def add_results(run: Run, results: Sequence[EvalResult]) -> None:
     """Put what was measured into the card of a run's student, beside what else was.
 

@@ -237,13 +237,15 @@ def test_a_card_of_ones_own_keeps_every_word(own_card):
     assert [one.metric_type for one in card.data.eval_results] == ["rouge"]
 
 
-def test_a_card_that_cannot_be_read(own_card):
+def test_a_card_that_cannot_be_read(own_card, run_file, capsys):
     path, measure = own_card
     for broken in (b"---\nfoo: [1\n---\nmine", b"\xff\xfe caf\xe9", b"---\n- a list\n---\nmine"):
         path.write_bytes(broken)
         with pytest.raises(StillroomError, match=r"README.md: the card cannot be read"):
             measure()
         assert path.read_bytes() == broken
+    assert command(["evaluate", str(run_file), "--rouge-l"]) == 2
+    assert "asking teacher" not in capsys.readouterr().err  # before anything is measured
 
 
 def test_entries_of_other_tasks_stay(run_file, monkeypatch):

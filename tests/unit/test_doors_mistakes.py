@@ -12,8 +12,10 @@ from stillroom.cache_schemas.errors import StillroomError
 from stillroom.hf import CachedDistillationMixin, CachedSFTTrainer, CachedTrainer, dataset_of
 from stillroom.pipeline.doors import settings
 from stillroom.pipeline.doors.cached import CachedDataset
+from stillroom.pipeline.doors.foreign import Origin, import_answers
+from stillroom.pipeline.doors.foreign_answer import ForeignAnswer
 from stillroom.pipeline.doors.loss import distillation_loss
-from tests import memory_cache
+from tests import memory_cache, tiny_models
 
 MIXED = [{"name": "forward_kl", "options": {"ce_weight": 0.5}}]
 
@@ -231,6 +233,40 @@ def test_a_run_goes_on_with_the_rows_that_it_was_begun_with(tiny_llama, cache, t
         trainer(shuffled).train(resume_from_checkpoint=half)
     trainer(shuffled, ignore_data_skip=True).train(resume_from_checkpoint=half)
 
+
+# ---- caches ----
+
+
+def test_objectives_that_would_never_meet_a_row(model, cache, tmp_path):
+    line = {"name": "forward_kl", "mask": "image"}
+    with pytest.raises(StillroomError, match=r"whole cache: objective .* gets no row at all"):
+        made(model, cache, tmp_path, objectives=[line])
+    line = {"name": "forward_kl", "source_weights": {"randon": 2.0}}
+    with pytest.raises(StillroomError, match=r"names 'randon', which is no source.*'random'"):
+        made(model, cache, tmp_path, objectives=[line])
+
+
+def test_held_out_caches_are_held_against_the_student_too(model, cache, tmp_path):
+    """A foreign teacher is but a name: its tokenizer is all that can be compared."""
+    found = []
+    for name, vocabulary in (("one", 768), ("two", 700)):
+        home = tiny_models.save_llama(tmp_path / name, vocab_size=vocabulary)
+        answers = ForeignAnswer(name, *TEXT)
+        origin = Origin("x", "a teacher", str(home), vocab_size=768)
+        import_answers(lambda answers=answers: iter([answers]), origin, tmp_path / f"c-{name}")
+        found.append(str(tmp_path / f"c-{name}"))
+    made(model, found[0], tmp_path, eval_cache=found[0])
+    with pytest.raises(StillroomError, match=r"tokenizer .* as in eval_cache cache 'cache'"):
+        made(model, found[0], tmp_path, eval_cache=found[1])
+
+
+TEXT = (
+    np.array([5, 6, 7]),
+    np.ones(3, dtype=bool),
+    0,
+    np.array([[6, 2], [7, 4]]),
+    np.array([[-1.0, -2.0]] * 2, dtype=np.float32),
+)
 
 # ---- arguments ----
 
