@@ -42,6 +42,10 @@ class ForeignAnswer:
     logprobs: np.ndarray
     more: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def surest(self) -> float:
+        """Mean log-probability of the first guesses, in nats."""
+        return float(self.logprobs[:, 0].mean())
+
     def digest(self) -> bytes:
         """sha256 of what was said."""
         found = hashlib.sha256()

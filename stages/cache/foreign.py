@@ -38,7 +38,7 @@ def import_(
     with progress("import", "shards") as report:
         made = import_answers(found.read, origin, target, examples_per_shard, report)
     if again := made.plan["engine"]["texts_given_again"]:
-        say(f"{again:,} texts stood there again with the same answers, and are kept once")
+        say(f"{again:,} texts stood there again with like answers; the first is kept")
     put(target)
 
 

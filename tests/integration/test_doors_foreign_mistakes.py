@@ -152,17 +152,22 @@ def test_rows_begin_where_the_file_says(tiny_llama, tmp_path):
 
 
 def test_a_text_that_is_there_again_is_kept_once(tiny_llama, tmp_path, capsys):
-    for name, line in {"a": dump(), "b": dump((8, 10, 11)), "c": dump()}.items():
+    again = dump()
+    again["prompt_logprobs"][1]["6"]["logprob"] = -0.51  # as another batch would have it
+    for name, line in {"a": dump(), "b": dump((8, 10, 11)), "c": again}.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(line))
     target = tmp_path / "cache"
     named = ["--from", "prompt_logprobs", "--teacher", "t", "--tokenizer", str(tiny_llama)]
     assert run(["cache", "import", str(tmp_path), str(target), *named]) == 0
     assert "1 texts stood there again" in capsys.readouterr().err
-    assert len(TeacherCache.open(target)) == 2
+    found = TeacherCache.open(target)
+    assert len(found) == 2
+    assert found[0].signals["topk_logprobs"][0, 0] == -0.5
+    assert found.plan.facts["engine"]["texts_given_again"] == 1
 
 
 def test_two_answers_about_one_text_are_not_chosen_between(tiny_llama, tmp_path):
-    other = second((6, -0.6, 1), (9, -1.5, 2))
+    other = second((6, -0.9, 1), (9, -1.5, 2))
     other["prompt_logprobs"][2] = dump()["prompt_logprobs"][2]
     (tmp_path / "d.jsonl").write_text(json.dumps(dump()) + "\n" + json.dumps(other))
     message = r"d.jsonl:2: is another answer about the text of .*d.jsonl:1"
