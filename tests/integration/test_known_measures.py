@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from stillroom.cache_schemas.errors import StillroomError
 from stillroom.pipeline import config
-from stillroom.pipeline.config import Generate
+from stillroom.pipeline.config import Evaluate, Generate
 from stillroom.pipeline.corpus.preparing import Corpus, prepare
 from stillroom.pipeline.evaluation import answers, tasks
 from stillroom.pipeline.evaluation.held_out import evaluate
@@ -305,3 +305,20 @@ def test_a_task_that_cannot_be_read_is_told_before_a_model_is_loaded(run_file, t
     said = capsys.readouterr().err
     assert "asking teacher" not in said
     assert "the harness stopped (ParserError: while parsing a flow sequence). Mend" in said
+
+
+@pytest.mark.parametrize("label", ["teacher", "student", "before", "after"])
+def test_no_figures_stand_under_another_models_label(label, run_file):
+    run = config.load(run_file)
+    settings = Evaluate(students={label: str(run.path("student-initial"))})
+    named = run.model_copy(update={"evaluate": settings})
+    for measure in (evaluate, lambda one: answers.side_by_side(one, 1)):
+        with pytest.raises(StillroomError, match=rf"evaluate.students\]: .* called '{label}'"):
+            measure(named)
+
+
+def test_answers_in_a_script_that_rouge_does_not_read():
+    answers.check_script(["Ça été très bien, merci.", "42"], "corpus")
+    answers.check_script([""], "corpus")
+    with pytest.raises(StillroomError, match=r"reads 14% of the answers' letters"):
+        answers.check_script(["今天天气很好我们去公园吧 ok"], "corpus")
