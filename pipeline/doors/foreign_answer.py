@@ -79,7 +79,7 @@ def right(answer: ForeignAnswer, lossy: float, vocab_size: int) -> tuple[Foreign
         raise wrong(where, "tokens to be learned before the first answer", "an answer for each")
     _check_ids(answer.token_ids, vocab_size, where, "input_ids")
     there = ids >= 0
-    _check_ids(ids[there], vocab_size, where, "ids of answers")
+    _check_ids(ids[ids != -1], vocab_size, where, "ids of answers")
     if not there.any(axis=1).all():
         raise wrong(where, f"row {int(np.argmin(there.any(axis=1)))} has no answer", "some")
     logprobs = np.where(there, logprobs, -np.inf).astype(np.float32)

@@ -34,7 +34,9 @@ class Shape(BaseModel):
 
 
 Shaped = TypeVar("Shaped", bound=Shape)
-Id = Annotated[int, Field(strict=True, ge=-LARGEST_ID, le=LARGEST_ID)]
+Id = Annotated[int, Field(strict=True, ge=0, le=LARGEST_ID)]
+Key = Annotated[int, Field(ge=0, le=LARGEST_ID)]
+"""An id as the name of a value, which JSON has as text."""
 Nats = Annotated[float, Field(strict=True)]
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from stillroom.cache_schemas.errors import first_line
 from stillroom.pipeline.doors.foreign_answer import ForeignAnswer
-from stillroom.pipeline.doors.foreign_rows import Id, Nats, Shape, rows_of, shaped, wrong
+from stillroom.pipeline.doors.foreign_rows import Id, Key, Nats, Shape, rows_of, shaped, wrong
 
 
 class Ranked(Shape):
@@ -30,7 +30,7 @@ class Dump(Shape):
     """A line of vLLM's."""
 
     prompt_token_ids: list[Id]
-    prompt_logprobs: list[dict[int, Ranked] | None]
+    prompt_logprobs: list[dict[Key, Ranked] | None]
     first_row: Annotated[int, Field(strict=True, ge=0)] = 0
     loss_mask: list[bool] | None = None
 
@@ -207,9 +207,11 @@ def read_top_logprobs(source: Path, words: Words) -> Iterator[ForeignAnswer]:
         for number, choice in enumerate(choices):
             own = where if len(choices) == 1 else f"{where} choice {number}"
             content = (choice.logprobs and choice.logprobs.content) or []
-            if not prompt or not content:
+            if not content:
                 remedy = "Ask with logprobs and top_logprobs."
                 raise wrong(own, "no logprobs.content", "", remedy)
+            if not prompt:
+                raise wrong(own, "an empty prompt", "what the first token of the answer follows")
             yield _written(prompt, content, words, own)
 
 

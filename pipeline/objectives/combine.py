@@ -60,7 +60,7 @@ def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts], on: s
             f"no cache '{table.cache}'",
             expected=f"one of {sorted(name for name in caches if name)}",
             where=where,
-            remedy="Name it under [train.caches].",
+            remedy="Name it under [train.caches]; in Python, in caches = {...}.",
         )
     facts = caches[table.cache]
     options = spec.settle(options, facts)

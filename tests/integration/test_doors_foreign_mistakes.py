@@ -64,6 +64,9 @@ LINES = [
     (dump((5, 10**30, 7)), "prompt_token_ids.1 is .*less than"),
     (dump((5, 6.5, 7)), "prompt_token_ids.1 is '6.5'"),
     (dump((5, True, 7)), "prompt_token_ids.1 is 'True'"),
+    (dump((5, -6, 7)), "prompt_token_ids.1 is '-6'"),
+    (dump(entries=[None, entry([(6, -0.5, 1), (10**20, -2, 2)]), LAST]), "100000000000000000000"),
+    (dump(entries=[None, entry([(6, -0.5, 1), (-1, -2, 2)]), LAST]), "prompt_logprobs.1.-1"),
     (dump() | {"prompt_token_ids": None}, "prompt_token_ids is 'None'"),
     ({"prompt_logprobs": []}, "no prompt_token_ids; expected prompt_token_ids beside"),
     (dump(entries=[None, {"x": {"logprob": -1, "rank": 1}}, LAST]), r"prompt_logprobs.1.x"),
@@ -241,6 +244,7 @@ def test_a_token_and_a_list_of_different_rows(own, message, tiny_llama, tiny_tok
         ({"choices": [{"logprobs": {"content": [{"token": "a"}]}}]}, r"no choices.0.*logprob"),
         ({"prompt_token_ids": None, "messages": "hi"}, "the template does not write these"),
         ({"prompt_token_ids": None}, "no prompt_token_ids, prompt or messages"),
+        ({"prompt_token_ids": []}, "an empty prompt"),
     ],
 )
 def test_responses_of_another_shape(change, message, tiny_llama, tiny_tokenizer, tmp_path):
@@ -283,6 +287,7 @@ TABLES = [
     ),
     ({"token_ids": RAW["token_ids"]}, None, "no input_ids"),
     (RAW | {"token_ids": pa.array([[None, [7, 4]]])}, None, "rows of different sizes"),
+    (RAW | {"token_ids": [[[6, -2], [7, 4]]]}, None, "ids of answers hold -2"),
     (RAW | {"token_ids": [[[6, 2], [7]]]}, None, "token_ids has rows of different sizes"),
     (RAW | {"top_values": pa.array([[[-1.0, None], [-1.0, -2.0]]])}, None, "top_values holds None"),
     (RAW | {"top_values": [[[-1.0, -2.0]]]}, None, r"ids \(2, 2\) and log-probabilities \(1, 2\)"),

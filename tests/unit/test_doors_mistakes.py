@@ -260,6 +260,18 @@ def test_held_out_caches_are_held_against_the_student_too(model, cache, tmp_path
         made(model, found[0], tmp_path, eval_cache=found[1])
 
 
+def test_held_out_texts_need_every_cache_that_is_read(model, cache, tmp_path):
+    objectives = ["forward_kl", {"name": "forward_kl", "cache": "second"}]
+    both = {"caches": {"second": cache}, "objectives": objectives}
+    with pytest.raises(StillroomError, match=r"also read second of every text.*CachedDataset\("):
+        made(model, cache, tmp_path, eval_cache=cache, **both)
+    held = CachedDataset(cache, objectives, caches={"second": cache})
+    found = made(model, cache, tmp_path, eval_cache=held, **both).evaluate()
+    halves = [found["eval_1.forward_kl"], found["eval_2.forward_kl@second"]]
+    assert found["eval_loss"] == pytest.approx(sum(halves))
+    assert halves[0] == pytest.approx(halves[1])
+
+
 TEXT = (
     np.array([5, 6, 7]),
     np.ones(3, dtype=bool),
