@@ -417,7 +417,8 @@ def test_axolotls_rows_belong_to_the_last_tokens(tiny_llama, tiny_tokenizer, tmp
         (1, {}, r":1: .* of 5 tokens are among the guesses.*tokenizer and template"),
         (0, {"target_logprobs": []}, "prepared by axolotl, which renormalises"),
         (0, {"messages": []}, "no messages and logprobs"),
-        (0, {"target_token_ids": [[1]]}, "1 lists of ids for 5"),
+        (0, {"target_token_ids": [[1]], "logprobs": [[-0.5]] * 5}, "1 lists of ids for 5"),
+        (0, {"target_token_ids": [[1]]}, "logprobs.0.0 is .*expected input should be a valid num"),
     ],
 )
 def test_axolotls_rows_that_cannot_be_right(
