@@ -18,7 +18,7 @@ from stillroom.pipeline.evaluation.held_out import evaluate
 from stillroom.pipeline.evaluation.on_the_card import card_results
 from stillroom.pipeline.record import Example, content_id
 from stillroom.pipeline.training import card as cards
-from stillroom.pipeline.training.card import BEGIN, END, add_results
+from stillroom.pipeline.training.card import BEGIN, END, add_results, write_card
 from stillroom.pipeline.training.trainer import train
 from stillroom.stages.__main__ import app
 from stillroom.stages.__main__ import run as command
@@ -215,7 +215,7 @@ def own_card(run_file):
     """The card of the student, put back afterwards, and what measures it."""
     run = config.load(run_file)
     path = run.path("student", "README.md")
-    add_results(run, [])
+    write_card(run)
     before = path.read_text()
     scores = {"student": answers._summed(np.ones((2, 5)))}
     yield path, lambda: answers._keep(run, scores, 2, 4)
@@ -288,7 +288,7 @@ def test_prompts_that_leave_no_room(run_file, capsys):
     run = config.load(run_file)
     teacher = run.teacher
     assert teacher is not None
-    (found,) = answers.written(teacher, [prompt_of(508)], Generate(max_tokens=99), ())
+    (found,) = answers.written(teacher, [prompt_of(508)], Generate(max_tokens=99), (767,))
     assert len(found[0]) == 4  # an answer ends where the model's context does
 
 
