@@ -8,6 +8,7 @@ their traceback. Stages import what is heavy inside their commands, so `--help` 
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -72,8 +73,14 @@ SURROUNDINGS = {
     errno.EPERM: "Check the permissions of this path.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n).",
     errno.ENAMETOOLONG: "Choose a shorter path.",
+    errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another file system.",
+    errno.ENOTDIR: "A part of this path is a file; choose another path.",
+    errno.EIO: "The disk does not answer; choose another one.",
 }
 """Failures of the machine rather than of the program, and what to do about each."""
+
+BY_RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors and tokenizers say an error's number."""
 
 EVERYWHERE = ("--debug", "--quiet")
 """Options that are understood anywhere on the line."""
@@ -155,6 +162,8 @@ def surroundings(error: BaseException) -> str:
     number = getattr(error, "errno", None)
     if number is None and "No space left on device" in str(error):  # some say it in words alone
         number = errno.ENOSPC
+    if number is None and (said := BY_RUST.search(str(error))):
+        number = int(said[1])
     if number not in SURROUNDINGS:
         return surroundings(error.__cause__) if error.__cause__ else ""
     where = getattr(error, "filename", None)

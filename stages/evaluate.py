@@ -31,10 +31,12 @@ def evaluate(
     from stillroom.pipeline.evaluation.held_out import EvaluateProgress, students_of
     from stillroom.pipeline.evaluation.held_out import evaluate as measure
     from stillroom.pipeline.evaluation.on_the_card import card_results
-    from stillroom.pipeline.training.card import add_results
+    from stillroom.pipeline.training.card import add_results, check_card
     from stillroom.pipeline.training.curves import draw_curves
 
     run = config.load(run_file)
+    _check_options(tasks, rouge_l, as_json, {"shots": shots >= 0, "limit": limit > 0, "chat": chat})
+    check_card(run)
     if tasks or rouge_l:
         from stillroom.stages import measures
 
@@ -76,6 +78,19 @@ def evaluate(
     columns += ["parameters (M)"]
     table(f"text that nobody trained on, {run.name}; errors over examples", columns, rows)
     put(run.path("evaluation.json"))
+
+
+def _check_options(tasks: str, rouge_l: bool, as_json: bool, of_tasks: dict[str, bool]) -> None:
+    """Refuse options that nothing would follow."""
+    from stillroom.cache_schemas.errors import ConfigError
+
+    unheard = [name for name, given in of_tasks.items() if given and not tasks]
+    if unheard:
+        where = f"--{unheard[0]}"
+        raise ConfigError("without --tasks", where=where, remedy="It is about tasks alone.")
+    if tasks and rouge_l and as_json:
+        where = "--tasks, --rouge-l, --json"
+        raise ConfigError("two documents on stdout", where=where, remedy="Ask for one at a time.")
 
 
 def _recommender(run, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.config.strict import validate
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.doors.cached import CachedDataset
 from stillroom.pipeline.doors.fit import bare, check_student, check_terms
@@ -29,6 +30,7 @@ from stillroom.pipeline.student.teacher_head import (
     read_teacher_head,
 )
 from stillroom.pipeline.teacher.reference.head import Head
+from stillroom.pipeline.training.coverage import check_every_objective_has_rows, check_sources
 from stillroom.pipeline.training.run import resolved
 
 
@@ -44,10 +46,18 @@ def adopt(trainer: Any, kernel: str, teacher: str) -> Distiller:
         StillroomError: student and caches do not fit.
     """
     student, data = bare(trainer.accelerator.unwrap_model(trainer.model)), trainer.data
-    named = {f"cache '{name or 'cache'}'": one for name, one in data.sources.items()}
-    check_student(student, trainer.processing_class, named, int(data.lengths.max()))
+    sets = {"": data} | {_title(name): held.dataset for name, held in trainer.held_out.items()}
+    named = {
+        f"{title} cache '{name or 'cache'}'".lstrip(): cache
+        for title, one in sets.items()
+        for name, cache in one.sources.items()
+    }
+    longest = max(int(one.lengths.max()) for one in sets.values())
+    check_student(student, trainer.processing_class, named, longest)
     check_terms(data.terms)
-    for one in (data, *(held.dataset for held in trainer.held_out.values())):
+    for title, one in sets.items():
+        check_sources(one.terms, one.sources)
+        check_every_objective_has_rows(one.terms, one.sources, {}, title or "the whole cache")
         _show_pictures(student, one)
     data.packed = keeps_documents_apart(student, data.facts[""].vocab_size)
     attention = str(getattr(student.config, "_attn_implementation", ""))
@@ -55,10 +65,14 @@ def adopt(trainer: Any, kernel: str, teacher: str) -> Distiller:
     terms = [*data.terms, *_balancing(student, data)]
     for held in trainer.held_out.values():
         held.heldout.terms.extend(terms[len(data.terms) :])
-    settings = resolved(Train.model_validate({"kernel": kernel}), trainer.args.device)
+    settings = resolved(validate(Train, {"kernel": kernel}, "kernel"), trainer.args.device)
     head = _teacher_head(trainer, teacher)
     distiller = Distiller(student, terms, settings.kernel, head, packed=data.packed)
     return distiller.to(trainer.args.device if trainer.place_model_on_device else "cpu")
+
+
+def _title(name: str) -> str:
+    return f"eval_cache '{name}'" if name else "eval_cache"
 
 
 def _balancing(student: Any, data: CachedDataset) -> Iterator[Term]:

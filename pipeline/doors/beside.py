@@ -14,11 +14,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stillroom.cache_schemas.errors import ConfigError, StudentError, first_line
+from stillroom.cache_schemas.errors import ConfigError, PlanMismatch, StudentError, first_line
 from stillroom.pipeline.doors.cached import CachedDataset
 from stillroom.pipeline.training.identity import check_identity
 
 IDENTITY = "stillroom.json"
+ORDER = "train_dataset"
 NAME = "stillroom_projectors"
 FILE = "projectors.safetensors"
 
@@ -89,15 +90,26 @@ class SideWeights:
             ) from None
 
 
-def sign(directory: Path, data: CachedDataset) -> None:
-    """Write what a checkpoint was trained from."""
+def sign(directory: Path, data: CachedDataset, order: str) -> None:
+    """Write what a checkpoint was trained from.
+
+    Args:
+        directory: of the checkpoint.
+        data: caches and objectives.
+        order: of the data set (see `fit.order_of`).
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_identity(data), indent=2, sort_keys=True)
+    text = json.dumps(_identity(data) | {ORDER: order}, indent=2, sort_keys=True)
     (directory / IDENTITY).write_text(text + "\n")
 
 
-def check_signed(directory: Path, data: CachedDataset) -> None:
+def check_signed(directory: Path, data: CachedDataset, order: str) -> None:
     """Refuse a checkpoint that was trained from something else.
+
+    Args:
+        directory: of the checkpoint.
+        data: caches and objectives.
+        order: of the data set; empty where batches that were seen are not passed over.
 
     Raises:
         StudentError: it was trained from no cache.
@@ -109,7 +121,18 @@ def check_signed(directory: Path, data: CachedDataset) -> None:
             where=str(directory),
             remedy="Load its model, and train that from the first step.",
         )
-    check_identity(json.loads((directory / IDENTITY).read_text()), _identity(data), str(directory))
+    found = json.loads((directory / IDENTITY).read_text())
+    before = found.pop(ORDER, order)
+    check_identity(found, _identity(data), str(directory))
+    if order and before != order:
+        raise PlanMismatch(
+            "was trained on other rows of the cache, or in another order",
+            expected="the train_dataset that it was begun with: the rows of the steps that were "
+            "taken are passed over by their number",
+            where=str(directory),
+            remedy="Give that train_dataset, or set ignore_data_skip = True to begin at the first "
+            "row of this one.",
+        )
 
 
 def _identity(data: CachedDataset) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from stillroom.cache_schemas.errors import StudentError
+from stillroom.cache_schemas.errors import ConfigError, StudentError
 from stillroom.pipeline.config.strict import validate
 from stillroom.pipeline.config.training import Objective, Train
 from stillroom.pipeline.data.batch import DistillBatch
@@ -171,6 +171,11 @@ class CachedDataset(Dataset):
             vars(self).pop(name, None)
         self.records  # noqa: B018  (what is missing is refused here)
 
+    @property
+    def digest(self) -> str:
+        """Of the main cache's plan: whose numbers count."""
+        return self.sources[""].plan.digest
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [examples], tokens of each."""
@@ -208,15 +213,25 @@ class CachedDataset(Dataset):
         return CachedBatch(made, made, self.lines, self.facts)
 
     def _places(self) -> dict[str, Any]:
-        if "" in self.caches:
-            raise StudentError("a further cache without a name", where="caches")
+        if not isinstance(self.caches, Mapping) or "" in self.caches:
+            raise ConfigError(
+                "a further cache without a name",
+                expected='a name for each, as in {"big": "..."}',
+                where="caches",
+            )
         return {"": self.cache, **self.caches}
 
     def _open(self, place: Any) -> Any:
-        if isinstance(place, list | tuple):
+        if isinstance(place, list | tuple) and place:
             return Joined([self._open(one) for one in place])
-        if not isinstance(place, str | Path):
+        if hasattr(place, "plan"):
             return place
+        if not isinstance(place, str | Path):
+            raise ConfigError(
+                f"a cache is given as {place!r}",
+                expected="a directory or URL, an opened cache, or a list of several",
+                where="cache",
+            )
         kept = {"local_copy": self.local_copy, "local_copy_gigabytes": self.local_copy_gigabytes}
         settings = validate(Train, {"cache": str(place), **kept}, "cache")
         return opened(settings.cache, settings)
@@ -232,12 +247,20 @@ def objective_lines(objectives: Objectives | str | Mapping[str, Any]) -> tuple[O
     Raises:
         ConfigError: a key is unknown or a value is not allowed.
     """
-    given = [objectives] if isinstance(objectives, str | Mapping) else objectives
+    given: Any = [objectives] if isinstance(objectives, str | Mapping) else objectives
+    if not isinstance(given, Sequence):
+        given = [given]
     return tuple(_line(number, line) for number, line in enumerate(given, 1))
 
 
 def _line(number: int, line: str | Mapping[str, Any] | Objective) -> Objective:
     if isinstance(line, Objective):
         return line
+    if not isinstance(line, str | Mapping):
+        raise ConfigError(
+            f"a line is {line!r}",
+            expected='a name, or a table such as {"name": "forward_kl"}',
+            where=f"objectives, line {number}",
+        )
     table = {"name": line} if isinstance(line, str) else dict(line)
     return validate(Objective, table, f"objectives, line {number}")

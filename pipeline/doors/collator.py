@@ -14,7 +14,7 @@ import torch
 from stillroom.pipeline.data.batch import NO_LABEL, DistillBatch
 from stillroom.pipeline.data.loader import DistillLoader, Geometry
 from stillroom.pipeline.doors.cached import CachedBatch, CachedDataset
-from stillroom.pipeline.doors.fit import EXAMPLE, check_rows, numbers_of
+from stillroom.pipeline.doors.fit import CACHE, EXAMPLE, check_rows, numbers_of
 from stillroom.pipeline.objectives.combine import signals_needed
 from stillroom.pipeline.training.held_out import HeldOut
 
@@ -26,10 +26,12 @@ COUNTS = "counts"
 
 
 def dataset_of(data: CachedDataset) -> Any:
-    """The cache's examples as a `datasets.Dataset`: their numbers, and their lengths in tokens."""
+    """The cache's examples as a `datasets.Dataset`: their numbers, of which cache these are, and
+    their lengths in tokens."""
     from datasets import Dataset
 
-    return Dataset.from_dict({EXAMPLE: np.arange(len(data)), "length": data.lengths})
+    columns = {EXAMPLE: np.arange(len(data)), CACHE: [data.digest] * len(data)}
+    return Dataset.from_dict({**columns, "length": data.lengths})
 
 
 @dataclass
@@ -49,7 +51,7 @@ class CachedCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         numbers = numbers_of(rows, len(self.data))
         answers = self.data.__getitems__(numbers)
-        check_rows(rows, [one[""] for one in answers], "a row")
+        check_rows(rows, [one[""] for one in answers], self.data.digest, "a row")
         return inputs_of(self.data.collate(answers))
 
 

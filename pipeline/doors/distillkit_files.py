@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from stillroom.cache_schemas.errors import CacheError
+from stillroom.cache_schemas.errors import ConfigError, first_line
 from stillroom.pipeline.config.strict import Table, validate
-from stillroom.pipeline.doors.foreign import ForeignAnswer
+from stillroom.pipeline.doors.foreign_answer import ForeignAnswer
+from stillroom.pipeline.doors.foreign_rows import integers, numbers, rows_of, wrong
 
 SETTINGS = "compression_config.yaml"
 Number = Literal["float16", "bfloat16", "float32", "float64"]
+SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+"""Bytes of each."""
 LOSSY = 0.05
 """By how much probabilities of a fitted curve may exceed 1 in sum."""
 
@@ -40,7 +42,7 @@ class Bin(Table):
 class Compression(Table):
     """Keys of `compression_config.yaml`, as DistillKit names them."""
 
-    d: int = Field(gt=0)
+    d: int = Field(gt=1, lt=2**31)
     k: int = Field(gt=0)
     exact_k: int = Field(ge=0)
     exact_dtype: Number = "float32"
@@ -50,6 +52,23 @@ class Compression(Table):
     delta_encoding: bool = True
     error_diffusion: bool = False
     normalize_t: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self):
+        binned = sum(one.num_elements for one in self.residual_bins)
+        if self.exact_k > self.k or self.exact_k + binned > self.k:
+            raise ValueError(f"exact_k = {self.exact_k} and {binned} in bins, of k = {self.k}")
+        return self
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's log-probabilities."""
+        terms = len(self.polynomial_terms or ()) * SIZES[self.term_dtype]
+        bins = (
+            SIZES[b.scale_dtype] + -(-b.element_bits * b.num_elements // 8)
+            for b in self.residual_bins
+        )
+        return self.exact_k * SIZES[self.exact_dtype] + terms + sum(bins)
 
     @property
     def index_bits(self) -> int:
@@ -70,9 +89,16 @@ def read_settings(directory: Path, config: str | Path = "") -> Compression | Non
     """
     path = Path(config) if config else directory / SETTINGS
     if not path.is_file():
+        if config:
+            raise ConfigError("no such file", where=str(path), remedy="Correct --config.")
         return None
-    told = yaml.safe_load(path.read_text())
-    return validate(Compression, told.get("logprob_compressor", told), str(path))
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is no YAML ({first_line(error)})", where=str(path)) from None
+    if isinstance(told, dict):
+        told = told.get("logprob_compressor", told)
+    return validate(Compression, told, str(path))
 
 
 def read_distillkit(source: Path, settings: Compression | None) -> Iterator[ForeignAnswer]:
@@ -81,40 +107,30 @@ def read_distillkit(source: Path, settings: Compression | None) -> Iterator[Fore
     Raises:
         CacheError: there are no files, or a row is not of this format.
     """
-    files = [source] if source.is_file() else sorted(source.glob("*.parquet"), key=_number)
-    if not files:
-        raise CacheError("no Parquet file", where=str(source), remedy="Check the path.")
-    for path in files:
-        row = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=16):
-            for one in batch.to_pylist():
-                yield from _documents(one, settings, f"{path} row {row}")
-                row += 1
-
-
-def _number(path: Path) -> tuple[int, str]:
-    digits = "".join(c for c in path.stem if c.isdigit())
-    return int(digits or 0), path.name
+    for row, where in rows_of(source, "parquet"):
+        if "input_ids" not in row:
+            raise wrong(where, "no input_ids", f"input_ids beside {', '.join(row)}")
+        yield from _documents(row, settings, where)
 
 
 def _documents(row: dict[str, Any], settings, where: str) -> Iterator[ForeignAnswer]:
-    tokens = np.asarray(row["input_ids"], dtype=np.int64)
+    tokens = integers(row["input_ids"], "input_ids", where)
     ids, logprobs = _lists(row, settings, where)
     if len(ids) == len(tokens) - 1:
         yield _answer(where, tokens, ids, logprobs)
     elif len(ids) == len(tokens):
-        numbers = np.asarray(row.get("attention_mask") or np.ones(len(tokens)))
-        for number in np.unique(numbers[numbers > 0]):
-            at = np.flatnonzero(numbers == number)
+        documents = integers(row.get("attention_mask") or [1] * len(ids), "attention_mask", where)
+        if len(documents) != len(tokens):
+            raise wrong(where, f"{len(documents)} in attention_mask for {len(tokens)} tokens")
+        for number in np.unique(documents[documents > 0]):
+            at, own = np.flatnonzero(documents == number), f"{where} document {int(number)}"
+            if at[-1] - at[0] >= len(at):
+                raise wrong(own, "stands in two places of attention_mask", "one run of its number")
             if len(at) > 1:
-                own = f"{where} document {int(number)}"
                 yield _answer(own, tokens[at], ids[at[:-1]], logprobs[at[:-1]])
     else:
-        raise CacheError(
-            f"{len(ids)} rows of answers for {len(tokens)} tokens",
-            expected="as many, or one less",
-            where=where,
-            remedy="Nothing was written. Leave out this row.",
+        raise wrong(
+            where, f"{len(ids)} rows of answers for {len(tokens)} tokens", "as many, or one less"
         )
 
 
@@ -124,39 +140,50 @@ def _answer(where: str, tokens: np.ndarray, ids: np.ndarray, logprobs: np.ndarra
 
 def _lists(row: dict[str, Any], settings, where: str) -> tuple[np.ndarray, np.ndarray]:
     if "token_ids" in row and "top_values" in row:
-        return np.asarray(row["token_ids"], np.int64), np.asarray(row["top_values"], np.float32)
+        ids = integers(row["token_ids"], "token_ids", where, axes=2)
+        values = numbers(row["top_values"], "top_values", where, axes=2)
+        return _as_many(ids, values, where)
     if "packed_indices" in row:
-        raise CacheError(
+        raise wrong(
+            where,
             "DistillKit's legacy columns (packed_indices, exact_values, coeffs)",
-            expected="compressed_logprobs and bytepacked_indices",
-            where=where,
-            remedy="Write them anew with DistillKit's own reader.",
+            "compressed_logprobs and bytepacked_indices",
+            "Write them anew with DistillKit's own reader.",
         )
-    if settings is None or "compressed_logprobs" not in row:
-        raise CacheError(
+    if settings is None or not {"compressed_logprobs", "bytepacked_indices"} <= row.keys():
+        raise wrong(
+            where,
             f"columns {', '.join(row)} without a description of how they are compressed",
-            expected=f"compressed_logprobs, bytepacked_indices and {SETTINGS} beside the file",
-            where=where,
-            remedy="Name the YAML with --config: its values stand in the data set's card.",
+            f"compressed_logprobs, bytepacked_indices and {SETTINGS} beside the file",
+            "Name the YAML with --config: its values stand in the data set's card.",
         )
-    values = _bytes(row["compressed_logprobs"], where)
-    packed = _bytes(row["bytepacked_indices"], where)
+    values = _bytes(row["compressed_logprobs"], "compressed_logprobs", where)
+    packed = _bytes(row["bytepacked_indices"], "bytepacked_indices", where)
     wanted = -(-settings.k * settings.index_bits // 8)
     if packed.shape[1] != wanted:
-        raise CacheError(
+        raise wrong(
+            where,
             f"{packed.shape[1]} bytes of ids a row",
-            expected=f"{wanted}, for k = {settings.k} ids below d = {settings.d}",
-            where=where,
-            remedy=f"Set d and k in {SETTINGS} to what the file was written with.",
+            f"{wanted}, for k = {settings.k} ids below d = {settings.d}",
+            f"Set d and k in {SETTINGS} to what the file was written with.",
         )
     ids = unpack(packed, settings.index_bits, settings.k)
-    return ids, decompress(values, settings, where)
+    return _as_many(ids, decompress(values, settings, where), where)
 
 
-def _bytes(lists: list[list[int]], where: str) -> np.ndarray:
-    if len({len(one) for one in lists}) != 1:
-        raise CacheError("rows of different sizes", where=where)
-    return np.array(lists, dtype=np.uint8)
+def _as_many(ids: np.ndarray, values: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    if ids.shape != values.shape:
+        raise wrong(where, f"ids {ids.shape} and log-probabilities {values.shape}", "one of each")
+    return ids, values.astype(np.float32)
+
+
+def _bytes(lists: Any, name: str, where: str) -> np.ndarray:
+    found = integers(lists, name, where, axes=2)
+    if not found.size:
+        raise wrong(where, f"{name} has no rows", "one for each prediction")
+    if not 0 <= found.min() <= found.max() <= 255:
+        raise wrong(where, f"{name} holds {found.max()}", "bytes, 0 to 255")
+    return found.astype(np.uint8)
 
 
 def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -179,6 +206,13 @@ def decompress(data: np.ndarray, settings: Compression, where: str) -> np.ndarra
     Raises:
         CacheError: a row has another number of bytes than the settings make.
     """
+    if data.shape[1] != settings.row_bytes:
+        raise wrong(
+            where,
+            f"{data.shape[1]} bytes of log-probabilities a row",
+            f"{settings.row_bytes} by {SETTINGS}",
+            "Take the settings that the file was written with.",
+        )
     parts = _Parts(data)
     exact = parts.take(settings.exact_k, settings.exact_dtype)
     left = settings.k - settings.exact_k
@@ -195,13 +229,6 @@ def decompress(data: np.ndarray, settings: Compression, where: str) -> np.ndarra
         centred = levels * 2 - 1 if one.element_bits == 1 else levels - middle
         curve[:, start : start + one.num_elements] += centred * scale
         start += one.num_elements
-    if parts.at != data.shape[1]:
-        raise CacheError(
-            f"{data.shape[1]} bytes of log-probabilities a row",
-            expected=f"{parts.at} by {SETTINGS}",
-            where=where,
-            remedy="Take the settings that the file was written with.",
-        )
     values = np.concatenate([exact, curve], axis=1)
     return (values.cumsum(axis=1) if settings.delta_encoding else values).astype(np.float32)
 
@@ -234,10 +261,7 @@ class _Parts:
 
     def take(self, count: int, kind: str) -> np.ndarray:
         """float64 [R, count]."""
-        size = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[kind] * count
-        part = self.raw(size)
-        if part.shape[1] < size:
-            return np.zeros((len(part), count))  # the sizes are compared at the end
+        part = self.raw(SIZES[kind] * count)
         if kind == "bfloat16":
             return (part.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
         return part.view(np.dtype(kind).newbyteorder("<")).astype(np.float64)

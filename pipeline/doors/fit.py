@@ -5,13 +5,16 @@ of the rows of a data set. What a trainer and its settings must be is in `settin
 trained here.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 import numpy as np
 
-from stillroom.cache_schemas.errors import StudentError
+from stillroom.cache_schemas.errors import StillroomError, StudentError
 from stillroom.pipeline.corpus.tokenizer import facts_of_tokenizer, tokenizer_facts
+from stillroom.pipeline.data.batch import NO_LABEL
 from stillroom.pipeline.objectives.weighting import Term
 from stillroom.pipeline.student.skeleton import positions_of
 from stillroom.pipeline.training.run import check_tokenizer
@@ -19,12 +22,25 @@ from stillroom.pipeline.training.run import check_tokenizer
 EXAMPLE = "example"
 """Column of a data set: the number of each row's record in the main cache."""
 
+CACHE = "cache_digest"
+"""Column that says which cache the numbers are of; what `dataset_of` makes has it."""
+
+COLUMNS = (EXAMPLE, CACHE, "input_ids")
+"""What is read of every row."""
+
+MASKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "labels": lambda labels: labels != NO_LABEL,
+    "completion_mask": lambda mask: mask != 0,
+    "assistant_masks": lambda mask: mask != 0,
+}
+"""Columns with which other trainers are told what to learn -> bool, the tokens that are meant."""
+
 LOOKED_AT = 64
 """Rows of a data set whose tokens are compared before the first step; the others when read."""
 
 
 def bare(model: Any) -> Any:
-    """The model of transformers inside PEFT's.
+    """The model of transformers inside PEFT's; an adapter on its head is read with it.
 
     Raises:
         StudentError: what PEFT does to it is more than changing weights.
@@ -38,6 +54,10 @@ def bare(model: Any) -> Any:
             expected="adapters in the weights, as LoRA's",
             remedy="Use LoraConfig; rows of a cache are counted from the text's own first token.",
         )
+    from stillroom.pipeline.student.lora import check_adapted_head, read_with_adapter
+
+    read_with_adapter(model.get_base_model())
+    check_adapted_head(model.get_base_model())
     return model.get_base_model()
 
 
@@ -55,8 +75,7 @@ def check_student(model: Any, tokenizer: Any, caches: Mapping[str, Any], longest
         CorpusError: there is no tokenizer to compare.
     """
     where = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    own = tokenizer_facts(where) if tokenizer is None else facts_of_tokenizer(tokenizer)
+    own = _facts(model, getattr(tokenizer, "tokenizer", tokenizer), where)
     head = model.get_output_embeddings().weight.shape[0]
     if head < own["vocab_size"]:
         raise StudentError(
@@ -72,6 +91,19 @@ def check_student(model: Any, tokenizer: Any, caches: Mapping[str, Any], longest
             where=where,
             remedy="Capture shorter windows, or take a student with more positions.",
         )
+
+
+def _facts(model: Any, tokenizer: Any, where: str) -> dict[str, Any]:
+    if tokenizer is not None:
+        return facts_of_tokenizer(tokenizer)
+    try:
+        return tokenizer_facts(where)
+    except StillroomError as error:
+        raise StudentError(
+            f"there is no tokenizer to compare with the cache's ({error.found})",
+            where=where,
+            remedy="Give processing_class = the student's tokenizer.",
+        ) from None
 
 
 def check_terms(terms: Sequence[Term]) -> None:
@@ -126,10 +158,29 @@ def check_dataset(dataset: Any, data: Any) -> None:
         )
     if not len(dataset):
         raise StudentError("the data set is empty", where="train_dataset")
-    main = data.sources[""]
+    main, digest = data.sources[""], data.digest
     for row in np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int)):
         one = dataset[int(row)]
-        check_rows([one], [main.read(_number(one, len(data)), ())], f"row {row}")
+        record = main.read(_number(one, len(data)), ())
+        check_rows([one], [record], digest, f"row {row}")
+        _check_masks(one, record.example.loss_mask, f"row {row}")
+
+
+def _check_masks(row: Mapping[str, Any], learned: np.ndarray, where: str) -> None:
+    """Refuse a row that says what is to be learned, and says something else than the cache."""
+    for name, meant in MASKS.items():
+        if row.get(name) is None:
+            continue
+        said = meant(np.asarray(row[name]))
+        if said.shape != learned.shape or (said[1:] != learned[1:]).any():  # none predicts token 0
+            raise StudentError(
+                f"{where}: its {name} do not mark the tokens under the cache's loss mask",
+                expected=f"{int(learned[1:].sum())} of {len(learned)} tokens, those that the "
+                "corpus was prepared to teach",
+                where="train_dataset",
+                remedy=f"dataset.remove_columns('{name}'), and the cache's mask is followed; to "
+                "learn other tokens, prepare and capture with another mask.",
+            )
 
 
 def check_kept(trainer: Any, collator: type) -> None:
@@ -148,6 +199,16 @@ def check_kept(trainer: Any, collator: type) -> None:
             f"the trainer would drop the column '{EXAMPLE}'",
             where=type(trainer).__name__,
             remedy="Set remove_unused_columns = False.",
+        )
+    strategy = getattr(trainer.args, "train_sampling_strategy", "")
+    column = trainer.args.length_column_name
+    by_length = strategy in ("group_by_length", "batch_rebalance")
+    if by_length and column not in trainer.train_dataset.column_names:
+        raise StudentError(
+            f"train_sampling_strategy = '{strategy}' with a data set that has no column '{column}'",
+            where="train_dataset",
+            remedy=f"dataset.add_column('{column}', CachedDataset(cache).lengths[dataset"
+            f"['{EXAMPLE}']]), or make it with stillroom.hf.dataset_of.",
         )
     if not isinstance(trainer.data_collator, collator):
         raise StudentError(
@@ -170,7 +231,15 @@ def _number(row: Mapping[str, Any], count: int) -> int:
             where="train_dataset",
             remedy="Set remove_unused_columns = False, and keep the column in what maps the rows.",
         )
-    number = int(row[EXAMPLE])
+    try:
+        number = index(row[EXAMPLE])
+    except TypeError:
+        raise StudentError(
+            f"{EXAMPLE} = {row[EXAMPLE]!r}",
+            expected="a whole number",
+            where="train_dataset",
+            remedy="Make the column of whole numbers, none of them missing.",
+        ) from None
     if not 0 <= number < count:
         raise StudentError(
             f"{EXAMPLE} = {number}", expected=f"0 to {count - 1}", where="train_dataset"
@@ -178,13 +247,36 @@ def _number(row: Mapping[str, Any], count: int) -> int:
     return number
 
 
-def check_rows(rows: Sequence[Mapping[str, Any]], records: Sequence[Any], where: str) -> None:
-    """Refuse rows whose `input_ids` are not those of their records; rows without any are taken.
+def order_of(dataset: Any) -> str:
+    """What a data set's rows are, in their order: sha256 over the numbers of their records."""
+    numbers = np.fromiter(map(index, dataset[EXAMPLE]), dtype=np.int64, count=len(dataset))
+    return hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()
+
+
+def check_rows(
+    rows: Sequence[Mapping[str, Any]], records: Sequence[Any], digest: str, where: str
+) -> None:
+    """Refuse rows whose `input_ids` are not those of their records, or whose numbers are another
+    cache's; rows that say neither are taken.
+
+    Args:
+        rows: of a data set.
+        records: that they name.
+        digest: of the cache.
+        where: a row, for messages.
 
     Raises:
-        StudentError: a row is about another text, or was cut.
+        StudentError: a row is about another text or cache, or was cut.
     """
     for row, record in zip(rows, records, strict=True):
+        if row.get(CACHE, digest) != digest:
+            raise StudentError(
+                f"{where}: its number is of the cache {row[CACHE][:12]}",
+                expected=f"numbers of {digest[:12]}, the cache (or joined caches) of the trainer",
+                where="train_dataset",
+                remedy="Make the data set with stillroom.hf.dataset_of(CachedDataset(cache)), of "
+                "the same cache = that the trainer is given, and select or shuffle that.",
+            )
         if "input_ids" not in row:
             continue
         given, kept = np.asarray(row["input_ids"]), record.example.token_ids

@@ -38,9 +38,10 @@ def held_out_sets(given: Any, trained: CachedDataset) -> dict[str, HeldOutBatche
 
 def _set(name: str, given: Any, trained: CachedDataset) -> HeldOutBatches:
     data = given
-    if not isinstance(given, CachedDataset):
-        data = CachedDataset(given, trained.lines, corpus=trained.corpus)
     where = f"eval_cache '{name}'" if name else "eval_cache"
+    if not isinstance(given, CachedDataset):
+        _check_alone(trained, where)
+        data = CachedDataset(given, trained.lines, corpus=trained.corpus)
     heldout = judge(
         trained.lines,
         name,
@@ -51,6 +52,19 @@ def _set(name: str, given: Any, trained: CachedDataset) -> HeldOutBatches:
         where,
     )
     return HeldOutBatches(data, heldout, ALONE)
+
+
+def _check_alone(trained: CachedDataset, where: str) -> None:
+    """Refuse one cache where the objectives read several about every text."""
+    further = sorted({line.cache for line in trained.lines if line.cache})
+    if further:
+        told = ", ".join(f"{name!r}: ..." for name in further)
+        raise ConfigError(
+            f"the objectives also read {', '.join(further)} of every text",
+            where=where,
+            remedy="Give eval_cache = CachedDataset(held_out, objectives, caches={" + told + "}), "
+            "captured from the held-out texts.",
+        )
 
 
 def heldout_batches(found: HeldOutBatches, trainer: Any) -> HeldOutBatches:

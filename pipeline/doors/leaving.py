@@ -6,9 +6,12 @@ whole, under its own name, when all of it is written.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,11 @@ from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.doors.distillkit_files import pack, write_settings
 from stillroom.pipeline.record import TeacherRecord
 
-ROWS_PER_FILE = 4096
+GROUPS_PER_FILE = 64
 ROWS_PER_GROUP = 64
 """Of Parquet: a hub's viewer reads whole row groups."""
+SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+"""How a URL begins, also one that was taken for a path and lost a slash."""
 
 
 def export(
@@ -46,7 +51,7 @@ def export(
         The files, relative to the target.
 
     Raises:
-        ConfigError: no such format, or the target is there.
+        ConfigError: no such format, or the target is there or is no directory of this machine.
         CacheError: the cache holds what the format has no place for, or lacks what it needs.
     """
     if form not in FORMS:
@@ -54,15 +59,33 @@ def export(
         raise ConfigError(
             f"no format '{form}'", expected=f"one of {known}", remedy=nearest(form, FORMS)
         )
+    if SCHEME.match(str(target)):
+        raise ConfigError(
+            "is a URL",
+            expected="a directory of this machine",
+            where=str(target),
+            remedy="Export to a directory and copy that; `stillroom cache push` takes caches.",
+        )
     target = Path(target)
     if target.exists():
         raise ConfigError("is already there", where=str(target), remedy="Name another directory.")
-    staging = target.with_name(target.name + ".part")
+    with _appearing(target) as staging:
+        FORMS[form](cache, _told(cache, on_example), staging)
+    return sorted(path.relative_to(target) for path in target.rglob("*") if path.is_file())
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A directory that gets its name when all of it is there, and is gone when it fails."""
+    staging = target.with_name(f".{target.name}.stillroom-export")  # nobody else's
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    FORMS[form](cache, _told(cache, on_example), staging)
-    staging.rename(target)
-    return sorted(path.relative_to(target) for path in target.rglob("*") if path.is_file())
+    try:
+        yield staging
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def _told(cache: Any, on_example: Callable[[int, int], None]) -> Iterator[TeacherRecord]:
@@ -91,16 +114,25 @@ def _to_parquet(_cache: Any, records: Iterator[TeacherRecord], target: Path) -> 
     _write_parquet(({**_tokens(one), **_rows(one)} for one in records), target)
 
 
-def _write_parquet(rows: Iterable[dict[str, Any]], target: Path, schema: Any = None) -> None:
-    """Files of rows, each column a list of numbers or a list of such lists."""
-    rows, file = iter(rows), 0
-    while held := list(islice(rows, ROWS_PER_FILE)):
-        columns = {name: [_listed(row[name]) for row in held] for name in held[0]}
-        types = {name: _type(held[0][name]) for name in held[0]}
-        table = pa.table({n: pa.array(c, type=types[n]) for n, c in columns.items()}, schema)
+def _write_parquet(rows: Iterable[dict[str, Any]], target: Path) -> None:
+    """Files of rows, each column a list of numbers or a list of such lists; a row group at a time
+    is in memory."""
+    groups = map(_group, iter(partial(_few, iter(rows)), []))
+    for file, first in enumerate(groups):
         path = target / f"data_{file}.parquet"
-        pq.write_table(table, path, compression="zstd", row_group_size=ROWS_PER_GROUP)
-        file += 1
+        with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+            for group in chain([first], islice(groups, GROUPS_PER_FILE - 1)):
+                writer.write_table(group)
+
+
+def _few(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list(islice(rows, ROWS_PER_GROUP))
+
+
+def _group(held: list[dict[str, Any]]) -> pa.Table:
+    columns = {name: [_listed(row[name]) for row in held] for name in held[0]}
+    types = {name: _type(held[0][name]) for name in held[0]}
+    return pa.table({n: pa.array(c, type=types[n]) for n, c in columns.items()})
 
 
 def _listed(value: Any) -> Any:
@@ -118,8 +150,10 @@ def _type(value: Any) -> pa.DataType:
     return found
 
 
-def _to_jsonl(_cache: Any, records: Iterator[TeacherRecord], target: Path) -> None:
+def _to_jsonl(cache: Any, records: Iterator[TeacherRecord], target: Path) -> None:
     """vLLM's `prompt_logprobs`: id -> log-probability and rank, null where there is no row."""
+    if not cache.plan.facts["capture"].get("k", 0):
+        raise _lacks("exact ids", "jsonl")
     with (target / "data.jsonl").open("w") as file:
         for record in records:
             file.write(json.dumps(_line(record)) + "\n")
@@ -152,12 +186,15 @@ def _line(record: TeacherRecord) -> dict[str, Any]:
 
 def _to_distillkit(cache: Any, records: Iterator[TeacherRecord], target: Path) -> None:
     """Its Parquet and the YAML beside it, nothing lost; a row for every prediction of a text."""
-    k = cache.plan.facts["capture"]["k"]
-    settings = write_settings(target, cache.plan.facts["teacher"]["vocab_size"], k)
+    facts = cache.plan.facts
+    k, vocab_size = facts["capture"].get("k", 0), facts["teacher"].get("vocab_size", 0)
+    if not k or not vocab_size:
+        raise _lacks("exact ids", "distillkit")
+    settings = write_settings(target, vocab_size, k)
 
     def row(record: TeacherRecord) -> dict[str, Any]:
         ids, logprobs = record.signals.get("topk_ids"), record.signals.get("topk_logprobs")
-        if ids is None or logprobs is None or not k:
+        if ids is None or logprobs is None:
             raise _lacks("exact ids", "distillkit")
         if record.first_row or (ids < 0).any():
             what = "rows from the first token on" if record.first_row else f"{k} ids in every row"

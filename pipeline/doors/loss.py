@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.config.strict import validate
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.data.batch import NO_TEACHER
 from stillroom.pipeline.doors.cached import CachedBatch
@@ -70,7 +71,7 @@ def distillation_loss(
     for term in terms:
         _check_term(term)
     totals = loss_totals([batch], progress) if totals is None else totals
-    chosen = resolved(Train.model_validate({"kernel": kernel}), hidden.device).kernel
+    chosen = resolved(validate(Train, {"kernel": kernel}, "kernel"), hidden.device).kernel
     return torch.stack(
         [
             _value(term, states, batch, float(total), progress, chosen)

@@ -23,11 +23,16 @@ from stillroom.pipeline.doors.collator import (
     HeldOutBatches,
     dataset_of,
 )
-from stillroom.pipeline.doors.fit import EXAMPLE, check_dataset, check_kept
+from stillroom.pipeline.doors.fit import COLUMNS, check_dataset, check_kept, order_of
 from stillroom.pipeline.doors.heldout_sets import held_out_sets, heldout_batches
 from stillroom.pipeline.doors.redirection import through
-from stillroom.pipeline.doors.settings import check_arguments, check_trainer, check_whole
-from stillroom.pipeline.objectives.reporting import reports_of
+from stillroom.pipeline.doors.settings import (
+    check_arguments,
+    check_evaluated,
+    check_trainer,
+    check_whole,
+)
+from stillroom.pipeline.doors.shown import Shown
 from stillroom.pipeline.objectives.weighting import UnitWeights, scales
 from stillroom.pipeline.training.parallel import let_go
 
@@ -62,6 +67,9 @@ class CachedDistillationMixin(Host):
 
     loss_is_scaled_for_ga = True
 
+    unasked: tuple[str, ...] = ()
+    """Methods of the trainer behind that are known not to be asked (see `settings.UNASKED`)."""
+
     def __init__(
         self,
         model: Any = None,
@@ -78,12 +86,13 @@ class CachedDistillationMixin(Host):
         train_dataset: Any = None,
         **more: Any,
     ):
-        check_trainer(type(self))
+        check_trainer(type(self), CachedDistillationMixin)
         check_arguments(args, more)
         self.data = data = CachedDataset(cache, objectives, caches or {}, local_copy, corpus=corpus)
         if train_dataset is not None:
             check_dataset(train_dataset, data)
         self.held_out = held_out_sets(eval_cache, data)
+        check_evaluated(args, self.held_out)
         evaluated = {name: dataset_of(one.dataset) for name, one in self.held_out.items()}
         super().__init__(
             model=model,
@@ -101,10 +110,11 @@ class CachedDistillationMixin(Host):
         check_arguments(me.args, {}, me)
         check_dataset(me.train_dataset, self.data)
         check_kept(me, CachedCollator)
+        self._order = order_of(me.train_dataset)
         self.distiller = adopt(self, kernel, teacher)
         self._beside = SideWeights(self.distiller.projectors, me)
-        self._shown = torch.zeros(len(self.distiller.terms), dtype=torch.float64)
-        self._steps_shown = 0
+        self._shown = Shown(self.distiller)
+        me.add_callback(self._shown.begin_anew())
 
     # ---- one step ----
 
@@ -118,7 +128,7 @@ class CachedDistillationMixin(Host):
         weighed = [self.distiller.weigh(one[DISTILL].host, done) for one in samples]
         totals = self._add_up(torch.stack([own for _, own in weighed]).sum(dim=0))
         factors = scales(self.distiller.terms, totals, done, me.accelerator.num_processes)
-        self._steps_shown += 1
+        self._shown.steps += 1
         for one, (weights, _) in zip(samples, weighed, strict=True):
             given = UnitWeights(weights).times(factors)
             one[DISTILL] = replace(one[DISTILL], weights=given)
@@ -137,7 +147,7 @@ class CachedDistillationMixin(Host):
                 "for held-out caches.",
             )
         values = self._values(model, batch, batch.weights)
-        self._show(values)
+        self._shown.add(values, self._progress())
         self._told = values.sum()
         if not torch.isfinite(self._told):
             raise StudentError(
@@ -154,11 +164,19 @@ class CachedDistillationMixin(Host):
         if not torch.equal(found, self._told.detach()):
             raise StudentError(
                 f"the trainer made {float(found):g} of a loss of {self._told.item():g}",
-                expected="no division by accumulation steps: it is in the loss",
+                expected="the loss as it is: the division by accumulation steps is in it",
                 where=type(self).__name__,
-                remedy="Install versions that were tried: pip install 'stillroom[hf]'.",
+                remedy=self._way_back(),
             )
         return found
+
+    def _way_back(self) -> str:
+        if type(self).compute_loss is not CachedDistillationMixin.compute_loss:
+            return (
+                "Have compute_loss return what super() returns; what else is to be learned is a "
+                "line of objectives."
+            )
+        return "Install versions that were tried: pip install 'stillroom[hf]'."
 
     def _values(self, model, batch: CachedBatch, weights) -> torch.Tensor:
         """float [objectives]; computed inside the forward pass of what wraps the student."""
@@ -183,23 +201,11 @@ class CachedDistillationMixin(Host):
 
     # ---- what is logged ----
 
-    def _show(self, values: torch.Tensor) -> None:
-        done = self._progress()
-        weights = [term.weight(done) or 1.0 for term in self.distiller.terms]
-        own = values.detach().double()
-        self._shown = self._shown.to(own.device) + own / own.new_tensor(weights)
-
     def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
         """The trainer's own, with every objective apart."""
         me: Any = self
-        if "loss" in logs and self._steps_shown:
-            means = self._add_up(self._shown.cpu()) / me.accelerator.num_processes
-            means = (means / self._steps_shown).tolist()
-            labels = [term.label for term in self.distiller.terms]
-            logs |= {f"objective/{label}": mean for label, mean in zip(labels, means)}
-            reports, _ = reports_of(self.distiller, self._add_up)
-            logs |= {f"report/{name}": value for name, value in reports.items()}
-            self._shown, self._steps_shown = torch.zeros_like(self._shown), 0
+        if "loss" in logs:
+            logs |= self._shown.take(self._add_up, me.accelerator.num_processes)
         super().log(logs, *more, **named)
 
     # ---- held-out caches ----
@@ -229,7 +235,6 @@ class CachedDistillationMixin(Host):
         with self.distiller.judged_by(terms):
             batches: Any = dataloader
             output = super().evaluation_loop(batches, *given, **more)
-        self.distiller.sums.clear()
         values, totals = self._add_up(self._measured)
         means = (values / totals.clamp_min(1e-30)).tolist()
         prefix = more.get("metric_key_prefix", "eval")
@@ -264,11 +269,13 @@ class CachedDistillationMixin(Host):
         super().save_model(output_dir, _internal_call)
         me: Any = self
         if me.args.should_save:
-            sign(Path(output_dir or str(me.args.output_dir)), self.data)
+            sign(Path(output_dir or str(me.args.output_dir)), self.data, self._order)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         directory = Path(resume_from_checkpoint)
-        check_signed(directory, self.data)
+        me: Any = self
+        order = "" if me.args.ignore_data_skip else self._order
+        check_signed(directory, self.data, order)
         with self._beside.apart():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._beside.load(directory)
@@ -282,4 +289,4 @@ class CachedDistillationMixin(Host):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = [EXAMPLE, "input_ids"]
+            self._signature_columns = [*COLUMNS, str(self.args.length_column_name)]

@@ -17,12 +17,21 @@ LEAST = {"transformers": (5, 19), "trl": (1, 16)}
 TRIED = "transformers 5.19 to 5.24 and TRL 1.16"
 
 
-def check_trainer(kind: type) -> None:
+UNASKED = ("compute_loss", "prediction_step", "get_eval_dataloader")
+"""Methods that a cache answers by itself, without asking the trainer behind it."""
+
+
+def check_trainer(kind: Any, mixed: type) -> None:
     """Refuse a version of a trainer that does not hand over what a right loss needs.
 
+    Args:
+        kind: class of the trainer.
+        mixed: what stands before the host trainer among its ancestors.
+
     Raises:
-        ConfigError: naming what it lacks.
+        ConfigError: naming what it lacks, or has and would never be asked for.
     """
+    _check_heard(kind, mixed)
     from transformers import Trainer
 
     for name in {one.__module__.partition(".")[0] for one in kind.__mro__} & LEAST.keys():
@@ -51,6 +60,21 @@ def check_trainer(kind: type) -> None:
             where=f"transformers {transformers.__version__}",
             remedy="Install a version that was tried: pip install 'stillroom[hf]'.",
         )
+
+
+def _check_heard(kind: Any, mixed: type) -> None:
+    """Refuse a trainer with methods of its own that would be passed over in silence."""
+    behind = kind.__mro__[kind.__mro__.index(mixed) + 1 :]
+    own = [one for one in behind if one.__module__.partition(".")[0] not in LEAST]
+    for one in own:
+        for name in (n for n in UNASKED if n in vars(one) and n not in kind.unasked):
+            raise ConfigError(
+                f"{one.__name__} has a {name} of its own, which a cache would never ask",
+                where=kind.__name__,
+                remedy="Name what is to be learned in objectives and what is to be measured in "
+                f"eval_cache, and leave {name} out; or set unasked = ('{name}',) in "
+                f"{kind.__name__}, where nothing of it is missed.",
+            )
 
 
 def _check_version(name: str) -> None:
@@ -83,9 +107,16 @@ UNHEARD = {
     "loss_type": (None, "nll", "chunked_nll"),
     "packing": (None, False),
     "padding_free": (None, False),
+    "eval_packing": (None, False),
+    "completion_only_loss": (None,),
+    "assistant_only_loss": (None, False),
 }
 """Settings that would change nothing or go wrong, and the values that ask for nothing."""
 
+MASKED = (
+    "Leave it out: learned are the tokens under the cache's loss mask; an objective's mask = 'all' "
+    "takes every row that the cache holds."
+)
 INSTEAD = {
     "label_smoothing_factor": "Leave it out: the teacher's own distribution is what is learned.",
     "torch_compile": "Compile the blocks before: `for block in model.model.layers: "
@@ -94,6 +125,9 @@ INSTEAD = {
     "loss_type": "Leave it out: objectives say what is learned.",
     "packing": "Leave it out: the collator packs where the student keeps examples apart.",
     "padding_free": "Leave it out: the collator lays rows end to end where attention allows it.",
+    "eval_packing": "Leave it out: the collator packs where the student keeps examples apart.",
+    "completion_only_loss": MASKED,
+    "assistant_only_loss": MASKED,
 }
 
 
@@ -122,6 +156,21 @@ def check_arguments(args: Any, more: Mapping[str, Any], trainer: Any = None) -> 
         _check_ranks(trainer)
 
 
+def check_evaluated(args: Any, held_out: Mapping[str, Any]) -> None:
+    """Refuse an evaluation of nothing.
+
+    Raises:
+        ConfigError: naming what to give.
+    """
+    asked = getattr(args, "eval_strategy", "no")
+    if not held_out and getattr(asked, "value", asked) != "no":
+        raise ConfigError(
+            f"eval_strategy = {getattr(asked, 'value', asked)!r} without a held-out cache",
+            where="the trainer's arguments",
+            remedy="Give eval_cache, or leave eval_strategy out.",
+        )
+
+
 def _check_ranks(trainer: Any) -> None:
     """Refuse ways of sharing a batch that would count it wrongly."""
     told = getattr(trainer.accelerator, "parallelism_config", None)
@@ -133,6 +182,13 @@ def _check_ranks(trainer: Any) -> None:
             expected="DDP or FSDP, a process for each device",
             where="the trainer",
             remedy="Start with accelerate launch or torchrun, or make one device visible.",
+        )
+    if trainer.accelerator.num_processes > 1 and trainer.accelerator.dispatch_batches:
+        raise ConfigError(
+            "dispatch_batches with several ranks",
+            expected="batches that each rank makes for itself",
+            where="accelerator_config",
+            remedy="Leave dispatch_batches out: teacher's answers are no part of what it sends.",
         )
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ConfigError(

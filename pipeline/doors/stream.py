@@ -96,7 +96,7 @@ class PackedStream(IterableDataset):
     def _identity(self) -> dict[str, Any]:
         geometry = self.geometry
         return {
-            "cache": self.data.sources[""].plan.digest,
+            "cache": self.data.digest,
             "seed": self.seed,
             "capacity": geometry.capacity,
             "rows": geometry.rows,

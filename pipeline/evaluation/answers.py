@@ -28,6 +28,8 @@ from stillroom.pipeline.training.card import add_results
 from stillroom.pipeline.training.checkpoint import write_durably
 
 RESULT = "rouge.json"
+LEAST_READ = 0.5
+"""Share of letters that are a-z and 0-9; accents of Latin scripts stay far above it."""
 DRAWS = 5
 """Answers to each instruction, as MiniLLM has it."""
 
@@ -147,11 +149,13 @@ def measure_rouge(
 
     Raises:
         ConfigError: `rouge-score` is not installed.
-        CorpusError: no held-out text is an answer to a prompt.
+        CorpusError: no held-out text is an answer to a prompt, or they are in a script that
+            Rouge-L does not read.
     """
     scorer = _scorer()
     found, tokenizer = instructions_of(run, (run.evaluate or Evaluate()).examples)
     wanted = [text_of(tokenizer, one.answer) for one in found]
+    check_script(wanted, str(run.path("corpus")))
     prompts = [one.prompt for one in found]
     settings = Generate(n=DRAWS, temperature=1.0, max_tokens=max_tokens)
     scores = {}
@@ -170,6 +174,24 @@ def measure_rouge(
 def _scorer() -> Any:
     scoring = extra_package("rouge_score.rouge_scorer", "eval", "--rouge-l")
     return scoring.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def check_script(texts: Sequence[str], where: str) -> None:
+    """Refuse texts of which `rouge-score` would see nothing: it drops all but a-z and 0-9.
+
+    Raises:
+        CorpusError: fewer than half of the letters are such.
+    """
+    letters = [letter for text in texts for letter in text.lower() if letter.isalnum()]
+    read = sum(letter.isascii() for letter in letters)
+    if read < LEAST_READ * len(letters):
+        raise CorpusError(
+            f"Rouge-L reads {read / len(letters):.0%} of the answers' letters: it knows a-z and "
+            "0-9 alone",
+            expected=f"at least {LEAST_READ:.0%}",
+            where=where,
+            remedy="In another script every answer would count 0: use `stillroom evaluate`.",
+        )
 
 
 def _rouge_l(scorer: Any, right: str, said: str) -> float:

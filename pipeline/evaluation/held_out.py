@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from stillroom.cache_schemas import layout
-from stillroom.cache_schemas.errors import CorpusError, StudentError
+from stillroom.cache_schemas.errors import ConfigError, CorpusError, StudentError
 from stillroom.cache_schemas.plan import Plan
 from stillroom.pipeline.capture.plan import check_tokenizer
 from stillroom.pipeline.config import Run, Teacher, require
@@ -95,9 +95,11 @@ def students_of(run: Run) -> dict[str, str]:
     `before` and `after` training its own, if it has one.
 
     Raises:
+        ConfigError: a student has the label of another model.
         StudentError: a directory is missing, or there is no student at all.
     """
     named = (run.evaluate or Evaluate()).students
+    _check_labels(run, named)
     if run.train is not None or not named:
         own = {"before": str(run.path("student-initial")), "after": str(run.path("student"))}
         named = own | named
@@ -109,6 +111,23 @@ def students_of(run: Run) -> dict[str, str]:
                 remedy="Train it first with `stillroom train`, or correct [evaluate] students.",
             )
     return named
+
+
+OWN_LABELS = ("before", "after", "student")
+"""Of a run's own student, here and where it is compared by what others measure."""
+
+
+def _check_labels(run: Run, named: Mapping[str, str]) -> None:
+    """Refuse labels under which one model's figures would stand for another's."""
+    taken = ("teacher", *OWN_LABELS) if run.train is not None else ("teacher",)
+    for label in named:
+        if label in taken:
+            raise ConfigError(
+                f"a student is called '{label}', as the run calls "
+                f"{'the teacher' if label == 'teacher' else 'its own'}",
+                where="[evaluate.students]",
+                remedy="Give it another label.",
+            )
 
 
 def measure(

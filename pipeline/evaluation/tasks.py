@@ -6,7 +6,8 @@ knows, or a YAML file of the harness's own form; such a file may run code and is
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -82,8 +83,13 @@ def measure_tasks(
         ConfigError: the harness is not installed, or knows no such task.
         StudentError: a student is not there.
     """
+    if not asked.tasks:
+        raise ConfigError("no task is named", where="--tasks", remedy="Name one or more.")
     manager = _manager(asked.tasks)
     _check_names(asked.tasks, manager)
+    if files := [name for name in asked.tasks if _is_file(name)]:
+        with _told(asked):
+            manager.load(files)  # before a model is
     found, models = {}, compared(run)
     for label, model in loaded(models):
         on_model(label)
@@ -128,7 +134,7 @@ def _ask(model: Any, tokenizer: Any, asked: Asked, manager: Any) -> list[Figure]
     read_by, ask = cast(Any, HFLM), cast(Any, simple_evaluate)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reader = read_by(pretrained=model.to(device), tokenizer=tokenizer, batch_size=BATCH)
-    try:
+    with _told(asked):
         found = ask(
             reader,
             tasks=list(asked.tasks),
@@ -138,16 +144,26 @@ def _ask(model: Any, tokenizer: Any, asked: Asked, manager: Any) -> list[Figure]
             task_manager=manager,
             log_samples=False,
         )
+    assert found is not None
+    return list(_figures(found))
+
+
+@contextmanager
+def _told(asked: Asked) -> Iterator[None]:
+    """Whatever a task's file, data, code or template makes the harness raise, as one message."""
+    try:
+        yield
     except StillroomError:
         raise
-    except Exception as error:  # whatever a task's data, code or template makes the harness raise
+    except Exception as error:
+        ours = all(map(_is_file, asked.tasks)) and not isinstance(error, ConnectionError)
         raise ConfigError(
             f"the harness stopped ({type(error).__name__}: {first_line(error)})",
             where=f"--tasks {','.join(asked.tasks)}",
-            remedy="Questions of the hub must be here already, or HF_HUB_OFFLINE be unset.",
+            remedy="Mend the task's file or its questions; --shots wants as many of them."
+            if ours
+            else "Questions of the hub must be here already, or HF_HUB_OFFLINE be unset.",
         ) from None
-    assert found is not None
-    return list(_figures(found))
 
 
 def _figures(found: Mapping[str, Any]):
@@ -155,7 +171,7 @@ def _figures(found: Mapping[str, Any]):
         config = found.get("configs", {}).get(task, {})
         for key, value in told.items():
             measure, _, kind = key.partition(",")
-            if not kind or measure.endswith("_stderr"):
+            if not kind or measure.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = told.get(f"{measure}_stderr,{kind}")
             named = measure if kind == "none" else f"{measure} ({kind})"
@@ -172,7 +188,8 @@ def _tell_card(run: Run, figures: Sequence[Figure], asked: Asked) -> None:
 
     results, entries = [], []
     how = f"lm-evaluation-harness {version('lm_eval')}"
-    how += f", first {asked.limit} questions" if asked.limit else ""
+    some = f", first {asked.limit} questions" if asked.limit else ""
+    how += some
     for one in figures:
         spread = "" if one.standard_error is None else f" ± {one.standard_error:.4f}"
         results.append(
@@ -182,7 +199,7 @@ def _tell_card(run: Run, figures: Sequence[Figure], asked: Asked) -> None:
                 dataset_name=one.task,
                 dataset_config=one.task,  # the hub tells results apart by type and config
                 metric_type=one.measure,
-                metric_name=f"{one.measure}{spread}",
+                metric_name=f"{one.measure}{spread}, {one.shots}-shot{some}",
                 metric_value=round(one.value, 6),
             )
         )
@@ -196,4 +213,14 @@ def _tell_card(run: Run, figures: Sequence[Figure], asked: Asked) -> None:
     if entries:
         path = run.path("student", ENTRIES)
         path.parent.mkdir(exist_ok=True)
-        write_durably(path, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
+        told = _with_others(path, eval_result_entries_to_yaml(entries))
+        write_durably(path, yaml.safe_dump(told, sort_keys=False))
+
+
+def _with_others(path: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries, behind those of other tasks that were measured before."""
+    import yaml
+
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else []
+    anew = [one["dataset"] for one in entries]
+    return [one for one in before if one["dataset"] not in anew] + entries

@@ -17,6 +17,7 @@ from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.generation.writers import Answer, Writers, answer_key, draw, mixture
 from stillroom.pipeline.record import Example
+from stillroom.pipeline.teacher.facts import model_shape
 from stillroom.pipeline.teacher.images import Pictures
 from stillroom.pipeline.teacher.overrides import check_applicable
 from stillroom.pipeline.teacher.reference.engine import load_model
@@ -30,6 +31,8 @@ class ReferenceGenerator:
         self._writers = writers
         self._models = [(part, _Reader(m, writers.pictures)) for part, m in writers.models()]
         self._vocab_size = min(reader.vocab_size for _, reader in self._models)
+        contexts = [model_shape(model).context for _, model in writers.models()]
+        self._context = min((one for one in contexts if one), default=0)
 
     def served(self) -> list[Any]:
         """See `Generator.served`."""
@@ -46,22 +49,36 @@ class ReferenceGenerator:
             yield self._answers(prompt)
 
     def _answers(self, prompt: Example) -> list[Answer]:
-        settings = self._writers.settings
+        settings, most = self._writers.settings, self._room(prompt)
         keys = [answer_key(settings.seed, prompt, number) for number in range(settings.n)]
         logits = [(part, reader.begin(prompt, settings.n)) for part, reader in self._models]
         tokens, logprobs = [], []
         running = torch.ones(settings.n, dtype=torch.bool)  # answers that have not ended
-        for step in range(settings.max_tokens):
+        for step in range(most):
             # [n, V]; heads may be padded to different widths.
             b = mixture([(part, z[:, : self._vocab_size]) for part, z in logits], settings)
             drawn = draw(b, keys, step)
             tokens.append(drawn.cpu())
             logprobs.append(b.gather(1, drawn[:, None])[:, 0].log().float().cpu())
             running &= ~torch.isin(tokens[-1], torch.tensor(self._writers.stop_ids))
-            if not running.any() or step + 1 == settings.max_tokens:
+            if not running.any() or step + 1 == most:
                 break
             logits = [(part, reader.go_on(drawn)) for part, reader in self._models]
         return self._cut(torch.stack(tokens, 1).numpy(), torch.stack(logprobs, 1).numpy())
+
+    def _room(self, prompt: Example) -> int:
+        """Tokens of an answer: what was asked for, or what the models still attend to."""
+        length, most = len(prompt.token_ids), self._writers.settings.max_tokens
+        if self._context:
+            most = min(most, self._context - length)
+        if not length or most < 1:
+            raise TeacherError(
+                f"a prompt of {length:,} tokens",
+                expected=f"1 to {self._context - 1:,}" if self._context else "1 or more",
+                where=self._writers.teacher.model,
+                remedy="Ask with another prompt.",
+            )
+        return most
 
     def _cut(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Answer]:
         """Each row up to the token that ends it."""

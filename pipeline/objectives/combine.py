@@ -60,7 +60,7 @@ def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts], on: s
             f"no cache '{table.cache}'",
             expected=f"one of {sorted(name for name in caches if name)}",
             where=where,
-            remedy="Name it under [train.caches].",
+            remedy="Name it under [train.caches]; in Python, in caches = {...}.",
         )
     facts = caches[table.cache]
     options = spec.settle(options, facts)
@@ -153,17 +153,18 @@ class Distiller(nn.Module):
 
     @contextmanager
     def judged_by(self, terms: Sequence[Term]) -> Iterator[None]:
-        """Within it the objectives are computed with the facts of other caches.
+        """Within it the objectives are computed with the facts of other caches, and what they leave
+        in `sums` is apart from what training has left there.
 
         Args:
             terms: the same lines of the `[[objective]]` table.
         """
-        before = self.terms
-        self.terms = [within(term, self._head_rows) for term in terms]
+        before = self.terms, self.sums
+        self.terms, self.sums = [within(term, self._head_rows) for term in terms], {}
         try:
             yield
         finally:
-            self.terms = before
+            self.terms, self.sums = before
 
     def weigh(
         self, batch: DistillBatch, progress: float

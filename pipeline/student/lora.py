@@ -6,6 +6,7 @@ weights, or written as the adapter that PEFT knows. Training and loading are els
 """
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,9 +15,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from stillroom.cache_schemas.errors import ConfigError, first_line
+from stillroom.cache_schemas.errors import ConfigError, StudentError, TeacherError, first_line
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.config.training import Lora
+from stillroom.pipeline.teacher.reference.head import measured_form
+
+SHAKE = 0.05
+"""Standard deviation of what is added to weights to see what they do."""
 
 
 class AdaptedHead(LoraLinear):
@@ -63,10 +68,54 @@ def adapt(model: Any, lora: Lora) -> PeftModel:
             where="[train.lora]",
             remedy="Name other targets.",
         ) from None
+    read_with_adapter(model)
+    return adapted
+
+
+def read_with_adapter(model: Any) -> None:
+    """Make the head's weight the matrix that it multiplies with, whoever put an adapter there."""
     head = model.get_output_embeddings()
     if isinstance(head, LoraLinear):
         head.__class__ = AdaptedHead
-    return adapted
+
+
+_SOUND: WeakSet[nn.Module] = WeakSet()
+"""Heads that were found to be their weight."""
+
+
+def check_adapted_head(model: Any) -> None:
+    """Refuse adapters that make the head multiply with another matrix than its weight: they would
+    neither be trained nor heard. Found by moving every trainable weight and measuring the head,
+    once for each head.
+
+    Args:
+        model: with adapters in it; its weights are the same afterwards.
+
+    Raises:
+        StudentError: naming the head's kind.
+    """
+    if model.get_output_embeddings() in _SOUND:
+        return
+    moved = [(one, one.data) for one in model.parameters() if one.requires_grad]
+    random = torch.Generator().manual_seed(0)
+    try:
+        for one, data in moved:  # a graph that waits for its backward pass keeps the old ones
+            one.data = data + SHAKE * torch.randn(data.shape, generator=random).to(data)
+        measured_form(model)
+        _SOUND.add(model.get_output_embeddings())
+    except TeacherError as error:
+        head = type(model.get_output_embeddings()).__name__
+        raise StudentError(
+            f"what PEFT has made of the head ({head}) is no matrix that a loss can read: "
+            f"{error.found}",
+            expected="LoRA without use_dora, lora_bias or trainable_token_indices on the head",
+            where=type(model).__name__,
+            remedy="Leave the head (and what is tied to it) out of target_modules, or train it "
+            "whole with modules_to_save.",
+        ) from None
+    finally:
+        for one, data in moved:
+            one.data = data
 
 
 def merged(adapted: Any) -> Any:

@@ -46,6 +46,7 @@ def export(
     staging = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
     _write_model(model, staging)
+    (staging / "README.md").unlink(missing_ok=True)  # PEFT's, with blanks to be filled in
     name_for_vllm(staging)
     if task_tokens is not None:
         save_file({"task_tokens": task_tokens.contiguous()}, staging / TASK_TOKENS)

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stillroom.pipeline.config import Run, Student
+from stillroom.pipeline.hub_card import card_of
 from stillroom.pipeline.plain_text import code_span
 from stillroom.pipeline.training.checkpoint import write_durably
 from stillroom.pipeline.training.result import finished_facts
@@ -43,12 +44,23 @@ A cache is derived from its teacher, and this student from both: their licences 
 
 
 def write_card(run: Run) -> None:
-    """Write the README of a finished run's student; one that a person has begun stays."""
+    """Write the README of a finished run's student; one that is there stays."""
     path = run.path("student", README)
     facts = finished_facts(run)
-    if facts is None or (path.exists() and BEGIN in path.read_text()):
+    if facts is None or path.exists():
         return
     write_durably(path, str(_card(run, facts)))
+
+
+def check_card(run: Run) -> None:
+    """Refuse a card that results could not be added to, before hours are spent on them.
+
+    Raises:
+        CacheError: it cannot be read.
+    """
+    path = run.path("student", README)
+    if path.exists():
+        card_of(ModelCard, path.read_bytes(), str(path))
 
 
 def add_results(run: Run, results: Sequence[EvalResult]) -> None:
@@ -57,17 +69,20 @@ def add_results(run: Run, results: Sequence[EvalResult]) -> None:
     Args:
         run: the run; nothing happens where its student is not finished.
         results: replace older ones of the same data set and measure.
+
+    Raises:
+        CacheError: the card that is there cannot be read.
     """
     write_card(run)
     path = run.path("student", README)
     if not path.exists():
         return
-    card: Any = ModelCard.load(path, ignore_metadata_errors=True)
+    card = card_of(ModelCard, path.read_bytes(), str(path))
     kept = {_key(one): one for one in (*(card.data.eval_results or ()), *results)}
     card.data.model_name = run.name
     card.data.eval_results = list(kept.values())
-    before, begin, rest = card.text.partition(BEGIN)
-    after = rest.partition(END)[2] if begin else ""
+    before, _, rest = card.text.partition(BEGIN)
+    after = rest if END not in rest else rest.partition(END)[2]
     card.text = f"{before}{BEGIN}\n{_table(kept.values())}\n{END}{after}"
     write_durably(path, str(card))
 
@@ -119,7 +134,8 @@ def _caches(run: Run, identity: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _published(place: str) -> str:
-    return "/".join(place.removeprefix(HUB).split("/")[:2]) if place.startswith(HUB) else ""
+    named = place.removeprefix(HUB).partition("@")[0]  # what stands behind is a revision
+    return "/".join(named.split("/")[:2]) if place.startswith(HUB) else ""
 
 
 def _shown(name: str) -> str:

@@ -205,7 +205,6 @@ class Export:
                 weights, totals = distiller.weigh(batch, 1.0)
                 values = distiller(batch.to(self.device), weights)
                 sums.append(torch.stack([values.double().cpu(), totals]))
-        distiller.sums.clear()
         values, totals = torch.stack(sums).sum(dim=0)
         means = (values / totals.clamp_min(1e-30)).tolist()
         return sum(term.weight(1.0) * mean for term, mean in zip(self.proof.terms, means))

@@ -11,7 +11,7 @@ import typer
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.stages.cache.arguments import Cache, location
-from stillroom.stages.console import progress, put
+from stillroom.stages.console import progress, put, say
 
 
 def import_(
@@ -31,18 +31,20 @@ def import_(
 ) -> None:
     """A sealed cache of top-k answers that another program kept."""
     from stillroom.pipeline.doors.foreign import Origin, import_answers
-    from stillroom.pipeline.doors.sources import source_of
+    from stillroom.pipeline.doors.sources import columns_of, source_of
 
-    read, lossy = source_of(form, source, tokenizer, config)
-    origin = Origin(form, teacher, tokenizer, vocab_size, lossy)
+    found = source_of(form, source, tokenizer, config)
+    origin = Origin(form, teacher, tokenizer, columns_of(found, vocab_size), found.lossy)
     with progress("import", "shards") as report:
-        import_answers(read, origin, target, examples_per_shard, report)
+        made = import_answers(found.read, origin, target, examples_per_shard, report)
+    if again := made.plan["engine"]["texts_given_again"]:
+        say(f"{again:,} texts stood there again with like answers; the first is kept")
     put(target)
 
 
 def export(
     cache: Cache,
-    target: Annotated[Path, typer.Argument(help="A new directory.", metavar="TARGET")],
+    target: Annotated[str, typer.Argument(help="A new directory.", metavar="TARGET")],
     form: Annotated[
         str, typer.Option("--to", help="parquet, jsonl, distillkit, speculators, safetensors.")
     ],

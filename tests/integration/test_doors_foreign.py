@@ -50,8 +50,9 @@ def whole(example):
 
 
 def taken(form, source, target, tokenizer, config="", **more):
-    read, lossy = source_of(form, source, str(tokenizer), str(config))
-    import_answers(read, Origin(form, "a teacher", str(tokenizer), lossy=lossy, **more), target, 4)
+    found = source_of(form, source, str(tokenizer), str(config))
+    origin = Origin(form, "a teacher", str(tokenizer), lossy=found.lossy, **more)
+    import_answers(found.read, origin, target, 4)
     return TeacherCache.open(target)
 
 
@@ -173,7 +174,7 @@ def test_a_foreign_cache_trains(cache, tiny_llama, tmp_path):
 def test_distillkit_files_without_their_settings(cache, tiny_llama, tmp_path):
     source = distillkit(tmp_path / "theirs", cache)
     told = (source / "compression_config.yaml").rename(tmp_path / "elsewhere.yaml")
-    with pytest.raises(StillroomError, match=r"row 0: columns .* without a description.*--config"):
+    with pytest.raises(StillroomError, match=r"row 1: columns .* without a description.*--config"):
         taken("distillkit", source, tmp_path / "c", tiny_llama)
     taken("distillkit", source, tmp_path / "d", tiny_llama, told)
     told.write_text(told.read_text().replace("d: 768", "d: 151936"))
@@ -195,8 +196,8 @@ def raw(directory, ids, values, tokens=(5, 6, 7)):
 
 GOOD = [[-1.0, -2.0], [-1.0, -2.0]]
 BAD = [
-    ([[1, 2], [3, 768]], GOOD, "row 5: ids of answers hold 768; expected 0 to 767"),
-    ([[1, 2], [3, 3]], GOOD, "row 5: row 1 names an id twice"),
+    ([[1, 2], [3, 768]], GOOD, "row 6: ids of answers hold 768; expected 0 to 767"),
+    ([[1, 2], [3, 3]], GOOD, "row 6: row 1 names an id twice"),
     ([[1, 2], [3, 4]], [[-1.0, -2.0], [0.5, -2.0]], r"a log-probability of 0\.5 in row 1"),
     ([[1, 2], [3, 4]], [[-1.0, -2.0], [float("nan"), -2.0]], "a log-probability of .* in row 1"),
     ([[1, 2], [3, 4]], [[-0.1, -0.2], [-1.0, -2.0]], r"of row 0 add up to 1\.7236; expected at"),
@@ -222,7 +223,7 @@ def test_tokens_beyond_the_vocabulary(tiny_llama, tmp_path):
 
 def test_an_import_that_was_stopped_goes_on(cache, tiny_llama, tmp_path):
     source = distillkit(tmp_path / "theirs", cache)
-    read, lossy = source_of("distillkit", source, str(tiny_llama))
+    read, lossy, _ = source_of("distillkit", source, str(tiny_llama))
     origin = Origin("distillkit", "a teacher", str(tiny_llama), lossy=lossy)
 
     def stop(done, _all):
@@ -272,7 +273,7 @@ def test_top_logprobs_of_a_server(tiny_llama, tiny_tokenizer, tmp_path):
     assert found.signals["token_logprob"].tolist() == [-0.5, -7.0]
     content[0]["top_logprobs"][0]["token"] = "no word at all"
     source.write_text(json.dumps(line) + "\n")
-    with pytest.raises(StillroomError, match=r"line 1: the token 'no word at all' is none.*ids"):
+    with pytest.raises(StillroomError, match=r":1: the token 'no word at all' is none.*ids"):
         taken("top_logprobs", source, tmp_path / "d", tiny_llama)
 
 
@@ -413,10 +414,11 @@ def test_axolotls_rows_belong_to_the_last_tokens(tiny_llama, tiny_tokenizer, tmp
 @pytest.mark.parametrize(
     ("shift", "more", "message"),
     [
-        (1, {}, r"line 1.* of 5 tokens are among the guesses.*tokenizer and template"),
+        (1, {}, r":1: .* of 5 tokens are among the guesses.*tokenizer and template"),
         (0, {"target_logprobs": []}, "prepared by axolotl, which renormalises"),
         (0, {"messages": []}, "no messages and logprobs"),
-        (0, {"target_token_ids": [[1]]}, "1 lists of ids for 5"),
+        (0, {"target_token_ids": [[1]], "logprobs": [[-0.5]] * 5}, "1 lists of ids for 5"),
+        (0, {"target_token_ids": [[1]]}, "logprobs.0.0 is .*expected input should be a valid num"),
     ],
 )
 def test_axolotls_rows_that_cannot_be_right(

@@ -11,13 +11,17 @@ from typer.testing import CliRunner
 
 from stillroom.cache_schemas.errors import StillroomError
 from stillroom.pipeline import config
+from stillroom.pipeline.config import Evaluate, Generate
 from stillroom.pipeline.corpus.preparing import Corpus, prepare
 from stillroom.pipeline.evaluation import answers, tasks
 from stillroom.pipeline.evaluation.held_out import evaluate
 from stillroom.pipeline.evaluation.on_the_card import card_results
-from stillroom.pipeline.training.card import BEGIN, add_results
+from stillroom.pipeline.record import Example, content_id
+from stillroom.pipeline.training import card as cards
+from stillroom.pipeline.training.card import BEGIN, END, add_results, write_card
 from stillroom.pipeline.training.trainer import train
 from stillroom.stages.__main__ import app
+from stillroom.stages.__main__ import run as command
 from tests import memory_cache, tiny_models
 
 TASK = """
@@ -142,6 +146,9 @@ def test_results_on_data_sets_of_the_hub_are_entries_of_their_own(run_file, monk
     assert entry["dataset"] == {"id": "allenai/ai2_arc", "task_id": "arc_easy"}
     assert entry["value"] == 0.25
     assert "first 4 questions" in entry["notes"]
+    told = ModelCard.load(run.path("student", "README.md")).data.eval_results
+    names = [one.metric_name for one in told if one.metric_type == "acc"]
+    assert all("0-shot, first 4 questions" in name for name in names)  # no part for the whole
 
 
 def test_rouge_l_of_five_draws(run_file):
@@ -201,3 +208,117 @@ def test_the_card_of_a_student(run_file, monkeypatch):
     assert [kinds.count(kind) for kind in ("kl_divergence", "rouge")] == [1, 1]
     same = [one.dataset_name for one in card.data.eval_results if one.dataset_type == "owner/same"]
     assert same == ["one", "two"]
+
+
+@pytest.fixture
+def own_card(run_file):
+    """The card of the student, put back afterwards, and what measures it."""
+    run = config.load(run_file)
+    path = run.path("student", "README.md")
+    write_card(run)
+    before = path.read_text()
+    scores = {"student": answers._summed(np.ones((2, 5)))}
+    yield path, lambda: answers._keep(run, scores, 2, 4)
+    path.write_text(before)
+
+
+def test_a_card_of_ones_own_keeps_every_word(own_card):
+    path, measure = own_card
+    path.write_text("# Mine\n\nWhat I think of it.\n")
+    measure()
+    assert "What I think of it." in path.read_text()
+    path.write_text(path.read_text().replace(END, "And what I thought later."))
+    measure()
+    measure()
+    card = ModelCard.load(path)
+    assert "What I think of it." in card.text
+    assert "And what I thought later." in card.text
+    assert card.text.count(BEGIN) == card.text.count(END) == 1
+    assert [one.metric_type for one in card.data.eval_results] == ["rouge"]
+
+
+def test_a_card_that_cannot_be_read(own_card, run_file, capsys):
+    path, measure = own_card
+    for broken in (b"---\nfoo: [1\n---\nmine", b"\xff\xfe caf\xe9", b"---\n- a list\n---\nmine"):
+        path.write_bytes(broken)
+        with pytest.raises(StillroomError, match=r"README.md: the card cannot be read"):
+            measure()
+        assert path.read_bytes() == broken
+    assert command(["evaluate", str(run_file), "--rouge-l"]) == 2
+    assert "asking teacher" not in capsys.readouterr().err  # before anything is measured
+
+
+def test_entries_of_other_tasks_stay(run_file, monkeypatch):
+    monkeypatch.setattr(tasks, "version", lambda name: "0.4.13")
+    run = config.load(run_file)
+    for task, value in (("one", 0.25), ("two", 0.5), ("one", 0.75)):
+        told = [tasks.Figure(task, "acc", value, None, "owner/data", 0)]
+        tasks._tell_card(run, told, tasks.Asked((task,)))
+    kept = yaml.safe_load(run.path("student", tasks.ENTRIES).read_text())
+    own = [one for one in kept if one["dataset"]["id"] == "owner/data"]
+    found = {one["dataset"]["task_id"]: one["value"] for one in own}
+    assert found == {"two": 0.5, "one": 0.75}
+
+
+def test_the_revision_of_a_cache_is_no_part_of_its_id():
+    assert cards._published("hf://datasets/owner/answers@refs%2Fpr%2F1/cache") == "owner/answers"
+    assert cards._published("hf://datasets/owner/answers/cache@2") == "owner/answers"
+    assert cards._published("s3://bucket/cache") == ""
+
+
+OPTIONS = [
+    (["--tasks", ","], "no task is named"),
+    (["--limit", "3"], "--limit: without --tasks"),
+    (["--rouge-l", "--chat"], "--chat: without --tasks"),
+    (["--rouge-l", "--tasks", "a.yaml", "--json"], "two documents on stdout"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS)
+def test_options_that_nothing_would_follow(options, message, run_file, capsys):
+    assert command(["evaluate", str(run_file), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_prompts_that_leave_no_room(run_file, capsys):
+    assert command(["ask", str(run_file), "--plain", ""]) == 2
+    assert "a prompt of 0 tokens; expected 1 to 511" in capsys.readouterr().err
+    assert command(["ask", str(run_file), "--plain", "word " * 700]) == 2
+    assert "tokens; expected 1 to 511. Ask with another prompt" in capsys.readouterr().err
+    run = config.load(run_file)
+    teacher = run.teacher
+    assert teacher is not None
+    (found,) = answers.written(teacher, [prompt_of(508)], Generate(max_tokens=99), (767,))
+    assert len(found[0]) == 4  # an answer ends where the model's context does
+
+
+def prompt_of(length: int) -> Example:
+    tokens = np.arange(length, dtype=np.int32) + 4
+    mask = np.zeros(length, dtype=bool)
+    return Example(content_id(tokens, mask), "", "", tokens, mask)
+
+
+def test_a_task_that_cannot_be_read_is_told_before_a_model_is_loaded(run_file, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "bad.yaml").write_text("task: [1")
+    assert command(["evaluate", str(run_file), "--tasks", str(tmp_path / "bad.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "asking teacher" not in said
+    assert "the harness stopped (ParserError: while parsing a flow sequence). Mend" in said
+
+
+@pytest.mark.parametrize("label", ["teacher", "student", "before", "after"])
+def test_no_figures_stand_under_another_models_label(label, run_file):
+    run = config.load(run_file)
+    settings = Evaluate(students={label: str(run.path("student-initial"))})
+    named = run.model_copy(update={"evaluate": settings})
+    for measure in (evaluate, lambda one: answers.side_by_side(one, 1)):
+        with pytest.raises(StillroomError, match=rf"evaluate.students\]: .* called '{label}'"):
+            measure(named)
+
+
+def test_answers_in_a_script_that_rouge_does_not_read():
+    answers.check_script(["Ça été très bien, merci.", "42"], "corpus")
+    answers.check_script([""], "corpus")
+    with pytest.raises(StillroomError, match=r"reads 14% of the answers' letters"):
+        answers.check_script(["今天天气很好我们去公园吧 ok"], "corpus")

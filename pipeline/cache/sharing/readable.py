@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.hub_card import card_of
 from stillroom.pipeline.record import TeacherRecord
 
 FILE = "readable/data.parquet"
@@ -83,10 +84,13 @@ def published_card(readme: bytes, about: About, readable: bool) -> bytes:
         readme: as it lies in the cache; its words stay.
         about: replaces what stands there, where it says something.
         readable: rows that a person can read are pushed too, and shown first.
+
+    Raises:
+        CacheError: the README that is there cannot be read.
     """
     from huggingface_hub import DatasetCard
 
-    card: Any = DatasetCard(readme.decode(), ignore_metadata_errors=True)
+    card = card_of(DatasetCard, readme, "README.md of the cache")
     told = {
         "license": about.license,
         "language": list(about.languages),
@@ -97,8 +101,12 @@ def published_card(readme: bytes, about: About, readable: bool) -> bytes:
             setattr(card.data, key, value)
     if readable:
         first = {"config_name": "readable", "data_files": FILE, "default": True}
-        others = [one for one in card.data.get("configs") or [] if one["config_name"] != "readable"]
-        without = [{k: v for k, v in one.items() if k != "default"} for one in others]
+        others = [one for one in card.data.get("configs") or [] if isinstance(one, dict)]
+        without = [
+            {k: v for k, v in one.items() if k != "default"}
+            for one in others
+            if one.get("config_name") != "readable"
+        ]
         card.data.configs = [first, *without]
     return str(card).encode()
 

@@ -90,13 +90,18 @@ def form_of(model: Any) -> HeadForm:
     if head is None or not hasattr(head, "weight"):
         raise _unfit(model, "has no matrix that its logits are made with")
     if head not in _FORMS:
-        was_training, device = model.training, head.weight.device.type
-        try:
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                _FORMS[head] = _measure(model.eval(), head)
-        finally:
-            model.train(was_training)
+        _FORMS[head] = measured_form(model)
     return _FORMS[head]
+
+
+def measured_form(model: Any) -> HeadForm:
+    """`form_of` as the model is now, whatever was measured before."""
+    head, was_training = model.get_output_embeddings(), model.training
+    try:
+        with torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
+            return _measure(model.eval(), head)
+    finally:
+        model.train(was_training)
 
 
 class WatchedHead:
