@@ -29,9 +29,9 @@ from stillroom.pipeline.config import Capture, Teacher
 from stillroom.pipeline.record import Example, content_id
 from stillroom.pipeline.teacher.definition_check import Question, check_definition
 from stillroom.pipeline.teacher.rows import RowSpec
-from stillroom.pipeline.teacher.sweep.blocks import rows_within, score_block
+from stillroom.pipeline.teacher.sweep.blocks import rows_within, score_rows, usual_scratch_bytes
 from stillroom.pipeline.teacher.vllm.engine import VllmEngine
-from stillroom.pipeline.teacher.vllm.requests import SCRATCH_BYTES, one_pass
+from stillroom.pipeline.teacher.vllm.requests import one_pass
 
 K = 64
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -95,7 +95,7 @@ def run(model: str, num_prompts: int, num_tokens: int, rounds: int) -> dict[str,
         "start_seconds": start_seconds,
         "check": check.model_dump(mode="json"),
         "extra_peak_bytes": int(memory.stdout.split()[-1]),
-        "scratch_bound_bytes": SCRATCH_BYTES,
+        "scratch_bound_bytes": usual_scratch_bytes(0),
         "prompts": num_prompts,
         "prompt_tokens": num_tokens,
         "rounds": rounds,
@@ -231,10 +231,12 @@ def _extra_peak_bytes() -> int:
     hidden = torch.randn(LONG_PROMPT - 1, 64, generator=generator).bfloat16()
     targets = torch.randint(0, BIG_VOCABULARY, (LONG_PROMPT - 1,), generator=generator)
     spec = RowSpec.of(EVERYTHING)
-    block = rows_within(SCRATCH_BYTES, BIG_VOCABULARY, "cpu", spec)
+    block = rows_within(usual_scratch_bytes(0), BIG_VOCABULARY, "cpu", spec, torch.bfloat16)
+    positions = torch.arange(LONG_PROMPT)
 
     def score(count: int) -> None:
-        score_block(spec, 1, hidden[:count], targets[:count], 0, lambda h: h @ head.T, block)
+        asked = targets[:count], positions[:count], lambda h: h @ head.T, block, False
+        score_rows(spec, [(1, count)], lambda a, b: hidden[a:b], *asked)
 
     score(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -72,8 +72,9 @@ class Teacher(Table):
     """Wherever transformers runs the teacher: `auto` takes eager, which computes all that its
     config says; sdpa needs less memory and leaves out what it does not know
     (Gemma 2's soft cap)."""
-    scratch_mib: int = Field(default=256, ge=1)
-    """MiB beside the model that logits may take while a prompt is scored; not part of the plan."""
+    scratch_mib: int = Field(default=0, ge=0)
+    """MiB beside the model that logits may take while prompts are scored; 0 takes 256, and 1024 on
+    accelerators of 70 GB and more. Not part of the plan."""
 
     @field_validator("engine_args")
     @classmethod

@@ -20,9 +20,10 @@ from stillroom.pipeline.teacher.sweep.blocks import (
     CPU_ROWS,
     check_sweep,
     rows_within,
-    score_block,
+    score_rows,
     sweep_name,
     sweep_of,
+    usual_scratch_bytes,
 )
 from stillroom.pipeline.teacher.sweep.definition import sweep, uniforms
 
@@ -316,7 +317,8 @@ def test_blocks_change_nothing():
 
     def scored(block_rows: int) -> dict[str, np.ndarray]:
         logits = lambda h: (h @ head.T).float()  # noqa: E731
-        ints, floats = score_block(spec, 1, hidden, targets, 9, logits, block_rows)
+        asked = targets, torch.arange(9, 59), logits, block_rows, False
+        ints, floats = score_rows(spec, [(1, 50)], lambda a, b: hidden[a:b], *asked)
         return spec.unpack(ints.numpy(), floats.numpy())
 
     whole, pieces = scored(50), scored(7)
@@ -324,13 +326,27 @@ def test_blocks_change_nothing():
         np.testing.assert_allclose(pieces[name], whole[name], atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("device", "sweep_bytes"), [("cuda", 8), ("xpu", 44)])
-def test_block_rows_fit_the_bound(device, sweep_bytes):
-    bound, spec = 256 << 20, RowSpec(64, 16, TEMPERATURES, True, True, 0)
-    assert rows_within(bound, 151_936, "cpu", spec) == CPU_ROWS
-    assert rows_within(1, 151_936, device, spec) == 1
-    rows = rows_within(bound, 151_936, device, spec)
-    assert 0.8 * bound < rows * 151_936 * sweep_bytes <= bound
+@pytest.mark.parametrize(
+    ("device", "dtype", "sweep_bytes"),
+    [("cuda", torch.bfloat16, 4), ("cuda", torch.float32, 8), ("xpu", torch.float32, 44)],
+)
+def test_block_rows_fit_the_bound(device, dtype, sweep_bytes):
+    bound, spec = 1 << 30, RowSpec(64, 16, TEMPERATURES, True, True, 0)
+    assert rows_within(bound, 151_936, "cpu", spec, dtype) == CPU_ROWS
+    assert rows_within(1, 151_936, device, spec, dtype) == 1
+    rows = rows_within(bound, 151_936, device, spec, dtype)
+    assert 0.7 * bound < rows * 151_936 * sweep_bytes <= bound
+    assert rows % 128 == 0
+
+
+def test_a_small_bound_leaves_less_than_a_tile():
+    spec = RowSpec(64, 16, TEMPERATURES, True, True, 0)
+    assert 1 < rows_within(16 << 20, 151_936, "cuda", spec, torch.bfloat16) < 128
+
+
+def test_a_large_card_may_hold_more_logits():
+    sizes = [usual_scratch_bytes(gb * 10**9) >> 20 for gb in (0, 24, 48, 80, 141)]
+    assert sizes == [256, 256, 256, 1024, 1024]
 
 
 def test_the_sweep_follows_from_the_device_or_is_named(monkeypatch):

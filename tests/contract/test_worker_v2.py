@@ -70,15 +70,17 @@ def steps_of(prompts: list[Prompt], budget: int):
 
 
 @pytest.mark.parametrize("budget", [9, 64, 1000])
-def test_the_second_runner_says_what_the_first_says(hooks, budget):
+@pytest.mark.parametrize("across", [False, True])
+def test_the_second_runner_says_what_the_first_says(hooks, budget, across):
     worker_class, first = hooks
-    settings = first.Settings(SPEC, (1,), True, 5)
+    settings = first.Settings(SPEC, (1,), True, 5, across)
     prompts = [Prompt("a", 30, 0, 1), Prompt("b", 41, 22, 2), Prompt("c", 2, 0, 3)]
     found = _through_second(worker_class, first, settings, prompts, budget)
     assert set(found) == {"a", "b", "c"}
     for prompt in prompts:
         progress = first.Progress.of(prompt.mark(), prompt.tokens)
-        progress.score(settings, 0, prompt.hidden, [prompt.block], head)
+        asked = [(progress, 0, prompt.length, 0)]
+        first.advance(settings, asked, prompt.hidden, [prompt.block], head)
         expected = progress.finish()
         assert len(expected[0]) == prompt.length - 1 - prompt.first_row
         for ours, theirs in zip(found[prompt.name][:3], expected[:3]):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stillroom.pipeline.teacher.rows import RowSpec
-from stillroom.pipeline.teacher.sweep.blocks import check_sweep, rows_within, score_block
+from stillroom.pipeline.teacher.sweep.blocks import check_sweep, rows_within, score_rows
 
 CONTRACT = Path(__file__).parent.parent / "contract" / "test_sweeps.py"
 EVERYTHING = RowSpec(64, 16, (0.5, 1.0, 2.0, 4.0), True, True, 0)
@@ -36,10 +36,16 @@ def test_extra_memory_stays_within_the_bound():
     head = torch.randn(vocab_size, 64, device="cuda", dtype=torch.bfloat16)
     hidden = torch.randn(4096, 64, device="cuda", dtype=torch.bfloat16)
     targets = torch.randint(0, vocab_size, (4096,), device="cuda")
-    block = rows_within(bound, vocab_size, "cuda", EVERYTHING)
-    score_block(EVERYTHING, 1, hidden[:2], targets[:2], 0, lambda h: h @ head.T, block)
+    block = rows_within(bound, vocab_size, "cuda", EVERYTHING, head.dtype)
+    positions = torch.arange(4096, device="cuda")
+
+    def score(count: int) -> None:
+        asked = targets[:count], positions[:count], lambda h: h @ head.T, block, True
+        score_rows(EVERYTHING, [(1, count)], lambda a, b: hidden[a:b], *asked)
+
+    score(2)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    score_block(EVERYTHING, 1, hidden, targets, 0, lambda h: h @ head.T, block)
+    score(4096)
     assert torch.cuda.max_memory_allocated() - before <= bound

@@ -1,14 +1,14 @@
 """From hidden states to rows in bounded memory: the LM head and the sweep, block by block.
 
 One idea: a block is as many rows as the memory bound allows and the caches like, so [rows,
-vocabulary] never exists for a whole prompt. Which sweep reads it follows from where the logits lie,
+vocabulary] never exists for a whole step. Which sweep reads it follows from where the logits lie,
 `sweep_cpu` on a CPU, `sweep_triton` on a GPU, `sweep` elsewhere, unless STILLROOM_SWEEP names one
 (numba, triton or torch).
 """
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -24,60 +24,98 @@ Sweep = Callable[
 SWEEP_VARIABLE = "STILLROOM_SWEEP"
 CPU_ROWS = 128
 """Enough rows for the head's matrix product to be efficient, few enough to stay in cache."""
-BYTES_PER_LOGIT = {"numba": 6, "triton": 8, "torch": 44}
-"""Logits in at most float32 and their temporaries: `sweep_cpu` widens row by row, a head may copy
-once (soft cap, gathering of ranks), `sweep` makes float32 copies, int64 sort keys and float64
-weights."""
+TILE_ROWS = 128
+"""What a tensor core's matrix product computes at a time, or divides."""
+LARGE_CARD = 70 * 10**9
+BYTES_PER_LOGIT = {"numba": 6, "triton": 0, "torch": 44}
+"""Logits in at most float32 and their temporaries: `sweep_cpu` widens row by row, `sweep` makes
+float32 copies, int64 sort keys and float64 weights. What the Triton sweep needs follows from the
+logits' dtype: see `rows_within`."""
 MOST_DIFFERENCE = 1e-3
 
 
-def score_block(
+def score_rows(
     spec: RowSpec,
-    key: int,
-    hidden: torch.Tensor,
+    runs: Sequence[tuple[int, int]],
+    take: Callable[[int, int], torch.Tensor],
     targets: torch.Tensor,
-    first_row: int,
+    positions: torch.Tensor,
     logits_fn: Callable[[torch.Tensor], torch.Tensor],
     block_rows: int,
+    across: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signals of consecutive rows.
+    """Signals of R rows, of one request or of several.
 
     Args:
-        hidden: [R, H], what the LM head reads.
+        runs: (key of the draws, number of rows), in the rows' order: one for each request.
+        take: (first, last) -> [last - first, H], the states of those rows, which the head reads.
         targets: int64 [R], the tokens that follow.
-        first_row: row index of `hidden[0]` in its example.
+        positions: int64 [R], of the rows in their examples.
         logits_fn: [r, H] -> logits [r, V]; a collective under tensor parallelism, so every rank
             calls it equally often.
         block_rows: rows to score at a time, see `rows_within`.
+        across: a block may hold rows of several requests.
 
     Returns:
         (ints, floats), see `rows`.
     """
     done = []
-    sweep_rows = sweep_of(hidden.device.type)
-    for start in range(0, len(hidden), block_rows):
-        logits = logits_fn(hidden[start : start + block_rows])  # [r, V]
-        positions = torch.arange(start, start + len(logits), device=logits.device) + first_row
-        target = targets[start : start + len(logits)]
-        done.append(sweep_rows(logits, target, positions, key, spec))
+    sweep_rows = sweep_of(targets.device.type)
+    for block in _blocks(runs, block_rows, across):
+        first, last = block[0][1], block[-1][2]
+        logits = logits_fn(take(first, last))  # [r, V]
+        for key, start, stop in block:
+            own = logits[start - first : stop - first]
+            asked = own, targets[start:stop], positions[start:stop]
+            done.append(sweep_rows(*asked, key, spec))
     ints, floats = zip(*done)
     return torch.cat(ints), torch.cat(floats)
 
 
-def rows_within(scratch_bytes: int, vocab_size: int, device: str, spec: RowSpec) -> int:
-    """Rows whose logits and temporaries fit the bound; at least one."""
-    fitting = max(1, scratch_bytes // _bytes_of_row(vocab_size, device, spec))
-    return min(fitting, CPU_ROWS) if device == "cpu" else fitting
+def _blocks(
+    runs: Sequence[tuple[int, int]], block_rows: int, across: bool
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Blocks of at most so many rows, each as (key, first row, row after the last)."""
+    block, room, start = [], block_rows, 0
+    for key, count in runs:
+        end = start + count
+        while start < end:
+            stop = min(end, start + room)
+            block.append((key, start, stop))
+            room, start = room - (stop - start), stop
+            if room == 0 or not across:
+                yield block
+                block, room = [], block_rows
+    if block:
+        yield block
 
 
-def _bytes_of_row(vocab_size: int, device: str, spec: RowSpec) -> int:
+def rows_within(
+    scratch_bytes: int, vocab_size: int, device: str, spec: RowSpec, dtype: torch.dtype
+) -> int:
+    """Rows whose logits, of this dtype, and temporaries fit the bound; at least one.
+
+    Off the CPU whole tiles of a matrix product, where there is room for one.
+    """
+    fitting = max(1, scratch_bytes // _bytes_of_row(vocab_size, device, spec, dtype))
+    if device == "cpu":
+        return min(fitting, CPU_ROWS)
+    return fitting // TILE_ROWS * TILE_ROWS or fitting
+
+
+def _bytes_of_row(vocab_size: int, device: str, spec: RowSpec, dtype: torch.dtype) -> int:
     name = sweep_name(device)
-    scratch = 0
-    if name == "triton":
-        from stillroom.pipeline.teacher.sweep.gpu import scratch_bytes_per_row
+    if name != "triton":
+        return BYTES_PER_LOGIT[name] * vocab_size
+    from stillroom.pipeline.teacher.sweep.gpu import scratch_bytes_per_row
 
-        scratch = scratch_bytes_per_row(vocab_size, spec.k)
-    return BYTES_PER_LOGIT[name] * vocab_size + scratch
+    # The logits, and once more: a head may copy (soft cap, gathering of ranks).
+    return 2 * dtype.itemsize * vocab_size + scratch_bytes_per_row(vocab_size, spec.k)
+
+
+def usual_scratch_bytes(card_bytes: int) -> int:
+    """What logits may take, by the accelerator's memory; 0 on a CPU."""
+    return 1 << 30 if card_bytes >= LARGE_CARD else 256 << 20
 
 
 def sweep_name(device: str) -> SweepName:

@@ -30,6 +30,9 @@ from stillroom.pipeline.teacher.vllm.starting import import_vllm, start_vllm
 
 VLLM_VERSION = "0.32.0"
 USUAL_STEP_TOKENS = 8192
+NO_GRAPHS = {"cudagraph_mode": "NONE"}
+"""Nothing is ever decoded, and steps are longer than those that vLLM records as CUDA graphs, which
+would cost start-up time and memory; compiled code is kept."""
 LOADING = {"worker_extension_cls": "stillroom.pipeline.teacher.vllm.loading.WorkerExtension"}
 """What every engine is started with, so that weights which nothing was loaded into are found."""
 
@@ -58,6 +61,7 @@ class VllmEngine:
         self._capture, self._pictures = capture, pictures
         self._requests = requests_for(capture, teacher)
         arguments = vllm_arguments(teacher, self.shape.context, max_tokens, batch_scale)
+        arguments = {"compilation_config": NO_GRAPHS} | arguments
         needed: dict[str, Any] = LOADING | {"enable_prefix_caching": False}
         if pictures is not None:
             check_served(teacher)

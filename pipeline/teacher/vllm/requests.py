@@ -17,15 +17,13 @@ from stillroom.pipeline.teacher import protocol
 from stillroom.pipeline.teacher.rows import MARK, RowSpec, draw_key
 from stillroom.pipeline.teacher.sweep.definition import sweep
 
-SCRATCH_BYTES = 256 << 20
-
 
 class MarkedRequests:
     """Answered by `vllm.worker`; needs exactly the release that module was written for."""
 
     in_flight_tokens = 1 << 17
 
-    def __init__(self, capture: Capture, scratch_bytes: int = SCRATCH_BYTES):
+    def __init__(self, capture: Capture, scratch_bytes: int = 0):
         self._capture, self._spec = capture, RowSpec.of(capture)
         self._scratch_bytes = scratch_bytes
         self._layers = sorted(layer for layer in capture.hidden_layers if layer != "final")

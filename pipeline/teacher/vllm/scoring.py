@@ -1,22 +1,28 @@
-"""One marked request inside vLLM's worker: its settings, its progress, its rows.
+"""Marked requests inside vLLM's worker: their settings, their progress, their rows.
 
-One idea: what both of vLLM's model runners share. A request that carries our mark is scored from
-the step's hidden states, only the rows asked for, in blocks that bound memory; the hooks that bring
-the states here are in `worker` (first runner) and `worker_v2`.
+One idea: what both of vLLM's model runners share. Requests that carry our mark are scored from the
+step's hidden states, only the rows asked for, all of a step together (`teacher.step`); the hooks
+that bring the states here are in `worker` (first runner) and `worker_v2`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tp_group,
+)
 from vllm.model_executor.models.interfaces import EagleModelMixin
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import reserve_aux_intermediate_tensor_slots
 
 from stillroom.pipeline.teacher.rows import MARK, RowSpec
-from stillroom.pipeline.teacher.sweep.blocks import check_sweep, rows_within, score_block
+from stillroom.pipeline.teacher.step import Share, by_share, score_step
+from stillroom.pipeline.teacher.sweep.blocks import check_sweep, rows_within, usual_scratch_bytes
 from stillroom.pipeline.teacher.vllm.block_states import BlockStates
 
 
@@ -28,38 +34,48 @@ class Settings:
         spec: signals of a row.
         layers: blocks (1-based) whose output is kept, then whether the final state is kept too.
         final: keep the state that the LM head reads.
-        block_rows: rows to score at a time.
+        block_rows: rows to score at a time, the same on every rank.
+        across: a block may hold rows of several requests.
     """
 
     spec: RowSpec
     layers: tuple[int, ...]
     final: bool
     block_rows: int
-
-    @classmethod
-    def of(cls, vllm_config) -> "Settings | None":
-        """Those of an engine, or None where it is not one of ours."""
-        data = (vllm_config.additional_config or {}).get(MARK)
-        if data is None:
-            return None
-        spec = RowSpec.from_json(data["spec"])
-        vocab_size = vllm_config.model_config.get_vocab_size()
-        device = vllm_config.device_config.device_type
-        block_rows = rows_within(data["scratch_bytes"], vocab_size, device, spec)
-        return cls(spec, tuple(data["layers"]), data["final"], block_rows)
+    across: bool = False
 
     @classmethod
     def checked(cls, vllm_config, device: torch.device) -> "Settings | None":
-        """The same, when an accelerator has shown that it sweeps right.
+        """Those of an engine, or None where it is not one of ours; every rank calls this once.
 
         Raises:
-            TeacherError: it does not.
+            TeacherError: an accelerator does not sweep right.
         """
-        settings = cls.of(vllm_config)
-        if settings is not None and device.type != "cpu":
-            vocab_size = vllm_config.model_config.get_vocab_size()
-            check_sweep(vocab_size, device.type, settings.spec)
-        return settings
+        data = (vllm_config.additional_config or {}).get(MARK)
+        if data is None:
+            return None
+        spec, model = RowSpec.from_json(data["spec"]), vllm_config.model_config
+        vocab_size = model.get_vocab_size()
+        if device.type != "cpu":
+            check_sweep(vocab_size, device.type, spec)
+        scratch = data["scratch_bytes"] or usual_scratch_bytes(_memory_of(device))
+        rows = rows_within(scratch, vocab_size, device.type, spec, model.head_dtype)
+        across = device.type != "cpu"
+        return cls(spec, tuple(data["layers"]), data["final"], _least_of_ranks(rows), across)
+
+
+def _memory_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def _least_of_ranks(rows: int) -> int:
+    """Of unlike cards: the head is a collective, so all ranks must cut alike."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return rows
+    least = torch.tensor(rows)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return int(least)
 
 
 @dataclass(slots=True)
@@ -68,7 +84,7 @@ class Progress:
 
     Attributes:
         key: see `rows.draw_key`.
-        tokens: int64 [L] on the device.
+        tokens: int64 [L], on the host or on the device.
         first_row: first row to score.
         positions: sorted positions whose hidden states are kept.
         parts: what the steps so far have given.
@@ -86,39 +102,21 @@ class Progress:
         positions = np.frombuffer(mark["positions"], dtype=np.int32)
         return cls(mark["key"], tokens.to(torch.int64), mark["first_row"], positions)
 
-    def score(self, settings: Settings, start: int, hidden, states, logits_fn) -> None:
-        """Take the rows of one step.
+    def share(self, start: int, count: int, offset: int) -> Share | None:
+        """What of a step is to be scored; None where nothing is.
 
         Args:
-            start: position of the step's first token.
-            hidden: [n, H], the states that the LM head reads.
-            states: [n, H] of each of `settings.layers`.
-            logits_fn: hidden [r, H] -> logits [r, V].
+            start: position of its first token in the step.
+            count: of its tokens in the step.
+            offset: the first one's row among the step's states.
         """
-        stop = min(start + len(hidden), len(self.tokens) - 1)  # nothing follows the last token
+        stop = min(start + count, len(self.tokens) - 1)  # nothing follows the last token
         first = max(start, self.first_row)
         if first >= stop:
-            return
-        rows = score_block(
-            settings.spec,
-            self.key,
-            hidden[first - start : stop - start],
-            self.tokens[first + 1 : stop + 1],  # the shift: row t meets token t + 1
-            first,
-            logits_fn,
-            settings.block_rows,
-        )
-        kept = self._kept_states(settings, start, stop, hidden, states)
-        if get_tensor_model_parallel_rank() == 0:  # the rank whose answer goes to the driver
-            self.parts.append(tuple(part.cpu() for part in (*rows, kept)))
-
-    def _kept_states(self, settings, start: int, stop: int, hidden, states) -> torch.Tensor:
-        """[P, layers, H]: states at the kept positions of this step."""
+            return None
+        targets = self.tokens[first + 1 : stop + 1]  # the shift: row t meets token t + 1
         low, high = np.searchsorted(self.positions, (start, stop))
-        at = torch.as_tensor(self.positions[low:high] - start, dtype=torch.long)  # within this step
-        kept = [state[at.to(state.device)] for state in states]
-        kept += [hidden[at.to(hidden.device)]] if settings.final else []
-        return torch.stack(kept, 1) if kept else hidden.new_empty((len(at), 0, 0))
+        return Share(self.key, offset - start, first, stop, targets, self.positions[low:high])
 
     def finish(self) -> LogprobsTensors | None:
         """Everything, in the three tensors that vLLM carries to the driver; forgets the parts."""
@@ -127,6 +125,34 @@ class Progress:
             return None
         ints, floats, states = (torch.cat(tensors) for tensors in zip(*parts))
         return LogprobsTensors(ints, floats, states)
+
+
+def advance(
+    settings: Settings,
+    asked: Sequence[tuple[Progress, int, int, int]],
+    hidden: torch.Tensor,
+    states: Sequence[torch.Tensor] | None,
+    logits_fn: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Take the rows of one step, of all marked requests in it.
+
+    Args:
+        asked: each request with what `Progress.share` is told.
+        hidden: [n, H], the states that the LM head reads.
+        states: [n, H] of each of `settings.layers`.
+        logits_fn: hidden [r, H] -> logits [r, V].
+    """
+    due = [(progress, progress.share(*place)) for progress, *place in asked]
+    due = [(progress, share) for progress, share in due if share is not None]
+    if not due:
+        return
+    shares = [share for _, share in due]
+    kept = [*(states or ()), *([hidden] if settings.final else [])]
+    blocks = settings.block_rows, settings.across
+    said = score_step(settings.spec, shares, hidden, kept, logits_fn, *blocks)
+    if get_tensor_model_parallel_rank() == 0:  # the rank whose answer goes to the driver
+        for (progress, _), part in zip(due, by_share(shares, said)):
+            progress.parts.append(part)
 
 
 def mark_of(sampling_params) -> dict | None:

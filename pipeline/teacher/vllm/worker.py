@@ -19,7 +19,13 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from stillroom.pipeline.teacher.vllm import loading  # noqa: F401  (measures what was loaded)
-from stillroom.pipeline.teacher.vllm.scoring import Progress, Settings, ask_for_blocks, mark_of
+from stillroom.pipeline.teacher.vllm.scoring import (
+    Progress,
+    Settings,
+    advance,
+    ask_for_blocks,
+    mark_of,
+)
 
 
 class WorkerExtension:
@@ -44,33 +50,28 @@ def _prompt_logprobs(self, hidden_states, num_scheduled_tokens):
     # Out of vLLM's sight while it answers the others; the unfinished ones go back afterwards.
     held = {req_id: wanted.pop(req_id) for req_id in marks if marks[req_id]}
     answers = _their_prompt_logprobs(self, hidden_states, num_scheduled_tokens)
-    for req_id, mark in ours.items():
-        done, answer = _score_request(self, req_id, mark, hidden_states, num_scheduled_tokens)
-        if done:
+    asked = [_asked(self, req_id, mark, num_scheduled_tokens) for req_id, mark in ours.items()]
+    settings, states = self.stillroom_settings, self.stillroom_states
+    advance(settings, asked, hidden_states, states, self.model.compute_logits)
+    for req_id, (progress, start, count, _) in zip(ours, asked):
+        if start + count >= len(progress.tokens):
             del held[req_id]
-            answers[req_id] = answer
+            self.requests[req_id].in_progress_prompt_logprobs_cpu = None
+            answers[req_id] = progress.finish()
     wanted.update(held)
     return answers
 
 
-def _score_request(self, req_id: str, mark: dict, hidden_states, num_scheduled_tokens):
-    """(whether the prompt is complete, its answer) after one step of the V1 runner."""
+def _asked(self, req_id: str, mark: dict, num_scheduled_tokens) -> tuple[Progress, int, int, int]:
+    """What `advance` is told of a request in a step of the V1 runner."""
     request = self.requests[req_id]
     start, count = request.num_computed_tokens, num_scheduled_tokens[req_id]
     progress = request.in_progress_prompt_logprobs_cpu
     if progress is None or start == 0:  # start 0 again: it was preempted
-        tokens = torch.tensor(request.prompt_token_ids, dtype=torch.int64, device=self.device)
-        progress = Progress.of(mark, tokens)
+        progress = Progress.of(mark, torch.tensor(request.prompt_token_ids, dtype=torch.int64))
         request.in_progress_prompt_logprobs_cpu = progress
     offset = self.query_start_loc.np[self.input_batch.req_id_to_index[req_id]].item()
-    rows = slice(offset, offset + count)  # of the step's hidden states [n, H]
-    states = [state[rows] for state in self.stillroom_states or ()]
-    settings = self.stillroom_settings
-    progress.score(settings, start, hidden_states[rows], states, self.model.compute_logits)
-    if start + count < len(progress.tokens):
-        return False, None
-    request.in_progress_prompt_logprobs_cpu = None
-    return True, progress.finish()
+    return progress, start, count, offset
 
 
 def _setup(self) -> None:

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from vllm.distributed.parallel_state import get_pp_group
 
-from stillroom.pipeline.teacher.vllm.scoring import Progress, Settings, ask_for_blocks, mark_of
+from stillroom.pipeline.teacher.vllm.scoring import (
+    Progress,
+    Settings,
+    advance,
+    ask_for_blocks,
+    mark_of,
+)
 
 
 def install() -> None:
@@ -43,7 +49,7 @@ def install_on_prompt_worker() -> None:
 def _loading(theirs):
     def load_model(self, *args, **kwargs):
         theirs(self, *args, **kwargs)
-        settings = Settings.checked(self.vllm_config, self.device)
+        self.stillroom_settings = settings = Settings.checked(self.vllm_config, self.device)
         if settings is not None and settings.layers:
             blocks = ask_for_blocks(self.model, settings.layers, self.vllm_config)
             self.stillroom_blocks = blocks
@@ -56,7 +62,7 @@ def _sampling(theirs):
     def sample_tokens(self, *args, **kwargs):
         if self.prompt_logprobs_worker is not None and self.execute_model_state is not None:
             worker = self.prompt_logprobs_worker
-            worker.stillroom_settings = Settings.of(self.vllm_config)
+            worker.stillroom_settings = self.stillroom_settings
             blocks = getattr(self, "stillroom_blocks", None)
             theirs = self.execute_model_state.aux_hidden_states
             worker.stillroom_states = theirs if blocks is None else blocks.states()
@@ -91,14 +97,15 @@ def _computing(theirs):
         answers = theirs(
             self, logits_fn, hidden_states, batch, all_token_ids, num_computed_tokens, prompt_lens
         )
-        for i, req_id in enumerate(batch.req_ids):
-            row = batch.idx_mapping_np[i]
-            if req_id not in _marks(self) or _is_answered(batch, i, prompt_lens[row]):
-                continue
-            tokens = all_token_ids[row, : prompt_lens[row]]
-            answer = _score(self, req_id, tokens, i, batch, hidden_states, logits_fn)
-            if answer is not None:
-                answers[req_id] = answer
+        asked = _asked(self, batch, all_token_ids, prompt_lens)
+        if asked:
+            settings, states = self.stillroom_settings, self.stillroom_states
+            advance(settings, list(asked.values()), hidden_states, states, logits_fn)
+        for req_id, (progress, start, count, _) in asked.items():
+            if start + count >= len(progress.tokens):
+                answer = _progress(self).pop(req_id).finish()
+                if answer is not None:
+                    answers[req_id] = answer
         return answers
 
     return compute_prompt_logprobs
@@ -112,18 +119,20 @@ def _is_answered(batch, i: int, prompt_len: int) -> bool:
     )
 
 
-def _score(self, req_id: str, tokens: torch.Tensor, i: int, batch, hidden_states, logits_fn):
-    """The answer if this step completes the prompt, else None."""
-    start = int(batch.num_computed_prefill_tokens_np[i])
-    progress = _progress(self).get(req_id)
-    if progress is None or start == 0:  # start 0 again: it was preempted
-        progress = Progress.of(_marks(self)[req_id], tokens)
-        _progress(self)[req_id] = progress
-    rows = slice(int(batch.query_start_loc_np[i]), int(batch.query_start_loc_np[i + 1]))
-    states = [state[rows] for state in self.stillroom_states or ()]
-    progress.score(self.stillroom_settings, start, hidden_states[rows], states, logits_fn)
-    done = start + rows.stop - rows.start >= len(tokens)
-    return _progress(self).pop(req_id).finish() if done else None
+def _asked(self, batch, all_token_ids: torch.Tensor, prompt_lens) -> dict[str, tuple]:
+    """What `advance` is told of each marked request in a step."""
+    asked = {}
+    for i, req_id in enumerate(batch.req_ids):
+        row = batch.idx_mapping_np[i]
+        if req_id not in _marks(self) or _is_answered(batch, i, prompt_lens[row]):
+            continue
+        start = int(batch.num_computed_prefill_tokens_np[i])
+        if start == 0 or req_id not in _progress(self):  # start 0 again: it was preempted
+            tokens = all_token_ids[row, : prompt_lens[row]]
+            _progress(self)[req_id] = Progress.of(_marks(self)[req_id], tokens)
+        offset, stop = (int(place) for place in batch.query_start_loc_np[i : i + 2])
+        asked[req_id] = _progress(self)[req_id], start, stop - offset, offset
+    return asked
 
 
 def _marks(worker) -> dict[str, dict]:
