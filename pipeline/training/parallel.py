@@ -140,13 +140,7 @@ class Parallel:
         """The module to call in training: the same one, or its DDP or FSDP2 form."""
         if train.parallel == "fsdp":
             return self._sharded(distiller, train.precision)
-        if self.world_size == 1:
-            return distiller
-        whole = all(term.spec.unit == "row" for term in distiller.terms)
-        # Only rows are in every batch: without positions or images a projector gets no gradient.
-        return nn.parallel.DistributedDataParallel(
-            distiller, find_unused_parameters=not whole, broadcast_buffers=False
-        )
+        return distiller if self.world_size == 1 else replicated(distiller)
 
     def _sharded(self, distiller: Any, precision: str) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
@@ -162,6 +156,18 @@ class Parallel:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(distiller, mesh=mesh, mp_policy=policy)
         return distiller
+
+
+def replicated(distiller: Any) -> Any:
+    """The DDP form of a module; its gradients lie in the buckets that travel, and nowhere else."""
+    whole = all(term.spec.unit == "row" for term in distiller.terms)
+    # Only rows are in every batch: without positions or images a projector gets no gradient.
+    return nn.parallel.DistributedDataParallel(
+        distiller,
+        find_unused_parameters=not whole,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
 
 
 def _check_surroundings(told: Mapping[str, str]) -> None:

@@ -154,8 +154,9 @@ class Stepper:
             self._microbatch(batch, weights, scale, done, last=place == len(batches) - 1)
             for place, (batch, (weights, _)) in enumerate(zip(batches, weighed))
         ]
-        values = self._finite(number, batches, torch.stack(found).cpu())
-        norm = self._update(number, batches)
+        norm = self._clip()
+        values, norm = self._judged(number, batches, torch.stack(found), norm)
+        self._update(number)
         reports, warnings = reports_of(self.distiller, self.parallel.sum)
         means = self._means(values, done)
         loss = float(values[[bool(term.weight(done)) for term in self._terms]].sum())
@@ -226,14 +227,33 @@ class Stepper:
             values.sum().backward()
         return values.detach()
 
-    def _finite(self, number: int, batches, found: torch.Tensor) -> torch.Tensor:
-        """The step's values over all ranks; stops, naming examples, when one is not finite."""
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradients; their norm before, still on the device."""
+        parameters = [parameter for _, parameter in trainable(self.distiller)]
+        return whole(nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf))
+
+    def _judged(self, number: int, batches, found: torch.Tensor, norm: torch.Tensor):
+        """The step's values over all ranks and the gradient's norm, finite both; the one time that
+        a step waits for the device.
+
+        Args:
+            found: [microbatches, objectives] of this rank.
+
+        Raises:
+            StudentError: names examples.
+        """
+        # float64 holds either to the bit.
+        told = torch.cat([found.double().flatten(), norm.double().reshape(1)]).cpu()
+        found = told[:-1].view(found.shape)
         # Divided by the ranks, with which `scales` has multiplied for the gradients' sake.
-        values = self.parallel.sum(found.double().sum(dim=0)) / self.parallel.world_size
-        if torch.isfinite(values).all():
-            return values
-        bad = [b.example_ids for b, row in zip(batches, found) if not torch.isfinite(row).all()]
-        raise self._not_finite(f"loss of step {number + 1}", float(values.sum()), bad)
+        values = self.parallel.sum(found.sum(dim=0)) / self.parallel.world_size
+        if not torch.isfinite(values).all():
+            bad = [b.example_ids for b, row in zip(batches, found) if not torch.isfinite(row).all()]
+            raise self._not_finite(f"loss of step {number + 1}", float(values.sum()), bad)
+        if not torch.isfinite(told[-1]):
+            every = [batch.example_ids for batch in batches]
+            raise self._not_finite(f"gradient of step {number + 1}", float(told[-1]), every)
+        return values, float(told[-1])
 
     def _not_finite(self, what: str, value: float, examples: list[tuple[str, ...]]) -> StudentError:
         """The error that names the examples of all ranks."""
@@ -244,21 +264,15 @@ class Stepper:
             remedy="The last good checkpoint is kept; lower learning_rate or look at these texts.",
         )
 
-    def _update(self, number: int, batches: list[DistillBatch]) -> float:
-        """Clip, step, average; returns the gradient's norm before clipping."""
-        parameters = [parameter for _, parameter in trainable(self.distiller)]
-        limit = self.settings.clip or math.inf
-        norm = float(whole(nn.utils.clip_grad_norm_(parameters, limit)))
-        if not math.isfinite(norm):
-            every = [batch.example_ids for batch in batches]
-            raise self._not_finite(f"gradient of step {number + 1}", norm, every)
+    def _update(self, number: int) -> None:
+        """Step with the clipped gradients, average."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate(self.settings, number)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        parameters = [parameter for _, parameter in trainable(self.distiller)]
         for parameter, average in zip(parameters, self.averages):
             average.lerp_(parameter.detach(), 1 - self.settings.ema)
-        return norm
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from stillroom.cache_schemas.errors import TeacherError
 
@@ -17,11 +16,17 @@ from stillroom.cache_schemas.errors import TeacherError
 def decoder_of(model: Any) -> Any:
     """The part that turns tokens into final hidden states; it does not hold the head."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    if found is not model or not isinstance(model, PreTrainedModel):
+    if found is not model or not _is_of_transformers(model):
         return found
     blocks = _list_in(model)  # Llama 4 does not know its decoder's name
     owners = (part for part in model.modules() if any(own is blocks for own in part.children()))
     return next(owners, found)
+
+
+def _is_of_transformers(model: Any) -> bool:
+    """Whether it is a PreTrainedModel; asked without the import, for students of plain torch."""
+    kinds = ((kind.__module__.split(".")[0], kind.__name__) for kind in type(model).__mro__)
+    return ("transformers", "PreTrainedModel") in kinds
 
 
 def find_blocks(model: Any) -> nn.ModuleList | None:
