@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.teacher.rows import RowSpec
 
 pytestmark = pytest.mark.vllm
@@ -124,3 +125,51 @@ def _batch(step, rows, lengths) -> SimpleNamespace:
         query_start_loc_np=np.concatenate([[0], np.cumsum(counts)]),
         prefill_len_np=lengths[index],
     )
+
+
+def _config(vocab_size=300, **settings) -> SimpleNamespace:
+    """What the worker reads of vLLM's configuration."""
+    told = {"spec": SPEC.to_json(), "layers": [1], "final": True, "scratch_bytes": 0} | settings
+    model = SimpleNamespace(get_vocab_size=lambda: vocab_size, head_dtype=torch.bfloat16)
+    return SimpleNamespace(additional_config={"stillroom": told}, model_config=model)
+
+
+def _ranks(scoring, patch, world_size=1, least=None):
+    group = SimpleNamespace(world_size=world_size, cpu_group=None)
+    patch.setattr(scoring, "get_tp_group", lambda: group)
+    told = lambda rows, *_, **__: rows.fill_(least)  # noqa: E731
+    patch.setattr(torch.distributed, "all_reduce", told)
+
+
+def test_a_cpu_cuts_at_requests_and_ranks_cut_alike(hooks, monkeypatch):
+    _, scoring = hooks
+    _ranks(scoring, monkeypatch)
+    settings = scoring.Settings.checked(_config(), torch.device("cpu"))
+    assert (settings.block_rows, settings.across) == (128, False)
+    _ranks(scoring, monkeypatch, world_size=2, least=64)
+    assert scoring.Settings.checked(_config(), torch.device("cpu")).block_rows == 64
+    nothing = SimpleNamespace(additional_config={})
+    assert scoring.Settings.checked(nothing, torch.device("cpu")) is None
+
+
+def test_an_accelerator_without_a_sweep_is_told_what_works(hooks, monkeypatch):
+    _, scoring = hooks
+    _ranks(scoring, monkeypatch)
+
+    def does_not_compile(*_):
+        raise RuntimeError("PTX was compiled for a later device")
+
+    monkeypatch.setattr(scoring, "check_sweep", does_not_compile)
+    told = r"xpu: the torch sweep does not run here \(PTX was .*STILLROOM_SWEEP=torch.*8\.0"
+    with pytest.raises(TeacherError, match=told):
+        scoring.Settings.checked(_config(), torch.device("xpu"))
+    monkeypatch.setattr(scoring, "check_sweep", lambda *_: None)
+    assert scoring.Settings.checked(_config(), torch.device("xpu")).across
+
+
+def test_shares_of_a_prompt_give_no_hidden_layers(hooks):
+    """The second runner puts final states back into order before it samples, and only those."""
+    _, scoring = hooks
+    shared = SimpleNamespace(prefill_context_parallel_size=2)
+    with pytest.raises(RuntimeError, match=r"Linear come in another order.*tensor_parallel_size"):
+        scoring.ask_for_blocks(torch.nn.Linear(1, 1), (1,), SimpleNamespace(parallel_config=shared))

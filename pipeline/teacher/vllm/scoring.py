@@ -20,9 +20,16 @@ from vllm.model_executor.models.interfaces import EagleModelMixin
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import reserve_aux_intermediate_tensor_slots
 
+from stillroom.cache_schemas.errors import StillroomError, TeacherError, first_line
 from stillroom.pipeline.teacher.rows import MARK, RowSpec
 from stillroom.pipeline.teacher.step import Share, by_share, score_step
-from stillroom.pipeline.teacher.sweep.blocks import check_sweep, rows_within, usual_scratch_bytes
+from stillroom.pipeline.teacher.sweep.blocks import (
+    SWEEP_VARIABLE,
+    check_sweep,
+    rows_within,
+    sweep_name,
+    usual_scratch_bytes,
+)
 from stillroom.pipeline.teacher.vllm.block_states import BlockStates
 
 
@@ -57,11 +64,27 @@ class Settings:
         spec, model = RowSpec.from_json(data["spec"]), vllm_config.model_config
         vocab_size = model.get_vocab_size()
         if device.type != "cpu":
-            check_sweep(vocab_size, device.type, spec)
+            _check_device(vocab_size, device, spec)
         scratch = data["scratch_bytes"] or usual_scratch_bytes(_memory_of(device))
         rows = rows_within(scratch, vocab_size, device.type, spec, model.head_dtype)
         across = device.type != "cpu"
         return cls(spec, tuple(data["layers"]), data["final"], _least_of_ranks(rows), across)
+
+
+def _check_device(vocab_size: int, device: torch.device, spec: RowSpec) -> None:
+    """Refuse a device whose sweep errs, or does not so much as run: too old, say, for Triton."""
+    try:
+        check_sweep(vocab_size, device.type, spec)
+    except StillroomError:
+        raise
+    except Exception as error:  # of a compiler or a driver
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        raise TeacherError(
+            f"the {sweep_name(device.type)} sweep does not run here ({first_line(error)})",
+            where=name,
+            remedy=f"Set {SWEEP_VARIABLE}=torch, which needs no Triton and is slower; Triton "
+            "compiles for compute capability 8.0 and later.",
+        ) from error
 
 
 def _memory_of(device: torch.device) -> int:
@@ -172,6 +195,11 @@ def ask_for_blocks(model: Any, layers: tuple[int, ...], vllm_config: Any) -> Blo
     Raises:
         RuntimeError: vLLM's model does not give them, or its pipeline stages lose them.
     """
+    if vllm_config.parallel_config.prefill_context_parallel_size > 1:
+        raise RuntimeError(
+            f"hidden layers of {type(model).__name__} come in another order under"
+            " prefill_context_parallel_size: leave it out, or use tensor_parallel_size"
+        )
     decoders = [part for part in model.modules() if isinstance(part, EagleModelMixin)]
     if not decoders:
         return BlockStates(model, layers, vllm_config)
