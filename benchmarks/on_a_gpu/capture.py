@@ -93,10 +93,13 @@ def one_step(scale: Scale) -> dict[str, Any]:
     return {"wrong": wrong}
 
 
-def teacher_bits(scale: Scale) -> dict[str, Any]:
-    """The sweep is its definition at real widths and at odd ones, to the bit from call to call."""
+WIDTHS = {"even": (151_936, 49_152), "odd": (50_257, 49_155)}
+
+
+def teacher_bits(scale: Scale, which: str) -> dict[str, Any]:
+    """The sweep is its definition, and to the bit the same from call to call."""
     wrong = []
-    for words in scale.pick((151_936, 49_152, 50_257, 49_155), (129,)):
+    for words in scale.pick(WIDTHS[which], (129,)):
         for name, spec in SPECS.items():
             logits = 3 * torch.randn(scale.pick(512, 2), words, device=scale.device)
             for given in (logits, logits.bfloat16()):

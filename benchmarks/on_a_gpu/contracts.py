@@ -14,18 +14,22 @@ from typing import Any
 
 from benchmarks.on_a_gpu.processes import run_within
 from benchmarks.on_a_gpu.scale import Scale
-from benchmarks.on_a_gpu.sections import SKIPPED
+from benchmarks.on_a_gpu.sections import SKIPPED, UNFINISHED
 
+VALUES = "value_and_gradient or every_option or temperature_cap"
+TOPK = "contract/test_topk_divergence.py"
 SUITES = {
-    "topk": ("contract/test_topk_divergence.py", "without_words_counts"),
-    "packed": ("contract/test_packed_topk.py", "chunk"),
-    "dense": ("contract/test_linear_divergence.py", "chunk"),
-    "hard": ("contract/test_cross_entropy_beside.py", ""),
-    "sweeps": ("contract/test_sweeps.py", "ties_are_broken"),
-    "step": ("contract/test_step.py", "full_blocks"),
-    "gpu": ("gpu", ""),
+    "values": (TOPK, VALUES, "every_option and truncate"),
+    "options": (TOPK, f"not ({VALUES})", "without_words_counts"),
+    "packed": ("contract/test_packed_topk.py", "", "chunk"),
+    "dense": ("contract/test_linear_divergence.py", "", "chunk"),
+    "hard": ("contract/test_cross_entropy_beside.py", "", ""),
+    "sweeps": ("contract/test_sweeps.py", "", "ties_are_broken"),
+    "step": ("contract/test_step.py", "", "full_blocks"),
+    # The contracts in there are the other suites here.
+    "gpu": ("gpu", "not contract_holds", ""),
 }
-"""Name -> file or folder of tests, and which of them are run in miniature."""
+"""Name -> file or folder of tests; which of them; which are run in miniature."""
 WANTED = ("pytest", "hypothesis")
 
 
@@ -34,25 +38,22 @@ def contract(scale: Scale, name: str) -> dict[str, Any]:
     missing = [package for package in WANTED if importlib.util.find_spec(package) is None]
     if missing:
         return {SKIPPED: f"{missing[0]} is not installed; pip install {' '.join(WANTED)}"}
-    path, few = SUITES[name]
+    path, *which = SUITES[name]
     if scale.tiny and name == "gpu":
         return {SKIPPED: "its tests need a GPU"}
     tests = Path(__file__).parents[2] / "tests" / path
     command = [sys.executable, "-m", "pytest", "-v", "--noconftest", "-p", "no:cacheprovider"]
-    command += ["-o", "addopts=", str(tests), *_chosen(name, few, scale)]
+    command += ["-o", "addopts=", str(tests), *_chosen(which[scale.tiny], scale)]
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory, "log")
         why = run_within(command, scale.limit - 10, log, _variables(scale))
         return told(log.read_text(errors="replace"), why)
 
 
-def _chosen(name: str, few: str, scale: Scale) -> list[str]:
+def _chosen(which: str, scale: Scale) -> list[str]:
     """Which tests, and in how many processes: most of the time goes into compiling."""
-    if scale.tiny:
-        return ["-k", few] if few else []
-    parallel = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
-    # The contracts in tests/gpu are the other suites here.
-    return [*parallel, *(["-k", "not contract_holds"] if name == "gpu" else [])]
+    parallel = importlib.util.find_spec("xdist") is not None and not scale.tiny
+    return [*(["-k", which] if which else []), *(["-n", "auto"] if parallel else [])]
 
 
 def _variables(scale: Scale) -> dict[str, str]:
@@ -74,7 +75,7 @@ def told(log: str, why: str) -> dict[str, Any]:
     lines = [line for line in log.splitlines() if re.search(r"\[ *\d+%\]", line)]  # of tests
     passed = sum("PASSED" in line for line in lines)
     failed = [m[1] for line in log.splitlines() if (m := re.match(r"FAILED (\S+)", line))]
-    wrong = [f"{len(failed)} tests failed"] if failed else []
-    if not failed and (why or not passed):
-        wrong = [why or "no test passed"]
-    return {"tests_passed": passed, "tests_failed": failed[:20], "wrong": wrong}
+    figures: dict[str, Any] = {"tests_passed": passed, "tests_failed": failed[:20]}
+    if failed or not (passed or why):
+        return figures | {"wrong": [f"{len(failed)} tests failed" if failed else "no test passed"]}
+    return figures | ({UNFINISHED: why} if why else {})

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.on_a_gpu.scale import Scale
-from benchmarks.on_a_gpu.sections import SKIPPED
+from benchmarks.on_a_gpu.sections import SKIPPED, UNFINISHED
 
+NO_END = "no end after"
 INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -27,14 +28,16 @@ def outcome_of(name: str, scale: Scale) -> dict[str, Any]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         figures, why = _run(name, scale, Path(directory))
-    told = {"outcome": "passed", "seconds": round(time.monotonic() - start, 1)}
-    if why:
-        told |= {"outcome": "timed out" if why.startswith("no end") else "failed", "why": why}
+    outcome = "passed"
+    if why or UNFINISHED in figures:
+        why = why or figures.pop(UNFINISHED)
+        outcome = "timed out" if why.startswith(NO_END) else "failed"
     elif SKIPPED in figures:
-        told |= {"outcome": SKIPPED, "why": figures.pop(SKIPPED)}
+        outcome, why = SKIPPED, figures.pop(SKIPPED)
     elif figures.get("wrong"):
-        told |= {"outcome": "wrong", "why": "; ".join(figures["wrong"])}
-    return told | figures
+        outcome, why = "wrong", "; ".join(figures["wrong"])
+    told = {"outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
+    return told | ({"why": why} if why else {}) | figures
 
 
 def _run(name: str, scale: Scale, directory: Path) -> tuple[dict[str, Any], str]:
@@ -66,7 +69,7 @@ def run_within(command: list[str], limit: float, log: Path, variables: dict[str,
         try:
             child.wait(limit)
         except subprocess.TimeoutExpired:
-            return f"no end after {limit:g} s; last lines: {_end_of(log)}"
+            return f"{NO_END} {limit:g} s; last lines: {_end_of(log)}"
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)

@@ -1,8 +1,8 @@
 """The sections by name, in the order in which they are run.
 
 One idea: a section is a function from a scale to figures; `wrong` among them lists what is not as
-it must be, `skipped` says why there are none. What a section imports is imported when it is run,
-so that one broken module breaks one section.
+it must be, `skipped` says why there are none, `unfinished` why not all. What a section imports is
+imported when it is run, so that one broken module breaks one section.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.on_a_gpu.scale import Scale
 from stillroom.cache_schemas.errors import ConfigError
 
-SKIPPED = "skipped"
+SKIPPED, UNFINISHED = "skipped", "unfinished"
 Run = Callable[[Scale], dict[str, Any]]
 
 
@@ -34,16 +34,18 @@ def _each(prefix: str, module: str, function: str, values: str) -> Iterator[tupl
         yield f"{prefix}_{value}", _of(module, function, value)
 
 
+CONTRACTS = "values options packed dense hard sweeps step gpu"
 SECTIONS: dict[str, Run] = dict(
     [
-        *_each("contract", "contracts", "contract", "topk packed dense hard sweeps step gpu"),
+        *_each("contract", "contracts", "contract", CONTRACTS),
         *_named("correctness", "bits odd_widths beyond_int32 autocast_head cuda_graph"),
         *_named("correctness", "compiled_door two_devices"),
-        *_named("capture", "one_step teacher_bits"),
+        *_named("capture", "one_step"),
+        *_each("teacher_bits", "capture", "teacher_bits", "even odd"),
         *_named("speed", "ceilings divergence_sweep dense_sweep"),
         *_each("whole_step", "speed", "whole_step", "D4096 D2048 D1024 D576 D2304"),
         *_named("capture", "teacher_sweep step_speed"),
-        *_each("peers", "speed", "peers", "stillroom liger cce compile"),
+        *_each("peers", "speed", "peers", "stillroom naive liger cce compile"),
         *_each("training", "training", "training", "plain ddp fsdp"),
     ]
 )

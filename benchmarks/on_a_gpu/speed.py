@@ -144,7 +144,13 @@ def _budgeted(problem: Problem, budget: int) -> Callable[[], None]:
     return step
 
 
-PEERS = {"stillroom": "stillroom", "liger": "Liger", "cce": "cut-cross", "compile": "torch.compile"}
+PEERS = {
+    "stillroom": "stillroom",
+    "naive": "naive",
+    "liger": "Liger",
+    "cce": "cut-cross",
+    "compile": "torch.compile",
+}
 """Section -> how the contenders' names begin."""
 
 

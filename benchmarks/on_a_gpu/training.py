@@ -127,7 +127,7 @@ def _prepared(
 ) -> tuple[Stepper, list[DistillBatch]]:
     """(a stepper over a fresh student, so many microbatches)."""
     device = parallel.device
-    words, width = scale.pick((32_000, 512), (96, 32))
+    words, width = scale.pick((8192, 256), (96, 32))
     torch.manual_seed(0)
     model = PlainStudent(words, width, 2)  # made on the CPU: the same weights everywhere
     form_of(model)  # measured while it is whole
@@ -147,8 +147,8 @@ def _prepared(
 
 def _batch(scale: Scale, words: int, seed: int) -> DistillBatch:
     """Rows of one document each, of different lengths."""
-    rng, length = np.random.default_rng(seed), scale.pick(512, 12)
-    rows = [[{"": _record(rng, words, length - 3 * row)}] for row in range(scale.pick(8, 2))]
+    rng, length = np.random.default_rng(seed), scale.pick(256, 12)
+    rows = [[{"": _record(rng, words, length - 3 * row)}] for row in range(scale.pick(4, 2))]
     return collate(rows, length)
 
 

@@ -95,12 +95,15 @@ def test_what_fails_does_not_stop_the_rest(monkeypatch, tmp_path):
         "ceilings": ({"copy_tb_s": 3.0}, ""),
         "odd_widths": ({"wrong": ["129: off by 1"]}, ""),
         "two_devices": ({"skipped": "one GPU"}, ""),
+        "contract_gpu": ({"tests_passed": 3, "unfinished": "no end after 50 s"}, ""),
     }
     monkeypatch.setattr(processes, "_run", lambda name, scale, directory: said[name])
     result: dict = {}
     assert not command.run(list(said), Scale(True), result, tmp_path / "out.json")
     kept = json.loads((tmp_path / "out.json").read_text())["sections"]
-    assert [told["outcome"] for told in kept.values()] == ["failed", "passed", "wrong", "skipped"]
+    assert [told["outcome"] for told in kept.values()] == [
+        *("failed", "passed", "wrong", "skipped", "timed out")
+    ]
     assert kept["bits"]["why"] == "RuntimeError: CUDA error"
     assert kept["ceilings"]["copy_tb_s"] == 3.0
     assert command.run(["ceilings", "two_devices"], Scale(True), {}, tmp_path / "out.json")
@@ -115,8 +118,9 @@ def test_what_pytest_says_is_counted():
         "tests_failed": ["tests/a.py::c"],
         "wrong": ["1 tests failed"],
     }
-    assert contracts.told("tests/a.py::b PASSED  [100%]\n", "")["wrong"] == []
-    assert contracts.told("tests/a.py::b PASSED  [ 10%]\n", "no end after 57 s")["wrong"]
+    assert "wrong" not in contracts.told("tests/a.py::b PASSED  [100%]\n", "")
+    late = contracts.told("tests/a.py::b PASSED  [ 10%]\n", "no end after 50 s")
+    assert (late["tests_passed"], late["unfinished"]) == (1, "no end after 50 s")
     assert contracts.told("", "")["wrong"] == ["no test passed"]
 
 
