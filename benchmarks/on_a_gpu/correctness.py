@@ -103,8 +103,15 @@ def _error(problem: Problem, divergence: str) -> float:
     truth(entrant).loss(exact).backward()
     problem.hidden.grad = problem.head.grad = None
     entrant.loss(problem).backward()
-    pairs = (problem.hidden.grad, exact.hidden.grad), (problem.head.grad, exact.head.grad)
-    return max(difference(found, wanted) for found, wanted in pairs)
+    return max(map(difference, gradients(problem), gradients(exact)))
+
+
+def gradients(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the hidden states and of the head."""
+    hidden, head = problem.hidden.grad, problem.head.grad
+    assert hidden is not None
+    assert head is not None
+    return hidden, head
 
 
 def beyond_int32(scale: Scale) -> dict[str, Any]:
@@ -114,8 +121,8 @@ def beyond_int32(scale: Scale) -> dict[str, Any]:
     found = []
     for budget in scale.pick((2**33, 2**28), (2**20, 2**12)):
         hidden, head = (tensor.clone().requires_grad_() for tensor in problem[:2])
-        how = {"impl": "triton", "memory_budget": budget, "accumulate_fp32": True}
-        loss = topk_divergence(hidden, head, *problem[2:], **how)
+        inputs = hidden, head, *problem[2:]
+        loss = topk_divergence(*inputs, impl="triton", memory_budget=budget, accumulate_fp32=True)
         loss.sum().backward()
         found.append((loss.detach(), hidden.grad, head.grad))
     names = ("loss", "hidden", "head")
@@ -142,14 +149,11 @@ def autocast_head(scale: Scale) -> dict[str, Any]:
     problem = Problem.make(**sizes, dtype=torch.float32, device=scale.device)
     exact = problem.double()
     ours("eager").loss(exact).backward()
-    options = {"impl": "triton", "memory_budget": 256 * words * 2}
+    inputs = problem.hidden, problem.head, problem.ids, problem.logprobs
     with torch.autocast(scale.device, dtype=torch.bfloat16):
-        loss = topk_divergence(
-            problem.hidden, problem.head, problem.ids, problem.logprobs, **options
-        )
+        loss = topk_divergence(*inputs, impl="triton", memory_budget=256 * words * 2)
     loss.sum().backward()
-    pairs = (problem.hidden.grad, exact.hidden.grad), (problem.head.grad, exact.head.grad)
-    gaps = [difference(found, wanted) for found, wanted in pairs]
+    gaps = [*map(difference, gradients(problem), gradients(exact))]
     wrong = [] if max(gaps) <= ROUNDING[torch.bfloat16] else [f"gradients are off by {gaps}"]
     return {"errors": gaps, "wrong": wrong}
 
@@ -175,10 +179,9 @@ def cuda_graph(scale: Scale) -> dict[str, Any]:
     replay = step if scale.tiny else _recorded(problem, step)
     replay()
     scale.wait()
-    replayed = problem.hidden.grad.clone(), problem.head.grad.clone()
+    replayed = [gradient.clone() for gradient in gradients(problem)]
     step()
-    same = torch.equal(replayed[0], problem.hidden.grad)
-    same = same and torch.equal(replayed[1], problem.head.grad)
+    same = all(map(torch.equal, replayed, gradients(problem)))
     return {"wrong": [] if same else ["a replayed step has other gradients"]}
 
 
@@ -201,13 +204,12 @@ def compiled_door(scale: Scale) -> dict[str, Any]:
     """`torch.compile(fullgraph=True)` around the door: no break, the same gradients."""
     problem, step = _steps(scale, scale.device)
     step()
-    plain = problem.hidden.grad.clone(), problem.head.grad.clone()
+    plain = [gradient.clone() for gradient in gradients(problem)]
     backend = scale.pick("inductor", "aot_eager")  # a CPU would compile C++ for a minute
     door = torch.compile(ours("triton").loss, fullgraph=True, backend=backend)
     problem.hidden.grad = problem.head.grad = None
     door(problem).backward()
-    found = problem.hidden.grad, problem.head.grad
-    gaps = [difference(one, other) for one, other in zip(found, plain)]
+    gaps = [*map(difference, gradients(problem), plain)]
     bound = ROUNDING[torch.bfloat16]
     return {"differences": gaps, "wrong": [f"off by {gaps}"] if max(gaps) > bound else []}
 
@@ -220,7 +222,7 @@ def two_devices(scale: Scale) -> dict[str, Any]:
     for device in scale.pick(("cuda:1", "cuda:0"), ("cpu", "cpu")):
         problem, step = _steps(scale, device)
         loss = step()
-        found.append([tensor.cpu() for tensor in (loss, problem.hidden.grad, problem.head.grad)])
+        found.append([tensor.cpu() for tensor in (loss, *gradients(problem))])
     gaps = [difference(one, other) for one, other in zip(*found)]
     # The random inputs of two GPUs of one kind are the same.
     return {"differences": gaps, "wrong": [f"off by {gaps}"] if max(gaps) > 1e-2 else []}

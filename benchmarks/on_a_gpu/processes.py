@@ -19,7 +19,7 @@ from benchmarks.on_a_gpu.scale import Scale
 from benchmarks.on_a_gpu.sections import SKIPPED, UNFINISHED
 
 NO_END = "no end after"
-INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+INTERPRETED = {"TRITON_INTERPRET": "1", "STILLROOM_SWEEP": "triton", "OMP_NUM_THREADS": "1"}
 
 
 def outcome_of(name: str, scale: Scale) -> dict[str, Any]:

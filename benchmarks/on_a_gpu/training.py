@@ -134,8 +134,8 @@ def _prepared(
     objective = Objective(name="forward_kl", options={"ce_weight": 0.1})
     facts = CacheFacts(("topk_ids", "topk_logprobs", "tail_logprob", "lse"), (1.0,), words, k=K)
     kernel = "chunked" if device.type == "cpu" else "triton"
-    parallel_kind: Any = "fsdp" if kind == "fsdp" else "ddp"
-    settings = Train(steps=100, warmup=0.0, precision=precision, parallel=parallel_kind)
+    told: dict[str, Any] = {"precision": precision, "parallel": "fsdp" if kind == "fsdp" else "ddp"}
+    settings = Train(steps=100, warmup=0.0, **told)
     distiller = Distiller(model.to(device), terms_of([objective], {"": facts}), kernel)
     module = replicated(distiller) if kind == "ddp" else distiller
     if kind == "fsdp":

@@ -43,7 +43,7 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
 
 
 def test_a_bare_machine_is_enough():
-    run = python("-c", BARE, TRITON_INTERPRET="1")
+    run = python("-c", BARE, **processes.INTERPRETED)
     assert run.returncode == 0, run.stderr[-3000:]
 
 

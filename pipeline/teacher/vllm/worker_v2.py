@@ -64,8 +64,8 @@ def _sampling(theirs):
             worker = self.prompt_logprobs_worker
             worker.stillroom_settings = self.stillroom_settings
             blocks = getattr(self, "stillroom_blocks", None)
-            theirs = self.execute_model_state.aux_hidden_states
-            worker.stillroom_states = theirs if blocks is None else blocks.states()
+            returned = self.execute_model_state.aux_hidden_states
+            worker.stillroom_states = returned if blocks is None else blocks.states()
         return theirs(self, *args, **kwargs)
 
     return sample_tokens
