@@ -1,6 +1,7 @@
 """vLLM's second model runner: its prompt-logprob object, hooked, answers as the first runner does.
 
-It needs a GPU to run whole; here its batch is a stand-in, and the numbers must be `Progress`'s.
+Here its batch is a stand-in, and the numbers must be the first runner's; `test_second_runner` runs
+it whole.
 """
 
 from types import SimpleNamespace
