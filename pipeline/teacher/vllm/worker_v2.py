@@ -2,8 +2,8 @@
 
 One idea: that runner keeps prompt logprobs in a worker object of their own, which is handed the
 hidden states and the head; marked requests are hidden from it and scored by the same `Progress`
-as on the first runner. Tested on a CPU, where that runner needs Triton's interpreter, and not yet on
-a GPU, so `starting` chooses the first runner unless VLLM_USE_V2_MODEL_RUNNER says otherwise.
+as on the first runner. Tested on a CPU, where that runner needs Triton's interpreter, not yet on a
+GPU, so `starting` chooses the first runner unless VLLM_USE_V2_MODEL_RUNNER says otherwise.
 """
 
 from typing import Any
