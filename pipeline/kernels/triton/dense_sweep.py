@@ -21,7 +21,7 @@ from torch import Tensor
 from stillroom.pipeline.kernels import dense_sweep, divergences
 from stillroom.pipeline.kernels.dense_sweep import DenseTargets
 from stillroom.pipeline.kernels.divergences import Objective
-from stillroom.pipeline.kernels.triton.rows import add, cap, terms
+from stillroom.pipeline.kernels.triton.rows import add, block_of, cap, load, store, terms
 from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
@@ -83,8 +83,7 @@ def sweep(
 
 def launch_options(width: int) -> dict[str, int]:
     """Block size and warps."""
-    block = min(BLOCK, triton.next_power_of_2(width))
-    return {"BLOCK_V": block, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    return {"BLOCK_V": block_of(BLOCK, width), "num_warps": NUM_WARPS, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -115,32 +114,29 @@ def _sweep_row(
     GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    logits = buffer + row * stride
-    teacher = teacher_buffer + row * teacher_stride
+    number = tl.program_id(0).to(tl.int64)
+    logits = buffer + number * stride
+    teacher = teacher_buffer + number * teacher_stride
 
     # First pass: log-sum-exps of x = z / T, of the teacher's y, and where asked of z; and the block
-    # of the student's most probable word.
-    peak, total = tl.full((), FAR_BELOW, tl.float32), tl.full((), 0.0, tl.float32)
-    plain_peak, plain_total, teacher_peak, teacher_total = peak, total, peak, total
-    best_block = 0
-    for start in range(0, width, BLOCK_V):
-        z, slope = _load(logits, start, width, softcap, CAPPED, BLOCK_V)
-        y, _bent = _load(teacher, start, width, teacher_softcap, TEACHER_CAPPED, BLOCK_V)
-        before = peak
-        peak, total = add(peak, total, z * cold)
-        best_block = tl.where(peak > before, start, best_block)
-        teacher_peak, teacher_total = add(teacher_peak, teacher_total, y * cold)
-        if PLAIN:
-            plain_peak, plain_total = add(plain_peak, plain_total, z)
+    # of the student's most probable word. Whole blocks have no mask: see `rows.load`.
+    whole, words = width // BLOCK_V * BLOCK_V, tl.arange(0, BLOCK_V)
+    row = (logits, teacher, width, cold, softcap, teacher_softcap)
+    far, none = tl.full((), FAR_BELOW, tl.float32), tl.full((), 0.0, tl.float32)
+    sums = (far, none, far, none, far, none, tl.full((), 0, tl.int32))
+    for start in range(0, whole, BLOCK_V):
+        sums = _add_words(sums, row, start, words, CAPPED, TEACHER_CAPPED, PLAIN, True)
+    if whole < width:
+        sums = _add_words(sums, row, whole, words, CAPPED, TEACHER_CAPPED, PLAIN, False)
+    peak, total, teacher_peak, teacher_total, plain_peak, plain_total, best_block = sums
     log_total, log_teacher_total = tl.log(total), tl.log(teacher_total)
     head = 0.0
     if DIVERGENCE == "adaptive_kl":
-        head = tl.load(heads_ptr + row)
+        head = tl.load(heads_ptr + number)
 
     # The most probable word's slope is shifted to 0: see divergences.outcome_gradient.
     best = _place_of(peak, logits, best_block, width, cold, softcap, CAPPED, BLOCK_V)
-    y_best, _ = cap(tl.load(teacher + best).to(tl.float32), teacher_softcap, TEACHER_CAPPED)
+    y_best, _bent = cap(tl.load(teacher + best).to(tl.float32), teacher_softcap, TEACHER_CAPPED)
     log_p_best = tl.maximum(y_best * cold - teacher_peak - log_teacher_total, LOG_ZERO)
     p_best, q_best = tl.exp(log_p_best), tl.exp(-log_total)
     _, r_best = terms(
@@ -149,76 +145,149 @@ def _sweep_row(
     shift = r_best / q_best
 
     # Second pass: the loss, and R.
+    ends = (peak, log_total, teacher_peak, log_teacher_total, beta, alpha, head, best, shift)
     losses = tl.full((BLOCK_V,), 0.0, tl.float32)
     slopes = tl.full((BLOCK_V,), 0.0, tl.float32)
-    for start in range(0, width, BLOCK_V):
-        z, slope = _load(logits, start, width, softcap, CAPPED, BLOCK_V)
-        y, _bent = _load(teacher, start, width, teacher_softcap, TEACHER_CAPPED, BLOCK_V)
-        log_q = tl.maximum(z * cold - peak - log_total, LOG_ZERO)
-        log_p = tl.maximum(y * cold - teacher_peak - log_teacher_total, LOG_ZERO)
-        p, q = tl.exp(log_p), tl.exp(log_q)
-        value, r = terms(log_p, log_p, p, log_q, q, beta, alpha, head, DIVERGENCE)
-        losses += value
-        if GRADIENT:
-            word = start + tl.arange(0, BLOCK_V)
-            slopes += tl.where(word == best, 0.0, r - q * shift)
+    for start in range(0, whole, BLOCK_V):
+        _z, _slope, _q, value, r = _slopes(
+            row, ends, start + words, DIVERGENCE, CAPPED, TEACHER_CAPPED, True
+        )
+        losses, slopes = losses + value, slopes + r
+    if whole < width:
+        _z, _slope, _q, value, r = _slopes(
+            row, ends, whole + words, DIVERGENCE, CAPPED, TEACHER_CAPPED, False
+        )
+        losses, slopes = losses + value, slopes + r
     loss = temperature * temperature * tl.sum(losses, 0)
 
     # Cross-entropy.
     label, hard = -1, 0.0
     if HARD:
-        label = tl.load(labels_ptr + row).to(tl.int32)
+        label = tl.load(labels_ptr + number).to(tl.int32)
         labelled = (label >= 0) & (label < width)
         raw_label = tl.load(logits + label, mask=labelled, other=0.0).to(tl.float32)
-        z_label, _slope = cap(raw_label, softcap, CAPPED)
+        z_label, _bent = cap(raw_label, softcap, CAPPED)
         hard = tl.where(label >= 0, ce_weight, 0.0)
         surprise = peak - z_label + log_total
         if PLAIN:
             surprise = plain_peak - z_label + tl.log(plain_total)
         surprise = tl.where(label >= 0, surprise, 0.0)
         loss += hard * surprise
-        tl.store(told_ptr + row, surprise)
+        tl.store(told_ptr + number, surprise)
     weight = 1.0
     if WEIGHTED:
-        weight = tl.load(weights_ptr + row).to(tl.float32)
-    tl.store(loss_ptr + row, loss * weight)
+        weight = tl.load(weights_ptr + number).to(tl.float32)
+    tl.store(loss_ptr + number, loss * weight)
 
     if GRADIENT:
-        total_slope = tl.sum(slopes, 0)
         # All threads have loaded the label's logit and the best word's before any is overwritten.
         tl.debug_barrier()
-        for start in range(0, width, BLOCK_V):
-            z, slope = _load(logits, start, width, softcap, CAPPED, BLOCK_V)
-            y, _bent = _load(teacher, start, width, teacher_softcap, TEACHER_CAPPED, BLOCK_V)
-            log_q = tl.maximum(z * cold - peak - log_total, LOG_ZERO)
-            log_p = tl.maximum(y * cold - teacher_peak - log_teacher_total, LOG_ZERO)
-            p, q = tl.exp(log_p), tl.exp(log_q)
-            value, r = terms(log_p, log_p, p, log_q, q, beta, alpha, head, DIVERGENCE)
-            word = start + tl.arange(0, BLOCK_V)
-            r = tl.where(word == best, 0.0, r - q * shift)
-            gradient = (r - q * total_slope) * temperature
-            if HARD:
-                if PLAIN:
-                    gradient += hard * tl.exp(z - plain_peak) / plain_total
-                else:
-                    gradient += hard * q
-                gradient -= tl.where(word == label, hard, 0.0)
-            gradient = (gradient * slope * weight).to(buffer.dtype.element_ty)
-            tl.store(logits + word, gradient, mask=word < width)
+        last = (tl.sum(slopes, 0), temperature, weight, hard, label, plain_peak, plain_total)
+        for start in range(0, whole, BLOCK_V):
+            _write_words(
+                row,
+                ends,
+                last,
+                start + words,
+                DIVERGENCE,
+                HARD,
+                PLAIN,
+                CAPPED,
+                TEACHER_CAPPED,
+                True,
+            )
+        if whole < width:
+            _write_words(
+                row,
+                ends,
+                last,
+                whole + words,
+                DIVERGENCE,
+                HARD,
+                PLAIN,
+                CAPPED,
+                TEACHER_CAPPED,
+                False,
+            )
 
 
 @triton.jit
-def _load(logits, start, width, softcap, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr):
-    """A block of capped logits, minus infinity beyond the vocabulary, and the cap's slope."""
-    word = start + tl.arange(0, BLOCK_V)
-    raw = tl.load(logits + word, mask=word < width, other=float("-inf")).to(tl.float32)
-    bent, slope = cap(raw, softcap, CAPPED)
-    return tl.where(raw == float("-inf"), raw, bent), slope
+def _add_words(
+    sums,
+    row,
+    start,
+    words,
+    CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
+    PLAIN: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The first pass over a block."""
+    peak, total, teacher_peak, teacher_total, plain_peak, plain_total, best_block = sums
+    logits, teacher, width, cold, softcap, teacher_softcap = row
+    z, _ = load(logits, start + words, width, softcap, CAPPED, WHOLE)
+    y, _bent = load(teacher, start + words, width, teacher_softcap, TEACHER_CAPPED, WHOLE)
+    before = peak
+    peak, total = add(peak, total, z * cold)
+    best_block = tl.where(peak > before, start, best_block)
+    teacher_peak, teacher_total = add(teacher_peak, teacher_total, y * cold)
+    if PLAIN:
+        plain_peak, plain_total = add(plain_peak, plain_total, z)
+    return peak, total, teacher_peak, teacher_total, plain_peak, plain_total, best_block
+
+
+@triton.jit
+def _slopes(
+    row,
+    ends,
+    words,
+    DIVERGENCE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Logits, the cap's slope, q, and of each word its share of the loss and its r, which is
+    shifted so that the most probable word's is 0."""
+    logits, teacher, width, cold, softcap, teacher_softcap = row
+    peak, log_total, teacher_peak, log_teacher_total, beta, alpha, head, best, shift = ends
+    z, slope = load(logits, words, width, softcap, CAPPED, WHOLE)
+    y, _bent = load(teacher, words, width, teacher_softcap, TEACHER_CAPPED, WHOLE)
+    log_q = tl.maximum(z * cold - peak - log_total, LOG_ZERO)
+    log_p = tl.maximum(y * cold - teacher_peak - log_teacher_total, LOG_ZERO)
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    value, r = terms(log_p, log_p, p, log_q, q, beta, alpha, head, DIVERGENCE)
+    return z, slope, q, value, tl.where(words == best, 0.0, r - q * shift)
+
+
+@triton.jit
+def _write_words(
+    row,
+    ends,
+    last,
+    words,
+    DIVERGENCE: tl.constexpr,
+    HARD: tl.constexpr,
+    PLAIN: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The last pass over a block: gradients in the place of logits."""
+    z, slope, q, _value, r = _slopes(row, ends, words, DIVERGENCE, CAPPED, TEACHER_CAPPED, WHOLE)
+    total_slope, temperature, weight, hard, label, plain_peak, plain_total = last
+    gradient = (r - q * total_slope) * temperature
+    if HARD:
+        if PLAIN:
+            gradient += hard * tl.exp(z - plain_peak) / plain_total
+        else:
+            gradient += hard * q
+        gradient -= tl.where(words == label, hard, 0.0)
+    store(row[0], words, gradient * slope * weight, row[2], WHOLE)
 
 
 @triton.jit
 def _place_of(x, logits, start, width, cold, softcap, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr):
     """The first word of a block whose logit over T is x."""
-    z, _ = _load(logits, start, width, softcap, CAPPED, BLOCK_V)
     word = start + tl.arange(0, BLOCK_V)
+    z, _ = load(logits, word, width, softcap, CAPPED, False)
     return tl.min(tl.where((z * cold == x) & (word < width), word, width - 1), 0)

@@ -25,6 +25,19 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
 
 
+def block_of(most: int, width: int) -> int:
+    """Words of a block: a power of two, at most `most`, of which a row has one whole one or more,
+    so that a small vocabulary computes little in vain (and tests meet both kinds of block)."""
+    return min(most, 1 << max(width.bit_length() - 1, 0))
+
+
+@triton.constexpr_function
+def rest_blocks(block):
+    """Blocks into which the masked rest of a row is cut: what is loaded value by value keeps a
+    register each, and at most 2,047 words are computed in vain."""
+    return max(block // 2048, 1)
+
+
 @triton.jit
 def cap(raw, softcap, CAPPED: tl.constexpr):
     """Soft-capped logits, and the cap's slope."""
@@ -43,6 +56,30 @@ def add(peak, total, x):
 
 
 @triton.jit
+def load(logits, word, width, softcap, CAPPED: tl.constexpr, WHOLE: tl.constexpr):
+    """Capped logits of a block of words, and the cap's slope: minus infinity beyond the vocabulary.
+
+    A block that is WHOLE has no mask. The compiler cannot know that 16-byte words of a row end
+    where a vocabulary does that 16 does not divide, and under a mask loads one value at a time.
+    """
+    if WHOLE:
+        raw = tl.load(logits + word).to(tl.float32)
+    else:
+        raw = tl.load(logits + word, mask=word < width, other=float("-inf")).to(tl.float32)
+    bent, slope = cap(raw, softcap, CAPPED)
+    return tl.where(raw == float("-inf"), raw, bent), slope
+
+
+@triton.jit
+def store(logits, word, value, width, WHOLE: tl.constexpr):
+    """Writes a block of a row in its dtype; see `load`."""
+    if WHOLE:
+        tl.store(logits + word, value.to(logits.dtype.element_ty))
+    else:
+        tl.store(logits + word, value.to(logits.dtype.element_ty), mask=word < width)
+
+
+@triton.jit
 def tail_sums(
     logits,
     width,
@@ -57,15 +94,35 @@ def tail_sums(
     Words whose logit is minus infinity count nothing; a row of nothing else has sum 0.
     """
     peak, total = tl.full((), FAR_BELOW, tl.float32), tl.full((), 0.0, tl.float32)
-    plain_peak, plain_total = peak, total
-    for start in range(0, width, BLOCK_V):
-        word = start + tl.arange(0, BLOCK_V)
-        raw = tl.load(logits + word, mask=word < width, other=float("-inf")).to(tl.float32)
-        z_word, _ = cap(raw, softcap, CAPPED)
-        z_word = tl.where(raw == float("-inf"), raw, z_word)
-        peak, total = add(peak, total, z_word * cold)
-        if PLAIN:
-            plain_peak, plain_total = add(plain_peak, plain_total, z_word)
+    sums = (peak, total, peak, total)
+    whole = width // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        words = start + tl.arange(0, BLOCK_V)
+        sums = _add_words(sums, logits, words, width, cold, softcap, CAPPED, PLAIN, True)
+    REST: tl.constexpr = BLOCK_V // rest_blocks(BLOCK_V)
+    for start in range(whole, width, REST):
+        words = start + tl.arange(0, REST)
+        sums = _add_words(sums, logits, words, width, cold, softcap, CAPPED, PLAIN, False)
+    return sums
+
+
+@triton.jit
+def _add_words(
+    sums,
+    logits,
+    words,
+    width,
+    cold,
+    softcap,
+    CAPPED: tl.constexpr,
+    PLAIN: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    peak, total, plain_peak, plain_total = sums
+    z, _ = load(logits, words, width, softcap, CAPPED, WHOLE)
+    peak, total = add(peak, total, z * cold)
+    if PLAIN:
+        plain_peak, plain_total = add(plain_peak, plain_total, z)
     return peak, total, plain_peak, plain_total
 
 
@@ -85,16 +142,25 @@ def write_tail(
 ):
     """Overwrites a row with scale exp(x - peak) (+ plain_scale exp(z - plain_peak)), times the
     cap's slope; 0 where the logit is minus infinity. A thread stores what it alone has loaded."""
-    for start in range(0, width, BLOCK_V):
-        word = start + tl.arange(0, BLOCK_V)
-        raw = tl.load(logits + word, mask=word < width, other=float("-inf")).to(tl.float32)
-        z_word, slope_word = cap(raw, softcap, CAPPED)
-        z_word = tl.where(raw == float("-inf"), raw, z_word)
-        gradient = scale * tl.exp(z_word * cold - peak)
-        if PLAIN:
-            gradient += plain_scale * tl.exp(z_word - plain_peak)
-        gradient = (gradient * slope_word).to(logits.dtype.element_ty)
-        tl.store(logits + word, gradient, mask=word < width)
+    how = (cold, softcap, scale, peak, plain_scale, plain_peak)
+    whole = width // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        _write_words(logits, start + tl.arange(0, BLOCK_V), width, how, CAPPED, PLAIN, True)
+    REST: tl.constexpr = BLOCK_V // rest_blocks(BLOCK_V)
+    for start in range(whole, width, REST):
+        _write_words(logits, start + tl.arange(0, REST), width, how, CAPPED, PLAIN, False)
+
+
+@triton.jit
+def _write_words(
+    logits, words, width, how, CAPPED: tl.constexpr, PLAIN: tl.constexpr, WHOLE: tl.constexpr
+):
+    cold, softcap, scale, peak, plain_scale, plain_peak = how
+    z, slope = load(logits, words, width, softcap, CAPPED, WHOLE)
+    gradient = scale * tl.exp(z * cold - peak)
+    if PLAIN:
+        gradient += plain_scale * tl.exp(z - plain_peak)
+    store(logits, words, gradient * slope, width, WHOLE)
 
 
 @triton.jit

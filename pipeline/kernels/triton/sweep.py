@@ -23,7 +23,15 @@ from stillroom.pipeline.kernels import divergences
 from stillroom.pipeline.kernels.divergences import Objective
 from stillroom.pipeline.kernels.packed_topk import PackedTargets, PackedTopk
 from stillroom.pipeline.kernels.targets import Targets
-from stillroom.pipeline.kernels.triton.rows import cap, tail_sums, terms, write_tail
+from stillroom.pipeline.kernels.triton.rows import (
+    block_of,
+    cap,
+    load,
+    store,
+    tail_sums,
+    terms,
+    write_tail,
+)
 from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
@@ -121,7 +129,7 @@ def launch_options(width: int, objective: Objective) -> dict[str, int]:
     block = HEAVY_BLOCK if heavy else PLAIN_BLOCK
     limit = {"maxnreg": HEAVY_REGISTERS} if heavy else {}
     limit |= {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
-    return {"BLOCK_V": min(block, triton.next_power_of_2(max(width, 1)))} | limit
+    return {"BLOCK_V": block_of(block, width)} | limit
 
 
 def _sorted(targets: Targets) -> Targets:
@@ -136,9 +144,17 @@ def _sorted(targets: Targets) -> Targets:
 def _scale(gradient, factor_ptr, size, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(gradient + place, mask=place < size, other=0.0).to(tl.float32) * factor
-        tl.store(gradient + place, value.to(gradient.dtype.element_ty), mask=place < size)
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        if start + BLOCK <= size:
+            _times(gradient, start + tl.arange(0, BLOCK), factor, size, True)
+        else:
+            _times(gradient, start + tl.arange(0, BLOCK), factor, size, False)
+
+
+@triton.jit
+def _times(gradient, place, factor, size, WHOLE: tl.constexpr):
+    value, _ = load(gradient, place, size, 1.0, False, WHOLE)
+    store(gradient, place, value * factor, size, WHOLE)
 
 
 @triton.jit
