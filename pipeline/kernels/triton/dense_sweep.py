@@ -21,14 +21,30 @@ from torch import Tensor
 from stillroom.pipeline.kernels import dense_sweep, divergences
 from stillroom.pipeline.kernels.dense_sweep import DenseTargets
 from stillroom.pipeline.kernels.divergences import Objective
-from stillroom.pipeline.kernels.triton.rows import add, block_of, cap, load, store, terms
+from stillroom.pipeline.kernels.triton.rows import (
+    LN_2,
+    LOG2_E,
+    NUM_WARPS,
+    add,
+    block_of,
+    cap,
+    empty_sums,
+    gathered,
+    lane_sums,
+    lanes_and_words,
+    lanes_of,
+    load,
+    per_load,
+    store,
+    terms,
+)
 from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 LOG_ZERO = tl.constexpr(divergences.LOG_ZERO)
 FAR_BELOW = tl.constexpr(FAR)
 
-NUM_WARPS, BLOCK = 8, 2048
+BLOCK = 2048
 
 
 def sweep(
@@ -62,7 +78,7 @@ def sweep(
         loss,
         targets.cross_entropy if targets.cross_entropy is not None else torch.empty_like(loss),
         shard.width,
-        1 / objective.temperature,
+        LOG2_E.value / objective.temperature,
         objective.temperature,
         objective.beta,
         objective.alpha,
@@ -98,7 +114,7 @@ def _sweep_row(
     loss_ptr,
     told_ptr,
     width,
-    cold,
+    bits,
     temperature,
     beta,
     alpha,
@@ -120,44 +136,57 @@ def _sweep_row(
 
     # First pass: log-sum-exps of x = z / T, of the teacher's y, and where asked of z; and the block
     # of the student's most probable word. Whole blocks have no mask: see `rows.load`.
+    PER: tl.constexpr = per_load(BLOCK_V, buffer.dtype.element_ty)
+    LANES: tl.constexpr = lanes_of(BLOCK_V, buffer.dtype.element_ty)
     whole, words = width // BLOCK_V * BLOCK_V, tl.arange(0, BLOCK_V)
-    row = (logits, teacher, width, cold, softcap, teacher_softcap)
-    far, none = tl.full((), FAR_BELOW, tl.float32), tl.full((), 0.0, tl.float32)
-    sums = (far, none, far, none, far, none, tl.full((), 0, tl.int32))
+    row = (logits, teacher, width, bits, softcap, teacher_softcap)
+    far, none = empty_sums(LANES)
+    student = (far, tl.full((LANES,), 0, tl.int32), (far, none), (far, none))
+    state = (student, (far, (far, none)))
     for start in range(0, whole, BLOCK_V):
-        sums = _add_words(sums, row, start, words, CAPPED, TEACHER_CAPPED, PLAIN, True)
+        state = _add_words(
+            state, row, start, LANES, PER, CAPPED, TEACHER_CAPPED, PLAIN, BLOCK_V, True
+        )
     if whole < width:
-        sums = _add_words(sums, row, whole, words, CAPPED, TEACHER_CAPPED, PLAIN, False)
-    peak, total, teacher_peak, teacher_total, plain_peak, plain_total, best_block = sums
-    log_total, log_teacher_total = tl.log(total), tl.log(teacher_total)
+        state = _add_words(
+            state, row, whole, LANES, PER, CAPPED, TEACHER_CAPPED, PLAIN, BLOCK_V, False
+        )
+    (peaks, blocks, sums, plain_sums), (teacher_peaks, teacher_sums) = state
+    peak, teacher_peak = tl.max(peaks, 0), tl.max(teacher_peaks, 0)
+    total = gathered(sums, peak, bits)
+    # log2 q = z bits - begin - left: the product is rounded, and what it lost is in the other.
+    begin, teacher_begin = peak * bits, teacher_peak * bits
+    left = tl.log2(total) - tl.fma(-peak, bits, begin)
+    teacher_left = tl.log2(gathered(teacher_sums, teacher_peak, bits))
+    teacher_left -= tl.fma(-teacher_peak, bits, teacher_begin)
     head = 0.0
     if DIVERGENCE == "adaptive_kl":
         head = tl.load(heads_ptr + number)
 
     # The most probable word's slope is shifted to 0: see divergences.outcome_gradient.
-    best = _place_of(peak, logits, best_block, width, cold, softcap, CAPPED, BLOCK_V)
+    first = tl.min(tl.where(peaks == peak, blocks, width), 0)
+    best = _place_of(peak, logits, first, width, softcap, CAPPED, BLOCK_V)
     y_best, _bent = cap(tl.load(teacher + best).to(tl.float32), teacher_softcap, TEACHER_CAPPED)
-    log_p_best = tl.maximum(y_best * cold - teacher_peak - log_teacher_total, LOG_ZERO)
-    p_best, q_best = tl.exp(log_p_best), tl.exp(-log_total)
-    _, r_best = terms(
-        log_p_best, log_p_best, p_best, -log_total, q_best, beta, alpha, head, DIVERGENCE
-    )
-    shift = r_best / q_best
+    log_p, p_best = _log_and_power(y_best, bits, teacher_begin, teacher_left)
+    log_q, q_best = _log_and_power(peak, bits, begin, left)
+    _value, r_best = terms(log_p, log_p, p_best, log_q, q_best, beta, alpha, head, DIVERGENCE)
+    lift = r_best / q_best
 
     # Second pass: the loss, and R.
-    ends = (peak, log_total, teacher_peak, log_teacher_total, beta, alpha, head, best, shift)
-    losses = tl.full((BLOCK_V,), 0.0, tl.float32)
-    slopes = tl.full((BLOCK_V,), 0.0, tl.float32)
+    ends = (begin, left, teacher_begin, teacher_left, beta, alpha, head, best, lift)
+    losses, slopes = none, none
     for start in range(0, whole, BLOCK_V):
         _z, _slope, _q, value, r = _slopes(
             row, ends, start + words, DIVERGENCE, CAPPED, TEACHER_CAPPED, True
         )
-        losses, slopes = losses + value, slopes + r
+        losses += lane_sums(value, LANES, PER)
+        slopes += lane_sums(r, LANES, PER)
     if whole < width:
         _z, _slope, _q, value, r = _slopes(
             row, ends, whole + words, DIVERGENCE, CAPPED, TEACHER_CAPPED, False
         )
-        losses, slopes = losses + value, slopes + r
+        losses += lane_sums(value, LANES, PER)
+        slopes += lane_sums(r, LANES, PER)
     loss = temperature * temperature * tl.sum(losses, 0)
 
     # Cross-entropy.
@@ -168,9 +197,9 @@ def _sweep_row(
         raw_label = tl.load(logits + label, mask=labelled, other=0.0).to(tl.float32)
         z_label, _bent = cap(raw_label, softcap, CAPPED)
         hard = tl.where(label >= 0, ce_weight, 0.0)
-        surprise = peak - z_label + log_total
         if PLAIN:
-            surprise = plain_peak - z_label + tl.log(plain_total)
+            total = gathered(plain_sums, peak, LOG2_E)
+        surprise = peak - z_label + tl.log(total)
         surprise = tl.where(label >= 0, surprise, 0.0)
         loss += hard * surprise
         tl.store(told_ptr + number, surprise)
@@ -182,7 +211,7 @@ def _sweep_row(
     if GRADIENT:
         # All threads have loaded the label's logit and the best word's before any is overwritten.
         tl.debug_barrier()
-        last = (tl.sum(slopes, 0), temperature, weight, hard, label, plain_peak, plain_total)
+        last = (tl.sum(slopes, 0), temperature, weight, hard, label, peak, total)
         for start in range(0, whole, BLOCK_V):
             _write_words(
                 row,
@@ -213,27 +242,38 @@ def _sweep_row(
 
 @triton.jit
 def _add_words(
-    sums,
+    state,
     row,
     start,
-    words,
+    LANES: tl.constexpr,
+    PER: tl.constexpr,
     CAPPED: tl.constexpr,
     TEACHER_CAPPED: tl.constexpr,
     PLAIN: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """The first pass over a block."""
-    peak, total, teacher_peak, teacher_total, plain_peak, plain_total, best_block = sums
-    logits, teacher, width, cold, softcap, teacher_softcap = row
-    z, _ = load(logits, start + words, width, softcap, CAPPED, WHOLE)
-    y, _bent = load(teacher, start + words, width, teacher_softcap, TEACHER_CAPPED, WHOLE)
-    before = peak
-    peak, total = add(peak, total, z * cold)
-    best_block = tl.where(peak > before, start, best_block)
-    teacher_peak, teacher_total = add(teacher_peak, teacher_total, y * cold)
+    (peaks, blocks, sums, plain_sums), (teacher_peaks, teacher_sums) = state
+    logits, teacher, width, bits, softcap, teacher_softcap = row
+    words = start + tl.arange(0, BLOCK_V)
+    z, _ = load(logits, words, width, softcap, CAPPED, WHOLE)
+    y, _bent = load(teacher, words, width, teacher_softcap, TEACHER_CAPPED, WHOLE)
+    z, y = lanes_and_words(z, LANES, PER), lanes_and_words(y, LANES, PER)
+    largest, teacher_largest = tl.max(tl.max(z, 2), 0), tl.max(tl.max(y, 2), 0)
+    blocks = tl.where(largest > peaks, start, blocks)
     if PLAIN:
-        plain_peak, plain_total = add(plain_peak, plain_total, z)
-    return peak, total, teacher_peak, teacher_total, plain_peak, plain_total, best_block
+        plain_sums = add(plain_sums, z, largest, LOG2_E)
+    student = (tl.maximum(peaks, largest), blocks, add(sums, z, largest, bits), plain_sums)
+    teacher_sums = add(teacher_sums, y, teacher_largest, bits)
+    return student, (tl.maximum(teacher_peaks, teacher_largest), teacher_sums)
+
+
+@triton.jit
+def _log_and_power(z, bits, begin, left):
+    """log q and q of words whose logits are z."""
+    in_bits = tl.maximum(tl.fma(z, bits, -begin) - left, LOG_ZERO * LOG2_E)
+    return in_bits * LN_2, tl.exp2(in_bits)
 
 
 @triton.jit
@@ -248,15 +288,14 @@ def _slopes(
 ):
     """Logits, the cap's slope, q, and of each word its share of the loss and its r, which is
     shifted so that the most probable word's is 0."""
-    logits, teacher, width, cold, softcap, teacher_softcap = row
-    peak, log_total, teacher_peak, log_teacher_total, beta, alpha, head, best, shift = ends
+    logits, teacher, width, bits, softcap, teacher_softcap = row
+    begin, left, teacher_begin, teacher_left, beta, alpha, head, best, lift = ends
     z, slope = load(logits, words, width, softcap, CAPPED, WHOLE)
     y, _bent = load(teacher, words, width, teacher_softcap, TEACHER_CAPPED, WHOLE)
-    log_q = tl.maximum(z * cold - peak - log_total, LOG_ZERO)
-    log_p = tl.maximum(y * cold - teacher_peak - log_teacher_total, LOG_ZERO)
-    p, q = tl.exp(log_p), tl.exp(log_q)
+    log_q, q = _log_and_power(z, bits, begin, left)
+    log_p, p = _log_and_power(y, bits, teacher_begin, teacher_left)
     value, r = terms(log_p, log_p, p, log_q, q, beta, alpha, head, DIVERGENCE)
-    return z, slope, q, value, tl.where(words == best, 0.0, r - q * shift)
+    return z, slope, q, value, tl.where(words == best, 0.0, r - q * lift)
 
 
 @triton.jit
@@ -274,11 +313,11 @@ def _write_words(
 ):
     """The last pass over a block: gradients in the place of logits."""
     z, slope, q, _value, r = _slopes(row, ends, words, DIVERGENCE, CAPPED, TEACHER_CAPPED, WHOLE)
-    total_slope, temperature, weight, hard, label, plain_peak, plain_total = last
+    total_slope, temperature, weight, hard, label, peak, plain_total = last
     gradient = (r - q * total_slope) * temperature
     if HARD:
         if PLAIN:
-            gradient += hard * tl.exp(z - plain_peak) / plain_total
+            gradient += hard * tl.exp(z - peak) / plain_total
         else:
             gradient += hard * q
         gradient -= tl.where(words == label, hard, 0.0)
@@ -286,8 +325,8 @@ def _write_words(
 
 
 @triton.jit
-def _place_of(x, logits, start, width, cold, softcap, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The first word of a block whose logit over T is x."""
+def _place_of(peak, logits, start, width, softcap, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The first word of a block whose logit is the peak."""
     word = start + tl.arange(0, BLOCK_V)
     z, _ = load(logits, word, width, softcap, CAPPED, False)
-    return tl.min(tl.where((z * cold == x) & (word < width), word, width - 1), 0)
+    return tl.min(tl.where((z == peak) & (word < width), word, width - 1), 0)

@@ -24,6 +24,8 @@ from stillroom.pipeline.kernels.divergences import Objective
 from stillroom.pipeline.kernels.packed_topk import PackedTargets, PackedTopk
 from stillroom.pipeline.kernels.targets import Targets
 from stillroom.pipeline.kernels.triton.rows import (
+    LOG2_E,
+    NUM_WARPS,
     block_of,
     cap,
     load,
@@ -40,7 +42,6 @@ LOG_TAIL_FLOOR = tl.constexpr(divergences.LOG_TAIL_FLOOR)
 HEAD_MASS = tl.constexpr(divergences.HEAD_MASS)
 FAR_BELOW = tl.constexpr(FAR)
 
-NUM_WARPS = 8
 PLAIN_BLOCK, HEAVY_BLOCK, HEAVY_REGISTERS = 8192, 4096, 96
 """Words of a block. Where a word needs two exponentials or a tanh, a smaller block and a limit that
 is above what it needs keep ptxas from spilling a few bytes to reach a higher occupancy."""
@@ -81,6 +82,7 @@ def sweep(
         shard.width,
         k,
         1 / objective.temperature,
+        LOG2_E.value / objective.temperature,
         objective.temperature,
         objective.beta,
         objective.alpha,
@@ -179,6 +181,7 @@ def _sweep_row(
     width,
     k,
     cold,
+    bits,
     temperature,
     beta,
     alpha,
@@ -232,9 +235,8 @@ def _sweep_row(
     tl.debug_barrier()
 
     # First pass: log-sum-exp of the words outside, in x and where asked in z.
-    peak, total, plain_peak, plain_total = tail_sums(
-        logits, width, cold, softcap, CAPPED, PLAIN, BLOCK_V
-    )
+    z_peak, total, plain_total = tail_sums(logits, width, bits, softcap, CAPPED, PLAIN, BLOCK_V)
+    peak, plain_peak = z_peak * cold, z_peak
 
     # Log-probabilities of the outcomes, relative to the largest logit.
     total = tl.where(total > 0, total, 1.0)
@@ -319,18 +321,12 @@ def _sweep_row(
         plain_scale = weight * plain_scale
 
         # Second pass: the gradient of the words outside; those inside hold exp(-inf) = 0.
+        # At T = 1 the largest logit may be that of a word inside.
+        plain_factor = 0.0
+        if PLAIN:
+            plain_factor = plain_scale * tl.exp(z_peak - plain_peak)
         write_tail(
-            logits,
-            width,
-            cold,
-            softcap,
-            scale,
-            peak,
-            plain_scale,
-            plain_peak,
-            CAPPED,
-            PLAIN,
-            BLOCK_V,
+            logits, width, bits, softcap, z_peak, scale, plain_factor, CAPPED, PLAIN, BLOCK_V
         )
         tl.debug_barrier()
 
