@@ -33,6 +33,7 @@ from stillroom.pipeline.kernels.triton.rows import (
     lane_sums,
     lanes_and_words,
     lanes_of,
+    launch,
     load,
     per_load,
     store,
@@ -67,7 +68,9 @@ def sweep(
     heads = loss
     if objective.divergence == "adaptive_kl":
         heads = dense_sweep.head_shares(buffer, teacher, targets, objective, shard.width)
-    _sweep_row[(len(buffer),)](
+    launch(
+        _sweep_row,
+        len(buffer),
         buffer,
         buffer.stride(0),
         teacher,

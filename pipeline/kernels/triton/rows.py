@@ -11,9 +11,13 @@ Importing this module imports Triton.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.errors import TritonError
 
 from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
 
@@ -29,6 +33,40 @@ MOST_LANES = tl.constexpr(32 * NUM_WARPS)
 def available(device: torch.device) -> bool:
     """Whether a kernel can run on a device: CUDA, or anything under Triton's interpreter."""
     return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
+
+
+INSTEAD = "impl='chunked' gives the same values without Triton"
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    buffer: Tensor,
+    *arguments: Any,
+    instead: str = INSTEAD,
+    **options: Any,
+) -> None:
+    """Runs programs of a kernel on the device where the buffer, its first argument, lies.
+
+    Triton launches on the current device, which with a head on `cuda:1` need not be that one.
+
+    Raises:
+        RuntimeError: Triton does not compile or start the kernel there; says what to do `instead`.
+    """
+    try:
+        with torch.cuda.device_of(buffer):
+            kernel[(programs,)](buffer, *arguments, **options)
+    except TritonError as error:
+        said = str(error).strip().splitlines()[-1:]
+        raise RuntimeError(
+            f"Triton {triton.__version__} does not run {kernel.__name__} on {buffer.device}"
+            f" ({type(error).__name__}: {''.join(said)}); {instead}"
+        ) from error
+
+
+def registers(limit: int) -> dict[str, int]:
+    """The option that limits a thread's registers, where Triton's backend has it: not for HIP."""
+    return {} if torch.version.hip else {"maxnreg": limit}
 
 
 def block_of(most: int, width: int) -> int:

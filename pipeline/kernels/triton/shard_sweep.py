@@ -20,7 +20,7 @@ from stillroom.pipeline.kernels.divergences import Objective
 from stillroom.pipeline.kernels.packed_topk import PackedTargets
 from stillroom.pipeline.kernels.targets import Targets
 from stillroom.pipeline.kernels.torch_sweep import Verdict, judge, label_column
-from stillroom.pipeline.kernels.triton.rows import LOG2_E, cap, tail_sums, write_tail
+from stillroom.pipeline.kernels.triton.rows import LOG2_E, cap, launch, tail_sums, write_tail
 from stillroom.pipeline.kernels.triton.sweep import launch_options
 from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
 from stillroom.pipeline.kernels.vocabulary_shards import Shard, ShardStatistics
@@ -64,7 +64,9 @@ def _statistics_(
     plain = label is not None and objective.temperature != 1
     support = torch.empty(rows, k, dtype=torch.float32, device=buffer.device)
     sums = torch.empty(5, rows, dtype=torch.float32, device=buffer.device)
-    _row_statistics[(rows,)](
+    launch(
+        _row_statistics,
+        rows,
         buffer,
         buffer.stride(0),
         columns,
@@ -103,7 +105,9 @@ def _gradient_(
     plain_peak, plain_scale = local.tail_peak, verdict.hard
     if local.plain_peak is not None and local.plain_total is not None:
         plain_peak, plain_scale = local.plain_peak, verdict.plain / local.plain_total
-    _row_gradient[(rows,)](
+    launch(
+        _row_gradient,
+        rows,
         buffer,
         buffer.stride(0),
         columns,

@@ -28,7 +28,9 @@ from stillroom.pipeline.kernels.triton.rows import (
     NUM_WARPS,
     block_of,
     cap,
+    launch,
     load,
+    registers,
     store,
     tail_sums,
     terms,
@@ -71,7 +73,9 @@ def sweep(
     labels = targets.labels.contiguous() if targets.labels is not None else loss
     weights = loss if targets.weights is None else targets.weights.float().contiguous()
     told = targets.cross_entropy if targets.cross_entropy is not None else torch.empty_like(loss)
-    _sweep_row[(len(buffer),)](
+    launch(
+        _sweep_row,
+        len(buffer),
         buffer,
         buffer.stride(0),
         *lists,
@@ -120,7 +124,7 @@ def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
     if not gradient.is_contiguous():
         return gradient.mul_(factor)
     size, block = gradient.numel(), 4096
-    _scale[(triton.cdiv(size, block),)](gradient, factor, size, BLOCK=block)
+    launch(_scale, triton.cdiv(size, block), gradient, factor, size, BLOCK=block)
     return gradient
 
 
@@ -129,7 +133,7 @@ def launch_options(width: int, objective: Objective) -> dict[str, int]:
     tempered = objective.ce_weight > 0 and objective.temperature != 1
     heavy = objective.softcap is not None or tempered
     block = HEAVY_BLOCK if heavy else PLAIN_BLOCK
-    limit = {"maxnreg": HEAVY_REGISTERS} if heavy else {}
+    limit = registers(HEAVY_REGISTERS) if heavy else {}
     limit |= {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
     return {"BLOCK_V": block_of(block, width)} | limit
 
