@@ -15,36 +15,50 @@ is tested against. Importing this module imports Triton.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
 import triton.language as tl
 
+from stillroom.pipeline.kernels.triton.rows import (
+    FAR_BELOW,
+    LN_2,
+    LOG2_E,
+    NUM_WARPS,
+    block_of,
+    lanes_and_words,
+    launch,
+    registers,
+    rest_of,
+)
 from stillroom.pipeline.teacher.rows import RowSpec
 from stillroom.pipeline.teacher.sweep.gpu_loops import (
-    HIGHEST,
     LOWEST,
     ROUNDING,
     SELECT,
     accumulate,
     cut_of,
-    key_of,
+    exponents,
     keys_of,
-    ordered,
+    list_parts,
+    list_words,
+    note,
     ordered_inverse,
     search,
     store_runs,
     uniform,
 )
 
-BLOCK, NUM_WARPS = 2048, 8
-"""Words that a program has in registers at a time, and its warps."""
+BLOCK = 4096
+"""Words that a program has in registers at a time: two loads of 16 bytes in flight in a thread."""
 MANY_DRAWS, REGISTERS = 256, 128
 """From this many draws on, a limit above what is needed keeps ptxas from spilling a few bytes to
 reach a higher occupancy."""
-LARGEST_PART = 128
-"""Words of a part: what a candidate search skips whole and a draw searches word by word."""
+MOST_BLOCKS = 8
+"""Blocks of which a lane's words are one part, what a candidate search skips whole."""
+PART = 128
+"""Neighbouring words whose mass is one number, which the search of a draw skips whole."""
 NEAR = 4096
 """Candidates for the top k that a row may list; where there are more (many equal logits, say) the
 bisection reads the whole row instead."""
@@ -62,32 +76,42 @@ def sweep_triton(
     ints = torch.empty((num_rows, spec.int_columns), dtype=torch.int32, device=device)
     floats = torch.empty((num_rows, spec.float_columns), dtype=torch.float32, device=device)
     if num_rows:
-        options = launch_options(vocab_size, spec)
-        parts = num_parts(vocab_size, options["PART"])
-        _sweep_row[(num_rows,)](
-            logits if logits.stride(1) == 1 else logits.contiguous(),
-            logits.stride(0) if logits.stride(1) == 1 else vocab_size,
+        given = logits if logits.stride(1) == 1 else logits.contiguous()
+        options = launch_options(vocab_size, spec, given.dtype)
+        parts = num_masses(vocab_size)
+        scratch = partial(torch.empty, device=device)
+        launch(
+            _sweep_row,
+            num_rows,
+            given,
+            given.stride(0),
             targets,
             positions,
             key,
             _inverses(spec.temperatures, device),
             ints,
             floats,
-            torch.empty((num_rows, parts), dtype=torch.float32, device=device),  # masses
-            torch.empty((num_rows, parts), dtype=torch.float64, device=device),  # cdf
-            torch.empty((num_rows, NEAR), dtype=torch.int32, device=device),  # near
-            torch.empty((num_rows, options["BLOCK_K"]), dtype=torch.int64, device=device),  # top
+            scratch((num_rows, options["PARTS"]), dtype=torch.float32),  # maxima
+            scratch((num_rows, parts), dtype=torch.float32),  # masses
+            scratch((num_rows, parts), dtype=torch.float64),  # cdf
+            scratch((num_rows, NEAR + options["PARTS"]), dtype=torch.int32),  # near
+            scratch((num_rows, options["BLOCK_K"]), dtype=torch.int64),  # top
             vocab_size,
             parts,
             1 << (parts.bit_length() - 1),  # the first jump of a binary search
+            instead="set STILLROOM_SWEEP=torch, which needs no Triton",
             **options,
         )
     return ints, floats
 
 
-def launch_options(vocab_size: int, spec: RowSpec) -> dict[str, int]:
+def launch_options(vocab_size: int, spec: RowSpec, dtype: torch.dtype) -> dict[str, int]:
     """Compile-time constants of the kernel, its warps and its registers."""
-    limit = {"maxnreg": REGISTERS} if spec.draws >= MANY_DRAWS else {}
+    limit = registers(REGISTERS) if spec.draws >= MANY_DRAWS else {}
+    block = block_of(BLOCK, vocab_size)
+    per = min(16 // dtype.itemsize, rest_of(block))
+    lanes = min(32 * NUM_WARPS, rest_of(block) // per)
+    blocks = blocks_of_a_part(vocab_size // block, lanes, spec.k)
     return {
         "K": spec.k,
         "BLOCK_K": triton.next_power_of_2(max(spec.k, 1)),
@@ -98,8 +122,12 @@ def launch_options(vocab_size: int, spec: RowSpec) -> dict[str, int]:
         "BLOCK_T": triton.next_power_of_2(len(spec.temperatures)),
         "ENTROPY": spec.entropy,
         "MOMENTS": spec.moments,
-        "BLOCK": BLOCK,
-        "PART": part_size(vocab_size, spec.k),
+        "BLOCK": block,
+        "LANES": lanes,
+        "PER": per,
+        "BLOCKS": blocks,
+        "PARTS": triton.next_power_of_2(lanes * (triton.cdiv(vocab_size // block, blocks) + 1)),
+        "PART": min(PART, block),
         "NEAR": NEAR,
         "num_warps": NUM_WARPS,
         "enable_fp_fusion": True,
@@ -107,24 +135,24 @@ def launch_options(vocab_size: int, spec: RowSpec) -> dict[str, int]:
     }
 
 
-def part_size(vocab_size: int, k: int) -> int:
-    """A power of two that leaves the vocabulary at least 2 (k + 1) parts, if any does."""
-    part = LARGEST_PART
-    while part > 1 and vocab_size < 2 * (k + 1) * part:
-        part //= 2
-    return part
+def blocks_of_a_part(blocks: int, lanes: int, k: int) -> int:
+    """Blocks of which a lane's words are one part: few enough that a row has 2 (k + 1) parts, if
+    it can, so that little more than k words reach the (k + 1)-th largest of their maxima."""
+    return max(1, min(MOST_BLOCKS, blocks * lanes // (2 * (k + 1))))
 
 
-def num_parts(vocab_size: int, part: int) -> int:
-    """Parts of a row, with those that pad its last block."""
-    return triton.cdiv(vocab_size, BLOCK) * (BLOCK // part)
+def num_masses(vocab_size: int) -> int:
+    """Masses that a row keeps, with those that pad its end."""
+    block = block_of(BLOCK, vocab_size)
+    part, rest, whole = min(PART, block), rest_of(block), vocab_size // block * block
+    return whole // part + triton.cdiv(vocab_size - whole, rest) * (rest // part)
 
 
-def scratch_bytes_per_row(vocab_size: int, k: int) -> int:
-    """Memory beside the logits that a row needs while it is swept."""
-    parts = num_parts(vocab_size, part_size(vocab_size, k))
-    # Bytes of masses and cdf, of near, of top.
-    return 12 * parts + 4 * NEAR + 8 * triton.next_power_of_2(max(k, 1))
+def scratch_bytes_per_row(vocab_size: int, spec: RowSpec) -> int:
+    """Memory beside the logits that a row needs while it is swept, where these are bfloat16."""
+    options = launch_options(vocab_size, spec, torch.bfloat16)
+    # Bytes of masses and cdf, of maxima and near, of top.
+    return 12 * num_masses(vocab_size) + 8 * options["PARTS"] + 4 * NEAR + 8 * options["BLOCK_K"]
 
 
 @cache
@@ -144,6 +172,7 @@ def _sweep_row(
     inverses_ptr,
     ints_ptr,
     floats_ptr,
+    maxima_ptr,
     masses_ptr,
     cdf_ptr,
     near_ptr,
@@ -161,59 +190,83 @@ def _sweep_row(
     ENTROPY: tl.constexpr,
     MOMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    PER: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
     PART: tl.constexpr,
     NEAR: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * stride
-    masses, cdf = masses_ptr + row * parts, cdf_ptr + row * parts
-    near, top = near_ptr + row * NEAR, top_ptr + row * BLOCK_K
+    maxima, masses, cdf = maxima_ptr + row * PARTS, masses_ptr + row * parts, cdf_ptr + row * parts
+    near, top = near_ptr + row * (NEAR + PARTS), top_ptr + row * BLOCK_K
     ints = ints_ptr + row * (K + 2 * DRAWS + 1)
     floats = floats_ptr + row * (K + 2 + TEMPERATURES + ENTROPY + 3 * MOMENTS)
-    place, part = tl.arange(0, BLOCK), tl.arange(0, BLOCK // PART)
-    lane, lane_k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
+    lane, lane_k, lane_t = tl.arange(0, LANES), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_T)
+    REST: tl.constexpr = rest_of(BLOCK)
+    STRETCH: tl.constexpr = BLOCKS * BLOCK
+    whole = vocab_size // BLOCK * BLOCK
+    groups = tl.cdiv(whole, STRETCH)
 
-    # First pass: the maxima of the parts (kept where masses will be), moments, the token's rank.
+    # First pass: the maxima of the parts, which are a lane's words in a stretch of blocks, moments,
+    # the token's rank. Whole blocks have no mask: see `kernels.triton.rows.load`.
     token = tl.load(logits + tl.load(targets_ptr + row)).to(tl.float32)
-    shift = tl.load(logits).to(tl.float32)
-    above = tl.zeros((BLOCK,), tl.int32)
-    offsets, squares = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    maxima = tl.full((BLOCK // PART,), float("-inf"), tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        ids = start + place
+    origin = tl.load(logits).to(tl.float32)
+    none, lowest = tl.zeros((LANES,), tl.float32), tl.full((LANES,), float("-inf"), tl.float32)
+    peaks, sums = lowest, (tl.zeros((LANES,), tl.int32), none, none)
+    for first in range(0, whole, STRETCH):
+        state = (lowest, sums[0], sums[1], sums[2])
+        for start in range(first, tl.minimum(first + STRETCH, whole), BLOCK):
+            z = tl.load(logits + start + tl.arange(0, BLOCK)).to(tl.float32)
+            z = lanes_and_words(z, LANES, PER)
+            state = note(state, z, z, token, origin, MOMENTS, True)
+        sums = (state[1], state[2], state[3])
+        peaks = tl.maximum(peaks, state[0])
+        if K > 0:
+            tl.store(maxima + first // STRETCH * LANES + lane, state[0])
+    state = (lowest, sums[0], sums[1], sums[2])
+    for start in range(whole, vocab_size, REST):
+        ids = start + tl.arange(0, REST)
         z = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
-        largest = tl.max(tl.reshape(z, (BLOCK // PART, PART)), 1)
-        tl.store(masses + start // PART + part, largest)
-        maxima = tl.maximum(maxima, largest)
-        above += (z > token).to(tl.int32)
-        offset = tl.where(ids < vocab_size, z - shift, 0.0)
-        offsets += offset
-        squares += offset * offset
-    peak = tl.max(maxima, 0)
+        inside = lanes_and_words(ids, LANES, PER) < vocab_size
+        z = lanes_and_words(z, LANES, PER)
+        state = note(state, z, inside, token, origin, MOMENTS, False)
+    last_maxima, above, offsets, squares = state
+    if K > 0:
+        tl.store(maxima + groups * LANES + lane, last_maxima)
+    peak = tl.max(tl.maximum(peaks, last_maxima), 0)
     rank = 1 + tl.sum(above, 0)
     offset = tl.sum(offsets.to(tl.float64), 0) / vocab_size
     variance = tl.sum(squares.to(tl.float64), 0) / vocab_size - offset * offset
-    mean, std = shift + offset, tl.sqrt(tl.maximum(variance, 0.0))
+    mean, std = origin + offset, tl.sqrt(tl.maximum(variance, 0.0))
     bad = (offset - offset) != 0.0  # a NaN or an infinity is in the row
     poison = tl.where(bad, float("nan"), 0.0)
     tl.debug_barrier()
 
     # The top k: words whose sort key is `cut` or more, and the tail's largest logit.
-    cut = tl.full((), HIGHEST, tl.int64)
+    cut_z, cut_id = float("inf"), -1
     tail_peak = peak
     top_z = tl.full((BLOCK_K,), float("-inf"), tl.float32)
     if K > 0:
-        bound = cut_of(masses, near, 0, parts, K + 1) >> 32  # one more than K: the tail's peak too
-        count = tl.full((), 0, tl.int32)
-        for start in range(0, vocab_size, BLOCK):
-            largest = tl.load(masses + start // PART + part)
-            if tl.max(ordered(largest), 0) >= bound:
-                ids = start + place
-                z = tl.load(logits + ids, mask=ids < vocab_size, other=0.0).to(tl.float32)
-                chosen = (ordered(z) >= bound) & (ids < vocab_size)
-                slot = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
-                tl.store(near + slot, ids, mask=chosen & (slot < NEAR))
-                count += tl.sum(chosen.to(tl.int32), 0)
+        # One more than K: the tail's peak too.
+        bound, num_listed = list_parts(maxima, near + NEAR, (groups + 1) * LANES, K + 1, PARTS)
+        tl.debug_barrier()
+        LOADS: tl.constexpr = STRETCH // (LANES * PER)
+        count = list_words(
+            logits,
+            near + NEAR,
+            num_listed,
+            bound,
+            near,
+            groups,
+            whole,
+            vocab_size,
+            NEAR,
+            LANES,
+            PER,
+            LOADS,
+        )
         tl.debug_barrier()
         listed = tl.where(count <= NEAR, count, 0)
         count = tl.where(count <= NEAR, count, vocab_size)
@@ -233,32 +286,62 @@ def _sweep_row(
         top_ids = (0x7FFFFFFF - (keys & 0xFFFFFFFF)).to(tl.int32)
         top_z = tl.load(logits + top_ids, mask=kept, other=float("-inf")).to(tl.float32)
         tail_peak = ordered_inverse((next_key >> 32).to(tl.int32))
+        cut_z = ordered_inverse((cut >> 32).to(tl.int32))
+        cut_z = tl.where(cut == LOWEST, float("-inf"), cut_z)
+        cut_id = (0x7FFFFFFF - (cut & 0xFFFFFFFF)).to(tl.int32)
         tl.store(ints + lane_k, tl.where(bad, 0, top_ids), mask=lane_k < K)
 
-    # Second pass: sums of exponentials of the tail, relative to its peak.
+    # Second pass: sums of exponentials of the tail, relative to its peak, in powers of 2 (see
+    # `kernels.triton.rows.add`); what rounding took from the peak is given back behind the loop.
     others = TEMPERATURES - 1
-    inverse = tl.load(inverses_ptr + lane, mask=lane < others, other=0.0)
+    inverse = tl.load(inverses_ptr + lane_t, mask=lane_t < others, other=0.0)
     scale = 1e-7 + std
     if MOMENTS:
-        inverse = tl.where(lane == others, (1.0 / scale).to(tl.float32), inverse)
-    tail_masses = tl.zeros((BLOCK // PART,), tl.float64)
-    products = tl.zeros((BLOCK,), tl.float32)
-    sums = tl.zeros((BLOCK_T,), tl.float64)
-    for start in range(0, vocab_size, BLOCK):
-        ids = start + place
-        z = tl.load(logits + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
-        gone = (key_of(z, ids) >= cut) | (ids >= vocab_size)
-        x = tl.where(gone, float("-inf"), z - tail_peak)
-        mass = tl.exp(x)
-        part_mass = tl.sum(tl.reshape(mass, (BLOCK // PART, PART)), 1)
-        tail_masses += part_mass.to(tl.float64)
-        if DRAWS > 0:
-            tl.store(masses + start // PART + part, part_mass)
-        if ENTROPY:
-            products += tl.where(gone, 0.0, mass * x)
-        if others + MOMENTS > 0:
-            sums += tl.sum(tl.exp(x[None, :] * inverse[:, None]), 1).to(tl.float64)
-    tail = tl.sum(tail_masses, 0)
+        inverse = tl.where(lane_t == others, (1.0 / scale).to(tl.float32), inverse)
+    begin = tail_peak * LOG2_E
+    end = (cut_z, cut_id, begin)
+    row_of = (logits, masses, inverse, vocab_size)
+    state = (none, none, tl.zeros((BLOCK_T, LANES), tl.float32))
+    for start in range(0, whole, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        state = _weigh(
+            state,
+            row_of,
+            end,
+            ids,
+            start,
+            K,
+            DRAWS,
+            ENTROPY,
+            others + MOMENTS,
+            LANES,
+            PER,
+            PART,
+            True,
+        )
+    for start in range(whole, vocab_size, REST):
+        ids = start + tl.arange(0, REST)
+        state = _weigh(
+            state,
+            row_of,
+            end,
+            ids,
+            start,
+            K,
+            DRAWS,
+            ENTROPY,
+            others + MOMENTS,
+            LANES,
+            PER,
+            PART,
+            False,
+        )
+    lost = tl.fma(-tail_peak, LOG2_E, begin)
+    given = tl.exp2(lost).to(tl.float64)
+    tail = tl.sum(state[0].to(tl.float64), 0)
+    products = LN_2 * given * (tl.sum(state[1].to(tl.float64), 0) + lost.to(tl.float64) * tail)
+    tail *= given
+    sums = tl.sum(state[2].to(tl.float64), 1) * tl.exp2(lost * inverse).to(tl.float64)
 
     # What the row says, with the top k put back.
     gap = (tail_peak - peak).to(tl.float64)
@@ -278,15 +361,15 @@ def _sweep_row(
         cold = inverse.to(tl.float64)
         log_sums = tl.log(tl.sum(lifted.to(tl.float64), 1) + sums * tl.exp(gap * cold))
         lse = (peak * cold + log_sums + poison).to(tl.float32)
-        tl.store(floats + K + 2 + lane + (lane >= ONE), lse, mask=lane < others)
+        tl.store(floats + K + 2 + lane_t + (lane_t >= ONE), lse, mask=lane_t < others)
         if MOMENTS:
             spread = floats + K + 2 + TEMPERATURES + ENTROPY
-            zscore = tl.sum(tl.where(lane == others, log_sums, 0.0), 0) + (peak - mean) / scale
+            zscore = tl.sum(tl.where(lane_t == others, log_sums, 0.0), 0) + (peak - mean) / scale
             tl.store(spread, (mean + poison).to(tl.float32))
             tl.store(spread + 1, (std + poison).to(tl.float32))
             tl.store(spread + 2, (zscore + poison).to(tl.float32))
     if ENTROPY:
-        weighted = faint * (tl.sum(products.to(tl.float64), 0) + tail * gap)
+        weighted = faint * (products + tail * gap)
         weighted = tl.where(faint > 0, weighted, 0.0)
         weighted += tl.sum(tl.where(lane_k < K, exact * x, 0.0), 0)
         entropy = log_total - weighted / total
@@ -295,13 +378,60 @@ def _sweep_row(
 
     if DRAWS > 0:
         tl.debug_barrier()
-        accumulate(masses, cdf, parts)
+        total_mass = accumulate(masses, cdf, parts)
         draw = tl.arange(0, BLOCK_D)
         counter = (tl.load(positions_ptr + row).to(tl.int64) << 10) + 1
         count = tl.ceil(DRAWS * (tail * faint / total) - ROUNDING)
         count = tl.where(bad, 1.0, tl.minimum(tl.maximum(count, 1.0), DRAWS))
-        point = (uniform(key, counter) + draw) / count * tail
+        point = (uniform(key, counter) + draw) / count * total_mass
         points = tl.where(draw < count, point, float("inf"))
         tl.debug_barrier()
-        drawn = search(points, logits, cdf, cut, tail_peak, vocab_size, parts, half, BLOCK_D, PART)
+        drawn = search(points, logits, cdf, end, vocab_size, parts, half, BLOCK_D, PART, K > 0)
         store_runs(tl.where(bad, 0, drawn), draw, draw < count, near, ints + K, DRAWS)
+
+
+@triton.jit
+def _weigh(
+    state,
+    row_of,
+    end,
+    ids,
+    start,
+    K: tl.constexpr,
+    DRAWS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    OTHERS: tl.constexpr,
+    LANES: tl.constexpr,
+    PER: tl.constexpr,
+    PART: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The second pass over a block: the tail's masses, their products with the exponents, and the
+    sums at other temperatures, by lanes."""
+    totals, products, sums = state
+    logits, masses, inverse, vocab_size = row_of
+    cut_z, cut_id, begin = end
+    if WHOLE:
+        z = tl.load(logits + ids).to(tl.float32)
+    else:
+        z = tl.load(logits + ids, mask=ids < vocab_size, other=0.0).to(tl.float32)
+    x = exponents(z, ids, cut_z, cut_id, begin, K > 0)
+    if not WHOLE:
+        x = tl.where(ids < vocab_size, x, FAR_BELOW)
+    x = lanes_and_words(x, LANES, PER)
+    mass = tl.exp2(x)
+    own = tl.sum(mass, 2)  # [loads, lanes]
+    totals += tl.sum(own, 0)
+    if DRAWS > 0:
+        shape: tl.constexpr = (ids.shape[0] // PART, PART // PER)
+        part_masses = tl.sum(tl.reshape(own, shape), 1)
+        part = tl.arange(0, ids.shape[0] // PART)
+        tl.store(masses + start // PART + part, part_masses)
+    if ENTROPY:
+        products += tl.sum(tl.sum(mass * x, 2), 0)
+    if OTHERS > 0:
+        # Reshaped, not indexed by None: the words stay where they were loaded.
+        powers = tl.reshape(x, (1, x.shape[0], LANES, PER)) * inverse[:, None, None, None]
+        powers = tl.exp2(powers)
+        sums += tl.sum(tl.sum(powers, 3), 1)
+    return totals, products, sums
