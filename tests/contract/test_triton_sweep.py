@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import triton
 
 from stillroom.pipeline.kernels.divergences import DivergenceName, Objective
-from stillroom.pipeline.kernels.triton import (
-    dense_sweep as triton_dense_sweep,
+from stillroom.pipeline.kernels.triton import sweep as triton_sweep
+from tests.ahead_of_time import read
+from tests.kernel_builds import (
+    CAPPED,
+    DENSE,
+    GRADIENT,
+    PLAIN,
+    SPARSE,
+    STATISTICS,
+    TEMPERED,
+    compiled_kernel,
 )
-from stillroom.pipeline.kernels.triton import (
-    shard_sweep as triton_shard_sweep,
-)
-from stillroom.pipeline.kernels.triton import (
-    sweep as triton_sweep,
-)
-from tests.ahead_of_time import compile_kernel, read
 
 CONTRACT = [
     Path(__file__).with_name(name)
@@ -34,29 +35,6 @@ CONTRACT = [
         "test_cross_entropy_beside.py",
     )
 ]
-WORDS = 151_936
-TYPES = {
-    "ids_or_gaps_ptr": "*i32",
-    "first_ptr": "*i32",
-    "logprobs_or_ranks_ptr": "*fp32",
-    "classes_ptr": "*u8",
-    "counts_ptr": "*i32",
-    "shift_ptr": "*fp32",
-    "table_ptr": "*fp32",
-    "lookup_ptr": "*i32",
-    "labels_ptr": "*i64",
-    "label_ptr": "*i64",
-    "columns_ptr": "*i64",
-    "factor_ptr": "*fp32",
-} | dict.fromkeys(
-    ["stride", "teacher_stride", "sums_stride", "width", "k", "length", "words", "size"], "i32"
-)
-PACKED_TYPES = {"ids_or_gaps_ptr": "*u8", "logprobs_or_ranks_ptr": "*i16"}
-BUFFERS = ("buffer", "teacher_buffer", "gradient")
-ALIGNED = (*BUFFERS, "stride", "teacher_stride", "width")
-PLAIN = {}
-TEMPERED = {"temperature": 2.0, "ce_weight": 0.5}
-CAPPED = {"softcap": 30.0}
 
 
 @pytest.mark.slow
@@ -69,41 +47,7 @@ def test_the_contract_holds_under_the_interpreter():
     assert re.search(r"\d{3} passed", run.stdout), run.stdout[-500:]
 
 
-def compiled_kernel(
-    kernel, objective, k=64, dtype="bf16", *, packed=False, odd=False, architecture=90
-):
-    """A kernel for a vocabulary of 151,936 (or, odd, of a width that 16 does not divide), with
-    every option the objective asks for."""
-    hard = objective.ce_weight > 0
-    constants = {
-        "PACKED": packed,
-        "DIVERGENCE": objective.divergence,
-        "TAIL": objective.tail,
-        "HARD": hard,
-        "LABELLED": hard,
-        "PLAIN": hard and objective.temperature != 1,
-        "WEIGHTED": True,
-        "CAPPED": objective.softcap is not None,
-        "TEACHER_CAPPED": objective.softcap is not None,
-        "GRADIENT": True,
-        "BLOCK_K": triton.next_power_of_2(k),
-        "BLOCK": 4096,
-    }
-    options = triton_sweep.launch_options(WORDS, objective)
-    if kernel is triton_dense_sweep._sweep_row:
-        options = triton_dense_sweep.launch_options(WORDS)
-    constants["BLOCK_V"] = options.pop("BLOCK_V")
-    names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    types = TYPES | (PACKED_TYPES if packed else {})
-    types |= dict.fromkeys(BUFFERS, f"*{dtype}")
-    types = {n: types.get(n, "*fp32" if n.endswith("_ptr") else "fp32") for n in names}
-    aligned = [name for name in ALIGNED if name in names and not (odd and name == "width")]
-    return compile_kernel(kernel, types, constants, aligned, options, architecture)
-
-
-SPARSE, DENSE = triton_sweep._sweep_row, triton_dense_sweep._sweep_row
-SHARD = triton_shard_sweep._row_statistics, triton_shard_sweep._row_gradient
+SHARD = STATISTICS, GRADIENT
 DIVERGENCES = get_args(DivergenceName)
 COMPILED = [
     *product([SPARSE], DIVERGENCES, [64], [PLAIN, TEMPERED | CAPPED]),
