@@ -2,11 +2,12 @@
 
 One idea: the algorithm of `sweep_cpu` with a program per row. A first pass over the row keeps the
 maxima of its parts, moments and the token's rank; the (k+1)-th largest maximum bounds the few words
-that can be among the top k, and a bisection over their sort keys cuts them exactly. With the top k
-taken out, a second pass sums exponentials of the tail at every temperature (the z-score log-sum-exp
-is one more), relative to the tail's own peak, and keeps the mass of each part, in which the draws
-are then searched. `torch.topk` would sort 64-bit keys, eight bytes a logit, and read the row five
-times more; here only a part that holds a candidate is read again.
+that can be among the top k, only the parts that reach it are read again, and a bisection over their
+sort keys cuts exactly. With the top k taken out, a second pass sums exponentials of the tail at
+every temperature (the z-score log-sum-exp is one more), relative to the tail's own peak, and keeps
+the mass of every 128 words, in which the draws are then searched. Threads add up for themselves
+and meet once a row. `torch.topk` would sort 64-bit keys, eight bytes a logit, and read the row five
+times more.
 
 Barriers stand where one thread's stores are another's loads. `definition.sweep` is what this file
 is tested against. Importing this module imports Triton.
