@@ -53,9 +53,9 @@ from stillroom.pipeline.teacher.sweep.gpu_loops import (
 
 BLOCK = 4096
 """Words that a program has in registers at a time: two loads of 16 bytes in flight in a thread."""
-MANY_DRAWS, REGISTERS = 256, 128
-"""From this many draws on, a limit above what is needed keeps ptxas from spilling a few bytes to
-reach a higher occupancy."""
+REGISTERS = 128
+"""Of a thread: a limit above what most need keeps ptxas from spilling a few bytes to reach a higher
+occupancy; two blocks of a multiprocessor have that many."""
 MOST_BLOCKS = 8
 """Blocks of which a lane's words are one part, what a candidate search skips whole."""
 PART = 128
@@ -108,7 +108,6 @@ def sweep_triton(
 
 def launch_options(vocab_size: int, spec: RowSpec, dtype: torch.dtype) -> dict[str, int]:
     """Compile-time constants of the kernel, its warps and its registers."""
-    limit = registers(REGISTERS) if spec.draws >= MANY_DRAWS else {}
     block = block_of(BLOCK, vocab_size)
     per = min(16 // dtype.itemsize, rest_of(block))
     lanes = min(32 * NUM_WARPS, rest_of(block) // per)
@@ -132,7 +131,7 @@ def launch_options(vocab_size: int, spec: RowSpec, dtype: torch.dtype) -> dict[s
         "NEAR": NEAR,
         "num_warps": NUM_WARPS,
         "enable_fp_fusion": True,
-        **limit,
+        **registers(REGISTERS),
     }
 
 
