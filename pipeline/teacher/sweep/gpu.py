@@ -35,6 +35,7 @@ from stillroom.pipeline.kernels.triton.rows import (
 )
 from stillroom.pipeline.teacher.rows import RowSpec
 from stillroom.pipeline.teacher.sweep.gpu_loops import (
+    HIGHEST_32,
     LOWEST,
     ROUNDING,
     SELECT,
@@ -289,6 +290,8 @@ def _sweep_row(
         cut_z = ordered_inverse((cut >> 32).to(tl.int32))
         cut_z = tl.where(cut == LOWEST, float("-inf"), cut_z)
         cut_id = (0x7FFFFFFF - (cut & 0xFFFFFFFF)).to(tl.int32)
+        # -1 would be -0.0, which counts as 0.0: all zeros lie above such a cut.
+        cut_id = tl.where((cut >> 32) == -1, HIGHEST_32, cut_id)
         tl.store(ints + lane_k, tl.where(bad, 0, top_ids), mask=lane_k < K)
 
     # Second pass: sums of exponentials of the tail, relative to its peak, in powers of 2 (see
