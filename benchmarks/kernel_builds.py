@@ -15,6 +15,7 @@ from typing import Any
 
 import triton
 
+from benchmarks import needs
 from tests.ahead_of_time import ARCHITECTURES, Build, read
 from tests.kernel_builds import CASES
 
@@ -78,4 +79,4 @@ def _keep(table: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    needs.run(main)

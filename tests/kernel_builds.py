@@ -14,7 +14,7 @@ import triton
 from stillroom.pipeline.kernels.divergences import Objective
 from stillroom.pipeline.kernels.triton import dense_sweep, shard_sweep, sweep
 from stillroom.pipeline.teacher.rows import RowSpec
-from stillroom.pipeline.teacher.sweep import gpu
+from stillroom.pipeline.teacher.sweep import gpu, gpu_program
 from tests.ahead_of_time import compile_kernel
 
 WORDS = 151_936
@@ -106,7 +106,7 @@ def compiled_teacher_sweep(spec: RowSpec, dtype: str, *, odd=False, architecture
     options = {name: constants.pop(name) for name in OPTIONS if name in constants}
     types = TEACHER_POINTERS | TEACHER_NUMBERS | {"logits_ptr": f"*{dtype}"}
     aligned = ("logits_ptr", "masses_ptr", "stride", "parts", *["vocab_size"] * (not odd))
-    return compile_kernel(gpu._sweep_row, types, constants, aligned, options, architecture)
+    return compile_kernel(gpu_program.sweep_row, types, constants, aligned, options, architecture)
 
 
 def _sparse(divergence: str = "forward_kl", **changes: Any) -> Callable:

@@ -11,7 +11,7 @@ AKL's head needs the teacher's words in order; that share is made in torch, bloc
 """
 # Triton reads `if ... else` on constants as compile-time choices, and its values have no types.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 
 import torch
 import triton

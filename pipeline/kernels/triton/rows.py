@@ -9,7 +9,7 @@ Importing this module imports Triton.
 # Triton reads `if ... else` on constants as compile-time choices, and its values have no types.
 # ruff: noqa: RET505
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 
 from typing import Any
 

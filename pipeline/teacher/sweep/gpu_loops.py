@@ -5,12 +5,12 @@ know nothing of signals, columns or programs; barriers are the caller's, but for
 """
 # Triton's values have no types.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl
 
-from stillroom.pipeline.kernels.triton.rows import FAR_BELOW, LOG2_E
+from stillroom.pipeline.kernels.triton.rows import FAR_BELOW, LOG2_E, lanes_and_words
 from stillroom.pipeline.teacher import rows
 
 SELECT = tl.constexpr(1024)
@@ -170,6 +170,53 @@ def exponents(z, ids, cut_z, cut_id, begin, KEPT: tl.constexpr):
         gone = (z > cut_z) | ((z == cut_z) & (ids <= cut_id))
         x = tl.where(gone, FAR_BELOW, x)
     return x
+
+
+@triton.jit
+def weigh(
+    state,
+    row_of,
+    end,
+    ids,
+    start,
+    K: tl.constexpr,
+    DRAWS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    OTHERS: tl.constexpr,
+    LANES: tl.constexpr,
+    PER: tl.constexpr,
+    PART: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The second pass over a block: the tail's masses, their products with the exponents, and the
+    sums at other temperatures, by lanes."""
+    totals, products, sums = state
+    logits, masses, inverse, vocab_size = row_of
+    cut_z, cut_id, begin = end
+    if WHOLE:
+        z = tl.load(logits + ids).to(tl.float32)
+    else:
+        z = tl.load(logits + ids, mask=ids < vocab_size, other=0.0).to(tl.float32)
+    x = exponents(z, ids, cut_z, cut_id, begin, K > 0)
+    if not WHOLE:
+        x = tl.where(ids < vocab_size, x, FAR_BELOW)
+    x = lanes_and_words(x, LANES, PER)
+    mass = tl.exp2(x)
+    own = tl.sum(mass, 2)  # [loads, lanes]
+    totals += tl.sum(own, 0)
+    if DRAWS > 0:
+        shape: tl.constexpr = (ids.shape[0] // PART, PART // PER)
+        part_masses = tl.sum(tl.reshape(own, shape), 1)
+        part = tl.arange(0, ids.shape[0] // PART)
+        tl.store(masses + start // PART + part, part_masses)
+    if ENTROPY:
+        products += tl.sum(tl.sum(mass * x, 2), 0)
+    if OTHERS > 0:
+        # Reshaped, not indexed by None: the words stay where they were loaded.
+        powers = tl.reshape(x, (1, x.shape[0], LANES, PER)) * inverse[:, None, None, None]
+        powers = tl.exp2(powers)
+        sums += tl.sum(tl.sum(powers, 3), 1)
+    return totals, products, sums
 
 
 @triton.jit
