@@ -25,8 +25,12 @@ from stillroom.pipeline.kernels.divergences import Objective
 from stillroom.pipeline.kernels.precision import wide
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
-COLUMN_MULTIPLE = 16
-"""Rows of the buffer start at multiples of it, for vector loads; at least one column is spare."""
+COLUMN_MULTIPLE = 64
+"""Rows of the buffer start at multiples of it, for vector loads and whole 128-byte lines of a
+cache; at least one column is spare."""
+
+ROW_MULTIPLE = 128
+"""Rows of a chunk are a multiple of it where a chunk has that many: a tile of a matrix product."""
 
 Sweep = Callable[[Tensor, Any, Objective, Shard, bool], Tensor]
 """(logits [C, width + spare], targets, objective, shard, with_gradient) -> losses [C]."""
@@ -195,7 +199,7 @@ def _sweep_chunks(
     hidden: Tensor, unembedding: Tensor, bias: Tensor | None, plan: Plan, needed: tuple[bool, ...]
 ) -> tuple[Tensor, Gradients]:
     with autocasting.off(hidden.device):
-        bench = Workbench(hidden, unembedding, bias, plan, needed)
+        bench = _workbench(hidden, unembedding, bias, plan, needed)
         loss = torch.empty(len(hidden), dtype=plan.loss_dtype, device=hidden.device)
         for rows in bench.chunks:
             logits, targets = bench.logits(rows), plan.targets[rows]
@@ -204,11 +208,31 @@ def _sweep_chunks(
         return loss, bench.gradients()
 
 
+def _workbench(
+    hidden: Tensor, unembedding: Tensor, bias: Tensor | None, plan: Plan, needed: tuple[bool, ...]
+) -> "Workbench":
+    try:
+        return Workbench(hidden, unembedding, bias, plan, needed)
+    except torch.OutOfMemoryError as error:
+        kept = hidden.numel() * plan.compute_dtype.itemsize * needed[0]
+        kept += unembedding.numel() * plan.sum_dtype.itemsize * needed[1]
+        raise torch.OutOfMemoryError(
+            f"{hidden.device} has no room for a divergence of {len(hidden)} rows over"
+            f" {len(unembedding)} words: its gradients take {kept / 2**20:.0f} MiB and the logits"
+            f" of a chunk up to {plan.budget / 2**20:.0f}; give a smaller memory_budget (in bytes;"
+            " the values stay the same), or fewer rows at a time"
+        ) from error
+
+
 def chunk_rows(rows: int, bytes_per_row: int, budget: int) -> int:
     """Rows of one chunk: as many as the budget allows, in chunks of nearly equal size."""
     most = max(1, budget // bytes_per_row)
-    count = max(1, -(-rows // most))
-    return max(1, -(-rows // count))
+    if rows <= most:
+        return max(1, rows)
+    multiple = ROW_MULTIPLE if most >= ROW_MULTIPLE else 1
+    most -= most % multiple
+    even = -(-rows // -(-rows // most))
+    return -(-even // multiple) * multiple
 
 
 class Workbench:

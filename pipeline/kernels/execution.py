@@ -27,6 +27,9 @@ CPU_BUDGET = 2**24, 2**28
 CUDA_BUDGET = 5 * 2**28
 """1.25 GiB: four thousand rows of bf16 logits over 152 thousand words."""
 
+LEAST_CAPABILITY = 8, 0
+"""Of an A100: the first with bf16, and the oldest for which the kernels are compiled in tests."""
+
 DEBUG_VARIABLE = "STILLROOM_DEBUG_KERNELS"
 
 
@@ -143,6 +146,18 @@ def _require_triton(hidden: Tensor) -> None:
         raise RuntimeError(f"impl: 'triton' needs a CUDA device; hidden is on {hidden.device}")
     if hidden.dtype == torch.float64:
         raise RuntimeError("impl: 'triton' computes in fp32; found fp64 inputs")
+    if hidden.is_cuda and not torch.version.hip:
+        found = torch.cuda.get_device_capability(hidden.device)
+        if found < LEAST_CAPABILITY:
+            raise RuntimeError(
+                f"impl: 'triton' needs a GPU of compute capability {_dotted(LEAST_CAPABILITY)} or"
+                f" more; {torch.cuda.get_device_name(hidden.device)} has {_dotted(found)}:"
+                " use impl='chunked', which gives the same values there"
+            )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def _triton(module: str) -> Any:

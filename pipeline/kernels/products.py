@@ -30,14 +30,31 @@ def add_(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
     """total = left @ right, or total += left @ right; total may be wider than the factors."""
     if total.dtype == left.dtype:
         torch.mm(left, right, out=total) if fresh else total.addmm_(left, right)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, beta=0 if fresh else 1, out_dtype=total.dtype, out=total)
+    elif widens(total.device):
+        _add_widened_(total, left, right, fresh)
     else:
         _add_in_blocks_(total, left, right, fresh)
 
 
+def widens(device: torch.device) -> bool:
+    """Whether a device's products write fp32 from half-precision factors; no CPU's do."""
+    return device.type != "cpu"
+
+
+def _add_widened_(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
+    # The trainer's path on a GPU: bf16 factors, and the gradient of an fp32 head under autocast.
+    try:
+        torch.addmm(total, left, right, beta=1 - fresh, out_dtype=total.dtype, out=total)
+    except (NotImplementedError, TypeError) as error:
+        raise RuntimeError(
+            f"torch {torch.__version__} has no product of {left.dtype} factors in {total.dtype}"
+            f" on {total.device}, which d_unembedding needs: use torch 2.9 or later, or give a head"
+            f" in {left.dtype} with accumulate_fp32=False"
+        ) from error
+
+
 def _add_in_blocks_(total: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:
-    # No CPU product writes fp32 from bf16 factors; blocks keep the copy small.
+    # Blocks keep the narrow copy small.
     for part, rows in zip(total.split(4096), left.split(4096)):
         product = rows @ right
         part.copy_(product) if fresh else part.add_(product)

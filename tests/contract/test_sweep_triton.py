@@ -10,23 +10,11 @@ from pathlib import Path
 import pytest
 
 from stillroom.pipeline.teacher.rows import RowSpec
-from stillroom.pipeline.teacher.sweep.gpu import _sweep_row, launch_options, part_size
-from tests import hopper
+from stillroom.pipeline.teacher.sweep.gpu import blocks_of_a_part
+from tests.ahead_of_time import read
+from tests.kernel_builds import FOUR, ONE, compiled_teacher_sweep
 
 CONTRACT = Path(__file__).with_name("test_sweeps.py")
-OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
-POINTERS = {
-    "targets_ptr": "*i64",
-    "positions_ptr": "*i64",
-    "inverses_ptr": "*fp32",
-    "ints_ptr": "*i32",
-    "floats_ptr": "*fp32",
-    "masses_ptr": "*fp32",
-    "cdf_ptr": "*fp64",
-    "near_ptr": "*i32",
-    "top_ptr": "*i64",
-}
-NUMBERS = {"key": "i64", "stride": "i32", "vocab_size": "i32", "parts": "i32", "half": "i32"}
 
 
 @pytest.mark.slow
@@ -40,15 +28,7 @@ def test_the_contract_holds_under_the_interpreter():
     assert re.search(r"\d{2} passed", run.stdout), run.stdout[-500:]
 
 
-def compile_for_hopper(spec: RowSpec, dtype: str):
-    constants = launch_options(151_936, spec)
-    options = {name: constants.pop(name) for name in OPTIONS if name in constants}
-    types = POINTERS | NUMBERS | {"logits_ptr": f"*{dtype}"}
-    aligned = ("logits_ptr", "masses_ptr", "stride", "vocab_size", "parts")
-    return hopper.compile_kernel(_sweep_row, types, constants, aligned, options)
-
-
-ONE, FOUR, SIXTEEN = (1.0,), (0.5, 1.0, 2.0, 4.0), tuple(i / 4 for i in range(1, 17))
+SIXTEEN = tuple(i / 4 for i in range(1, 17))
 
 
 @pytest.mark.parametrize(
@@ -62,17 +42,15 @@ ONE, FOUR, SIXTEEN = (1.0,), (0.5, 1.0, 2.0, 4.0), tuple(i / 4 for i in range(1,
         (64, 512, SIXTEEN, "bf16"),
     ],
 )
-def test_it_compiles_for_hopper_without_spills(k, draws, temperatures, dtype, tmp_path):
-    kernel = compile_for_hopper(RowSpec(k, draws, temperatures, True, True, 0), dtype)
-    report = hopper.ptxas_report(kernel, tmp_path)
-    assert "0 bytes spill stores, 0 bytes spill loads" in report
-    assert hopper.registers(report) <= 128
-    assert "ld.global.v4.b32" in kernel.asm["ptx"]  # logits come in 128-bit words
+def test_it_compiles_for_hopper_without_spills(k, draws, temperatures, dtype):
+    build = read(compiled_teacher_sweep(RowSpec(k, draws, temperatures, True, True, 0), dtype))
+    assert build.stack == build.spills == 0
+    assert build.registers <= (128 if len(temperatures) < 5 else 255)
+    assert "ld.global.v4.b32" in build.ptx  # logits come in 128-bit words
 
 
 def test_parts_are_many_enough_for_a_tight_bound():
-    assert part_size(151_936, 64) == 128
-    assert part_size(151_936, 512) == 128
-    assert part_size(32_000, 512) == 16
-    assert part_size(768, 512) == 1
-    assert part_size(2, 1) == 1
+    assert blocks_of_a_part(151_936 // 4096, 256, 64) == 8
+    assert blocks_of_a_part(151_936 // 4096, 256, 512) == 8
+    assert blocks_of_a_part(32_000 // 4096, 256, 512) == 1
+    assert blocks_of_a_part(1, 64, 512) == 1

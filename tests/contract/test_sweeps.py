@@ -369,3 +369,39 @@ def test_a_sweep_that_errs_is_refused_before_it_is_used(monkeypatch):
     monkeypatch.setattr(blocks, "sweep_of", lambda _: wrong)
     with pytest.raises(TeacherError, match=r"numba sweep is off by 0\.01 and in 0 ids.*=torch"):
         check_sweep(3000, "cpu", spec)
+
+
+def test_a_sweep_is_checked_on_what_engines_hand_over(monkeypatch):
+    """bf16 rows of a wider buffer, whose spare columns say nothing, from flat to peaked."""
+    spec, seen = RowSpec(8, 2, TEMPERATURES, True, True, 0), []
+
+    def listening(logits, *asked):
+        seen.append(logits)
+        return sweep(logits, *asked)
+
+    monkeypatch.setattr(blocks, "sweep_of", lambda _: listening)
+    check_sweep(3001, "cpu", spec)
+    (logits,) = seen
+    assert logits.dtype == torch.bfloat16
+    assert logits.stride() == (3008, 1)
+    largest = logits.abs().amax(1).tolist()
+    assert largest[0] < 6
+    assert largest[-1] > 60
+
+
+@pytest.mark.parametrize(("row", "off", "refused"), [(0, 4e-4, True), (3, 4e-4, False)])
+def test_what_a_sweep_may_be_off_by_follows_the_logits(monkeypatch, row, off, refused):
+    """4e-4 is many roundings of a flat row's numbers and few of a row with logits of 100."""
+    spec = RowSpec(8, 2, TEMPERATURES, True, True, 0)
+
+    def wrong(*asked):
+        ints, floats = sweep(*asked)
+        floats[row] += off
+        return ints, floats
+
+    monkeypatch.setattr(blocks, "sweep_of", lambda _: wrong)
+    if refused:
+        with pytest.raises(TeacherError, match=r"is off by 0\.0004 .*at most 0\.000\d+ from"):
+            check_sweep(3000, "cpu", spec)
+    else:
+        check_sweep(3000, "cpu", spec)

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import triton
 
 from stillroom.pipeline.kernels.divergences import DivergenceName, Objective
-from stillroom.pipeline.kernels.triton import (
-    dense_sweep as triton_dense_sweep,
+from stillroom.pipeline.kernels.triton import sweep as triton_sweep
+from tests.ahead_of_time import read
+from tests.kernel_builds import (
+    CAPPED,
+    DENSE,
+    GRADIENT,
+    PLAIN,
+    SPARSE,
+    STATISTICS,
+    TEMPERED,
+    compiled_kernel,
 )
-from stillroom.pipeline.kernels.triton import (
-    shard_sweep as triton_shard_sweep,
-)
-from stillroom.pipeline.kernels.triton import (
-    sweep as triton_sweep,
-)
-from tests import hopper
-from tests.hopper import ptxas_report
 
 CONTRACT = [
     Path(__file__).with_name(name)
@@ -35,29 +35,6 @@ CONTRACT = [
         "test_cross_entropy_beside.py",
     )
 ]
-WORDS = 151_936
-TYPES = {
-    "ids_or_gaps_ptr": "*i32",
-    "first_ptr": "*i32",
-    "logprobs_or_ranks_ptr": "*fp32",
-    "classes_ptr": "*u8",
-    "counts_ptr": "*i32",
-    "shift_ptr": "*fp32",
-    "table_ptr": "*fp32",
-    "lookup_ptr": "*i32",
-    "labels_ptr": "*i64",
-    "label_ptr": "*i64",
-    "columns_ptr": "*i64",
-    "factor_ptr": "*fp32",
-} | dict.fromkeys(
-    ["stride", "teacher_stride", "sums_stride", "width", "k", "length", "words", "size"], "i32"
-)
-PACKED_TYPES = {"ids_or_gaps_ptr": "*u8", "logprobs_or_ranks_ptr": "*i16"}
-BUFFERS = ("buffer", "teacher_buffer", "gradient")
-ALIGNED = (*BUFFERS, "stride", "teacher_stride", "width")
-PLAIN = {}
-TEMPERED = {"temperature": 2.0, "ce_weight": 0.5}
-CAPPED = {"softcap": 30.0}
 
 
 @pytest.mark.slow
@@ -70,38 +47,7 @@ def test_the_contract_holds_under_the_interpreter():
     assert re.search(r"\d{3} passed", run.stdout), run.stdout[-500:]
 
 
-def compile_for_hopper(kernel, objective, k=64, dtype="bf16", *, packed=False):
-    """A kernel for a vocabulary of 151,936, with every option the objective asks for."""
-    hard = objective.ce_weight > 0
-    constants = {
-        "PACKED": packed,
-        "DIVERGENCE": objective.divergence,
-        "TAIL": objective.tail,
-        "HARD": hard,
-        "LABELLED": hard,
-        "PLAIN": hard and objective.temperature != 1,
-        "WEIGHTED": True,
-        "CAPPED": objective.softcap is not None,
-        "TEACHER_CAPPED": objective.softcap is not None,
-        "GRADIENT": True,
-        "BLOCK_K": triton.next_power_of_2(k),
-        "BLOCK": 4096,
-    }
-    options = triton_sweep.launch_options(WORDS, objective)
-    if kernel is triton_dense_sweep._sweep_row:
-        options = triton_dense_sweep.launch_options(WORDS)
-    constants["BLOCK_V"] = options.pop("BLOCK_V")
-    names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    types = TYPES | (PACKED_TYPES if packed else {})
-    types |= dict.fromkeys(BUFFERS, f"*{dtype}")
-    types = {n: types.get(n, "*fp32" if n.endswith("_ptr") else "fp32") for n in names}
-    aligned = [name for name in ALIGNED if name in names]
-    return hopper.compile_kernel(kernel, types, constants, aligned, options)
-
-
-SPARSE, DENSE = triton_sweep._sweep_row, triton_dense_sweep._sweep_row
-SHARD = triton_shard_sweep._row_statistics, triton_shard_sweep._row_gradient
+SHARD = STATISTICS, GRADIENT
 DIVERGENCES = get_args(DivergenceName)
 COMPILED = [
     *product([SPARSE], DIVERGENCES, [64], [PLAIN, TEMPERED | CAPPED]),
@@ -112,23 +58,23 @@ COMPILED = [
 
 
 @pytest.mark.parametrize(("kernel", "divergence", "k", "options"), COMPILED)
-def test_it_compiles_for_hopper_without_spills(kernel, divergence, k, options, tmp_path):
-    report = ptxas_report(compile_for_hopper(kernel, Objective(divergence, **options), k), tmp_path)
-    assert "0 bytes spill stores, 0 bytes spill loads" in report
-    assert hopper.registers(report) <= 96
+def test_it_compiles_for_hopper_without_spills(kernel, divergence, k, options):
+    build = read(compiled_kernel(kernel, Objective(divergence, **options), k))
+    assert build.stack == build.spills == 0
+    assert build.registers <= 96
 
 
 @pytest.mark.parametrize("k", [64, 512])
-def test_packed_lists_compile_for_hopper_without_spills(k, tmp_path):
-    kernel = compile_for_hopper(SPARSE, Objective(), k, packed=True)
-    assert "0 bytes spill stores, 0 bytes spill loads" in ptxas_report(kernel, tmp_path)
+def test_packed_lists_compiled_kernel_without_spills(k):
+    build = read(compiled_kernel(SPARSE, Objective(), k, packed=True))
+    assert build.stack == build.spills == 0
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("kernel", [SPARSE, DENSE, SHARD[1]])
 def test_logits_move_in_128_bit_words(kernel, dtype):
     """Eight bf16 or four fp32 in one instruction, in both directions."""
-    assembler = compile_for_hopper(kernel, Objective(), dtype=dtype).asm["ptx"]
+    assembler = compiled_kernel(kernel, Objective(), dtype=dtype).asm["ptx"]
     assert "ld.global.v4.b32" in assembler
     assert "st.global.v4.b32" in assembler
 
@@ -137,7 +83,7 @@ def test_logits_move_in_128_bit_words(kernel, dtype):
 def test_no_offset_overflows_32_bits(kernel):
     """8,192 rows of 151,936 words are 1.2e9 elements, and two such chunks are more than int32
     counts: the program's number is widened before anything is multiplied by it."""
-    code = compile_for_hopper(kernel, Objective()).asm["ttir"]
+    code = compiled_kernel(kernel, Objective()).asm["ttir"]
     (program,) = re.findall(r"(%\w+) = tt.get_program_id x : i32", code)
     uses = [line for line in code.splitlines() if re.search(rf"{program}\b(?! = )", line)]
     assert uses

@@ -89,3 +89,21 @@ def test_extra_memory_stays_within_the_budget(impl):
     loss.sum().backward()
     extra = torch.cuda.max_memory_allocated() - before
     assert extra <= budget + head.nbytes + hidden.nbytes + 2**26
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", [plain_lists, packed_rows, dense_teacher])
+def test_a_head_on_another_device_than_the_current_one(kind):
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 128, device="cuda:0", dtype=torch.bfloat16)
+    head = torch.randn(5003, 128, device="cuda:0", dtype=torch.bfloat16)
+    loss = kind(hidden, head, impl="triton")
+
+    def moved(value):
+        return value.to("cuda:1") if hasattr(value, "to") else value
+
+    keywords = {name: moved(value) for name, value in loss.keywords.items()}
+    found = loss.func(*map(moved, loss.args), **keywords)
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(found.to("cuda:0"), loss(), rtol=0, atol=0)

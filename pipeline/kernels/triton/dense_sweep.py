@@ -11,7 +11,7 @@ AKL's head needs the teacher's words in order; that share is made in torch, bloc
 """
 # Triton reads `if ... else` on constants as compile-time choices, and its values have no types.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 
 import torch
 import triton
@@ -21,14 +21,31 @@ from torch import Tensor
 from stillroom.pipeline.kernels import dense_sweep, divergences
 from stillroom.pipeline.kernels.dense_sweep import DenseTargets
 from stillroom.pipeline.kernels.divergences import Objective
-from stillroom.pipeline.kernels.triton.rows import add, cap, terms
+from stillroom.pipeline.kernels.triton.rows import (
+    LN_2,
+    LOG2_E,
+    NUM_WARPS,
+    add,
+    block_of,
+    cap,
+    empty_sums,
+    gathered,
+    lane_sums,
+    lanes_and_words,
+    lanes_of,
+    launch,
+    load,
+    per_load,
+    store,
+    terms,
+)
 from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 LOG_ZERO = tl.constexpr(divergences.LOG_ZERO)
 FAR_BELOW = tl.constexpr(FAR)
 
-NUM_WARPS, BLOCK = 8, 2048
+BLOCK = 2048
 
 
 def sweep(
@@ -51,7 +68,9 @@ def sweep(
     heads = loss
     if objective.divergence == "adaptive_kl":
         heads = dense_sweep.head_shares(buffer, teacher, targets, objective, shard.width)
-    _sweep_row[(len(buffer),)](
+    launch(
+        _sweep_row,
+        len(buffer),
         buffer,
         buffer.stride(0),
         teacher,
@@ -62,7 +81,7 @@ def sweep(
         loss,
         targets.cross_entropy if targets.cross_entropy is not None else torch.empty_like(loss),
         shard.width,
-        1 / objective.temperature,
+        LOG2_E.value / objective.temperature,
         objective.temperature,
         objective.beta,
         objective.alpha,
@@ -83,8 +102,7 @@ def sweep(
 
 def launch_options(width: int) -> dict[str, int]:
     """Block size and warps."""
-    block = min(BLOCK, triton.next_power_of_2(width))
-    return {"BLOCK_V": block, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    return {"BLOCK_V": block_of(BLOCK, width), "num_warps": NUM_WARPS, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -99,7 +117,7 @@ def _sweep_row(
     loss_ptr,
     told_ptr,
     width,
-    cold,
+    bits,
     temperature,
     beta,
     alpha,
@@ -115,110 +133,203 @@ def _sweep_row(
     GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    logits = buffer + row * stride
-    teacher = teacher_buffer + row * teacher_stride
+    number = tl.program_id(0).to(tl.int64)
+    logits = buffer + number * stride
+    teacher = teacher_buffer + number * teacher_stride
 
     # First pass: log-sum-exps of x = z / T, of the teacher's y, and where asked of z; and the block
-    # of the student's most probable word.
-    peak, total = tl.full((), FAR_BELOW, tl.float32), tl.full((), 0.0, tl.float32)
-    plain_peak, plain_total, teacher_peak, teacher_total = peak, total, peak, total
-    best_block = 0
-    for start in range(0, width, BLOCK_V):
-        z, slope = _load(logits, start, width, softcap, CAPPED, BLOCK_V)
-        y, _bent = _load(teacher, start, width, teacher_softcap, TEACHER_CAPPED, BLOCK_V)
-        before = peak
-        peak, total = add(peak, total, z * cold)
-        best_block = tl.where(peak > before, start, best_block)
-        teacher_peak, teacher_total = add(teacher_peak, teacher_total, y * cold)
-        if PLAIN:
-            plain_peak, plain_total = add(plain_peak, plain_total, z)
-    log_total, log_teacher_total = tl.log(total), tl.log(teacher_total)
+    # of the student's most probable word. Whole blocks have no mask: see `rows.load`.
+    PER: tl.constexpr = per_load(BLOCK_V, buffer.dtype.element_ty)
+    LANES: tl.constexpr = lanes_of(BLOCK_V, buffer.dtype.element_ty)
+    whole, words = width // BLOCK_V * BLOCK_V, tl.arange(0, BLOCK_V)
+    row = (logits, teacher, width, bits, softcap, teacher_softcap)
+    far, none = empty_sums(LANES)
+    student = (far, tl.full((LANES,), 0, tl.int32), (far, none), (far, none))
+    state = (student, (far, (far, none)))
+    for start in range(0, whole, BLOCK_V):
+        state = _add_words(
+            state, row, start, LANES, PER, CAPPED, TEACHER_CAPPED, PLAIN, BLOCK_V, True
+        )
+    if whole < width:
+        state = _add_words(
+            state, row, whole, LANES, PER, CAPPED, TEACHER_CAPPED, PLAIN, BLOCK_V, False
+        )
+    (peaks, blocks, sums, plain_sums), (teacher_peaks, teacher_sums) = state
+    peak, teacher_peak = tl.max(peaks, 0), tl.max(teacher_peaks, 0)
+    total = gathered(sums, peak, bits)
+    # log2 q = z bits - begin - left: the product is rounded, and what it lost is in the other.
+    begin, teacher_begin = peak * bits, teacher_peak * bits
+    left = tl.log2(total) - tl.fma(-peak, bits, begin)
+    teacher_left = tl.log2(gathered(teacher_sums, teacher_peak, bits))
+    teacher_left -= tl.fma(-teacher_peak, bits, teacher_begin)
     head = 0.0
     if DIVERGENCE == "adaptive_kl":
-        head = tl.load(heads_ptr + row)
+        head = tl.load(heads_ptr + number)
 
     # The most probable word's slope is shifted to 0: see divergences.outcome_gradient.
-    best = _place_of(peak, logits, best_block, width, cold, softcap, CAPPED, BLOCK_V)
-    y_best, _ = cap(tl.load(teacher + best).to(tl.float32), teacher_softcap, TEACHER_CAPPED)
-    log_p_best = tl.maximum(y_best * cold - teacher_peak - log_teacher_total, LOG_ZERO)
-    p_best, q_best = tl.exp(log_p_best), tl.exp(-log_total)
-    _, r_best = terms(
-        log_p_best, log_p_best, p_best, -log_total, q_best, beta, alpha, head, DIVERGENCE
-    )
-    shift = r_best / q_best
+    first = tl.min(tl.where(peaks == peak, blocks, width), 0)
+    best = _place_of(peak, logits, first, width, softcap, CAPPED, BLOCK_V)
+    y_best, _bent = cap(tl.load(teacher + best).to(tl.float32), teacher_softcap, TEACHER_CAPPED)
+    log_p, p_best = _log_and_power(y_best, bits, teacher_begin, teacher_left)
+    log_q, q_best = _log_and_power(peak, bits, begin, left)
+    _value, r_best = terms(log_p, log_p, p_best, log_q, q_best, beta, alpha, head, DIVERGENCE)
+    lift = r_best / q_best
 
     # Second pass: the loss, and R.
-    losses = tl.full((BLOCK_V,), 0.0, tl.float32)
-    slopes = tl.full((BLOCK_V,), 0.0, tl.float32)
-    for start in range(0, width, BLOCK_V):
-        z, slope = _load(logits, start, width, softcap, CAPPED, BLOCK_V)
-        y, _bent = _load(teacher, start, width, teacher_softcap, TEACHER_CAPPED, BLOCK_V)
-        log_q = tl.maximum(z * cold - peak - log_total, LOG_ZERO)
-        log_p = tl.maximum(y * cold - teacher_peak - log_teacher_total, LOG_ZERO)
-        p, q = tl.exp(log_p), tl.exp(log_q)
-        value, r = terms(log_p, log_p, p, log_q, q, beta, alpha, head, DIVERGENCE)
-        losses += value
-        if GRADIENT:
-            word = start + tl.arange(0, BLOCK_V)
-            slopes += tl.where(word == best, 0.0, r - q * shift)
+    ends = (begin, left, teacher_begin, teacher_left, beta, alpha, head, best, lift)
+    losses, slopes = none, none
+    for start in range(0, whole, BLOCK_V):
+        _z, _slope, _q, value, r = _slopes(
+            row, ends, start + words, DIVERGENCE, CAPPED, TEACHER_CAPPED, True
+        )
+        losses += lane_sums(value, LANES, PER)
+        slopes += lane_sums(r, LANES, PER)
+    if whole < width:
+        _z, _slope, _q, value, r = _slopes(
+            row, ends, whole + words, DIVERGENCE, CAPPED, TEACHER_CAPPED, False
+        )
+        losses += lane_sums(value, LANES, PER)
+        slopes += lane_sums(r, LANES, PER)
     loss = temperature * temperature * tl.sum(losses, 0)
 
     # Cross-entropy.
     label, hard = -1, 0.0
     if HARD:
-        label = tl.load(labels_ptr + row).to(tl.int32)
+        label = tl.load(labels_ptr + number).to(tl.int32)
         labelled = (label >= 0) & (label < width)
         raw_label = tl.load(logits + label, mask=labelled, other=0.0).to(tl.float32)
-        z_label, _slope = cap(raw_label, softcap, CAPPED)
+        z_label, _bent = cap(raw_label, softcap, CAPPED)
         hard = tl.where(label >= 0, ce_weight, 0.0)
-        surprise = peak - z_label + log_total
         if PLAIN:
-            surprise = plain_peak - z_label + tl.log(plain_total)
+            total = gathered(plain_sums, peak, LOG2_E)
+        surprise = peak - z_label + tl.log(total)
         surprise = tl.where(label >= 0, surprise, 0.0)
         loss += hard * surprise
-        tl.store(told_ptr + row, surprise)
+        tl.store(told_ptr + number, surprise)
     weight = 1.0
     if WEIGHTED:
-        weight = tl.load(weights_ptr + row).to(tl.float32)
-    tl.store(loss_ptr + row, loss * weight)
+        weight = tl.load(weights_ptr + number).to(tl.float32)
+    tl.store(loss_ptr + number, loss * weight)
 
     if GRADIENT:
-        total_slope = tl.sum(slopes, 0)
         # All threads have loaded the label's logit and the best word's before any is overwritten.
         tl.debug_barrier()
-        for start in range(0, width, BLOCK_V):
-            z, slope = _load(logits, start, width, softcap, CAPPED, BLOCK_V)
-            y, _bent = _load(teacher, start, width, teacher_softcap, TEACHER_CAPPED, BLOCK_V)
-            log_q = tl.maximum(z * cold - peak - log_total, LOG_ZERO)
-            log_p = tl.maximum(y * cold - teacher_peak - log_teacher_total, LOG_ZERO)
-            p, q = tl.exp(log_p), tl.exp(log_q)
-            value, r = terms(log_p, log_p, p, log_q, q, beta, alpha, head, DIVERGENCE)
-            word = start + tl.arange(0, BLOCK_V)
-            r = tl.where(word == best, 0.0, r - q * shift)
-            gradient = (r - q * total_slope) * temperature
-            if HARD:
-                if PLAIN:
-                    gradient += hard * tl.exp(z - plain_peak) / plain_total
-                else:
-                    gradient += hard * q
-                gradient -= tl.where(word == label, hard, 0.0)
-            gradient = (gradient * slope * weight).to(buffer.dtype.element_ty)
-            tl.store(logits + word, gradient, mask=word < width)
+        last = (tl.sum(slopes, 0), temperature, weight, hard, label, peak, total)
+        for start in range(0, whole, BLOCK_V):
+            _write_words(
+                row,
+                ends,
+                last,
+                start + words,
+                DIVERGENCE,
+                HARD,
+                PLAIN,
+                CAPPED,
+                TEACHER_CAPPED,
+                True,
+            )
+        if whole < width:
+            _write_words(
+                row,
+                ends,
+                last,
+                whole + words,
+                DIVERGENCE,
+                HARD,
+                PLAIN,
+                CAPPED,
+                TEACHER_CAPPED,
+                False,
+            )
 
 
 @triton.jit
-def _load(logits, start, width, softcap, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr):
-    """A block of capped logits, minus infinity beyond the vocabulary, and the cap's slope."""
-    word = start + tl.arange(0, BLOCK_V)
-    raw = tl.load(logits + word, mask=word < width, other=float("-inf")).to(tl.float32)
-    bent, slope = cap(raw, softcap, CAPPED)
-    return tl.where(raw == float("-inf"), raw, bent), slope
+def _add_words(
+    state,
+    row,
+    start,
+    LANES: tl.constexpr,
+    PER: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
+    PLAIN: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The first pass over a block."""
+    (peaks, blocks, sums, plain_sums), (teacher_peaks, teacher_sums) = state
+    logits, teacher, width, bits, softcap, teacher_softcap = row
+    words = start + tl.arange(0, BLOCK_V)
+    z, _ = load(logits, words, width, softcap, CAPPED, WHOLE)
+    y, _bent = load(teacher, words, width, teacher_softcap, TEACHER_CAPPED, WHOLE)
+    z, y = lanes_and_words(z, LANES, PER), lanes_and_words(y, LANES, PER)
+    largest, teacher_largest = tl.max(tl.max(z, 2), 0), tl.max(tl.max(y, 2), 0)
+    blocks = tl.where(largest > peaks, start, blocks)
+    if PLAIN:
+        plain_sums = add(plain_sums, z, largest, LOG2_E)
+    student = (tl.maximum(peaks, largest), blocks, add(sums, z, largest, bits), plain_sums)
+    teacher_sums = add(teacher_sums, y, teacher_largest, bits)
+    return student, (tl.maximum(teacher_peaks, teacher_largest), teacher_sums)
 
 
 @triton.jit
-def _place_of(x, logits, start, width, cold, softcap, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The first word of a block whose logit over T is x."""
-    z, _ = _load(logits, start, width, softcap, CAPPED, BLOCK_V)
+def _log_and_power(z, bits, begin, left):
+    """log q and q of words whose logits are z."""
+    in_bits = tl.maximum(tl.fma(z, bits, -begin) - left, LOG_ZERO * LOG2_E)
+    return in_bits * LN_2, tl.exp2(in_bits)
+
+
+@triton.jit
+def _slopes(
+    row,
+    ends,
+    words,
+    DIVERGENCE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Logits, the cap's slope, q, and of each word its share of the loss and its r, which is
+    shifted so that the most probable word's is 0."""
+    logits, teacher, width, bits, softcap, teacher_softcap = row
+    begin, left, teacher_begin, teacher_left, beta, alpha, head, best, lift = ends
+    z, slope = load(logits, words, width, softcap, CAPPED, WHOLE)
+    y, _bent = load(teacher, words, width, teacher_softcap, TEACHER_CAPPED, WHOLE)
+    log_q, q = _log_and_power(z, bits, begin, left)
+    log_p, p = _log_and_power(y, bits, teacher_begin, teacher_left)
+    value, r = terms(log_p, log_p, p, log_q, q, beta, alpha, head, DIVERGENCE)
+    return z, slope, q, value, tl.where(words == best, 0.0, r - q * lift)
+
+
+@triton.jit
+def _write_words(
+    row,
+    ends,
+    last,
+    words,
+    DIVERGENCE: tl.constexpr,
+    HARD: tl.constexpr,
+    PLAIN: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The last pass over a block: gradients in the place of logits."""
+    z, slope, q, _value, r = _slopes(row, ends, words, DIVERGENCE, CAPPED, TEACHER_CAPPED, WHOLE)
+    total_slope, temperature, weight, hard, label, peak, plain_total = last
+    gradient = (r - q * total_slope) * temperature
+    if HARD:
+        if PLAIN:
+            gradient += hard * tl.exp(z - peak) / plain_total
+        else:
+            gradient += hard * q
+        gradient -= tl.where(words == label, hard, 0.0)
+    store(row[0], words, gradient * slope * weight, row[2], WHOLE)
+
+
+@triton.jit
+def _place_of(peak, logits, start, width, softcap, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The first word of a block whose logit is the peak."""
     word = start + tl.arange(0, BLOCK_V)
-    return tl.min(tl.where((z * cold == x) & (word < width), word, width - 1), 0)
+    z, _ = load(logits, word, width, softcap, CAPPED, False)
+    return tl.min(tl.where((z == peak) & (word < width), word, width - 1), 0)

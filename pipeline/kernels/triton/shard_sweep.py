@@ -20,7 +20,7 @@ from stillroom.pipeline.kernels.divergences import Objective
 from stillroom.pipeline.kernels.packed_topk import PackedTargets
 from stillroom.pipeline.kernels.targets import Targets
 from stillroom.pipeline.kernels.torch_sweep import Verdict, judge, label_column
-from stillroom.pipeline.kernels.triton.rows import cap, tail_sums, write_tail
+from stillroom.pipeline.kernels.triton.rows import LOG2_E, cap, launch, tail_sums, write_tail
 from stillroom.pipeline.kernels.triton.sweep import launch_options
 from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
 from stillroom.pipeline.kernels.vocabulary_shards import Shard, ShardStatistics
@@ -64,7 +64,9 @@ def _statistics_(
     plain = label is not None and objective.temperature != 1
     support = torch.empty(rows, k, dtype=torch.float32, device=buffer.device)
     sums = torch.empty(5, rows, dtype=torch.float32, device=buffer.device)
-    _row_statistics[(rows,)](
+    launch(
+        _row_statistics,
+        rows,
         buffer,
         buffer.stride(0),
         columns,
@@ -75,6 +77,7 @@ def _statistics_(
         width,
         k,
         1 / objective.temperature,
+        LOG2_E.value / objective.temperature,
         objective.softcap or 1.0,
         LABELLED=label is not None,
         PLAIN=plain,
@@ -102,7 +105,9 @@ def _gradient_(
     plain_peak, plain_scale = local.tail_peak, verdict.hard
     if local.plain_peak is not None and local.plain_total is not None:
         plain_peak, plain_scale = local.plain_peak, verdict.plain / local.plain_total
-    _row_gradient[(rows,)](
+    launch(
+        _row_gradient,
+        rows,
         buffer,
         buffer.stride(0),
         columns,
@@ -118,6 +123,7 @@ def _gradient_(
         width,
         k,
         1 / objective.temperature,
+        LOG2_E.value / objective.temperature,
         objective.temperature,
         objective.softcap or 1.0,
         LABELLED=label is not None,
@@ -140,6 +146,7 @@ def _row_statistics(
     width,
     k,
     cold,
+    bits,
     softcap,
     LABELLED: tl.constexpr,
     PLAIN: tl.constexpr,
@@ -172,15 +179,13 @@ def _row_statistics(
     tl.store(logits + column, float("-inf"), mask=here)
     tl.debug_barrier()
 
-    peak, total, plain_peak, plain_rest = tail_sums(
-        logits, width, cold, softcap, CAPPED, PLAIN, BLOCK_V
-    )
-    tl.store(sums_ptr + row, peak)
+    peak, total, plain_rest = tail_sums(logits, width, bits, softcap, CAPPED, PLAIN, BLOCK_V)
+    tl.store(sums_ptr + row, tl.where(peak > FAR_BELOW, peak * cold, FAR_BELOW))
     tl.store(sums_ptr + sums_stride + row, tl.where(total > 0, total, 1.0))
     if PLAIN:
-        top = tl.maximum(plain_top, plain_peak)
+        top = tl.maximum(plain_top, peak)
         plain_total = plain_total * tl.exp(plain_top - top)
-        plain_total += plain_rest * tl.exp(plain_peak - top)
+        plain_total += plain_rest * tl.exp(peak - top)
         tl.store(sums_ptr + 3 * sums_stride + row, top)
         tl.store(sums_ptr + 4 * sums_stride + row, tl.where(plain_total > 0, plain_total, 1.0))
 
@@ -202,6 +207,7 @@ def _row_gradient(
     width,
     k,
     cold,
+    bits,
     temperature,
     softcap,
     LABELLED: tl.constexpr,
@@ -213,12 +219,14 @@ def _row_gradient(
     row = tl.program_id(0).to(tl.int64)
     logits = buffer + row * stride
     scale, peak = tl.load(scale_ptr + row), tl.load(peak_ptr + row)
-    plain_scale, plain_peak = 0.0, 0.0
+    # The peak came as that of x; any logit near it anchors the powers as well.
+    z_peak = tl.where(peak > FAR_BELOW, peak * temperature, FAR_BELOW)
+    factor = scale * tl.exp(z_peak * cold - peak)
+    plain_factor = 0.0
     if PLAIN:
         plain_scale, plain_peak = tl.load(plain_scale_ptr + row), tl.load(plain_peak_ptr + row)
-    write_tail(
-        logits, width, cold, softcap, scale, peak, plain_scale, plain_peak, CAPPED, PLAIN, BLOCK_V
-    )
+        plain_factor = plain_scale * tl.exp(z_peak - plain_peak)
+    write_tail(logits, width, bits, softcap, z_peak, factor, plain_factor, CAPPED, PLAIN, BLOCK_V)
     tl.debug_barrier()
 
     place = tl.arange(0, BLOCK_K)

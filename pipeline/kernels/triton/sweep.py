@@ -23,7 +23,19 @@ from stillroom.pipeline.kernels import divergences
 from stillroom.pipeline.kernels.divergences import Objective
 from stillroom.pipeline.kernels.packed_topk import PackedTargets, PackedTopk
 from stillroom.pipeline.kernels.targets import Targets
-from stillroom.pipeline.kernels.triton.rows import cap, tail_sums, terms, write_tail
+from stillroom.pipeline.kernels.triton.rows import (
+    LOG2_E,
+    NUM_WARPS,
+    block_of,
+    cap,
+    launch,
+    load,
+    registers,
+    store,
+    tail_sums,
+    terms,
+    write_tail,
+)
 from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW as FAR
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
@@ -32,7 +44,6 @@ LOG_TAIL_FLOOR = tl.constexpr(divergences.LOG_TAIL_FLOOR)
 HEAD_MASS = tl.constexpr(divergences.HEAD_MASS)
 FAR_BELOW = tl.constexpr(FAR)
 
-NUM_WARPS = 8
 PLAIN_BLOCK, HEAVY_BLOCK, HEAVY_REGISTERS = 8192, 4096, 96
 """Words of a block. Where a word needs two exponentials or a tanh, a smaller block and a limit that
 is above what it needs keep ptxas from spilling a few bytes to reach a higher occupancy."""
@@ -62,7 +73,9 @@ def sweep(
     labels = targets.labels.contiguous() if targets.labels is not None else loss
     weights = loss if targets.weights is None else targets.weights.float().contiguous()
     told = targets.cross_entropy if targets.cross_entropy is not None else torch.empty_like(loss)
-    _sweep_row[(len(buffer),)](
+    launch(
+        _sweep_row,
+        len(buffer),
         buffer,
         buffer.stride(0),
         *lists,
@@ -73,6 +86,7 @@ def sweep(
         shard.width,
         k,
         1 / objective.temperature,
+        LOG2_E.value / objective.temperature,
         objective.temperature,
         objective.beta,
         objective.alpha,
@@ -110,7 +124,7 @@ def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
     if not gradient.is_contiguous():
         return gradient.mul_(factor)
     size, block = gradient.numel(), 4096
-    _scale[(triton.cdiv(size, block),)](gradient, factor, size, BLOCK=block)
+    launch(_scale, triton.cdiv(size, block), gradient, factor, size, BLOCK=block)
     return gradient
 
 
@@ -119,9 +133,9 @@ def launch_options(width: int, objective: Objective) -> dict[str, int]:
     tempered = objective.ce_weight > 0 and objective.temperature != 1
     heavy = objective.softcap is not None or tempered
     block = HEAVY_BLOCK if heavy else PLAIN_BLOCK
-    limit = {"maxnreg": HEAVY_REGISTERS} if heavy else {}
+    limit = registers(HEAVY_REGISTERS) if heavy else {}
     limit |= {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
-    return {"BLOCK_V": min(block, triton.next_power_of_2(max(width, 1)))} | limit
+    return {"BLOCK_V": block_of(block, width)} | limit
 
 
 def _sorted(targets: Targets) -> Targets:
@@ -136,9 +150,17 @@ def _sorted(targets: Targets) -> Targets:
 def _scale(gradient, factor_ptr, size, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(gradient + place, mask=place < size, other=0.0).to(tl.float32) * factor
-        tl.store(gradient + place, value.to(gradient.dtype.element_ty), mask=place < size)
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        if start + BLOCK <= size:
+            _times(gradient, start + tl.arange(0, BLOCK), factor, size, True)
+        else:
+            _times(gradient, start + tl.arange(0, BLOCK), factor, size, False)
+
+
+@triton.jit
+def _times(gradient, place, factor, size, WHOLE: tl.constexpr):
+    value, _ = load(gradient, place, size, 1.0, False, WHOLE)
+    store(gradient, place, value * factor, size, WHOLE)
 
 
 @triton.jit
@@ -163,6 +185,7 @@ def _sweep_row(
     width,
     k,
     cold,
+    bits,
     temperature,
     beta,
     alpha,
@@ -216,9 +239,8 @@ def _sweep_row(
     tl.debug_barrier()
 
     # First pass: log-sum-exp of the words outside, in x and where asked in z.
-    peak, total, plain_peak, plain_total = tail_sums(
-        logits, width, cold, softcap, CAPPED, PLAIN, BLOCK_V
-    )
+    z_peak, total, plain_total = tail_sums(logits, width, bits, softcap, CAPPED, PLAIN, BLOCK_V)
+    peak, plain_peak = z_peak * cold, z_peak
 
     # Log-probabilities of the outcomes, relative to the largest logit.
     total = tl.where(total > 0, total, 1.0)
@@ -303,18 +325,12 @@ def _sweep_row(
         plain_scale = weight * plain_scale
 
         # Second pass: the gradient of the words outside; those inside hold exp(-inf) = 0.
+        # At T = 1 the largest logit may be that of a word inside.
+        plain_factor = 0.0
+        if PLAIN:
+            plain_factor = plain_scale * tl.exp(z_peak - plain_peak)
         write_tail(
-            logits,
-            width,
-            cold,
-            softcap,
-            scale,
-            peak,
-            plain_scale,
-            plain_peak,
-            CAPPED,
-            PLAIN,
-            BLOCK_V,
+            logits, width, bits, softcap, z_peak, scale, plain_factor, CAPPED, PLAIN, BLOCK_V
         )
         tl.debug_barrier()
 
