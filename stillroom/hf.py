@@ -7,25 +7,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stillroom.pipeline.doors.axolotl_plugin import AxolotlArguments, AxolotlPlugin
     from stillroom.pipeline.doors.collator import CachedCollator, dataset_of
     from stillroom.pipeline.doors.mixin import CachedDistillationMixin
     from stillroom.pipeline.doors.sft import CachedSFTTrainer
+    from stillroom.pipeline.doors.swift_plugin import distil_in_swift
     from stillroom.pipeline.doors.trainers import CachedTrainer
 
 __all__ = [
+    "AxolotlArguments",
+    "AxolotlPlugin",
     "CachedCollator",
     "CachedDistillationMixin",
     "CachedSFTTrainer",
     "CachedTrainer",
     "dataset_of",
+    "distil_in_swift",
 ]
 
 HOMES = {
+    "AxolotlArguments": "axolotl_plugin",
+    "AxolotlPlugin": "axolotl_plugin",
     "CachedCollator": "collator",
     "CachedDistillationMixin": "mixin",
     "CachedSFTTrainer": "sft",
     "CachedTrainer": "trainers",
     "dataset_of": "collator",
+    "distil_in_swift": "swift_plugin",
 }
 
 

@@ -26,7 +26,12 @@ from stillroom.pipeline.doors.collator import (
 from stillroom.pipeline.doors.fit import EXAMPLE, check_dataset, check_kept
 from stillroom.pipeline.doors.heldout_sets import held_out_sets, heldout_batches
 from stillroom.pipeline.doors.redirection import through
-from stillroom.pipeline.doors.settings import check_arguments, check_trainer, check_whole
+from stillroom.pipeline.doors.settings import (
+    check_arguments,
+    check_trainer,
+    check_whole,
+    keep_loss_whole,
+)
 from stillroom.pipeline.objectives.reporting import reports_of
 from stillroom.pipeline.objectives.weighting import UnitWeights, scales
 from stillroom.pipeline.training.parallel import let_go
@@ -101,6 +106,7 @@ class CachedDistillationMixin(Host):
         check_arguments(me.args, {}, me)
         check_dataset(me.train_dataset, self.data)
         check_kept(me, CachedCollator)
+        keep_loss_whole(me)
         self.distiller = adopt(self, kernel, teacher)
         self._beside = SideWeights(self.distiller.projectors, me)
         self._shown = torch.zeros(len(self.distiller.terms), dtype=torch.float64)

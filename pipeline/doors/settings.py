@@ -11,10 +11,10 @@ from typing import Any
 
 from stillroom.cache_schemas.errors import ConfigError
 
-LEAST = {"transformers": (5, 19), "trl": (1, 16)}
+LEAST = {"transformers": (5, 16), "trl": (1, 16)}
 """Versions before which the losses were not compared with those of `stillroom train`."""
 
-TRIED = "transformers 5.19 to 5.24 and TRL 1.16"
+TRIED = "transformers 5.16 to 5.24 and TRL 1.16"
 
 
 def check_trainer(kind: type) -> None:
@@ -41,7 +41,6 @@ def check_trainer(kind: type) -> None:
         for name, argument in wanted.items()
         if argument not in inspect.signature(getattr(Trainer, name, check_trainer)).parameters
     ]
-    lacks += [] if hasattr(Trainer, "loss_is_scaled_for_ga") else ["loss_is_scaled_for_ga"]
     if lacks or not issubclass(kind, Trainer):
         import transformers
 
@@ -65,6 +64,18 @@ def _check_version(name: str) -> None:
         )
 
 
+def keep_loss_whole(trainer: Any) -> None:
+    """Have a trainer take the loss as it comes, undivided by accumulation steps.
+
+    The mixin says so by `loss_is_scaled_for_ga`, which transformers before 5.19 do not read: they
+    leave alone what a `compute_loss_func` gave, and ours is in the place of one.
+    """
+    from transformers import Trainer
+
+    if not hasattr(Trainer, "loss_is_scaled_for_ga"):
+        trainer.compute_loss_func = trainer.compute_loss
+
+
 OURS = {
     "data_collator": "The collator is the cache's.",
     "eval_dataset": "Name the held-out cache as eval_cache.",
@@ -83,6 +94,7 @@ UNHEARD = {
     "loss_type": (None, "nll", "chunked_nll"),
     "packing": (None, False),
     "padding_free": (None, False),
+    "sample_packing": (None, False),
 }
 """Settings that would change nothing or go wrong, and the values that ask for nothing."""
 
@@ -94,6 +106,7 @@ INSTEAD = {
     "loss_type": "Leave it out: objectives say what is learned.",
     "packing": "Leave it out: the collator packs where the student keeps examples apart.",
     "padding_free": "Leave it out: the collator lays rows end to end where attention allows it.",
+    "sample_packing": "Set it false: the collator packs where the student keeps examples apart.",
 }
 
 
