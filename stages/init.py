@@ -25,6 +25,7 @@ def init(
     from stillroom.pipeline.beginning.run_text import run_text, wish
     from stillroom.pipeline.beginning.sampling import sample
     from stillroom.pipeline.config import Teacher
+    from stillroom.pipeline.teacher.facts import model_shape
 
     name = Path(data.rstrip("/")).name.split(".")[0].strip("*") or "first"
     target = to or Path(f"{name}.toml")
@@ -33,8 +34,8 @@ def init(
             "is there already", where=str(target), remedy="Name another file with --to."
         )
     model = Teacher(model=teacher)
-    found, wished = sample(data, model), wish(student)
-    made = choose(found, model, wished.kept)
+    found, wished = sample(data, model), wish(student, model_shape(model).num_layers)
+    made = choose(found, model, wished.kept, wished.leave_out)
     target.write_text(run_text(name, data, teacher, wished, found, made))
     if as_json:
         sizes = {"documents": found.documents, "tokens": found.tokens, "whole": found.whole}
@@ -55,7 +56,7 @@ def _tell(found, made, target: Path) -> None:
         warn("warning: training needs more memory than is free; see [train.lora], [train] parallel")
     rows = [[f"stillroom {stage} {target}", _about(made.minutes[stage])] for stage in made.minutes]
     table("what comes next, and about how long here (reckoned, not measured)", ["", ""], rows)
-    say(f"the cache: about {made.megabytes:,.0f} MB. All four at once: stillroom run {target}")
+    say(f"the cache: about {made.megabytes:,.0f} MB. All at once: stillroom run {target}")
     put(target)
 
 

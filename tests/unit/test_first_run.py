@@ -51,7 +51,12 @@ def test_the_file_that_is_written_is_a_run(chats, tiny_llama, tmp_path, student,
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == "my chats.toml"
     assert "40 documents" in said.err
-    assert [c[0] for c in commands(written, "x")] == ["prepare", "capture", "train", "evaluate"]
+    assert bool(written.student.leave_out) == (init == "prune_layers")
+    measured = ["student"] if written.student.leave_out else []
+    stages = ["prepare", "capture", *measured, "train", "evaluate"]
+    assert [c[0] for c in commands(written, "x")] == stages
+    for stage in measured:
+        assert f"stillroom {stage} my chats.toml" in said.err.replace("\n", " ")
 
 
 def test_a_file_that_is_there_stays(chats, tiny_llama, tmp_path, capsys):
@@ -93,5 +98,12 @@ def test_a_run_is_the_commands_that_its_tables_ask_for():
 
 
 def test_odd_names_are_quoted_in_toml():
-    text = wish('a "b" \\ c').table
+    text = wish('a "b" \\ c', 6).table
     assert tomllib.loads(text)["model"] == 'a "b" \\ c'
+
+
+@pytest.mark.parametrize(("blocks", "gone"), [(1, 0), (2, 1), (30, 20), (32, 21)])
+def test_a_third_of_the_blocks_is_a_number_that_goes(blocks, gone):
+    table = tomllib.loads(wish("third", blocks).table)
+    assert table["leave_out"] == gone
+    assert wish("third", blocks).kept == (blocks - gone) / blocks
