@@ -27,6 +27,7 @@ def init(
     from stillroom.pipeline.config import Teacher
     from stillroom.pipeline.teacher.facts import model_shape
 
+    _check(student)
     name = Path(data.rstrip("/")).name.split(".")[0].strip("*") or "first"
     target = to or Path(f"{name}.toml")
     if target.exists():
@@ -36,6 +37,7 @@ def init(
     model = Teacher(model=teacher)
     found, wished = sample(data, model), wish(student, model_shape(model).num_layers)
     made = choose(found, model, wished.kept, wished.leave_out)
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(run_text(name, data, teacher, wished, found, made))
     if as_json:
         sizes = {"documents": found.documents, "tokens": found.tokens, "whole": found.whole}
@@ -43,6 +45,15 @@ def init(
         document({"run": str(target)} | sizes | costs)
         return
     _tell(found, made, target)
+
+
+def _check(student: str) -> None:
+    """Refuse a student that cannot be there, now and not after the capture."""
+    path = Path(student)
+    hub_id = student.count("/") == 1 and not student.startswith((".", "/", "~"))
+    named = path.is_file() if path.suffix == ".json" else path.is_dir() or hub_id
+    if student not in ("third", "half") and not named:
+        raise ConfigError(f"'{student}' is not there", expected=STUDENTS, where="--student")
 
 
 def _tell(found, made, target: Path) -> None:

@@ -25,6 +25,7 @@ def recommend(
     if bool(user) == bool(items):
         raise ConfigError("whose list?", expected="--user NAME, or --items ID,ID,...")
     run = config.load(run_file)
+    config.require(run.recommender, "recommender", str(run_file))
     named = tuple(item for item in items.split(",") if item)
     history, found = ask(run, top, user, named)
     if as_json:

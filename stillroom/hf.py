@@ -36,6 +36,11 @@ HOMES = {
     "distil_in_swift": "swift_plugin",
 }
 
+THEIRS = "Install stillroom into its environment: runbooks/84-axolotl-and-ms-swift.md."
+REMEDIES = {"axolotl": THEIRS, "swift": THEIRS} | dict.fromkeys(
+    ("trl", "datasets", "accelerate"), "pip install 'stillroom[hf]'."
+)
+
 
 def __getattr__(name: str):
     if name not in HOMES:
@@ -43,14 +48,14 @@ def __getattr__(name: str):
     try:
         value = getattr(import_module(f"stillroom.pipeline.doors.{HOMES[name]}"), name)
     except ModuleNotFoundError as error:
-        if error.name not in ("trl", "datasets", "accelerate"):
+        if error.name not in REMEDIES:
             raise
         from stillroom.cache_schemas.errors import ConfigError
 
         raise ConfigError(
             f"{error.name} is not installed",
             where=f"stillroom.hf.{name}",
-            remedy="pip install 'stillroom[hf]'.",
+            remedy=REMEDIES[error.name],
         ) from None
     except ImportError as error:  # a package is there, and lacks what is asked of it
         from stillroom.cache_schemas.errors import ConfigError, first_line

@@ -5,6 +5,7 @@ the cache's examples for its data set, and its own trainer with `CachedDistillat
 No text is tokenised: `datasets:` is not read.
 """
 
+# pyright: reportMissingImports=false
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar

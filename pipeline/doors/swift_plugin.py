@@ -5,6 +5,7 @@ trainer of causal language models is replaced by the same with `CachedDistillati
 No text is tokenised: `--dataset stillroom` is a name for the cache's own examples.
 """
 
+# pyright: reportMissingImports=false
 from collections.abc import Sequence
 from typing import Any, ClassVar
 

@@ -41,6 +41,7 @@ def chats(tmp_path, monkeypatch):
     ],
 )
 def test_the_file_that_is_written_is_a_run(chats, tiny_llama, tmp_path, student, init, capsys):
+    (tmp_path / "fresh.json").write_text("{}")
     arguments = ["init", chats, "--teacher", str(tiny_llama), "--student", student]
     assert command(arguments) == 0
     written = config.load(tmp_path / "my chats.toml")
@@ -64,6 +65,15 @@ def test_a_file_that_is_there_stays(chats, tiny_llama, tmp_path, capsys):
     assert command(["init", chats, "--teacher", str(tiny_llama)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert (tmp_path / "my chats.toml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("student", ["quarter", "nowhere.json", "./nowhere"])
+def test_a_student_that_is_not_there_is_said_before_anything_is_paid_for(
+    chats, tiny_llama, tmp_path, student, capsys
+):
+    assert command(["init", chats, "--teacher", str(tiny_llama), "--student", student]) == 2
+    assert "is not there; expected third, half" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "my chats.toml").exists()
 
 
 def test_the_window_fits_the_examples_and_the_context(chats, tiny_llama):

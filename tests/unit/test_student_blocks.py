@@ -95,6 +95,8 @@ def test_students_are_measured_and_asked_without_a_training_of_their_own(
     assert set(found) == {"teacher", "other"}
     assert found["other"]["kl_standard_error"] > 0
     assert len(found["other"]["by_example"]["kl"]) == 4
+    assert command(["ask", str(file), "", "--plain"]) == 2
+    assert "an empty prompt" in capsys.readouterr().err
     assert command(["ask", str(file), "one", "two", "--plain", "--tokens", "3", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == json.loads((tmp_path / "run" / "answers.json").read_text())
