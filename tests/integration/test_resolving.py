@@ -19,8 +19,8 @@ INSTEAD = {
     "gpu": ["docopt; python_version < '0'"],
     "cpu": ["docopt; python_version < '0'", "torch==2.13.0", "triton==3.9.0"],
 }
-PLATFORM = "x86_64-manylinux_2_36"
-"""Debian 12's; one package of vLLM's (llguidance) has no wheel for an older one."""
+PLATFORM = "x86_64-manylinux_2_34"
+"""glibc of Ubuntu 22.04 and later; llguidance, of vLLM, has no wheel for 2.28."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def resolve(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", sorted(INSTEAD))
-@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("python", PYTHONS[1:])  # the first is what installs these tests
 def test_the_pins_resolve(resolve, tmp_path, python, variant):
     instead = tmp_path / "instead.txt"
     instead.write_text("\n".join(INSTEAD[variant]) + "\n")

@@ -18,7 +18,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "runbooks
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?:sh|bash)\n(?P<text>.*?)^```$", re.M | re.S
 )
-MARK = re.compile(r"runs|covered: (?P<tests>.+)|not run: .{10,}")
+MARK = re.compile(
+    r"runs( in a scratch directory, with a tiny teacher)?|covered: (?P<tests>.+)|not run: .{10,}"
+)
 
 
 def blocks() -> list[tuple[str, str, str]]:
