@@ -67,7 +67,7 @@ def test_from_a_teacher_to_a_student(world, follow):
     assert first["leave_out"] == 6
     assert len(first["keep_layers"]) == 4
     printed = json.loads(re.findall(r"keep_layers = (\[.*?\])", said)[0])
-    assert set(printed) < set(first["keep_layers"]), "eight go, and the six before them"
+    assert len(printed) == 2
     assert "> What is it about?" in said
     assert (world / "my.planned.toml").is_file()
 
