@@ -35,7 +35,7 @@ def world(tmp_path_factory):
     rows = "".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS)
     for name in ("my.jsonl", "data/chats.jsonl"):
         (root / name).write_text(rows)
-    save_llama(root / "teacher", num_layers=10)
+    save_llama(root / "teacher", num_layers=10, max_position_embeddings=4096)
     return root
 
 

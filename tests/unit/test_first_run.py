@@ -57,7 +57,7 @@ def test_the_file_that_is_written_is_a_run(chats, tiny_llama, tmp_path, student,
     stages = ["prepare", "capture", *measured, "train", "evaluate"]
     assert [c[0] for c in commands(written, "x")] == stages
     for stage in measured:
-        assert f"stillroom {stage} my chats.toml" in said.err.replace("\n", " ")
+        assert f"stillroom {stage} my chats.toml" in said.out
 
 
 def test_a_file_that_is_there_stays(chats, tiny_llama, tmp_path, capsys):
