@@ -29,6 +29,10 @@ IMPORTS = {
 }
 """What is imported as it is, without us: another order of imports must not matter."""
 INSTALL = "Run `make setup`, or install stillroom[cpu] or stillroom[gpu] into a fresh environment."
+UNFIT = (
+    "torchvision was built for another torch than the one here: pip uninstall --yes torchvision "
+    "(nothing of ours needs it), or take both from PyTorch's CPU index."
+)
 SCARCE_DISK, SCARCE_MEMORY = 10.0, 4.0  # GB free
 
 
@@ -153,7 +157,8 @@ def imports(name: str, line: str) -> Finding:
     if done.returncode == 0:
         return Finding(name, "ok", "imports by itself")
     reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return Finding(name, "failed", reason, INSTALL)
+    remedy = UNFIT if "torchvision" in done.stderr else INSTALL
+    return Finding(name, "failed", reason, remedy)
 
 
 def served() -> Finding:
