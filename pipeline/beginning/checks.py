@@ -30,8 +30,8 @@ IMPORTS = {
 """What is imported as it is, without us: another order of imports must not matter."""
 INSTALL = "Run `make setup`, or install stillroom[cpu] or stillroom[gpu] into a fresh environment."
 UNFIT = (
-    "torchvision was built for another torch than the one here: pip uninstall --yes torchvision "
-    "(nothing of ours needs it), or take both from PyTorch's CPU index."
+    "torchvision or torchaudio was built for another torch than the one here: pip uninstall --yes "
+    "torchvision torchaudio (nothing of ours needs them), or take all from PyTorch's CPU index."
 )
 SCARCE_DISK, SCARCE_MEMORY = 10.0, 4.0  # GB free
 
@@ -157,7 +157,8 @@ def imports(name: str, line: str) -> Finding:
     if done.returncode == 0:
         return Finding(name, "ok", "imports by itself")
     reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    remedy = UNFIT if "torchvision" in done.stderr else INSTALL
+    unfit = any(name in done.stderr for name in ("torchvision", "torchaudio"))
+    remedy = UNFIT if unfit else INSTALL
     return Finding(name, "failed", reason, remedy)
 
 
