@@ -29,9 +29,11 @@ IMPORTS = {
 }
 """What is imported as it is, without us: another order of imports must not matter."""
 INSTALL = "Run `make setup`, or install stillroom[cpu] or stillroom[gpu] into a fresh environment."
+BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
 UNFIT = (
-    "torchvision or torchaudio was built for another torch than the one here: pip uninstall --yes "
-    "torchvision torchaudio (nothing of ours needs them), or take all from PyTorch's CPU index."
+    f"{', '.join(BESIDE_TORCH)}: one was built for another torch than the one here. pip uninstall "
+    f"--yes {' '.join(BESIDE_TORCH)} (nothing of ours needs them), or take all from PyTorch's CPU "
+    "index."
 )
 SCARCE_DISK, SCARCE_MEMORY = 10.0, 4.0  # GB free
 
@@ -157,7 +159,7 @@ def imports(name: str, line: str) -> Finding:
     if done.returncode == 0:
         return Finding(name, "ok", "imports by itself")
     reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    unfit = any(name in done.stderr for name in ("torchvision", "torchaudio"))
+    unfit = any(name in done.stderr for name in BESIDE_TORCH)
     remedy = UNFIT if unfit else INSTALL
     return Finding(name, "failed", reason, remedy)
 
