@@ -71,6 +71,8 @@ SURROUNDINGS = {
     errno.EROFS: "Choose a [run] directory that can be written.",
     errno.EACCES: "Check the permissions of this path.",
     errno.EPERM: "Check the permissions of this path.",
+    errno.ENOTDIR: "A part of this path is a file; choose another.",
+    errno.EISDIR: "This is a directory; name a file.",
     errno.EMFILE: "Raise the limit of open files (ulimit -n).",
     errno.ENAMETOOLONG: "Choose a shorter path.",
     errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another file system.",
@@ -198,7 +200,13 @@ def _reader_gone() -> int:
 
 
 def _usage(arguments: list[str]) -> str:
-    known = [argument for argument in arguments[:1] if not argument.startswith("-")]
+    """How to see the options of the command that was meant, as far as there is such a one."""
+    known, command = [], typer.main.get_command(app)
+    for argument in arguments:
+        command = getattr(command, "commands", {}).get(argument)
+        if command is None:
+            break
+        known.append(argument)
     return f"Try: {_line([*known, '--help'])}"
 
 

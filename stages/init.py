@@ -25,7 +25,9 @@ def init(
     from stillroom.pipeline.beginning.run_text import run_text, wish
     from stillroom.pipeline.beginning.sampling import sample
     from stillroom.pipeline.config import Teacher
+    from stillroom.pipeline.teacher.facts import model_shape
 
+    _check(student)
     name = Path(data.rstrip("/")).name.split(".")[0].strip("*") or "first"
     target = to or Path(f"{name}.toml")
     if target.exists():
@@ -33,8 +35,9 @@ def init(
             "is there already", where=str(target), remedy="Name another file with --to."
         )
     model = Teacher(model=teacher)
-    found, wished = sample(data, model), wish(student)
-    made = choose(found, model, wished.kept)
+    found, wished = sample(data, model), wish(student, model_shape(model).num_layers)
+    made = choose(found, model, wished.kept, wished.leave_out)
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(run_text(name, data, teacher, wished, found, made))
     if as_json:
         sizes = {"documents": found.documents, "tokens": found.tokens, "whole": found.whole}
@@ -42,6 +45,15 @@ def init(
         document({"run": str(target)} | sizes | costs)
         return
     _tell(found, made, target)
+
+
+def _check(student: str) -> None:
+    """Refuse a student that cannot be there, now and not after the capture."""
+    path = Path(student)
+    hub_id = student.count("/") == 1 and not student.startswith((".", "/", "~"))
+    named = path.is_file() if path.suffix == ".json" else path.is_dir() or hub_id
+    if student not in ("third", "half") and not named:
+        raise ConfigError(f"'{student}' is not there", expected=STUDENTS, where="--student")
 
 
 def _tell(found, made, target: Path) -> None:
@@ -55,7 +67,7 @@ def _tell(found, made, target: Path) -> None:
         warn("warning: training needs more memory than is free; see [train.lora], [train] parallel")
     rows = [[f"stillroom {stage} {target}", _about(made.minutes[stage])] for stage in made.minutes]
     table("what comes next, and about how long here (reckoned, not measured)", ["", ""], rows)
-    say(f"the cache: about {made.megabytes:,.0f} MB. All four at once: stillroom run {target}")
+    say(f"the cache: about {made.megabytes:,.0f} MB. All at once: stillroom run {target}")
     put(target)
 
 

@@ -26,6 +26,7 @@ def recommend(
     if bool(user) == bool(named):
         raise ConfigError("whose list?", expected="--user NAME, or --items ID,ID,...")
     run = config.load(run_file)
+    config.require(run.recommender, "recommender", str(run_file))
     history, found = ask(run, top, user, named)
     if as_json:
         document({"after": list(history), "items": [asdict(one) for one in found]})

@@ -145,6 +145,7 @@ def student(
 ) -> None:
     """Make the untrained student, so that training never needs the teacher."""
     from stillroom.pipeline import config
+    from stillroom.pipeline.student.choosing_blocks import with_blocks_chosen
     from stillroom.pipeline.student.model import initial_student
 
     run = config.load(run_file)
@@ -152,28 +153,24 @@ def student(
         _measure_blocks(run, leave_out, tokens, as_json)
         return
     settings = config.require(run.student, "student", str(run_file))
-    made = initial_student(settings, run.teacher, run.path("student-initial"))
-    put(made)
+    initial = run.path("student-initial")
+    with progress("measure blocks", "passes") as report:
+        chosen = with_blocks_chosen(settings, run.teacher, run.path("corpus"), initial, report)
+    if chosen != settings:
+        say(f"of the teacher's blocks: {', '.join(map(str, chosen.keep_layers))}")
+    put(initial_student(chosen, run.teacher, initial))
 
 
 def _measure_blocks(run: "Run", count: int, tokens: int, as_json: bool) -> None:
     """Which blocks to leave out, one at a time, and the line that says so in a run file."""
     from stillroom.pipeline import config
-    from stillroom.pipeline.corpus.preparing import Corpus
-    from stillroom.pipeline.shares import evenly
-    from stillroom.pipeline.student.leaving_out import least_missed
-    from stillroom.pipeline.student.model import load_teacher
-    from stillroom.pipeline.student.states import blocks_of
+    from stillroom.pipeline.config.training import Student
+    from stillroom.pipeline.student.choosing_blocks import measured_blocks
 
     teacher = config.require(run.teacher, "teacher", run.name)
-    corpus = Corpus.open(run.path("corpus")).split("train")
-    wanted = max(1, tokens // max(len(corpus[0].token_ids), 1))  # examples
-    examples = [corpus[number] for number in evenly(len(corpus), wanted)]
-    model = load_teacher(teacher).eval()
-    with progress("measure", "passes") as report:
-        gone = least_missed(model, examples, count, report)
-    without = {left.block for left in gone}
-    kept = [n for n in range(len(blocks_of(model))) if n not in without]
+    wished = Student(leave_out=count, leave_out_tokens=tokens)
+    with progress("measure blocks", "passes") as report:
+        kept, gone = measured_blocks(wished, teacher, run.path("corpus"), report)
     if as_json:
         document({"left_out": [asdict(left) for left in gone], "keep_layers": kept})
         return

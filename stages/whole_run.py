@@ -25,6 +25,8 @@ def commands(run: "Run", name: str, engine: str = Engine.vllm.value) -> list[lis
     """What a person would type after `stillroom`, stage by stage."""
     found = up_to_the_cache(run, name, engine)
     if run.train is not None:
+        if run.student is not None and run.student.leave_out:
+            found.append(["student", name])  # measures for minutes, under its own progress
         found.append(["train", name])
         if run.prepare is None or run.prepare.heldout > 0:
             found.append(["evaluate", name])

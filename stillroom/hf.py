@@ -7,26 +7,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stillroom.pipeline.doors.axolotl_plugin import AxolotlArguments, AxolotlPlugin
     from stillroom.pipeline.doors.collator import CachedCollator, dataset_of
     from stillroom.pipeline.doors.mixin import CachedDistillationMixin
     from stillroom.pipeline.doors.sft import CachedSFTTrainer
+    from stillroom.pipeline.doors.swift_plugin import distil_in_swift
     from stillroom.pipeline.doors.trainers import CachedTrainer
 
 __all__ = [
+    "AxolotlArguments",
+    "AxolotlPlugin",
     "CachedCollator",
     "CachedDistillationMixin",
     "CachedSFTTrainer",
     "CachedTrainer",
     "dataset_of",
+    "distil_in_swift",
 ]
 
 HOMES = {
+    "AxolotlArguments": "axolotl_plugin",
+    "AxolotlPlugin": "axolotl_plugin",
     "CachedCollator": "collator",
     "CachedDistillationMixin": "mixin",
     "CachedSFTTrainer": "sft",
     "CachedTrainer": "trainers",
     "dataset_of": "collator",
+    "distil_in_swift": "swift_plugin",
 }
+
+THEIRS = "Install stillroom into its environment: runbooks/84-axolotl-and-ms-swift.md."
+REMEDIES = {"axolotl": THEIRS, "swift": THEIRS} | dict.fromkeys(
+    ("trl", "datasets", "accelerate"), "pip install 'stillroom[hf]'."
+)
 
 
 def __getattr__(name: str):
@@ -35,14 +48,14 @@ def __getattr__(name: str):
     try:
         value = getattr(import_module(f"stillroom.pipeline.doors.{HOMES[name]}"), name)
     except ModuleNotFoundError as error:
-        if error.name not in ("trl", "datasets", "accelerate"):
+        if error.name not in REMEDIES:
             raise
         from stillroom.cache_schemas.errors import ConfigError
 
         raise ConfigError(
             f"{error.name} is not installed",
             where=f"stillroom.hf.{name}",
-            remedy="pip install 'stillroom[hf]'.",
+            remedy=REMEDIES[error.name],
         ) from None
     except ImportError as error:  # a package is there, and lacks what is asked of it
         from stillroom.cache_schemas.errors import ConfigError, first_line

@@ -29,6 +29,12 @@ IMPORTS = {
 }
 """What is imported as it is, without us: another order of imports must not matter."""
 INSTALL = "Run `make setup`, or install stillroom[cpu] or stillroom[gpu] into a fresh environment."
+BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
+UNFIT = (
+    f"{', '.join(BESIDE_TORCH)}: one was built for another torch than the one here. pip uninstall "
+    f"--yes {' '.join(BESIDE_TORCH)} (nothing of ours needs them), or take all from PyTorch's CPU "
+    "index."
+)
 SCARCE_DISK, SCARCE_MEMORY = 10.0, 4.0  # GB free
 
 
@@ -153,7 +159,9 @@ def imports(name: str, line: str) -> Finding:
     if done.returncode == 0:
         return Finding(name, "ok", "imports by itself")
     reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return Finding(name, "failed", reason, INSTALL)
+    unfit = any(name in done.stderr for name in BESIDE_TORCH)
+    remedy = UNFIT if unfit else INSTALL
+    return Finding(name, "failed", reason, remedy)
 
 
 def served() -> Finding:

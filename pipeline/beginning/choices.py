@@ -15,6 +15,7 @@ import torch
 
 from stillroom.pipeline.beginning.sampling import Sample
 from stillroom.pipeline.config import Teacher, Train
+from stillroom.pipeline.config.training import Student
 from stillroom.pipeline.student.memory import numbers_in, room_on
 from stillroom.pipeline.teacher.facts import ModelShape, model_directory, model_shape
 from stillroom.pipeline.training.memory import parts_of
@@ -24,6 +25,7 @@ BYTES_PER_TOKEN = 40
 """Of the default capture, as measured on real text (runbooks/40-cache-sizes.md)."""
 EVALUATED = 64
 """Held-out examples that a first run measures."""
+STUDENT = Student()
 PER_WEIGHT = {"capture": 2, "train": 6, "evaluate": 2}
 """Operations per token and weight: a forward pass; a forward and a backward pass."""
 
@@ -50,11 +52,12 @@ class Choices:
     fits: bool
 
 
-def choose(sample: Sample, teacher: Teacher, kept: float) -> Choices:
+def choose(sample: Sample, teacher: Teacher, kept: float, leave_out: int = 0) -> Choices:
     """Settings for a student that keeps a share of the teacher's blocks.
 
     Args:
         kept: share of the blocks, 0 < kept <= 1.
+        leave_out: blocks that go, where which ones is measured.
     """
     shape, numbers = model_shape(teacher), numbers_in(model_directory(teacher))
     window = _window(sample, shape)
@@ -68,7 +71,13 @@ def choose(sample: Sample, teacher: Teacher, kept: float) -> Choices:
         cut=sum(length > window for length in sample.lengths) / len(sample.lengths),
         batch_tokens=tokens,
         steps=steps,
-        minutes=_minutes(sample, sum(numbers.values()), sum(student.values()), steps * tokens),
+        minutes=_minutes(
+            sample,
+            sum(numbers.values()),
+            sum(student.values()),
+            steps * tokens,
+            _tried(leave_out, shape.num_layers) * STUDENT.leave_out_tokens,
+        ),
         megabytes=trained * BYTES_PER_TOKEN / 1e6,
         fits=_needed(student, shape, kept, tokens) <= room_on(device),
     )
@@ -104,16 +113,25 @@ def _batch(student: dict[str, int], shape: ModelShape, kept: float, window: int,
     return max(window, min(most, fitting))
 
 
-def _minutes(sample: Sample, teacher: int, student: int, trained: int) -> dict[str, float]:
+def _tried(leave_out: int, blocks: int) -> float:
+    """Forward passes of the whole teacher that the measurement of `leave_out` is worth: every block
+    that is still there is skipped once for each that goes."""
+    return sum((blocks - gone) * (1 - (gone + 1) / blocks) for gone in range(leave_out))
+
+
+def _minutes(
+    sample: Sample, teacher: int, student: int, trained: int, skipped: float
+) -> dict[str, float]:
     speed = operations_per_second()
     measured = min(0.1 * sample.tokens, EVALUATED * sample.tokens / len(sample.lengths))
     work = {
         "capture": 0.9 * sample.tokens * teacher * PER_WEIGHT["capture"],
+        "student": skipped * teacher * PER_WEIGHT["capture"],
         "train": trained * student * PER_WEIGHT["train"],
         "evaluate": measured * (teacher + 2 * student) * PER_WEIGHT["evaluate"],
     }
     found = {stage: operations / speed / 60 for stage, operations in work.items()}
-    return {"prepare": sample.seconds / 60} | found
+    return {"prepare": sample.seconds / 60} | {s: m for s, m in found.items() if m}
 
 
 def operations_per_second(width: int = 1024, tries: int = 9) -> float:

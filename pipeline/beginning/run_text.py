@@ -5,6 +5,7 @@ is at its default. It decides nothing.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,23 +55,37 @@ class Wish:
         table: lines of [student].
         kept: share of the teacher's blocks that it has, or about that much of its weights.
         rate: learning rate to begin with.
+        leave_out: blocks that go, chosen by measurement.
     """
 
     table: str
     kept: float
     rate: str
+    leave_out: int = 0
 
 
-def wish(student: str) -> Wish:
-    """`third`, `half`, a model's directory or hub id, or a JSON config of a fresh model."""
+def wish(student: str, blocks: int) -> Wish:
+    """What was asked for, of a teacher of so many blocks.
+
+    Args:
+        student: `third`, `half`, a model's directory or hub id, or a JSON config of a fresh model.
+    """
     if student in ("third", "half"):
-        every = {"third": 3, "half": 2}[student]
-        kept = f"keep_every = {every}{' ' * 18}# blocks 0, {every}, {2 * every}, ... of the teacher"
-        better = "# Which blocks the teacher misses least: stillroom student RUN.toml --leave-out N"
-        return Wish(f'init = "prune_layers"\n{kept}\n{better}', 1 / every, "6e-4")
+        share = {"third": 3, "half": 2}[student]
+        return _some_blocks(blocks - math.ceil(blocks / share), blocks)
     fresh = Path(student).suffix == ".json"
     kind, rate = ("config", "6e-4") if fresh else ("model", "1e-4")
     return Wish(f'init = "{kind}"\nmodel = {json.dumps(student)}', 1.0, rate)
+
+
+def _some_blocks(gone: int, blocks: int) -> Wish:
+    what = f"# of {blocks} blocks: those that the teacher misses least, measured when"
+    lines = [
+        'init = "prune_layers"',
+        f"leave_out = {gone}{' ' * max(1, 20 - len(str(gone)))}{what}",
+        f"{' ' * 32}# the student is made; keep_layers = [...] names blocks instead",
+    ]
+    return Wish("\n".join(lines), (blocks - gone) / blocks, "6e-4", gone)
 
 
 def run_text(

@@ -65,10 +65,9 @@ def _explain(model: type[Table], error: ValidationError, where: str) -> ConfigEr
     if first["type"] == "extra_forbidden":
         hint = nearest(str(first["loc"][-1]), _known_keys(model, first["loc"][:-1]))
         return ConfigError(f"unknown key '{key}'", where=where, remedy=hint)
-    found = f"'{key}': {first['msg']}"
-    if first["type"] != "missing":
-        found += f" (found {first['input']!r})"
-    return ConfigError(found, where=where)
+    if first["type"] == "missing":
+        return ConfigError(f"key '{key}' is missing", where=where)
+    return ConfigError(f"'{key}': {first['msg']} (found {first['input']!r})", where=where)
 
 
 def _known_keys(root: type[Table], location: tuple) -> list[str]:

@@ -6,7 +6,7 @@ of them. Objectives bring their own options, checked by `stillroom.pipeline.obje
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stillroom.pipeline.config.strict import PathText, Table
 
@@ -40,12 +40,29 @@ class Student(Table):
     """`prune_layers`: keep blocks 0, n, 2n, ..."""
     keep_layers: tuple[int, ...] = ()
     """`prune_layers`: keep exactly these blocks (0-based) instead."""
+    leave_out: int = Field(default=0, ge=0)
+    """`prune_layers`: keep all but this many blocks instead, those that the teacher misses least.
+    That is measured once, on the prepared corpus, when the student is made: the answers' KL with
+    every block skipped in turn, again after each that goes."""
+    leave_out_tokens: int = Field(default=512, ge=2)
+    """Text that `leave_out` is measured on, by about leave_out x (blocks - leave_out / 2) forward
+    passes of the teacher."""
     keep_intermediate: float = Field(default=0.5, gt=0, le=1)
     """`prune_width`: share of each MLP's inner units that stays, those of largest weight norm."""
     keep_heads: float = Field(default=1.0, gt=0, le=1)
     """`prune_width`: share of key/value head groups that stays."""
     seed: int = 0
     """Seed of fresh weights (`config`)."""
+
+    @model_validator(mode="after")
+    def _blocks_are_chosen_one_way(self) -> "Student":
+        if self.leave_out and self.keep_layers:
+            raise ValueError(
+                "leave_out measures which blocks stay, and keep_layers names them; take one"
+            )
+        if self.leave_out and self.init != "prune_layers":
+            raise ValueError(f"leave_out is of init = 'prune_layers', and init is '{self.init}'")
+        return self
 
 
 class Lora(Table):

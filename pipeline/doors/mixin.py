@@ -31,6 +31,7 @@ from stillroom.pipeline.doors.settings import (
     check_evaluated,
     check_trainer,
     check_whole,
+    keep_loss_whole,
 )
 from stillroom.pipeline.doors.shown import Shown
 from stillroom.pipeline.objectives.weighting import UnitWeights, scales
@@ -111,6 +112,7 @@ class CachedDistillationMixin(Host):
         check_dataset(me.train_dataset, self.data)
         check_kept(me, CachedCollator)
         self._order = order_of(me.train_dataset)
+        keep_loss_whole(me)
         self.distiller = adopt(self, kernel, teacher)
         self._beside = SideWeights(self.distiller.projectors, me)
         self._shown = Shown(self.distiller)

@@ -11,10 +11,10 @@ from typing import Any
 
 from stillroom.cache_schemas.errors import ConfigError
 
-LEAST = {"transformers": (5, 19), "trl": (1, 16)}
+LEAST = {"transformers": (5, 16), "trl": (1, 16)}
 """Versions before which the losses were not compared with those of `stillroom train`."""
 
-TRIED = "transformers 5.19 to 5.24 and TRL 1.16"
+TRIED = "transformers 5.16 to 5.24 and TRL 1.16"
 
 
 UNASKED = ("compute_loss", "prediction_step", "get_eval_dataloader")
@@ -50,7 +50,6 @@ def check_trainer(kind: Any, mixed: type) -> None:
         for name, argument in wanted.items()
         if argument not in inspect.signature(getattr(Trainer, name, check_trainer)).parameters
     ]
-    lacks += [] if hasattr(Trainer, "loss_is_scaled_for_ga") else ["loss_is_scaled_for_ga"]
     if lacks or not issubclass(kind, Trainer):
         import transformers
 
@@ -89,6 +88,18 @@ def _check_version(name: str) -> None:
         )
 
 
+def keep_loss_whole(trainer: Any) -> None:
+    """Have a trainer take the loss as it comes, undivided by accumulation steps.
+
+    The mixin says so by `loss_is_scaled_for_ga`, which transformers before 5.19 do not read: they
+    leave alone what a `compute_loss_func` gave, and ours is in the place of one.
+    """
+    from transformers import Trainer
+
+    if not hasattr(Trainer, "loss_is_scaled_for_ga"):
+        trainer.compute_loss_func = trainer.compute_loss
+
+
 OURS = {
     "data_collator": "The collator is the cache's.",
     "eval_dataset": "Name the held-out cache as eval_cache.",
@@ -110,6 +121,7 @@ UNHEARD = {
     "eval_packing": (None, False),
     "completion_only_loss": (None,),
     "assistant_only_loss": (None, False),
+    "sample_packing": (None, False),
 }
 """Settings that would change nothing or go wrong, and the values that ask for nothing."""
 
@@ -128,6 +140,7 @@ INSTEAD = {
     "eval_packing": "Leave it out: the collator packs where the student keeps examples apart.",
     "completion_only_loss": MASKED,
     "assistant_only_loss": MASKED,
+    "sample_packing": "Set it false: the collator packs where the student keeps examples apart.",
 }
 
 

@@ -6,6 +6,7 @@ nothing was drawn; the reference writer writes. It shows, and measures nothing.
 
 from collections.abc import Callable, Mapping, Sequence
 
+from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config import Generate, Teacher
 from stillroom.pipeline.corpus.documents import Document
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer
@@ -36,7 +37,7 @@ def ask(
         "teacher" and every label -> its answers, in the order of the prompts.
 
     Raises:
-        CorpusError: the tokenizer has no chat template, or cannot be loaded.
+        CorpusError: the tokenizer has no chat template, or cannot be loaded; a prompt is empty.
         TeacherError: a model cannot be loaded.
     """
     tokenizer = CorpusTokenizer.open("", teacher.model, teacher.revision, teacher.trust_remote_code)
@@ -56,5 +57,7 @@ def ask(
 def _prompt(tokenizer: CorpusTokenizer, text: str, plain: bool) -> Example:
     messages = () if plain else ({"role": "user", "content": text},)
     ids = tokenizer.prompt(Document("the prompt", text=text, messages=messages))
+    if not len(ids):
+        raise CorpusError("an empty prompt is nothing to continue", where="ask")
     mask = ids < 0  # nothing of it is a target
     return Example(content_id(ids, mask, ()), "", "", ids, mask, ())

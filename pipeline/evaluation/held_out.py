@@ -107,6 +107,7 @@ def students_of(run: Run) -> dict[str, str]:
         if not is_model(Path(directory)):
             raise StudentError(
                 f"student '{label}' is not there",
+                expected="a directory with config.json and weights",
                 where=directory,
                 remedy="Train it first with `stillroom train`, or correct [evaluate] students.",
             )

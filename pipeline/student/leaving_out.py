@@ -51,9 +51,11 @@ def least_missed(
     blocks = list(blocks_of(model))
     if not 0 < count < len(blocks):
         raise StudentError(
-            f"{count} blocks to leave out", expected=f"1 to {len(blocks) - 1}", where="--leave-out"
+            f"{count} blocks to leave out", expected=f"1 to {len(blocks) - 1}", where="leave_out"
         )
-    texts = [torch.as_tensor(example.token_ids, dtype=torch.long)[None] for example in examples]
+    device = next(model.parameters()).device
+    tokens = [torch.as_tensor(example.token_ids, dtype=torch.long) for example in examples]
+    texts = [ids[None].to(device) for ids in tokens]
     truth = [_logprobs(model, ids) for ids in texts]
     gone: list[LeftOut] = []
     total, done = sum(len(blocks) - n for n in range(count)), 0

@@ -96,12 +96,12 @@ def _save(student: Student, model: Any, expected: Expected, directory: Path, *re
 def _made(student: Student, teacher: Teacher) -> tuple[Any, Expected]:
     """A student in memory, and what it must say once it is saved."""
     if student.init == "prune_layers":
-        model = _source(student, teacher)
+        model = load_source(student, teacher)
         blocks = blocks_of(model)
         keep = student.keep_layers or tuple(range(0, len(blocks), student.keep_every))
         return model, prune_layers(model, blocks, keep)
     if student.init == "prune_width":
-        model = _source(student, teacher)
+        model = load_source(student, teacher)
         shares = student.keep_intermediate, student.keep_heads
         return model, prune_width(model, blocks_of(model), *shares)
     model = _MAKERS[student.init](student, teacher)
@@ -144,7 +144,12 @@ def _named(student: Student, teacher: Teacher) -> Teacher:
     return Teacher(model=student.model) if student.model else teacher
 
 
-def _source(student: Student, teacher: Teacher) -> Any:
+def load_source(student: Student, teacher: Teacher) -> Any:
+    """What a student takes weights from, fp32.
+
+    Raises:
+        StudentError: it does not fit into memory, or as for `load`.
+    """
     named = _named(student, teacher)
     directory = model_directory(named)
     needed = {"weights in fp32": FP32 * sum(numbers_in(directory).values())}
@@ -182,7 +187,7 @@ def _model(student: Student, teacher: Teacher) -> Any:
             remedy="Name an HF directory or hub id with the teacher's tokenizer.",
         )
     _check_tokenizer(student.model, teacher)
-    return _source(student, teacher)
+    return load_source(student, teacher)
 
 
 def _check_tokenizer(model: str, teacher: Teacher) -> None:

@@ -13,12 +13,13 @@ import torch
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.config import Run, require
-from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.config.training import Student, Train
 from stillroom.pipeline.data.loader import DistillLoader, Geometry
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.data.records import RecordSource
 from stillroom.pipeline.objectives.combine import Distiller, balancing_term, signals_needed
 from stillroom.pipeline.objectives.weighting import Term
+from stillroom.pipeline.student.choosing_blocks import with_blocks_chosen
 from stillroom.pipeline.student.llava import load_task_tokens
 from stillroom.pipeline.student.loading import load
 from stillroom.pipeline.student.model import initial_student
@@ -80,12 +81,17 @@ class Setup:
         packed = settings.packing == "auto"
         self.geometry = geometry_of(settings, named.caches[""], parallel, packed)
         student = require(run.student, "student", run.name)
-        parallel.together(lambda: initial_student(student, run.teacher, self.initial))
+        parallel.together(lambda: self._make_initial(student))
         check_fit(self.initial, named.titled_caches())
         everything = {**named.caches, **named.images}
         self.identity = identity_of(run, settings, everything, self.initial)
         for note in named.notes:
             self._note(note)
+
+    def _make_initial(self, student: Student) -> None:
+        run = self.settings_run
+        chosen = with_blocks_chosen(student, run.teacher, run.path("corpus"), self.initial)
+        initial_student(chosen, run.teacher, self.initial)
 
     def build(self) -> None:
         """Load the student and everything that trains it; the weights are the initial ones."""

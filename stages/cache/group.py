@@ -76,6 +76,9 @@ def ls(
         document(ls_json(found))
         return
     rows = [ls_row(seen, directory) for seen in found if isinstance(seen, Overview)]
+    if not found:
+        say(f"no cache in {directory}, nor in what it holds")
+        return
     table(str(directory), LS_COLUMNS, rows)
     for seen in found:
         if not isinstance(seen, Overview):

@@ -52,6 +52,9 @@ def plan(
         budget = 0.0 if max_kl else BUDGET  # one limit is enough
     if budget < 0 or max_kl < 0:
         raise ConfigError("a limit below 0", where="--budget, --max-kl")
+    target = write or str(run_file.with_suffix(".planned.toml"))
+    if Path(target).is_dir():
+        raise ConfigError("is a directory", expected="a file to write", where=target)
     run = config.load(run_file)
     size = planning.size_of(run, examples)
     say(
@@ -67,7 +70,7 @@ def plan(
         points = planning.frontier(sample, on_progress=report, seconds=left)
     chosen = planning.choose(points, budget or None, max_kl or None)
     reason = why(points, chosen, budget or None, max_kl or None)
-    picture, target = run.path("plan.png"), write or str(run_file.with_suffix(".planned.toml"))
+    picture = run.path("plan.png")
     plan_files.plot(points, chosen, picture)
     plan_files.write_run(run_file, target, chosen.setting.table())
     if as_json:

@@ -35,6 +35,13 @@ def test_a_package_that_cannot_be_imported(monkeypatch, capsys):
     assert "make setup" in said.err
 
 
+def test_a_torchvision_of_another_torch(monkeypatch, capsys):
+    line = "raise RuntimeError('operator torchvision::nms does not exist')"
+    monkeypatch.setattr(checks, "IMPORTS", {"vLLM": line})
+    assert command(["doctor", "--no-serve"]) == 2
+    assert "pip uninstall --yes torchvision" in capsys.readouterr().err
+
+
 def test_the_models_of_a_run(imported, tmp_path, tiny_llama, capsys):
     text = 'name = "x"\ndirectory = "{}"\n[teacher]\nmodel = "{}"\n[train]\ncache = "{}"\n'
     file = tmp_path / "run.toml"

@@ -41,6 +41,7 @@ def chats(tmp_path, monkeypatch):
     ],
 )
 def test_the_file_that_is_written_is_a_run(chats, tiny_llama, tmp_path, student, init, capsys):
+    (tmp_path / "fresh.json").write_text("{}")
     arguments = ["init", chats, "--teacher", str(tiny_llama), "--student", student]
     assert command(arguments) == 0
     written = config.load(tmp_path / "my chats.toml")
@@ -51,7 +52,12 @@ def test_the_file_that_is_written_is_a_run(chats, tiny_llama, tmp_path, student,
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == "my chats.toml"
     assert "40 documents" in said.err
-    assert [c[0] for c in commands(written, "x")] == ["prepare", "capture", "train", "evaluate"]
+    assert bool(written.student.leave_out) == (init == "prune_layers")
+    measured = ["student"] if written.student.leave_out else []
+    stages = ["prepare", "capture", *measured, "train", "evaluate"]
+    assert [c[0] for c in commands(written, "x")] == stages
+    for stage in measured:
+        assert f"stillroom {stage} my chats.toml" in said.out
 
 
 def test_a_file_that_is_there_stays(chats, tiny_llama, tmp_path, capsys):
@@ -59,6 +65,15 @@ def test_a_file_that_is_there_stays(chats, tiny_llama, tmp_path, capsys):
     assert command(["init", chats, "--teacher", str(tiny_llama)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert (tmp_path / "my chats.toml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("student", ["quarter", "nowhere.json", "./nowhere"])
+def test_a_student_that_is_not_there_is_said_before_anything_is_paid_for(
+    chats, tiny_llama, tmp_path, student, capsys
+):
+    assert command(["init", chats, "--teacher", str(tiny_llama), "--student", student]) == 2
+    assert "is not there; expected third, half" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "my chats.toml").exists()
 
 
 def test_the_window_fits_the_examples_and_the_context(chats, tiny_llama):
@@ -93,5 +108,12 @@ def test_a_run_is_the_commands_that_its_tables_ask_for():
 
 
 def test_odd_names_are_quoted_in_toml():
-    text = wish('a "b" \\ c').table
+    text = wish('a "b" \\ c', 6).table
     assert tomllib.loads(text)["model"] == 'a "b" \\ c'
+
+
+@pytest.mark.parametrize(("blocks", "gone"), [(1, 0), (2, 1), (30, 20), (32, 21)])
+def test_a_third_of_the_blocks_is_a_number_that_goes(blocks, gone):
+    table = tomllib.loads(wish("third", blocks).table)
+    assert table["leave_out"] == gone
+    assert wish("third", blocks).kept == (blocks - gone) / blocks

@@ -189,3 +189,42 @@ def test_quiet_is_understood_after_the_commands_name(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         said.append((done.stdout, done.stderr))
     assert said == [("result\n", "hush\n"), ("result\n", "")]
+
+
+def test_a_run_file_that_is_none(tmp_path, capsys):
+    (tmp_path / "a directory.toml").mkdir()
+    (tmp_path / "latin.toml").write_bytes('name = "ä"'.encode("latin-1"))
+    (tmp_path / "empty.toml").write_text("")
+    found = []
+    for name in ("a directory", "latin", "empty"):
+        assert shell.run(["prepare", str(tmp_path / f"{name}.toml")]) == 2
+        found.append(" ".join(capsys.readouterr().err.split()))
+    assert "is a directory; expected a TOML file" in found[0]
+    assert "byte 8 is not UTF-8. Save the file as UTF-8." in found[1]
+    assert "key 'name' is missing" in found[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["cache", "plan", "x.toml", "--budget", "much"], "stillroom cache plan --help"),
+        (["ask"], "stillroom ask --help"),
+        (["--nothing"], "stillroom --help"),
+    ],
+)
+def test_a_wrong_option_names_the_help_of_its_own_command(words, meant, capsys):
+    assert shell.run(words) == 2
+    assert f"Try: {meant}" in capsys.readouterr().err
+
+
+def test_a_path_through_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert shell.run(["cache", "show", str(tmp_path / "file" / "cache")]) == 2
+    error = NotADirectoryError(errno.ENOTDIR, "Not a directory", "file/run")
+    assert shell.surroundings(error).endswith("A part of this path is a file; choose another.")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_directory_without_caches_is_a_word(tmp_path, capsys):
+    assert shell.run(["cache", "ls", str(tmp_path)]) == 0
+    assert "no cache in" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """Which blocks a teacher misses least: what is measured, and how `student --leave-out` says it."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.config.training import Student
 from stillroom.pipeline.evaluation.scores import mean_and_error
 from stillroom.pipeline.student.leaving_out import least_missed
 from stillroom.pipeline.student.loading import load
@@ -93,11 +95,46 @@ def test_students_are_measured_and_asked_without_a_training_of_their_own(
     assert set(found) == {"teacher", "other"}
     assert found["other"]["kl_standard_error"] > 0
     assert len(found["other"]["by_example"]["kl"]) == 4
+    assert command(["ask", str(file), "", "--plain"]) == 2
+    assert "an empty prompt" in capsys.readouterr().err
     assert command(["ask", str(file), "one", "two", "--plain", "--tokens", "3", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == json.loads((tmp_path / "run" / "answers.json").read_text())
     assert [len(answers) for answers in said["answers"].values()] == [2, 2]
-    assert command(["student", str(file), "--leave-out", "1", "--json"]) == 0
+    measured = ["student", str(file), "--leave-out", "1", "--tokens", "512", "--json"]
+    assert command(measured) == 0
     kept = json.loads(capsys.readouterr().out)
     depth = len(kept["keep_layers"]) + 1
     assert sorted([*kept["keep_layers"], kept["left_out"][0]["block"]]) == list(range(depth))
+    file.write_text(file.read_text() + "[student]\nleave_out = 1\n")
+    assert command(["student", str(file)]) == 0
+    receipt = tmp_path / "run" / "student-initial" / "student.json"
+    made = json.loads(receipt.read_text())["student"]
+    assert (made["leave_out"], made["keep_layers"]) == (1, kept["keep_layers"])
+    goes_on_without_a_corpus(tmp_path, file, capsys)
+
+
+def goes_on_without_a_corpus(tmp_path, file, capsys):
+    (tmp_path / "run" / "corpus").rename(tmp_path / "away")
+    assert command(["student", str(file)]) == 0
+    file.write_text(file.read_text().replace("leave_out = 1", "leave_out = 2"))
+    capsys.readouterr()
+    assert command(["student", str(file)]) == 2
+    assert "made with [student] leave_out = 1; expected 2" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    shutil.rmtree(tmp_path / "run" / "student-initial")
+    assert command(["student", str(file)]) == 2
+    assert "stillroom prepare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"leave_out": 1, "keep_layers": [0]}, "take one"),
+        ({"leave_out": 1, "init": "config"}, "init is 'config'"),
+    ],
+)
+def test_blocks_are_chosen_in_one_way(table, message):
+    with pytest.raises(ValueError, match=message):
+        Student(**table)
