@@ -235,8 +235,9 @@ def _extra_peak_bytes() -> int:
     positions = torch.arange(LONG_PROMPT)
 
     def score(count: int) -> None:
-        asked = targets[:count], positions[:count], lambda h: h @ head.T, block, False
-        score_rows(spec, [(1, count)], lambda a, b: hidden[a:b], *asked)
+        at = targets[:count], positions[:count], torch.ones(count, dtype=torch.int64)
+        asked = *at, lambda h: h @ head.T, block, False
+        score_rows(spec, [count], lambda a, b: hidden[a:b], *asked)
 
     score(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

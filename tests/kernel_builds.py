@@ -41,6 +41,7 @@ OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
 TEACHER_POINTERS = {
     "targets_ptr": "*i64",
     "positions_ptr": "*i64",
+    "keys_ptr": "*i64",
     "inverses_ptr": "*fp32",
     "ints_ptr": "*i32",
     "floats_ptr": "*fp32",
@@ -52,7 +53,6 @@ TEACHER_POINTERS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TEACHER_NUMBERS = {
-    "key": "i64",
     "stride": "i32",
     "vocab_size": "i32",
     "parts": "i32",

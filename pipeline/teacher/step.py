@@ -66,18 +66,19 @@ def score_step(
     lengths = [share.stop - share.first for share in shares]
     rows = positions + np.repeat([share.shift for share in shares], lengths)
     kept = np.concatenate([share.kept + share.shift for share in shares])
-    numbers = on_device(np.concatenate([rows, positions, kept]).astype(np.int64), device)
-    rows_there, positions_there, kept_there = numbers.split([len(rows), len(rows), len(kept)])
+    keys = np.repeat(np.array([share.key for share in shares], dtype=np.int64), lengths)
+    numbers = np.concatenate([rows, positions, keys, kept]).astype(np.int64)
+    cuts = [*([len(rows)] * 3), len(kept)]
+    rows_there, positions_there, keys_there, kept_there = on_device(numbers, device).split(cuts)
 
     def take(first: int, last: int) -> Tensor:
         if rows[last - 1] - rows[first] == last - 1 - first:  # rising, so without a gap
             return hidden[rows[first] : rows[last - 1] + 1]
         return hidden.index_select(0, rows_there[first:last])
 
-    runs = [(share.key, length) for share, length in zip(shares, lengths)]
     targets = on_device(torch.cat([share.targets for share in shares]), device)
-    asked = targets, positions_there, logits_fn, block_rows, across
-    ints, floats = score_rows(spec, runs, take, *asked)
+    asked = targets, positions_there, keys_there, logits_fn, block_rows, across
+    ints, floats = score_rows(spec, lengths, take, *asked)
     chosen = [state.index_select(0, kept_there.to(state.device)) for state in states]
     if chosen:
         return [ints, floats, torch.stack(chosen, 1)]

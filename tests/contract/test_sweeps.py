@@ -193,6 +193,20 @@ def test_draws_do_not_depend_on_the_batch(run):
         assert alone["draw_counts"].tolist() == together["draw_counts"][one].tolist()
 
 
+@SWEEPS
+def test_every_row_may_have_a_key_of_its_own(run):
+    spec = RowSpec(8, 16, (1.0,), True, False, 0)
+    logits, targets, positions = rows_of(6, 900)
+    keys = torch.tensor([3, 99, 2**62 + 5, 99, 0, 2**63 - 1])
+    ints, floats = run(*(t.to(DEVICE) for t in (logits, targets, positions, keys)), spec)
+    for row, key in enumerate(keys.tolist()):
+        one = slice(row, row + 1)
+        asked = (t[one].to(DEVICE) for t in (logits, targets, positions))
+        alone = run(*asked, key, spec)
+        assert torch.equal(ints[one], alone[0])
+        assert torch.equal(floats[one], alone[1])
+
+
 @KEPT
 @SWEEPS
 def test_a_draw_is_the_id_at_its_point(run, k):
@@ -317,8 +331,9 @@ def test_blocks_change_nothing():
 
     def scored(block_rows: int) -> dict[str, np.ndarray]:
         logits = lambda h: (h @ head.T).float()  # noqa: E731
-        asked = targets, torch.arange(9, 59), logits, block_rows, False
-        ints, floats = score_rows(spec, [(1, 50)], lambda a, b: hidden[a:b], *asked)
+        keys = torch.ones(50, dtype=torch.int64)
+        asked = targets, torch.arange(9, 59), keys, logits, block_rows, False
+        ints, floats = score_rows(spec, [50], lambda a, b: hidden[a:b], *asked)
         return spec.unpack(ints.numpy(), floats.numpy())
 
     whole, pieces = scored(50), scored(7)

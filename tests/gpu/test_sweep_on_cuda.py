@@ -40,8 +40,9 @@ def test_extra_memory_stays_within_the_bound():
     positions = torch.arange(4096, device="cuda")
 
     def score(count: int) -> None:
-        asked = targets[:count], positions[:count], lambda h: h @ head.T, block, True
-        score_rows(EVERYTHING, [(1, count)], lambda a, b: hidden[a:b], *asked)
+        keys = torch.ones_like(positions[:count])
+        asked = targets[:count], positions[:count], keys, lambda h: h @ head.T, block, True
+        score_rows(EVERYTHING, [count], lambda a, b: hidden[a:b], *asked)
 
     score(2)
     torch.cuda.synchronize()

@@ -19,7 +19,8 @@ from stillroom.pipeline.teacher.sweep.definition import sweep
 
 SweepName = Literal["numba", "triton", "torch"]
 Sweep = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, int, RowSpec], tuple[torch.Tensor, torch.Tensor]
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | int, RowSpec],
+    tuple[torch.Tensor, torch.Tensor],
 ]
 SWEEP_VARIABLE = "STILLROOM_SWEEP"
 CPU_ROWS = 128
@@ -39,10 +40,11 @@ MAGNITUDES = 1.0, 3.0, 10.0, 30.0
 
 def score_rows(
     spec: RowSpec,
-    runs: Sequence[tuple[int, int]],
+    lengths: Sequence[int],
     take: Callable[[int, int], torch.Tensor],
     targets: torch.Tensor,
     positions: torch.Tensor,
+    keys: torch.Tensor,
     logits_fn: Callable[[torch.Tensor], torch.Tensor],
     block_rows: int,
     across: bool,
@@ -50,10 +52,11 @@ def score_rows(
     """Signals of R rows, of one request or of several.
 
     Args:
-        runs: (key of the draws, number of rows), in the rows' order: one for each request.
+        lengths: rows of each request, in the rows' order.
         take: (first, last) -> [last - first, H], the states of those rows, which the head reads.
         targets: int64 [R], the tokens that follow.
         positions: int64 [R], of the rows in their examples.
+        keys: int64 [R], of the draws.
         logits_fn: [r, H] -> logits [r, V]; a collective under tensor parallelism, so every rank
             calls it equally often.
         block_rows: rows to score at a time, see `rows_within`.
@@ -64,33 +67,20 @@ def score_rows(
     """
     done = []
     sweep_rows = sweep_of(targets.device.type)
-    for block in _blocks(runs, block_rows, across):
-        first, last = block[0][1], block[-1][2]
-        logits = logits_fn(take(first, last))  # [r, V]
-        for key, start, stop in block:
-            own = logits[start - first : stop - first]
-            asked = own, targets[start:stop], positions[start:stop]
-            done.append(sweep_rows(*asked, key, spec))
+    for first, last in _blocks([sum(lengths)] if across else lengths, block_rows):
+        asked = targets[first:last], positions[first:last], keys[first:last]
+        done.append(sweep_rows(logits_fn(take(first, last)), *asked, spec))
     ints, floats = zip(*done)
     return torch.cat(ints), torch.cat(floats)
 
 
-def _blocks(
-    runs: Sequence[tuple[int, int]], block_rows: int, across: bool
-) -> Iterator[list[tuple[int, int, int]]]:
-    """Blocks of at most so many rows, each as (key, first row, row after the last)."""
-    block, room, start = [], block_rows, 0
-    for key, count in runs:
-        end = start + count
-        while start < end:
-            stop = min(end, start + room)
-            block.append((key, start, stop))
-            room, start = room - (stop - start), stop
-            if room == 0 or not across:
-                yield block
-                block, room = [], block_rows
-    if block:
-        yield block
+def _blocks(lengths: Sequence[int], block_rows: int) -> Iterator[tuple[int, int]]:
+    """(first row, row after the last) of blocks, which end where a length does."""
+    start = 0
+    for length in lengths:
+        for first in range(start, start + length, block_rows):
+            yield first, min(first + block_rows, start + length)
+        start += length
 
 
 def rows_within(

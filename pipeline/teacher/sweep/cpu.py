@@ -39,7 +39,11 @@ _CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def sweep_cpu(
-    logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, key: int, spec: RowSpec
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    positions: torch.Tensor,
+    key: int | torch.Tensor,
+    spec: RowSpec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as `definition.sweep`, for logits in main memory.
 
@@ -51,8 +55,10 @@ def sweep_cpu(
     floats = np.empty((num_rows, spec.float_columns), dtype=np.float32)
     # As in `definition.uniforms`, in the unsigned numbers that it imitates.
     counters = (positions.numpy().astype(np.uint64) << np.uint64(10)) + np.uint64(1)
+    given = key.numpy() if isinstance(key, torch.Tensor) else np.full(num_rows, key)
+    keys = given.astype(np.uint64)
     temperatures = np.array(spec.temperatures, dtype=np.float64)
-    numbers = (targets.numpy(), counters, np.uint64(key), spec.k, spec.draws, temperatures)
+    numbers = (targets.numpy(), counters, keys, spec.k, spec.draws, temperatures)
     flags = (spec.entropy, spec.moments)
     stripes = min(torch.get_num_threads(), num_rows)
     bounds = [num_rows * i // stripes for i in range(stripes + 1)]
@@ -89,7 +95,7 @@ def _stripe(
     rows,
     targets,
     counters,
-    key,
+    keys,
     k,
     draws,
     temperatures,
@@ -108,7 +114,7 @@ def _stripe(
     z = np.full(padded, GONE, dtype=np.float32)  # what pads the row has no mass
     maxima = np.empty(padded // BLOCK, dtype=np.float32)  # of each block
     sums = np.empty(padded // BLOCK, dtype=np.float32)  # of each block
-    keys = np.empty(vocab_size, dtype=np.int64)  # as many candidates as there may be
+    near = np.empty(vocab_size, dtype=np.int64)  # sort keys of as many candidates as there may be
     for row in range(first, last):
         finite = widen(rows[row], shift, z.view(np.int32))
         if not finite:
@@ -116,8 +122,8 @@ def _stripe(
             floats[row] = np.nan
             continue
         _sweep_row(
-            z, vocab_size, targets[row], counters[row], key, k, draws, temperatures,
-            entropy, moments, ints[row], floats[row], maxima, sums, keys,
+            z, vocab_size, targets[row], counters[row], keys[row], k, draws, temperatures,
+            entropy, moments, ints[row], floats[row], maxima, sums, near,
         )  # fmt: skip
 
 

@@ -16,7 +16,11 @@ _MIX2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
 
 def sweep(
-    logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, key: int, spec: RowSpec
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    positions: torch.Tensor,
+    key: int | torch.Tensor,
+    spec: RowSpec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Signals of R rows.
 
@@ -24,7 +28,7 @@ def sweep(
         logits: [R, V], any float dtype; only real vocabulary columns.
         targets: int64 [R], the token that follows each row.
         positions: int64 [R], row index in the example: with `key` it fixes the draws.
-        key: see `rows.draw_key`.
+        key: see `rows.draw_key`; one for all rows, or int64 [R].
         spec: what is asked.
 
     Returns:
@@ -71,7 +75,11 @@ def top_k(z: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def draw_tail(
-    tail: torch.Tensor, mass: torch.Tensor, positions: torch.Tensor, key: int, draws: int
+    tail: torch.Tensor,
+    mass: torch.Tensor,
+    positions: torch.Tensor,
+    key: int | torch.Tensor,
+    draws: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Systematic draws from the tail, one for every 1 / draws of the teacher's probability.
 
@@ -114,7 +122,7 @@ def _runs(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, counts
 
 
-def uniforms(positions: torch.Tensor, key: int) -> torch.Tensor:
+def uniforms(positions: torch.Tensor, key: int | torch.Tensor) -> torch.Tensor:
     """float64 [R] in (0, 1): splitmix64 of key + counter, top 32 bits, midpoint.
 
     Counter-based, so the numbers depend on nothing but the example and the row (Steele, Lea, Flood

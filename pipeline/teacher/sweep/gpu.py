@@ -36,7 +36,11 @@ bisection reads the whole row instead."""
 
 
 def sweep_triton(
-    logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, key: int, spec: RowSpec
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    positions: torch.Tensor,
+    key: int | torch.Tensor,
+    spec: RowSpec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as `definition.sweep`, for logits on a GPU; rows may be strided.
 
@@ -51,6 +55,7 @@ def sweep_triton(
         options = launch_options(vocab_size, spec, given.dtype)
         parts = num_masses(vocab_size, options["BLOCK"])
         scratch = partial(torch.empty, device=device)
+        keys = key if isinstance(key, torch.Tensor) else torch.full_like(positions, key)
         launch(
             sweep_row,
             num_rows,
@@ -58,7 +63,7 @@ def sweep_triton(
             given.stride(0),
             targets,
             positions,
-            key,
+            keys,
             _inverses(spec.temperatures, device),
             ints,
             floats,

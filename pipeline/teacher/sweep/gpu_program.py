@@ -44,13 +44,13 @@ from stillroom.pipeline.teacher.sweep.gpu_loops import (
 )
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit
 def sweep_row(
     logits_ptr,
     stride,
     targets_ptr,
     positions_ptr,
-    key,
+    keys_ptr,
     inverses_ptr,
     ints_ptr,
     floats_ptr,
@@ -267,7 +267,7 @@ def sweep_row(
         counter = (tl.load(positions_ptr + row).to(tl.int64) << 10) + 1
         count = tl.ceil(DRAWS * (tail * faint / total) - ROUNDING)
         count = tl.where(bad, 1.0, tl.minimum(tl.maximum(count, 1.0), DRAWS))
-        point = (uniform(key, counter) + draw) / count * total_mass
+        point = (uniform(tl.load(keys_ptr + row), counter) + draw) / count * total_mass
         points = tl.where(draw < count, point, float("inf"))
         tl.debug_barrier()
         drawn = search(points, logits, cdf, end, vocab_size, parts, half, BLOCK_D, PART, K > 0)
