@@ -76,7 +76,6 @@ SURROUNDINGS = {
     errno.EMFILE: "Raise the limit of open files (ulimit -n).",
     errno.ENAMETOOLONG: "Choose a shorter path.",
     errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another file system.",
-    errno.ENOTDIR: "A part of this path is a file; choose another path.",
     errno.EIO: "The disk does not answer; choose another one.",
 }
 """Failures of the machine rather than of the program, and what to do about each."""

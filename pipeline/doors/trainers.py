@@ -17,7 +17,6 @@ class CachedTrainer(CachedDistillationMixin, Trainer):
                 f"model is {model!r}",
                 expected="a loaded model",
                 where="CachedTrainer",
-                remedy="Load it with AutoModelForCausalLM.from_pretrained(...); CachedSFTTrainer "
-                "takes names.",
+                remedy="Load it first, by from_pretrained; CachedSFTTrainer takes names.",
             )
         super().__init__(model, args, **more)

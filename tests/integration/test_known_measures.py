@@ -282,7 +282,7 @@ def test_options_that_nothing_would_follow(options, message, run_file, capsys):
 
 def test_prompts_that_leave_no_room(run_file, capsys):
     assert command(["ask", str(run_file), "--plain", ""]) == 2
-    assert "a prompt of 0 tokens; expected 1 to 511" in capsys.readouterr().err
+    assert "an empty prompt is nothing to continue" in capsys.readouterr().err
     assert command(["ask", str(run_file), "--plain", "word " * 700]) == 2
     assert "tokens; expected 1 to 511. Ask with another prompt" in capsys.readouterr().err
     run = config.load(run_file)
