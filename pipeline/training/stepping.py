@@ -154,9 +154,10 @@ class Stepper:
             self._microbatch(batch, weights, scale, done, last=place == len(batches) - 1)
             for place, (batch, (weights, _)) in enumerate(zip(batches, weighed))
         ]
-        norm = self._clip()
+        parameters = [parameter for _, parameter in trainable(self.distiller)]
+        norm = self._clip(parameters)
         values, norm = self._judged(number, batches, torch.stack(found), norm)
-        self._update(number)
+        self._update(number, parameters)
         reports, warnings = reports_of(self.distiller, self.parallel.sum)
         means = self._means(values, done)
         loss = float(values[[bool(term.weight(done)) for term in self._terms]].sum())
@@ -227,9 +228,8 @@ class Stepper:
             values.sum().backward()
         return values.detach()
 
-    def _clip(self) -> torch.Tensor:
+    def _clip(self, parameters: list[nn.Parameter]) -> torch.Tensor:
         """Clip the gradients; their norm before, still on the device."""
-        parameters = [parameter for _, parameter in trainable(self.distiller)]
         return whole(nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf))
 
     def _judged(self, number: int, batches, found: torch.Tensor, norm: torch.Tensor):
@@ -264,13 +264,12 @@ class Stepper:
             remedy="The last good checkpoint is kept; lower learning_rate or look at these texts.",
         )
 
-    def _update(self, number: int) -> None:
+    def _update(self, number: int, parameters: list[nn.Parameter]) -> None:
         """Step with the clipped gradients, average."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate(self.settings, number)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        parameters = [parameter for _, parameter in trainable(self.distiller)]
         for parameter, average in zip(parameters, self.averages):
             average.lerp_(parameter.detach(), 1 - self.settings.ema)
 
