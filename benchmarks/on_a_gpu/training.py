@@ -7,19 +7,16 @@ microbatch. Nothing is read and nothing is kept: student and records are made up
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 from benchmarks.on_a_gpu.plain_student import PlainStudent
 from benchmarks.on_a_gpu.scale import Scale
@@ -58,55 +55,40 @@ def training(scale: Scale, kind: str) -> dict[str, Any]:
 
 
 def _launched(scale: Scale, kind: str, ranks: int) -> dict[str, Any]:
-    """What the first rank says; every rank is this module run as a program."""
-    with tempfile.TemporaryDirectory() as directory, ExitStack() as logs:
-        out, children = Path(directory, "losses.json"), []
-        command = [sys.executable, "-m", __name__, kind, json.dumps(scale.tiny), str(out)]
-        for names in _surroundings(ranks):
-            log = logs.enter_context(Path(directory, f"{names['RANK']}.log").open("w+"))
-            children.append(
-                (
-                    subprocess.Popen(
-                        command, env=os.environ | names, stdout=log, stderr=subprocess.STDOUT
-                    ),
-                    log,
-                )
-            )
-        for child, log in children:
-            if child.wait():
-                log.seek(0)
-                raise RuntimeError(f"a rank ended with {child.returncode}: {log.read()[-800:]}")
-        return json.loads(out.read_text())
+    """What the first rank says. The ranks meet in a file, since a port that was free may not be any
+    longer; one that dies ends the others, and what it raised is raised here."""
+    with tempfile.TemporaryDirectory() as directory:
+        torch.multiprocessing.spawn(_rank, (ranks, kind, scale, directory), nprocs=ranks)
+        return json.loads(Path(directory, "losses.json").read_text())
 
 
-def _surroundings(ranks: int) -> Iterator[dict[str, str]]:
-    """What torchrun would tell each rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    for rank in range(ranks):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
-        told = {name: str(value) for name, value in names.items()}
-        yield told | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-
-
-def rank(kind: str, tiny: str, out: str) -> None:
+def _rank(rank: int, ranks: int, kind: str, scale: Scale, directory: str) -> None:
     """One rank: take the steps, the first writes their losses."""
-    scale = Scale(json.loads(tiny))
-    dist.init_process_group("gloo" if scale.tiny else "cpu:gloo,cuda:nccl")
-    parallel, told = Parallel.start(), {}
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    dist.init_process_group(
+        "gloo" if scale.tiny else "cpu:gloo,cuda:nccl",
+        init_method=f"file://{directory}/ranks",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=scale.limit / 2),  # a wait for nothing ends while it can be told
+    )
+    parallel = Parallel.start()
     if scale.tiny:
         parallel = replace(parallel, device=torch.device("cpu"))
-    for precision in BOUNDS:
-        stepper, batches = _prepared(scale, kind, precision, parallel, parallel.world_size)
-        mine = [batches[parallel.rank]]
-        losses = [_loss(stepper, number, mine) for number in range(STEPS)]
-        taken = scale.milliseconds(lambda: stepper.step(STEPS, mine, False), 5)  # noqa: B023
-        told[precision] = {"losses": losses, "ms": taken}
+    told = {precision: _taken(scale, kind, precision, parallel) for precision in BOUNDS}
     if parallel.is_main:
-        Path(out).write_text(json.dumps(told))
+        Path(directory, "losses.json").write_text(json.dumps(told))
     parallel.barrier()
     dist.destroy_process_group()
+
+
+def _taken(scale: Scale, kind: str, precision: str, parallel: Parallel) -> dict[str, Any]:
+    """First losses of these ranks, and what a step takes."""
+    stepper, batches = _prepared(scale, kind, precision, parallel, parallel.world_size)
+    mine = [batches[parallel.rank]]
+    losses = [_loss(stepper, number, mine) for number in range(STEPS)]
+    return {"losses": losses, "ms": scale.milliseconds(lambda: stepper.step(STEPS, mine, False), 5)}
 
 
 def _on_a_cpu(scale: Scale, precision: str, count: int) -> list[float]:
@@ -167,7 +149,3 @@ def _record(rng: np.random.Generator, words: int, length: int) -> TeacherRecord:
         "lse": np.full((example.num_rows, 1), 10.0, dtype=np.float32),
     }
     return TeacherRecord(example, example.first_row, signals)
-
-
-if __name__ == "__main__":
-    rank(*sys.argv[1:])

@@ -3,7 +3,6 @@ the real client library talks to."""
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -20,7 +19,7 @@ from stillroom.pipeline.cache.storage.bucket import BucketStorage
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.writer import CacheWriter
 from tests import fake_hub, memory_cache
-from tests.services import Proxy
+from tests.services import Proxy, free_port
 from tests.synthetic_records import assert_same_record, make_record, records_of
 
 
@@ -43,9 +42,7 @@ def google(monkeypatch):
     import gcsfs
     from gcp_storage_emulator.server import create_server
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = create_server("127.0.0.1", port, in_memory=True)
     server.start()
     try:

@@ -3,13 +3,14 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.numpy import load_file
 
 from stillroom.pipeline.training.metrics import read_metrics
@@ -57,29 +58,36 @@ def cache(tmp_path_factory, teacher):
     return str(captured.write(tmp_path_factory.mktemp("cache") / "cache"))
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+@contextmanager
+def meeting_place():
+    """Names that tell ranks where to meet: a store that is open already, as torchrun's agent keeps
+    one. A port that was only looked for may be another's when the first rank comes to open it."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    del store  # it serves while it lives
 
 
 def launch(ranks, directory, teacher, stop_after=1000, **changes) -> int:
     """Train in `ranks` processes as torchrun would start them; returns their exit code."""
     argument = json.dumps([str(directory), str(teacher), changes, stop_after])
-    port = free_port()
     children = []
-    for rank in range(ranks):
-        names = {"WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
-        told = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        children.append(
-            subprocess.Popen(
-                [sys.executable, "-c", CHILD, argument],
-                env=os.environ | told | THREADS,
-                stderr=subprocess.PIPE,
-                text=True,
+    with meeting_place() as place:
+        for rank in range(ranks):
+            names = {"WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank}
+            told = {name: str(value) for name, value in names.items()} | place
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", CHILD, argument],
+                    env=os.environ | told | THREADS,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
             )
-        )
-    errors = [child.communicate()[1] for child in children]
+        errors = [child.communicate()[1] for child in children]
     codes = {child.returncode for child in children}
     assert len(codes) == 1, errors
     assert codes <= {0, 3}, errors
@@ -157,12 +165,13 @@ def test_sharded_bf16_is_taught_what_ddp_is(tmp_path, teacher, cache):
 def test_sharding_sees_the_teacher_as_it_is(tmp_path, teacher, cache):
     """Nothing that goes into the sharded student is another dtype when it arrives."""
     argument = json.dumps([str(tmp_path), str(teacher), {"cache": cache}, 1])
-    run = subprocess.run(
-        [sys.executable, "-c", FSDP_INPUTS, argument],
-        env=os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | THREADS,
-        capture_output=True,
-        text=True,
-    )
+    with meeting_place() as place:
+        run = subprocess.run(
+            [sys.executable, "-c", FSDP_INPUTS, argument],
+            env=os.environ | place | THREADS,
+            capture_output=True,
+            text=True,
+        )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["torch.float32", "torch.float32", "UnitWeights"]
 
