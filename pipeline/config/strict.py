@@ -30,9 +30,11 @@ PathText = Annotated[
 
 
 class Table(BaseModel):
-    """A TOML table: immutable, and closed to unknown keys."""
+    """A TOML table: immutable, and closed to unknown keys and to numbers that are none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 T = TypeVar("T", bound=Table)

@@ -4,6 +4,7 @@ import pytest
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline import config
+from stillroom.pipeline.objectives import registry
 
 TEXT = """
 name = "run"
@@ -48,3 +49,27 @@ def test_a_variable_that_is_not_set_is_named(file, monkeypatch):
 def test_a_byte_order_mark_is_read(file):
     file.write_text(TEXT, encoding="utf-8-sig")
     assert config.load(file).name == "run"
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("[train]\nlearning_rate = {}", "train.learning_rate"),
+        ("[[objective]]\nname = 'forward_kl'\nweight = {}", "objective.0.weight"),
+        (
+            "[[objective]]\nname = 'forward_kl'\nsource_weights = {{ web = {} }}",
+            "objective.0.source_weights.web",
+        ),
+    ],
+)
+def test_a_number_that_is_none_is_refused(file, line, key, number):
+    """TOML has words for infinity and for no number; a run would stop on them hours later."""
+    file.write_text(f"name = 'run'\ndirectory = 'run'\n{line.format(number)}\n")
+    with pytest.raises(ConfigError, match=rf"'{key}': Input should be .*(finite|greater)"):
+        config.load(file)
+
+
+def test_options_are_as_strict():
+    with pytest.raises(ConfigError, match=r"temperature.*(finite|greater)"):
+        registry.find("forward_kl", {"temperature": float("inf")}, "objective")
