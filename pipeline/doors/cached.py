@@ -26,6 +26,7 @@ from stillroom.pipeline.data.records import Answers, Records, lengths_of
 from stillroom.pipeline.objectives.combine import signals_needed, terms_of
 from stillroom.pipeline.objectives.registry import CacheFacts
 from stillroom.pipeline.objectives.weighting import Term, UnitWeights
+from stillroom.pipeline.training.coverage import check_every_objective_has_rows, check_sources
 from stillroom.pipeline.training.run import facts_of, opened
 
 Objectives = Sequence[str | Mapping[str, Any] | Objective]
@@ -108,7 +109,8 @@ class CachedDataset(Dataset):
     Raises:
         CacheError: there is no sealed cache.
         ConfigError: an unknown objective, option or cache.
-        StudentError: an objective needs what the cache does not hold; what it holds is listed.
+        StudentError: an objective needs what the cache does not hold; what it holds is listed. Or
+            it gets no row of any example, and its loss would be 0 for ever.
     """
 
     cache: Any
@@ -125,7 +127,9 @@ class CachedDataset(Dataset):
         self.lines = objective_lines(self.objectives)
         self.sources = {name: self._open(one) for name, one in self._places().items()}
         self.facts = {name: facts_of(cache) for name, cache in self.sources.items()}
-        self.terms  # noqa: B018  (what does not fit is refused here)
+        check_sources(self.terms, self.sources)
+        place = f" {self.cache}" if isinstance(self.cache, str | Path) else ""
+        check_every_objective_has_rows(self.terms, self.sources, {}, f"the whole cache{place}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in MADE_ANEW}

@@ -239,8 +239,10 @@ def test_a_run_goes_on_with_the_rows_that_it_was_begun_with(tiny_llama, cache, t
 
 def test_objectives_that_would_never_meet_a_row(model, cache, tmp_path):
     line = {"name": "forward_kl", "mask": "image"}
-    with pytest.raises(StillroomError, match=r"whole cache: objective .* gets no row at all"):
+    with pytest.raises(StillroomError, match=r"whole cache.*: objective .* gets no row at all"):
         made(model, cache, tmp_path, objectives=[line])
+    with pytest.raises(StillroomError, match=r"whole cache.*: objective .* gets no row at all"):
+        CachedDataset(cache, [line])
     line = {"name": "forward_kl", "source_weights": {"randon": 2.0}}
     with pytest.raises(StillroomError, match=r"names 'randon', which is no source.*'random'"):
         made(model, cache, tmp_path, objectives=[line])
