@@ -82,6 +82,10 @@ class FormatTooNew(CacheError):
     """A manifest, receipt or record of a format version this release cannot read."""
 
 
+class CacheMissing(CacheError):
+    """There is no cache where one is named."""
+
+
 class CacheIncomplete(CacheError):
     """Shards are still missing; the same command run again continues."""
 

@@ -33,10 +33,11 @@ class OnError(StrEnum):
 
 
 class Split(StrEnum):
-    """Which part of the corpus."""
+    """Which part of the corpus; a recommender's is `test`, which `heldout` means too."""
 
     train = "train"
     heldout = "heldout"
+    test = "test"
 
 
 def capture(
@@ -47,7 +48,9 @@ def capture(
     on_error: Annotated[OnError, typer.Option(help="A bad example: stop, or set it aside.")] = (
         OnError.stop
     ),
-    split: Annotated[Split, typer.Option(help="Which part of the corpus.")] = Split.train,
+    split: Annotated[
+        Split, typer.Option(help="Which part of the corpus; test: of a recommender's.")
+    ] = Split.train,
     cache: Annotated[
         str, typer.Option(help="Directory or URL of the cache; by default inside the run.")
     ] = "",
@@ -64,8 +67,10 @@ def capture(
 
     run = config.load(run_file)
     check_worker(rank, world_size)
+    _check_one_purpose(run, dry_run)
+    part = _part(run, split)
     if dry_run:
-        _dry_run(run, engine.value, split.value, as_json)
+        _dry_run(run, engine.value, part, as_json)
         return
     worker: dict[str, Any] = {"rank": rank, "world_size": world_size, "on_error": on_error.value}
     if ray or ray_address:
@@ -78,11 +83,55 @@ def capture(
             remedy="Copy the caches with `stillroom cache push`.",
         )
     if run.capture is not None or not any(wanted.values()):  # another table alone means it alone
-        where = {"engine": engine.value, "split": split.value, "location": cache}
+        where = {"engine": engine.value, "split": part, "location": cache}
         _capture(run, **where, **worker)
     for about, asked in wanted.items():
         if asked is not None:
-            _capture_more(run, about, engine.value, split.value, **worker)
+            _capture_more(run, about, engine.value, part, **worker)
+
+
+def _part(run, split: Split) -> str:
+    """The corpus's own name of a split."""
+    from stillroom.cache_schemas.errors import ConfigError
+
+    if split is not Split.test:
+        return split.value
+    if run.items is None and run.candidates is None:
+        raise ConfigError(
+            "--split test of a run without [items] and [candidates]",
+            expected="train or heldout",
+            where=run.name,
+            remedy="Text that no step trains on is --split heldout.",
+        )
+    return "heldout"
+
+
+def _check_one_purpose(run, dry_run: bool) -> None:
+    """Refuse token logits of a recommender's questions by the way: hours, and nothing there reads
+    them; and an estimate of what is not estimated.
+
+    Raises:
+        ConfigError: there is a table too many, or an option.
+    """
+    from stillroom.cache_schemas.errors import ConfigError
+
+    named = [f"[{name}]" for name in ("items", "candidates") if getattr(run, name) is not None]
+    if named and run.capture is not None:
+        raise ConfigError(
+            f"[capture] beside {' and '.join(named)}: token logits of every question, which no "
+            "recommender reads",
+            where=run.name,
+            remedy="Remove [capture]; `check` is a key of [items] and [candidates] too. To tune a "
+            "teacher on the questions, give [capture] a run file and a directory of its own.",
+        )
+    if named and dry_run:
+        raise ConfigError(
+            f"--dry-run of {' and '.join(named)}",
+            expected="[capture]: only answers to texts are estimated",
+            where=run.name,
+            remedy="Leave --dry-run out; runbooks/32-demo-recsys.md says what items and histories "
+            "cost, and a capture that is stopped goes on where it was.",
+        )
 
 
 def _capture(run, **options) -> None:

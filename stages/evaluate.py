@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from stillroom.stages.arguments import AsJson, RunFile
-from stillroom.stages.console import document, progress, put, table
+from stillroom.stages.console import document, progress, put, say, table
 
 
 def evaluate(
@@ -46,7 +46,7 @@ def evaluate(
             measures.rouge_l(run, as_json)
         return
     if run.recommender is not None:
-        _recommender(run, as_json)
+        _recommender(run, run_file, as_json)
         return
     with progress("evaluate", "examples") as report:
 
@@ -93,11 +93,19 @@ def _check_options(tasks: str, rouge_l: bool, as_json: bool, of_tasks: dict[str,
         raise ConfigError("two documents on stdout", where=where, remedy="Ask for one at a time.")
 
 
-def _recommender(run, as_json: bool) -> None:
+def _recommender(run, run_file: Path, as_json: bool) -> None:
     from stillroom.pipeline import provenance
-    from stillroom.pipeline.evaluation.ranking import RESULT, evaluate_recommender
+    from stillroom.pipeline.evaluation.ranking import (
+        RESULT,
+        asked_on_test_rows,
+        evaluate_recommender,
+    )
 
     found = evaluate_recommender(run)
+    if asked_on_test_rows(run) is None:
+        command = f"stillroom capture {run_file} --split test"
+        needs = "" if run.candidates else " (it needs [candidates])"
+        say(f"no row for the teacher: it was not asked about test rows; {command}{needs}")
     provenance.record(run.path("run.json"), "evaluate")
     if as_json:
         document({label: asdict(one) for label, one in found.items()})

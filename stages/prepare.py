@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from stillroom.pipeline.corpus.files import Corpus
 
 COLUMNS = ("documents", "examples", "tokens", "targets")
+TIES = "interactions at the same time as another of their user (ordered by item id)"
+SAID_OF = {
+    "interactions_at_one_time_with_another_of_their_user": TIES,
+    "at_the_time_of_the_one_before": TIES,  # corpora of earlier releases
+}
+"""Facts of a corpus that need more words than their name."""
 Show = Annotated[int, typer.Option(help="Show so many examples of the corpus.", min=0)]
 
 
@@ -56,13 +62,18 @@ def prepare(run_file: RunFile, show: Show = 0, as_json: AsJson = False) -> None:
 def show_corpus(corpus: "Corpus", told: bool = False) -> None:
     """What a corpus holds and, unless it was told, what was left out; its directory on stdout."""
     counts = corpus.facts["counts"]
-    rows = [[name, *(f"{counts[name][column]:,}" for column in COLUMNS)] for name in counts]
+    called = {"heldout": "test"} if "interactions" in corpus.facts else {}
+    rows = [
+        [called.get(name, name), *(f"{counts[name][column]:,}" for column in COLUMNS)]
+        for name in counts
+    ]
     table(f"corpus {corpus.digest[:12]}", ["split", *COLUMNS], rows)
     if "generated" in corpus.facts:
         ends = corpus.facts["generated"]["answers"]
         say(f"answers: {ends.get('ended', 0):,} ended, {ends.get('cut', 0):,} cut at the limit")
     for fact, number in corpus.facts.get("interactions", {}).items():
-        say(f"{fact.replace('_', ' ')}: {number:,}")
+        if number:
+            say(f"{SAID_OF.get(fact, fact).replace('_', ' ')}: {number:,}")
     if not told:
         tell(corpus)
     put(corpus.directory)

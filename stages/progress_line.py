@@ -38,6 +38,8 @@ class Pace:
         """A report: work done, and all of it where that is known."""
         self.done, self.total = done, total
         if self._seen and done <= self._seen[-1][1]:
+            if len(self._seen) == 1:  # still at the start: loading is no part of the rate
+                self._seen[0] = now, done
             return
         if len(self._seen) > 1 and now - self._seen[-1][0] < SECONDS_OF_A_BURST:
             now, _ = self._seen.pop()
@@ -57,10 +59,13 @@ class Pace:
         if len(self._seen) < 2:
             return None
         (first, before), (last, after) = self._seen[0], self._seen[-1]
-        few = after - before < SHARE_BEFORE_A_RATE * (self.total or 0.0)
+        done = after - before
+        few = done < SHARE_BEFORE_A_RATE * (self.total or 0.0)
+        # The first of a few that are answered together says as little as the first of many.
+        few = few or (done <= 1 and len(self._seen) == 2)
         if last - first < SECONDS_BEFORE_A_RATE or (few and len(self._seen) < REPORTS_LOOKED_BACK):
             return None
-        return (after - before) / (last - first)
+        return done / (last - first)
 
     def left(self, now: float) -> float | None:
         """Seconds of work left, counting down between two reports; None while nobody can tell."""

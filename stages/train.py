@@ -40,7 +40,7 @@ def train(
     with progress("train", "steps") as report, stop_on_signals() as stop:
 
         def show(now: Progress) -> None:
-            more = {f"held-out {label}": value for label, value in now.heldout.items()}
+            more = {f"{now.measured_on} {label}": value for label, value in now.heldout.items()}
             numbers = {"loss": now.loss, "tok_per_s": now.tokens_per_second}
             report(now.step, settings.steps, **numbers, **more)
             for warning in set(now.warnings) - warned:

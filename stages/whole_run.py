@@ -28,7 +28,8 @@ def commands(run: "Run", name: str, engine: str = Engine.vllm.value) -> list[lis
         if run.student is not None and run.student.leave_out:
             found.append(["student", name])  # measures for minutes, under its own progress
         found.append(["train", name])
-        if run.prepare is None or run.prepare.heldout > 0:
+        # A recommender's test rows are the last of every user, whatever [prepare] heldout says.
+        if run.recommender or run.prepare is None or run.prepare.heldout > 0:
             found.append(["evaluate", name])
     return found
 
@@ -40,14 +41,14 @@ def up_to_the_cache(run: "Run", name: str, engine: str) -> list[list[str]]:
         found.append(["generate" if run.generate else "prepare", name])
     if any((run.capture, run.vision, run.items, run.candidates)):
         found.append(["capture", name, "--engine", engine])
-        found += [[*found[-1], "--split", "heldout", *more] for more in _heldout(run)]
+        found += [[*found[-1], "--split", *more] for more in _second(run)]
     return found
 
 
-def _heldout(run: "Run") -> list[list[str]]:
+def _second(run: "Run") -> list[list[str]]:
     """Arguments of a second capture, of text that no step trains on, where something reads it."""
     if run.candidates is not None:
-        return [[]]
+        return [["test"]]
     if run.capture is not None and run.train is not None and run.train.heldout_cache:
-        return [["--cache", run.train.heldout_cache]]
+        return [["heldout", "--cache", run.train.heldout_cache]]
     return []

@@ -16,7 +16,7 @@ import pyarrow as pa
 import xxhash
 
 from stillroom.cache_schemas import frames, layout, rows
-from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt
+from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, CacheMissing, ShardCorrupt
 from stillroom.cache_schemas.lists import Lists
 from stillroom.cache_schemas.manifest import FileEntry, Manifest, Plan, ShardReceipt, read
 from stillroom.cache_schemas.rankings import Rankings
@@ -290,9 +290,10 @@ def _manifest_bytes(storage: Storage) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         pass
     if storage.size(layout.PLAN) is None:
-        raise CacheError("there is no cache here", where=storage.location, remedy="Check the path.")
+        found = "there is no cache here"
+        raise CacheMissing(found, where=storage.location, remedy="Check the path.")
     raise CacheIncomplete(
         "the cache is not sealed",
         where=storage.location,
-        remedy="Run the capture again to finish it.",
+        remedy="Run the same `stillroom capture` again to finish it.",
     )

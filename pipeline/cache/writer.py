@@ -37,13 +37,14 @@ class CacheWriter:
     def __init__(self, storage: Storage, plan: Plan, preview: Preview | None):
         self.storage, self.plan, self.preview = storage, plan, preview
         self._form: Format | None = None
+        self._begun = False
         self._claims: dict[int, Claim] = {}
 
     @classmethod
     def open(
         cls, root: str | Path | Storage, plan: Plan, preview: Preview | None = None
     ) -> "CacheWriter":
-        """Create a cache of a plan, or go on with the one that is there.
+        """A cache of a plan, or the one that is there to go on with; nothing is written yet.
 
         Args:
             root: directory, fsspec URL or storage.
@@ -56,14 +57,28 @@ class CacheWriter:
         storage = open_storage(root)
         check_vacant(storage)
         storage.sweep()
-        _claim_root(storage, plan)
-        for name, array in dense_arrays(plan).items():
-            storage.create(layout.dense_metadata(name), array.metadata())
-        writer = cls(storage, plan, preview)
-        profile = plan.facts["capture"]["profile"]
-        if profile in UNFITTED:
-            writer.use_codec(RowCodec(profile, **codec_sizes(plan)))
-        return writer
+        if storage.size(layout.PLAN) is not None:
+            _check_plan(storage, plan)
+        return cls(storage, plan, preview)
+
+    def begin(self) -> None:
+        """Create the cache, once there is something to keep; every method that writes does.
+
+        A capture that is refused before (its teacher cannot be served, or does not say what its
+        definition says) leaves no plan that the next one, with other settings, would stumble over.
+
+        Raises:
+            PlanMismatch: somebody has begun one of another plan here since `open`.
+        """
+        if self._begun:
+            return
+        if not self.storage.create(layout.PLAN, self.plan.to_bytes()):
+            _check_plan(self.storage, self.plan)
+        self._begun = True
+        for name, array in dense_arrays(self.plan).items():
+            self.storage.create(layout.dense_metadata(name), array.metadata())
+        if (codec := self._unfitted()) is not None:
+            self.use_codec(codec)
 
     @property
     def needs_fit(self) -> bool:
@@ -88,6 +103,7 @@ class CacheWriter:
 
     def use_codec(self, codec: RowCodec) -> None:
         """Publish a codec, or take the one that another worker published before."""
+        self.begin()
         self._form = Format(self.plan, publish_codec(self.storage, self.plan, codec))
 
     @property
@@ -97,6 +113,7 @@ class CacheWriter:
 
     def note_definition(self, found: DefinitionCheck) -> None:
         """Keep that for the manifest, unless another worker has found out more."""
+        self.begin()
         noted = self.definition
         if noted is not None and not noted.done and found.done:
             self.storage.replace(layout.DEFINITION, found.to_bytes())
@@ -122,6 +139,7 @@ class CacheWriter:
         A claim ends with `write`, `release` or the process that holds it, so no clock is asked. It
         only saves double work: the receipt decides.
         """
+        self.begin()
         for number in shards:
             claim = self._claims.get(number) or self.storage.claim(layout.claim(number))
             if claim is None:
@@ -153,6 +171,7 @@ class CacheWriter:
 
     def write_encoded(self, number: int, examples: Iterable[Encoded]) -> ShardReceipt:
         """`write` for examples that are encoded already, by the codec of this cache."""
+        self.begin()
         form = self.fitted()
         with self.storage.staging() as folder:
             shard.build(folder, form, number, examples)
@@ -182,6 +201,7 @@ class CacheWriter:
                 f"the first is {missing[0]}",
                 where=self.storage.location,
             )
+        self.begin()  # a cache of no shards is sealed before anything was written
         return sealing.seal(self.storage, self.fitted())
 
     def _publish(self, folder: Path, receipt: ShardReceipt) -> bool:
@@ -214,9 +234,14 @@ class CacheWriter:
 
     def _find_form(self) -> Format | None:
         if self._form is None:
-            codec = open_codec(self.storage, self.plan)
+            codec = open_codec(self.storage, self.plan) or self._unfitted()
             self._form = Format(self.plan, codec) if codec else None
         return self._form
+
+    def _unfitted(self) -> RowCodec | None:
+        """The codec of a profile that needs no records to be made."""
+        profile = self.plan.facts["capture"]["profile"]
+        return RowCodec(profile, **codec_sizes(self.plan)) if profile in UNFITTED else None
 
     def _fit_on_own(self, number: int, records: Iterable[TeacherRecord]) -> Iterable[TeacherRecord]:
         if number != 0:
@@ -226,18 +251,21 @@ class CacheWriter:
         return held
 
 
-def _claim_root(storage: Storage, plan: Plan) -> None:
-    """Create plan.json, or refuse another plan."""
-    if storage.create(layout.PLAN, plan.to_bytes()):
-        return
+def _check_plan(storage: Storage, plan: Plan) -> None:
+    """Refuse a cache of another plan."""
     found = Plan.from_bytes(storage.read(layout.PLAN), f"{storage.location}/{layout.PLAN}")
-    if found.digest != plan.digest:
-        raise PlanMismatch(
-            "this cache was begun with another plan: " + "; ".join(plan.differences(found)),
-            where=storage.location,
-            remedy="Choose another directory, or restore the settings it was begun with; what is "
-            "not recorded there came with a later release: only the one that began it can go on.",
-        )
+    if found.digest == plan.digest:
+        return
+    empty = not sealing.committed(storage, range(found.num_shards))
+    remedy = "Choose another directory, or restore the settings it was begun with"
+    if empty:  # where it was stopped in its first shard
+        remedy += ", or delete this one (no shard of it is finished) unless a capture is at work"
+    raise PlanMismatch(
+        "this cache was begun with another plan: " + "; ".join(plan.differences(found)),
+        where=storage.location,
+        remedy=f"{remedy}; what is not recorded there came with a later release: only the one that "
+        "began it can go on.",
+    )
 
 
 def _lost(storage: Storage, name: str) -> CacheError:

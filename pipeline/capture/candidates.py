@@ -37,6 +37,9 @@ from stillroom.pipeline.teacher.facts import teacher_facts
 from stillroom.pipeline.teacher.opening import open_engine, open_writing_engine
 from stillroom.pipeline.teacher.protocol import Engine, EngineName, TeacherEngine
 
+NOT_IN_THE_PLAN = {"k", "batch", "check", "histories_per_shard"}
+"""Keys of [candidates] that the plan names otherwise, or that change no answer."""
+
 
 def capture_candidates(
     run: Run,
@@ -56,7 +59,7 @@ def capture_candidates(
             where the method needs them.
         split: `train` asks about training rows, `heldout` about the test's.
         location: directory or URL of the cache; empty takes `<run.directory>/candidates`, or
-            `candidates-heldout`.
+            `candidates-test`.
         engine, rank, world_size, on_error, on_progress: as for `capture.capture`.
 
     Returns:
@@ -73,8 +76,12 @@ def capture_candidates(
 
 
 def default_location(run: Run, split: str) -> str:
-    """Where a run keeps the candidates of a split."""
-    return str(run.path("candidates" if split == "train" else "candidates-heldout"))
+    """Where a run keeps the candidates of a split; those of test rows under the name of earlier
+    releases where they lie there."""
+    if split == "train":
+        return str(run.path("candidates"))
+    before = run.path("candidates-heldout")
+    return str(before if before.exists() else run.path("candidates-test"))
 
 
 def open_task(run: Run, engine: EngineName, split: str, location: str = "") -> Task:
@@ -103,7 +110,8 @@ def open_task(run: Run, engine: EngineName, split: str, location: str = "") -> T
         room = max(longest(corpus), max(len(item.token_ids) for item in open_items(corpus)))
         opened, wanted = _open(run, teacher, engine, room, scale)
         tokens = corpus.facts["counts"][split]["tokens"]
-        compare(writer, engine, opened, Question(teacher, wanted, asked, None, tokens))
+        question = Question(teacher, wanted, asked, None, tokens, "candidates")
+        compare(writer, engine, opened, question)
         if table.method == "scored":
             return Scored(opened, shelf)
         return Grounded(opened, shelf, require(run.items, "items", run.directory))
@@ -145,7 +153,7 @@ def make_plan(
     """
     table: Candidates = require(run.candidates, "candidates", run.directory)
     teacher = require(run.teacher, "teacher", run.directory)
-    capture = table.model_dump(mode="json", exclude={"k", "batch", "histories_per_shard"})
+    capture = table.model_dump(mode="json", exclude=NOT_IN_THE_PLAN)
     capture |= {"profile": "portable", "k": 0, "candidates": table.k, "items": items}
     capture |= {"catalogue": corpus.facts["catalogue"]}
     names = ["candidate_distances", "candidate_ids"]
@@ -187,10 +195,9 @@ def _open(
     """
     table = require(run.candidates, "candidates", run.directory)
     if table.method == "scored":
-        check = run.capture.check if run.capture else "auto"
-        wanted = Capture(k=1, entropy=False, check=check)
+        wanted = Capture(k=1, entropy=False, check=table.check)
         return open_engine(name, teacher, wanted, max_tokens=0, batch_scale=scale), wanted
-    wanted = state_capture(require(run.items, "items", run.directory), run.capture)
+    wanted = state_capture(require(run.items, "items", run.directory), table.check)
     tokens = window + table.written_tokens
     return open_writing_engine(name, teacher, wanted, tokens, scale), wanted
 

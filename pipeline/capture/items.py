@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stillroom.cache_schemas.errors import CacheError, PlanMismatch
+from stillroom.cache_schemas.errors import CacheError, CacheMissing, PlanMismatch
 from stillroom.cache_schemas.manifest import Manifest, Plan
 from stillroom.cache_schemas.signals import ITEM_PREFIX, hidden_name
 from stillroom.pipeline.cache.reader import TeacherCache
@@ -76,9 +76,10 @@ def open_task(run: Run, engine: EngineName, location: str = "") -> Task:
     longest, asked = max(LEAST_CONTEXT, *lengths), _Asked(items, table)
 
     def start(scale: float) -> "ItemEngine":
-        wanted = state_capture(table, run.capture)
+        wanted = state_capture(table, table.check)
         opened = open_engine(engine, teacher, wanted, max_tokens=longest, batch_scale=scale)
-        compare(writer, engine, opened, Question(teacher, wanted, asked, None, sum(lengths)))
+        question = Question(teacher, wanted, asked, None, sum(lengths), "items")
+        compare(writer, engine, opened, question)
         return ItemEngine(opened, table)
 
     return Task(writer, asked, start)
@@ -111,11 +112,11 @@ def item_name(table: Items) -> str:
     return f"{ITEM_PREFIX}{table.layer}"
 
 
-def state_capture(table: Items, capture: Capture | None = None) -> Capture:
-    """What an engine is asked for an item's states; how it is checked is said under [capture]."""
+def state_capture(table: Items, check: str = "auto") -> Capture:
+    """What an engine is asked for an item's states, and how it is checked."""
     rows = "answer" if table.pooling == "last" else "all"
-    asked = Capture(k=1, entropy=False, hidden_layers=(table.layer,), hidden_rows=rows)
-    return asked.model_copy(update={"check": capture.check}) if capture else asked
+    asked = {"k": 1, "entropy": False, "hidden_layers": (table.layer,), "hidden_rows": rows}
+    return Capture.model_validate(asked | {"check": check})
 
 
 def asked_about(example: Example, table: Items) -> Example:
@@ -196,10 +197,15 @@ def open_items_of(run: Run, corpus: Corpus, engine: EngineName) -> TeacherCache:
     """The sealed item cache that a run's candidates are taken from.
 
     Raises:
-        CacheError: there is none, or it is not sealed.
+        CacheMissing: there is none.
+        CacheIncomplete: it is not sealed.
         PlanMismatch: it was made from something else.
     """
-    cache = TeacherCache.open(run.path("items"))
+    try:
+        cache = TeacherCache.open(run.path("items"))
+    except CacheMissing as error:
+        remedy = "Capture [items] of this run first: the candidates are taken from them."
+        raise CacheMissing(error.found, where=error.where, remedy=remedy) from None
     differences = make_plan(run, corpus, engine).differences(cache.plan)
     if differences:
         raise PlanMismatch(

@@ -216,6 +216,7 @@ class ShardWork:
         engine = self._start(scale)
         self._totals.start()
         try:
+            self._writer.begin()
             first = self._fit(engine)
             self._say("scoring")
             self._write(engine, missing, first)

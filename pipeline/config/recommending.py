@@ -19,15 +19,17 @@ class Interactions(Table):
     """File of items (CSV, Parquet, JSONL, `.dat`, `.item`); a directory of MovieLens or RecBole has
     its own."""
     user: str = ""
-    """Column of users; empty takes the first of the usual names that is there, as below."""
+    """Column of users; empty takes the first that is there of `userId`, `user_id`, `user`."""
     item: str = ""
-    """Column of items, in the interactions and in the catalogue."""
+    """Column of items, in interactions and catalogue; empty takes the first of `movieId`,
+    `item_id`, `item`, `asin`."""
     time: str = ""
-    """Column of times: numbers or dates."""
+    """Column of times, numbers or dates; empty takes the first of `timestamp`, `time`."""
     rating: str = ""
-    """Column of ratings; a file needs none."""
+    """Column of ratings, which a file needs only with `min_rating`; empty takes `rating`."""
     title: str = ""
-    """Column of titles, in the catalogue."""
+    """Column of titles, in the catalogue; empty takes the first of `title`, `movie_title`,
+    `name`."""
     text_columns: tuple[str, ...] = ()
     """Further columns of the catalogue that `item_text` may name."""
     encoding: str = ""
@@ -83,6 +85,9 @@ class Items(Table):
     """How an embedding is stored; FORMAT.md states each one's error."""
     step: float = Field(default=0.05, gt=0)
     """Step of the RMS-scaled integers of codec `step`."""
+    check: Literal["auto", "always", "never"] = "auto"
+    """Compare vLLM with the model's definition before the first shard is kept, as `[capture] check`
+    says it for the answers to texts. Not part of the plan."""
     items_per_shard: int = Field(default=1024, ge=1)
     """Items between two commits."""
 
@@ -109,6 +114,9 @@ class Candidates(Table):
     faster above some 100,000 items and may miss some."""
     histories_per_user: int = Field(default=0, ge=0)
     """Ask about the latest this many training histories of each user; 0 asks about all."""
+    check: Literal["auto", "always", "never"] = "auto"
+    """Compare vLLM with the model's definition before the first shard is kept, as `[capture] check`
+    says it for the answers to texts. Not part of the plan."""
     histories_per_shard: int = Field(default=256, ge=1)
     """Histories between two commits."""
     batch: int = Field(default=128, ge=1)

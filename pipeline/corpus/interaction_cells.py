@@ -19,6 +19,14 @@ TIMES = (pa.int64(), *(pa.timestamp(unit, zone) for unit in UNITS for zone in (N
 """What a column of times is tried as; all of it is one of them. Dates either all name a zone or all
 do not."""
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+A_TIME = "a number, or a date as 2024-05-31 or 2024-05-31T23:59:59Z"
+DATE = r"\d{4}-\d{2}-\d{2}([ T]\d{2}(:\d{2}(:\d{2}(\.\d+)?)?)?)?"
+FORMS = {
+    "a number": rf"^(?:{NUMBER.pattern})$",
+    "a date without a zone": rf"^{DATE}$",
+    "a date with a zone": rf"^{DATE}(Z|[+-]\d{{2}}(:?\d{{2}})?)$",
+}
+"""What a time may look like (RE2); which of them are days of a calendar is Arrow's to say."""
 
 
 def trimmed(columns: Columns, name: str) -> pa.ChunkedArray:
@@ -30,13 +38,33 @@ def filled(columns: Columns, name: str) -> pa.ChunkedArray:
     """The same, of a column that has a text in every row.
 
     Raises:
-        CorpusError: a cell is empty.
+        CorpusError: a cell is empty, or goes on in the next line.
     """
     column = trimmed(columns, name)
+    check_one_line(columns, name, column)
     empty = np.asarray(pc.call_function("equal", [column, ""]).fill_null(True))
     if empty.any():
         raise CorpusError(f"column '{name}' is empty", where=columns.at(int(np.argmax(empty))))
     return column
+
+
+def check_one_line(columns: Columns, name: str, column: pa.ChunkedArray) -> None:
+    """Refuse names, times and ratings with a line end in them: other rows, in quotes by mistake.
+
+    Raises:
+        CorpusError: names the row.
+    """
+    broken = pc.call_function(
+        "match_substring_regex", [column], pc.MatchSubstringOptions(r"[\r\n]")
+    )
+    rows = np.asarray(broken.fill_null(False))
+    if rows.any():
+        row = int(np.argmax(rows))
+        raise CorpusError(
+            f"column '{name}' holds a line end: '{column[row].as_py()[:40]}'",
+            where=columns.at(row),
+            remedy="A quote that opens in this row closes in a later one: mend either.",
+        )
 
 
 def codes(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
@@ -78,7 +106,8 @@ def times(columns: Columns, name: str) -> np.ndarray:
             return np.asarray(text.cast(kind).cast(pa.int64()))
         except pa.ArrowInvalid:
             continue
-    values = numbers(columns, name, "a number, or a date as 2024-05-31 or 2024-05-31T23:59:59Z")
+    _check_one_form(columns, name, text)
+    values = numbers(columns, name, A_TIME)
     large = np.abs(values) >= EXACT
     if large.any():
         row = int(np.argmax(large))
@@ -90,6 +119,32 @@ def times(columns: Columns, name: str) -> np.ndarray:
             "value, and their order would be lost.",
         )
     return values
+
+
+def _check_one_form(columns: Columns, name: str, text: pa.ChunkedArray) -> None:
+    """Refuse numbers among dates, dates without a zone among those with one, and the reverse.
+
+    Raises:
+        CorpusError: names a row of the rarer kind, not the first that is read.
+    """
+    said = {
+        kind: pc.call_function("match_substring_regex", [text], pc.MatchSubstringOptions(form))
+        for kind, form in FORMS.items()
+    }
+    has = {kind: np.asarray(found) for kind, found in said.items()}
+    counts = {kind: int(found.sum()) for kind, found in has.items()}
+    usual = max(counts, key=counts.__getitem__)
+    if not counts[usual] or counts[usual] == len(text):
+        return
+    row, like = int(np.argmin(has[usual])), int(np.argmax(has[usual]))
+    found = f"column '{name}' holds '{text[row].as_py()[:40]}'"
+    others = f", as are {counts[usual]:,} of {len(text):,} rows (as '{text[like].as_py()[:40]}')"
+    raise CorpusError(
+        found,
+        expected=usual + others,
+        where=columns.at(row),
+        remedy="Write all times of the column in one way: their order has to hold for all.",
+    )
 
 
 def numbers(columns: Columns, name: str, expected: str = "a number") -> np.ndarray:

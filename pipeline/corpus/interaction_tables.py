@@ -121,6 +121,8 @@ def headed(text: str, suffix: str, path: Path) -> Table:
     delimiter, quoted = QUOTED.get(suffix, "\t"), suffix in QUOTED
     first, *rest = LINE_END.split(text, maxsplit=1)
     names = _header(first, delimiter, quoted)
+    if quoted and '"' in text:
+        _check_quotes(text, delimiter, path)
     if not any(rest):
         return Table(pa.table([pa.array([], pa.string())] * len(names), names=names))
     try:
@@ -218,6 +220,27 @@ def _header(line: str, delimiter: str, quoted: bool) -> list[str]:
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     rows = csv.reader([line], delimiter=delimiter, quoting=quoting, skipinitialspace=True)
     return [name.strip().split(":")[0] for row in rows for name in row]
+
+
+def _check_quotes(text: str, delimiter: str, path: Path) -> None:
+    """Refuse a quote that closes nowhere, or in the middle of a later field: Arrow takes all rows
+    up to there for one field and says nothing.
+
+    Raises:
+        CorpusError: names the line of the row that it opens in.
+    """
+    line = 1
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for _ in rows:
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise CorpusError(
+            f"a quote that opens in this row does not close at the end of its field ({error})",
+            where=f"{path}:{line}",
+            remedy="Close it there, or write a quote inside a field twice; what stands between two "
+            "such quotes is one field, line ends and rows included.",
+        ) from None
 
 
 def _plain(value: object) -> str | None:

@@ -17,6 +17,7 @@ from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config.recommending import Interactions
 from stillroom.pipeline.corpus.histories import Catalogue
 from stillroom.pipeline.corpus.interaction_cells import (
+    check_one_line,
     codes,
     filled,
     numbers,
@@ -107,7 +108,9 @@ def read_catalogue(
     Raises:
         CorpusError: a column is missing, an id is there twice, or a title is empty.
     """
-    ids = trimmed(columns, columns.need(settings.item, "item")).fill_null("").to_pylist()
+    keys = trimmed(columns, name := columns.need(settings.item, "item")).fill_null("")
+    check_one_line(columns, name, keys)
+    ids = keys.to_pylist()
     named = [columns.need(settings.title, "title")]
     named += [columns.pick(name, "title") for name in settings.text_columns]
     titles, *texts = (
@@ -237,7 +240,7 @@ def _sorted(log: Log, catalogue: Catalogue, settings: Interactions) -> Sequences
         "users": len(who),
         "items": len(kept),
         "interactions": len(log.user),
-        "at_the_time_of_the_one_before": int(ties.sum()),
+        "interactions_at_one_time_with_another_of_their_user": int(ties.sum()),
         "items_that_share_a_title": len(kept) - len(set(kept.titles)),
     }
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

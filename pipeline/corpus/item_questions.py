@@ -229,7 +229,12 @@ def _read(config: Prepare, settings: Interactions) -> Sequences:
 
 
 def _digest(facts: dict, histories: Histories, tokenizer: CorpusTokenizer, config: Prepare) -> str:
-    """Over everything that gives a question or a row its meaning."""
+    """Over everything that gives a question or a row its meaning.
+
+    `history`, prompt and line count by the questions they make: where all sequences are shorter
+    than two values of `history`, a capture holds for both. What else follows from it, the length of
+    a student's window, is in the identity of its training.
+    """
     meaning = [facts["catalogue"], tokenizer.facts, config.window]
     digest = hashlib.sha256(canonical_json(meaning))
     for user in histories.users:

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from stillroom.cache_schemas.errors import CacheError, PlanMismatch, StudentError
+from stillroom.cache_schemas.layout import MANIFEST
 from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.capture.candidates import default_location
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.corpus.files import Corpus
@@ -67,15 +69,20 @@ def evaluate_recommender(run: Run) -> dict[str, Ranking]:
         "student": Ranking.of(student_ranks(run.path("student"), corpus, table.exclude_seen)),
         "most popular": Ranking.of(popular_ranks(corpus, table.exclude_seen)),
     }
-    heldout = run.path("candidates-heldout")
-    if (heldout / "manifest.json").exists():
-        found["teacher"] = Ranking.of(teacher_ranks(heldout, corpus))
+    if (said := asked_on_test_rows(run)) is not None:
+        found["teacher"] = Ranking.of(teacher_ranks(said, corpus))
     text = {
         name: {"mean": r.mean, "standard_error": r.standard_error, "rows": r.rows}
         for name, r in found.items()
     }
     run.path(RESULT).write_text(json.dumps(text, indent=2) + "\n")
     return found
+
+
+def asked_on_test_rows(run: Run) -> Path | None:
+    """Where the teacher's lists about test rows are; None where they are not captured."""
+    location = Path(default_location(run, "heldout"))
+    return location if (location / MANIFEST).exists() else None
 
 
 def corpus_of(run: Run) -> Corpus:
@@ -144,7 +151,7 @@ def teacher_ranks(location: str | Path, corpus: Corpus) -> np.ndarray:
             raise CacheError(
                 f"has no list for question {name[:12]}",
                 where=where,
-                remedy="Run `stillroom capture --split heldout` for this corpus.",
+                remedy="Run `stillroom capture --split test` for this corpus.",
             )
         listed = cache.read(numbers[name], ["candidate_ids"]).signals["candidate_ids"]
         place = np.flatnonzero(listed == target)

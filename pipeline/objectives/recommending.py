@@ -119,8 +119,9 @@ class DrosOptions(Table):
 class RankingOptions(DrosOptions):
     """Options of `ranking_distillation`; its weight in the table is the paper's lambda (0.8)."""
 
-    k: int = Field(default=10, ge=1)
-    """Candidates used; the student's own best this many decide what is consistent."""
+    k: int = Field(default=0, ge=0)
+    """Candidates used, and no more than a list has; 0 uses the whole list. As many of the student's
+    own best decide what is consistent. The paper's lists are of 10."""
     weights: Literal["importance", "uniform"] = "importance"
     """The paper's three weights, or the same for every candidate."""
     position: float = Field(default=0.3, ge=0)
@@ -173,10 +174,11 @@ def candidate_weights(context: RankingContext) -> tuple[torch.Tensor, torch.Tens
     """(ids, weights) [B, k] of a microbatch's candidates."""
     options: RankingOptions = context.options
     lists = context.batch.lists[context.cache]
-    ids, distances = lists.ids[:, : options.k], lists.distances[:, : options.k]
+    k = options.k or lists.ids.shape[1]
+    ids, distances = lists.ids[:, :k], lists.distances[:, :k]
     if options.weights == "uniform":
         return ids, ranking.uniform_weights(ids)
-    own = context.scores.detach().topk(min(options.k, context.scores.shape[1]), dim=1).indices
+    own = context.scores.detach().topk(min(k, context.scores.shape[1]), dim=1).indices
     far, scaled = distances.masked_fill(ids < 0, 0.0), options.normalise == "list"
     certain = ranking.confidence_weights(far, ids, options.confidence_temperature, scaled)
     parts = [

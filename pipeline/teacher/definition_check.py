@@ -49,6 +49,7 @@ class Question:
         examples: of the corpus.
         pictures: of the examples.
         tokens: of the whole capture.
+        table: of the run file, whose `check` says whether it is done.
     """
 
     teacher: Teacher
@@ -56,6 +57,7 @@ class Question:
     examples: Sequence[Example]
     pictures: Pictures | None
     tokens: int
+    table: str = "capture"
 
 
 def check_definition(engine: TeacherEngine, asked: Question) -> DefinitionCheck:
@@ -68,7 +70,7 @@ def check_definition(engine: TeacherEngine, asked: Question) -> DefinitionCheck:
         TeacherError: they differ, or (`check = "always"`) cannot be compared.
     """
     if asked.capture.check == "never":
-        return DefinitionCheck(done=False, reason='[capture] check = "never"')
+        return DefinitionCheck(done=False, reason=f'[{asked.table}] check = "never"')
     start = time.monotonic()
     chosen = choose(asked.examples)
     try:
@@ -82,7 +84,7 @@ def check_definition(engine: TeacherEngine, asked: Question) -> DefinitionCheck:
     if not found.done and asked.capture.check == "always":
         raise TeacherError(
             f"vLLM cannot be compared with the model's definition ({found.reason})",
-            where='[capture] check = "always"',
+            where=f'[{asked.table}] check = "always"',
             remedy='Set check = "auto" to go on without.',
         )
     return found.model_copy(update={"seconds": round(time.monotonic() - start, 1)})

@@ -28,7 +28,8 @@ def draw_curves(runs: Mapping[str, Path], target: Path) -> Path:
             points = [(line["step"], line[name]) for line in logged[label] if name in line]
             if points:
                 axis.plot(*zip(*points), label=label)
-        axis.set(title=name.removeprefix("objective/"), xlabel="step", ylabel="nats per token")
+        unit = "" if name.startswith("validation/") else "nats per token"
+        axis.set(title=name.removeprefix("objective/"), xlabel="step", ylabel=unit)
         axis.legend()
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)

@@ -134,7 +134,13 @@ class Interactions:
 
 
 def _locations(run: Run, settings: Train) -> dict[str, str]:
-    own = {name: run.path(name) for name in OWN_CACHES if run.path(name, "manifest.json").exists()}
+    """Of the run's own those that are there, and those that something asks for: opening one that is
+    not says what to do."""
+    wanted = {line.cache for line in run.objective}
+    if run.recommender is not None and run.recommender.distilled is not None:
+        wanted.add(run.recommender.distilled.cache)
+    there = {name for name in OWN_CACHES if run.path(name, "manifest.json").exists()}
+    own = {name: run.path(name) for name in OWN_CACHES if name in there | wanted}
     return {name: str(path) for name, path in own.items()} | settings.caches
 
 

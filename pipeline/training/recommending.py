@@ -99,6 +99,8 @@ def train_recommender(
 class RecommenderTraining(Training):
     """One process's part in one run."""
 
+    measured_on = "validation"
+
     def __post_init__(self):
         run, settings = self.settings_run, self.settings
         _check_settings(settings)
@@ -152,7 +154,9 @@ class RecommenderTraining(Training):
 
     def _identity(self) -> dict[str, Any]:
         """Everything that makes a run what it is, flat, so that a difference has a name."""
-        identity = {"corpus": self.data.corpus.digest}
+        # Where no sequence is longer, another `history` asks the teacher the same questions, so the
+        # corpus has the same digest; but it is a shape of the student's.
+        identity = {"corpus": self.data.corpus.digest, "corpus history": self.data.length}
         part = self.table.distilled
         for name in sorted(self.used | ({part.cache} if part else set())):
             if name in self.data.caches:

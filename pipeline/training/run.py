@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.cache_schemas.errors import CacheMissing, ConfigError, StudentError
 from stillroom.pipeline.config import Run
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.config.training import Train
@@ -25,6 +25,11 @@ from stillroom.pipeline.data.records import RecordSource, lengths_of
 from stillroom.pipeline.kernels.execution import triton_runs_on
 from stillroom.pipeline.objectives.registry import CacheFacts
 from stillroom.pipeline.training.parallel import Parallel
+
+CAPTURE_FIRST = (
+    "Run `stillroom capture` with this run file first; where the cache lies elsewhere, correct its "
+    "path under [train]."
+)
 
 
 def resolved(settings: Train, device: torch.device) -> Train:
@@ -63,12 +68,20 @@ def with_joined(main: Any, settings: Train) -> Any:
 
 
 def opened(location: str, settings: Train) -> Any:
-    """A sealed cache; one behind a URL through `[train] local_copy`."""
+    """A sealed cache; one behind a URL through `[train] local_copy`.
+
+    Raises:
+        CacheMissing: nothing was captured there yet.
+        CacheIncomplete: shards are missing.
+    """
     from stillroom.pipeline.cache.reader import TeacherCache
 
     far = "://" in location and not location.startswith("file://")
     local = settings.local_copy if far else ""
-    return TeacherCache.open(location, local, int(1e9 * settings.local_copy_gigabytes))  # bytes
+    try:
+        return TeacherCache.open(location, local, int(1e9 * settings.local_copy_gigabytes))  # bytes
+    except CacheMissing as error:
+        raise CacheMissing(error.found, where=error.where, remedy=CAPTURE_FIRST) from None
 
 
 def pictures_of(

@@ -64,6 +64,7 @@ class Progress:
         reports: further numbers of the objectives, by `label/name`.
         heldout: objective label -> mean on the held-out cache; empty when it was not measured.
         warnings: what the objectives warn of.
+        measured_on: what `heldout` is of, in words.
     """
 
     step: int
@@ -77,6 +78,7 @@ class Progress:
     reports: dict[str, float] = field(default_factory=dict)
     heldout: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    measured_on: str = "held-out"
 
     @classmethod
     def of(
@@ -87,6 +89,7 @@ class Progress:
         waited: float,
         seconds: float,
         heldout: dict[str, float],
+        measured_on: str,
     ) -> "Progress":
         """Describe step `number` (0-based), which took `seconds`, of which `waited` for data."""
         return cls(
@@ -101,14 +104,16 @@ class Progress:
             done.reports,
             heldout,
             done.warnings,
+            measured_on,
         )
 
     def flat(self) -> dict[str, float]:
         """Names and numbers for the curves."""
+        rows = self.measured_on.replace("-", "")
         return {
             "loss": self.loss,
             **{f"objective/{label}": value for label, value in self.values.items()},
-            **{f"heldout/{label}": value for label, value in self.heldout.items()},
+            **{f"{rows}/{label}": value for label, value in self.heldout.items()},
             **{f"report/{label}": value for label, value in self.reports.items()},
             "learning_rate": self.learning_rate,
             "gradient_norm": self.gradient_norm,

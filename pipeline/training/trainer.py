@@ -76,6 +76,9 @@ def train(
 class Training(Setup):
     """One process's part in one run."""
 
+    measured_on = "held-out"
+    """What `_heldout` measures on, in words."""
+
     def run(self, on_progress, stop) -> TrainResult:
         """From wherever the run stands to its end."""
         steps, form = self.settings.steps, form_of(self.settings)
@@ -152,7 +155,9 @@ class Training(Setup):
             state = TrainingState(number + 1, after, self.identity, tokens, done.loss, best)
             if log is not None and (heldout or (number + 1) % settings.log_every == 0):
                 seconds = time.perf_counter() - began
-                report = Progress.of(number, settings, done, waited, seconds, heldout)
+                report = Progress.of(
+                    number, settings, done, waited, seconds, heldout, self.measured_on
+                )
                 log.write(report.step, report.flat())
                 if on_progress is not None:
                     on_progress(report)

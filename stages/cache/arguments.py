@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stillroom.cache_schemas.errors import PlanMismatch, StillroomError
+from stillroom.cache_schemas.errors import ConfigError, PlanMismatch, StillroomError
 
 if TYPE_CHECKING:
     from stillroom.pipeline.cache.storage.protocol import Storage
@@ -29,12 +29,24 @@ def check_signature(storage: "Storage", public_key: str) -> None:
 
 
 def location(cache: str) -> str:
-    """A cache's location, also from the run file that makes it."""
+    """A cache's location, also from the run file that makes it.
+
+    Raises:
+        ConfigError: that file makes several.
+    """
     if not cache.endswith(".toml"):
         return cache
     from stillroom.pipeline import config
 
-    return str(config.load(cache).path("cache"))
+    run = config.load(cache)
+    if run.capture is None and (run.items or run.candidates):
+        raise ConfigError(
+            "a run of [items] and [candidates] has a cache of each",
+            expected=f"{run.path('items')} or {run.path('candidates')}",
+            where=cache,
+            remedy="Name the directory.",
+        )
+    return str(run.path("cache"))
 
 
 def tokenizer_of(cache: str) -> str:

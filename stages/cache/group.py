@@ -51,12 +51,12 @@ def show(
         document(facts_json(seen))
         return
     facts_table(seen)
+    expected = str(seen.plan.facts["tokenizer"].get("sha256", ""))
+    named = tokenizer or tokenizer_of(cache) or tokenizer_near(cache, expected)
     if seen.sealed and rows and is_about_a_catalogue(seen.plan):
-        catalogue_table(storage, example, corpus)
+        catalogue_table(storage, example, corpus, named)
     elif seen.sealed and rows:
-        tokenizer = tokenizer or tokenizer_of(cache)
-        expected = str(seen.plan.facts["tokenizer"].get("sha256", ""))
-        guesses_table(storage, example, rows, guesses, tokenizer or tokenizer_near(cache, expected))
+        guesses_table(storage, example, rows, guesses, named)
     if not seen.sealed:
         left = seen.plan.num_shards - seen.shards_done
         warn(f"not sealed: {left} of {seen.plan.num_shards} shards are missing")
@@ -121,7 +121,7 @@ def verify(
         raise CacheIncomplete(
             "what is there is right, but the cache is not sealed",
             where=storage.location,
-            remedy="Run the capture again to finish it.",
+            remedy="Run the same `stillroom capture` again to finish it.",
         )
 
 

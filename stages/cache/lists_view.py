@@ -17,9 +17,12 @@ from stillroom.pipeline.corpus.files import Corpus
 from stillroom.pipeline.corpus.histories import check_catalogue, open_catalogue, open_histories
 from stillroom.pipeline.corpus.item_questions import PARTS, settings_in
 from stillroom.pipeline.plain_text import plain
-from stillroom.stages.console import say, table
+from stillroom.stages.cache.view import words_of
+from stillroom.stages.console import put, say, table
 
 DIMENSIONS = 6
+LINE = 200
+"""Characters of a written line that are shown."""
 
 
 def is_about_a_catalogue(plan: Plan) -> bool:
@@ -27,11 +30,12 @@ def is_about_a_catalogue(plan: Plan) -> bool:
     return "catalogue" in plan.facts["capture"]
 
 
-def catalogue_table(storage: Storage, number: int, corpus: str) -> None:
+def catalogue_table(storage: Storage, number: int, corpus: str, tokenizer: str) -> None:
     """One record: an item's embedding, or a history and its list.
 
     Args:
         corpus: directory of the prepared corpus; empty looks beside the cache.
+        tokenizer: directory or hub id, for the line that the teacher wrote; empty shows its ids.
 
     Raises:
         CacheError: no such record.
@@ -49,7 +53,7 @@ def catalogue_table(storage: Storage, number: int, corpus: str) -> None:
     if any(name.startswith(ITEM_PREFIX) for name in cache.signals):
         _item(cache, number, found)
     else:
-        _list(cache, number, found)
+        _list(cache, number, found, tokenizer)
 
 
 def _corpus_of(storage: Storage, corpus: str) -> Corpus | None:
@@ -73,29 +77,46 @@ def _item(cache: TeacherCache, number: int, corpus: Corpus | None) -> None:
     table(f"item {number} of {len(cache):,}", ["", "value"], rows)
 
 
-def _list(cache: TeacherCache, number: int, corpus: Corpus | None) -> None:
+def _list(cache: TeacherCache, number: int, corpus: Corpus | None, tokenizer: str) -> None:
     record = cache.read(number)
     ids, far = (record.signals[name] for name in ("candidate_ids", "candidate_distances"))
     titles = open_catalogue(corpus).titles if corpus else []
     target = -1
+    put(f"history {number} of {len(cache):,}")
     if corpus is not None:
         target = _history(cache, record.example.example_id, corpus, titles)
+    if "written_ids" in record.signals:
+        _written(cache, record.signals["written_ids"], tokenizer)
     rows = [
         [
             str(place + 1),
             plain(titles[item], 80) if titles else str(item),
             f"{distance:.4g}",
-            "<- came" if item == target else "",
+            "came" if item == target else "",
         ]
         for place, (item, distance) in enumerate(zip(ids, far))
         if item >= 0
     ]
     distance = "-log p, nats" if cache.plan.facts["capture"].get("method") == "scored" else "L2"
-    table(
-        f"history {number} of {len(cache):,}: the teacher's list", ["", "item", distance, ""], rows
-    )
     if not rows:
-        say("the teacher named no item")
+        put("the teacher's list is empty")
+        return
+    missed = target >= 0 and target not in ids
+    table(
+        "the teacher's list" + (", without the item that came" if missed else ""),
+        ["place", "item", distance, "truth"],
+        rows,
+    )
+
+
+def _written(cache: TeacherCache, written: np.ndarray, tokenizer: str) -> None:
+    """Say the line that a grounded list was looked up from, special tokens included."""
+    if tokenizer:
+        said = words_of(str(cache.plan.facts["tokenizer"].get("sha256", "")), tokenizer, LINE)
+        put(f"the teacher wrote: {said(written.tolist())}")
+        return
+    put(f"the teacher wrote tokens: {', '.join(map(str, written.tolist())) or 'none'}")
+    say("token ids are shown: pass --tokenizer DIR, the teacher's")
 
 
 def _history(cache: TeacherCache, name: str, corpus: Corpus, titles: list[str]) -> int:
@@ -111,6 +132,6 @@ def _history(cache: TeacherCache, name: str, corpus: Corpus, titles: list[str]) 
     target = int(histories.items[row])
     user = histories.users[int(histories.owners(np.array([row]))[0])]
     taken = "; ".join(plain(titles[item], 60) for item in window if item >= 0)
-    say(f"user {plain(user, 40)} took: {taken}")
-    say(f"then came: {plain(titles[target], 80)}")
+    put(f"user {plain(user, 40)} took: {taken}")
+    put(f"then came: {plain(titles[target], 80)}")
     return target

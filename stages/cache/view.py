@@ -12,24 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from stillroom.cache_schemas.manifest import DefinitionCheck
+from stillroom.cache_schemas.manifest import DefinitionCheck, Plan
+from stillroom.cache_schemas.signals import ITEM_PREFIX
 from stillroom.pipeline.cache.care.overview import Overview
 from stillroom.pipeline.cache.storage.protocol import Storage
 from stillroom.pipeline.plain_text import plain
 from stillroom.stages.console import say, table
 
-LS_COLUMNS = ["cache", "state", "shards", "tokens", "B/token", "GB", "plan"]
+LS_COLUMNS = ["cache", "state", "shards", "holds", "bytes each", "GB", "plan"]
 
 
 def ls_row(seen: Overview, directory: Path) -> list[str]:
     """One line of `ls`, its path relative to where it looked."""
     state = "sealed" if seen.sealed else "unfinished"
+    unit = unit_of(seen.plan)
+    count = seen.num_examples if unit else seen.num_tokens
     return [
         os.path.relpath(seen.location, directory),
         state,
         f"{seen.shards_done:,}/{seen.plan.num_shards:,}",
-        f"{seen.num_tokens:,}",
-        f"{seen.num_bytes / max(seen.num_tokens, 1):.1f}",
+        f"{count:,} {_plural(unit or 'token')}",
+        f"{seen.num_bytes / max(count, 1):,.1f}",
         f"{seen.num_bytes / 1e9:.3f}",
         seen.plan.digest[:8],
     ]
@@ -46,7 +49,6 @@ def ls_json(found: list) -> list[dict[str, Any]]:
 def facts_table(seen: Overview) -> None:
     """Identity and sizes of one cache."""
     facts, capture = seen.plan.facts, seen.plan.facts["capture"]
-    per_token = ", ".join(f"{kind} {size:.1f}" for kind, size in seen.bytes_per_token.items())
     rows = [
         ("plan", seen.plan.digest[:16]),
         ("teacher", seen.teacher),
@@ -54,17 +56,13 @@ def facts_table(seen: Overview) -> None:
         ("against definition", _definition(seen.definition)),
         ("tokenizer", str(facts["tokenizer"].get("sha256", ""))[:16]),
         ("corpus", str(facts["corpus"].get("digest", ""))[:16]),
-        ("profile", f"{capture.get('profile')}, k = {capture.get('k')}"),
-        ("temperatures", ", ".join(f"{t:g}" for t in capture.get("temperatures", ()))),
-        ("row signals", ", ".join(seen.plan.row_signals)),
-        ("dense signals", _dense(seen)),
+        *_asked(capture, unit_of(seen.plan)),
+        *[("row signals", ", ".join(seen.plan.row_signals))] * bool(seen.plan.row_signals),
+        *[("dense signals", _dense(seen))] * bool(seen.plan.dense_signals or seen.plan.row_signals),
         *[("example signals", ", ".join(seen.plan.example_signals))]
         * bool(seen.plan.example_signals),
         ("shards", f"{seen.shards_done:,} of {seen.plan.num_shards:,}"),
-        ("examples", f"{seen.plan.num_examples:,}"),
-        ("tokens", f"{seen.num_tokens:,}"),
-        ("bytes", f"{seen.num_bytes:,}"),
-        ("bytes/token", per_token),
+        *_sizes(seen),
     ]
     table(seen.location, ["", "value"], [list(row) for row in rows])
 
@@ -80,6 +78,7 @@ def facts_json(seen: Overview) -> dict[str, Any]:
         "tokens": seen.num_tokens,
         "bytes": seen.num_bytes,
         "bytes_per_token": seen.bytes_per_token,
+        "bytes_per_example": seen.bytes_per_example,
         "signals": {
             "rows": list(seen.plan.row_signals),
             "dense": list(seen.dense),
@@ -89,6 +88,44 @@ def facts_json(seen: Overview) -> dict[str, Any]:
         "definition": seen.definition.model_dump(mode="json") if seen.definition else None,
         "facts": seen.plan.facts,
     }
+
+
+def unit_of(plan: Plan) -> str:
+    """What one example of a cache without tokens is; empty for answers to texts."""
+    if any(name.startswith(ITEM_PREFIX) for name in plan.dense_signals):
+        return "item"
+    if "candidate_ids" in plan.example_signals:
+        return "history"
+    return "image" if "encoders" in plan.facts["teacher"] else ""
+
+
+def _plural(unit: str) -> str:
+    return {"history": "histories"}.get(unit, f"{unit}s")
+
+
+def _asked(capture: dict[str, Any], unit: str) -> list[tuple[str, str]]:
+    """What was wanted of the teacher, in the words of its table."""
+    if unit == "history":
+        kept = "left out" if capture.get("seen") == "drop" else "kept"
+        said = f"{capture.get('method')}, k = {capture.get('candidates')}, items seen {kept}"
+        return [("lists", said)]
+    if unit == "item":
+        return [("pooling", str(capture.get("pooling")))]
+    if unit:
+        return [("profile", str(capture.get("profile")))]
+    return [
+        ("profile", f"{capture.get('profile')}, k = {capture.get('k')}"),
+        ("temperatures", ", ".join(f"{t:g}" for t in capture.get("temperatures", ()))),
+    ]
+
+
+def _sizes(seen: Overview) -> list[tuple[str, str]]:
+    unit = unit_of(seen.plan)
+    sizes = seen.bytes_per_example if unit else seen.bytes_per_token
+    each = ", ".join(f"{kind} {size:,.1f}" for kind, size in sizes.items())
+    tokens = [] if unit else [("tokens", f"{seen.num_tokens:,}")]
+    counts = [(_plural(unit or "example"), f"{seen.plan.num_examples:,}"), *tokens]
+    return [*counts, ("bytes", f"{seen.num_bytes:,}"), (f"bytes/{unit or 'token'}", each)]
 
 
 def _engine(facts: Any) -> str:
@@ -124,7 +161,7 @@ def guesses_table(storage: Storage, number: int, rows: int, guesses: int, tokeni
         raise CacheError(f"no example {number}", expected=f"0 to {len(cache) - 1}")
     record = cache.read(number, [name for name in WANTED if name in cache.signals])
     drawn = not cache.plan.facts["capture"].get("k") and "draw_ids" in cache.signals
-    words = _words(cache.plan.facts["tokenizer"].get("sha256", ""), tokenizer)
+    words = words_of(cache.plan.facts["tokenizer"].get("sha256", ""), tokenizer)
     lines = []
     for row in range(min(rows, record.num_rows)):
         token = record.first_row + row
@@ -172,8 +209,9 @@ def _guesses(
     return "  ".join(f"{words(int(i))} x{times}" for i, times in pairs if i >= 0)
 
 
-def _words(expected: str, tokenizer: str) -> Callable[[int], str]:
-    """Token id -> quoted text, or the id itself without a tokenizer."""
+def words_of(expected: str, tokenizer: str, most: int = 24) -> Callable[[Any], str]:
+    """Token id, or several -> quoted text of `most` characters; the id itself without a
+    tokenizer."""
     if not tokenizer:
         return str
     from transformers import AutoTokenizer
@@ -182,4 +220,4 @@ def _words(expected: str, tokenizer: str) -> Callable[[int], str]:
 
     check_tokenizer(tokenizer, expected)
     loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    return lambda token: f"'{plain(loaded.decode([token]), 24)}'"
+    return lambda tokens: f"'{plain(loaded.decode(np.atleast_1d(tokens)), most)}'"

@@ -70,12 +70,13 @@ def make_inputs(run: Any) -> None:
 
 def compared_with(run: Any) -> dict[str, Any]:
     """The teacher alone, and the most popular items, on the test rows."""
+    from stillroom.pipeline.capture.candidates import default_location
     from stillroom.pipeline.corpus.files import Corpus
     from stillroom.pipeline.evaluation.ranking import popular_ranks, teacher_ranks
     from stillroom.stages.demos.recsys_arms import in_short
 
     corpus = Corpus.open(run.path("corpus"))
-    teacher = in_short(teacher_ranks(run.path("candidates-heldout"), corpus))
+    teacher = in_short(teacher_ranks(default_location(run, "heldout"), corpus))
     popular = in_short(popular_ranks(corpus))
     return {
         "teacher": {key: teacher[key] for key in ("hr10", "ndcg10")},

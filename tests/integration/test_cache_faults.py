@@ -119,6 +119,7 @@ def test_two_fits_end_with_one_table(tmp_path, plan):
 
 def test_a_reader_beside_a_writer_sees_nothing_or_all(tmp_path, plan):
     writer = CacheWriter.open(tmp_path, plan)
+    writer.begin()
     for shard in range(plan.num_shards):
         with pytest.raises(CacheIncomplete):
             TeacherCache.open(tmp_path)

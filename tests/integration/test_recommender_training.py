@@ -148,7 +148,9 @@ def test_the_weights_that_go_out_are_the_best_on_validation(copied):
     run = copied(train={"evaluate_every": 5})
     train_recommender(run)
     lines = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
-    seen = {line["step"]: line["heldout/ndcg@20"] for line in lines if "heldout/ndcg@20" in line}
+    seen = {
+        line["step"]: line["validation/ndcg@20"] for line in lines if "validation/ndcg@20" in line
+    }
     assert sorted(seen) == [5, 10, 15, 20, 25, 30]
     best = max(seen, key=lambda step: (seen[step], -step))
     _, config = load(run.path("student"))

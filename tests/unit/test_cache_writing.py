@@ -84,12 +84,26 @@ def test_shares_of_workers_cover_all_shards_once(tmp_path):
 
 
 def test_another_plan_is_refused_and_every_difference_is_named(tmp_path):
-    CacheWriter.open(tmp_path, make_plan())
+    write_all(tmp_path, make_plan(), shards=[1])
     other = make_plan(k=16)
     other.facts["corpus"]["digest"] = "9" * 64
     with pytest.raises(PlanMismatch, match=r"capture\.k: found 8, expected 16.*corpus") as caught:
         CacheWriter.open(tmp_path, other)
     assert caught.value.exit_code == 2
+    assert "delete" not in caught.value.remedy
+
+
+@pytest.mark.parametrize("profile", ["small", "portable"])
+def test_a_cache_begins_with_what_is_written_first(tmp_path, profile):
+    first = CacheWriter.open(tmp_path, make_plan(profile=profile))
+    assert (first.missing(), first.needs_fit) == ([0, 1, 2, 3], profile == "small")
+    other = CacheWriter.open(tmp_path, make_plan(k=16, profile=profile))
+    assert list(tmp_path.iterdir()) == []
+    other.begin()
+    with pytest.raises(PlanMismatch, match=r"capture\.k: found 16, expected 8.*delete this one"):
+        first.begin()
+    with pytest.raises(PlanMismatch, match=r"delete this one \(no shard of it is finished\)"):
+        CacheWriter.open(tmp_path, make_plan(profile=profile))
 
 
 def test_a_plan_without_examples_is_refused():

@@ -203,7 +203,7 @@ def test_a_plan_of_the_old_identity_is_read_and_says_which_facts_are_new(tiny_ll
     old = Plan.from_bytes(GOLDEN.read_bytes())
     assert Plan.from_bytes(old.to_bytes()) == old
     now = Plan(old.facts | {"teacher": old.facts["teacher"] | facts(tiny_llama)})
-    CacheWriter.open(tmp_path / "cache", old)
+    CacheWriter.open(tmp_path / "cache", old).begin()
     with pytest.raises(PlanMismatch) as refused:
         CacheWriter.open(tmp_path / "cache", now)
     message = str(refused.value)

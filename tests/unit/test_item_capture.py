@@ -415,6 +415,11 @@ def _capture():
     return Capture(k=1)
 
 
+def rows_of(output):
+    """Cells of the tables in an output, headers left out."""
+    return [line.split("│") for line in output.splitlines() if line.startswith("│")]
+
+
 def test_show_tells_the_history_the_list_and_the_truth_in_words(captured, capsys, tmp_path):
     from typer.testing import CliRunner
 
@@ -431,6 +436,20 @@ def test_show_tells_the_history_the_list_and_the_truth_in_words(captured, capsys
     assert f"then came: {titles[histories.items[row]]}" in shown.output
     assert titles[histories.items[row - 1]] in shown.output
     assert titles[cache[number].signals["candidate_ids"][0]] in shown.output
+    assert "truth" in shown.output
+    facts = {cells[1].strip(): cells[2].strip() for cells in rows_of(shown.output)}
+    assert facts["histories"] == f"{len(cache)}"
+    assert facts["lists"] == "grounded, k = 3, items seen left out"
+    assert facts["bytes/history"].startswith("rows ")
+    assert not {"tokens", "bytes/token", "temperatures"} & facts.keys()
+    written = cache[number].signals["written_ids"].tolist()
+    assert f"the teacher wrote tokens: {', '.join(map(str, written))}" in shown.output
+    named = [*arguments, "--tokenizer", captured.teacher.model]
+    in_words = CliRunner().invoke(app, named, catch_exceptions=False)
+    assert "the teacher wrote: '" in in_words.output
+    listed = CliRunner().invoke(app, ["cache", "ls", str(captured.path())], catch_exceptions=False)
+    held = {cells[1].strip(): cells[4].strip() for cells in rows_of(listed.output)}
+    assert held == {"candidates": f"{len(cache)} histories", "items": f"{len(titles)} items"}
     alone = tmp_path / "alone"
     shutil.copytree(captured.path("items"), alone)
     item = CliRunner().invoke(app, ["cache", "show", str(alone), "--example", "3"])

@@ -72,6 +72,17 @@ def test_one_answer_of_many_side_by_side_is_no_rate():
     assert pace.rate() == pytest.approx(60 / 33)
 
 
+def test_neither_loading_nor_the_first_of_a_few_items_is_a_rate():
+    """59 items that are answered together: the first is told 12 s before anything is known."""
+    pace = Pace(0.0)
+    pace.note(0.0, 0, 59)  # the teacher is being started
+    pace.note(50.0, 0, 59)  # it scores
+    pace.note(62.0, 1, 59)
+    assert pace.left(62.0) is None
+    pace.note(74.0, 2, 59)
+    assert pace.left(74.0) == pytest.approx(57 * 12)
+
+
 def test_batches_told_item_by_item_have_the_rate_of_batches():
     pace = Pace(0.0)
     pace.note(0.0, 0, 1969)

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stillroom.cache_schemas import layout
@@ -34,9 +34,10 @@ class Overview:
         plan: its plan.
         sealed: True when it can be read.
         shards_done: shards with a receipt.
-        num_tokens: of a sealed cache; of the receipts looked at otherwise.
+        num_tokens, num_examples: of a sealed cache; of the receipts looked at otherwise.
         num_bytes: the same, of the files that are there.
-        bytes_per_token: kind of data (`rows` or a dense signal) -> bytes, from some receipts.
+        bytes_per_token, bytes_per_example: kind of data (`rows` or a dense signal) -> bytes, from
+            some receipts; examples of caches about images, items or histories have no tokens.
         dense: dense signals that are there; fewer than the plan's in a partial copy.
         definition: how far the engine was from the model's definition, if it was noted.
     """
@@ -50,6 +51,8 @@ class Overview:
     bytes_per_token: dict[str, float]
     dense: tuple[str, ...]
     definition: DefinitionCheck | None = None
+    num_examples: int = 0
+    bytes_per_example: dict[str, float] = field(default_factory=dict)
 
     @property
     def teacher(self) -> str:
@@ -79,6 +82,7 @@ def overview(storage: Storage) -> Overview:
     looked_at = done[:RECEIPTS_LOOKED_AT] if held is None or manifest is None else done
     receipts = list(_receipts(storage, looked_at, manifest))
     tokens = sum(receipt.num_tokens for receipt in receipts)
+    examples = sum(len(plan.shard_range(shard)) for shard in looked_at)
     sizes = _by_kind(receipts, {ROWS, *(plan.dense_signals if held is None else held)})
     whole = manifest is not None and held is None
     return Overview(
@@ -89,8 +93,10 @@ def overview(storage: Storage) -> Overview:
         num_tokens=manifest.num_tokens if manifest else tokens,
         num_bytes=manifest.num_bytes if whole and manifest else sum(sizes.values()),
         bytes_per_token={kind: size / max(tokens, 1) for kind, size in sorted(sizes.items())},
+        bytes_per_example={kind: size / max(examples, 1) for kind, size in sorted(sizes.items())},
         dense=tuple(name for name in plan.dense_signals if held is None or name in held),
         definition=manifest.definition if manifest else noted_definition(storage),
+        num_examples=plan.num_examples if manifest else examples,
     )
 
 

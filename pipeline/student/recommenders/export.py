@@ -4,13 +4,14 @@ One idea: what is written is what serves, with the distilled part folded into th
 loaded again and has to score some histories as the student in memory does before it is called done.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from stillroom.cache_schemas.errors import StillroomError, StudentError, first_line
@@ -53,11 +54,13 @@ def export(
     kept = table.model_dump(mode="json") | {"distilled": None}
     sizes = {"items": model.num_items, "history": model.length}
     config = {"model_type": "sequential_recommender", "recommender": kept, **sizes, **facts}
-    (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (staging / ITEM_IDS).write_text(json.dumps(item_ids) + "\n")
+    written = {CONFIG: json.dumps(config, indent=2, sort_keys=True), ITEM_IDS: json.dumps(item_ids)}
+    for name, text in written.items():
+        (staging / name).write_text(text + "\n")
     weights = {n: t for n, t in model.state_dict().items() if not n.startswith("distilled.")}
     weights["items.weight"] = model.folded_table()
-    save_file({n: t.detach().cpu().contiguous() for n, t in weights.items()}, staging / WEIGHTS)
+    tensors = {n: t.detach().cpu().contiguous() for n, t in weights.items()}
+    save_file(tensors, staging / WEIGHTS, {name: _digest(staging / name) for name in written})
     _check(model, staging, probe)
     shutil.rmtree(directory, ignore_errors=True)
     staging.rename(directory)
@@ -76,6 +79,7 @@ def load(directory: Path) -> tuple[SequentialRecommender, dict[str, Any]]:
             raise ValueError(f"{CONFIG} is not as it was written")
         table = validate(Recommender, config["recommender"], str(directory / CONFIG))
         weights = load_file(directory / WEIGHTS)
+        _check_belongs(directory)
         if any(not tensor.isfinite().all() for tensor in weights.values()):
             raise ValueError(f"{WEIGHTS} holds what is not a number")
         model = SequentialRecommender(table, config["items"], config["history"])
@@ -89,6 +93,21 @@ def load(directory: Path) -> tuple[SequentialRecommender, dict[str, Any]]:
             "checkpoint once this directory is deleted.",
         ) from None
     return model.eval(), config
+
+
+def _digest(path: Path) -> str:
+    """sha256 over what a JSON file says, however it is laid out."""
+    said = json.dumps(json.loads(path.read_text()), sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _check_belongs(directory: Path) -> None:
+    """Refuse a config or item ids that were changed beside the weights: the length of a history of
+    a GRU, or a number of heads, is in no tensor's shape. Students of earlier releases name none."""
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        for name, digest in (file.metadata() or {}).items():
+            if name in (CONFIG, ITEM_IDS) and _digest(directory / name) != digest:
+                raise ValueError(f"{name} is not as it was written beside {WEIGHTS}")
 
 
 @torch.no_grad()
