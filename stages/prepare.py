@@ -73,7 +73,8 @@ def show_corpus(corpus: "Corpus", told: bool = False) -> None:
         say(f"answers: {ends.get('ended', 0):,} ended, {ends.get('cut', 0):,} cut at the limit")
     for fact, number in corpus.facts.get("interactions", {}).items():
         if number:
-            say(f"{SAID_OF.get(fact, fact).replace('_', ' ')}: {number:,}")
+            said = SAID_OF.get(fact) or str(fact).replace("_", " ")
+            say(f"{said}: {number:,}")
     if not told:
         tell(corpus)
     put(corpus.directory)

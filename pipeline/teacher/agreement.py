@@ -22,12 +22,14 @@ class Gap:
     Attributes:
         logprob: largest of a log-probability, log-sum-exp or entropy, nats.
         squares, count: sum and number of the squared differences of log-probabilities.
+        rows: positions that they are of; the values of one err together.
         hidden: dense signal -> largest difference over the largest true value.
     """
 
     logprob: float = 0.0
     squares: float = 0.0
     count: int = 0
+    rows: int = 0
     hidden: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -44,6 +46,7 @@ class Gap:
         """Take in those of more examples."""
         self.logprob = max(self.logprob, other.logprob)
         self.squares, self.count = self.squares + other.squares, self.count + other.count
+        self.rows += other.rows
         for name, value in other.hidden.items():
             self.hidden[name] = max(self.hidden.get(name, 0.0), value)
 
@@ -57,7 +60,7 @@ def gap_between(found: Sequence[TeacherRecord], truth: Sequence[TeacherRecord]) 
 
 
 def _of_record(ours: TeacherRecord, theirs: TeacherRecord) -> Gap:
-    gap = Gap()
+    gap = Gap(rows=len(theirs.signals["topk_ids"]))
     for change in _changes(ours.signals, theirs.signals):
         if change.size:
             # NaN is as far away as can be.

@@ -1,6 +1,7 @@
 """vLLM is held against the model's definition before a shard is kept; its failures are messages."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks._architecture_zoo import save
 from stillroom.cache_schemas.errors import ConfigError, TeacherError
@@ -32,8 +34,12 @@ from stillroom.pipeline.teacher.vllm.failures import step, with_needed
 TABLE = Capture(k=16, hidden_layers=(1, 3, "final"), examples_per_shard=4, check="always")
 
 
-def text(length: int) -> Example:
-    ids = np.random.default_rng(length).integers(4, 500, length).astype(np.int32)
+def text(length: int, seed: int | None = None) -> Example:
+    ids = (
+        np.random.default_rng(length if seed is None else seed)
+        .integers(4, 500, length)
+        .astype(np.int32)
+    )
     mask = np.ones(length, dtype=bool)
     return Example(content_id(ids, mask), "text", "random", ids, mask)
 
@@ -117,8 +123,14 @@ def _eighth(record):
 @pytest.mark.parametrize(
     ("bend", "message"),
     [
-        (_shift("token_logprob", 1.3e-3), r"up to 0\.0013 nats on the shortest text, 9 tokens"),
-        (_late, r"up to 0\.002 nats on the longest text, 150 tokens; expected at most 0\.0001"),
+        (
+            _shift("token_logprob", 1.3e-3),
+            r"up to 0\.0013 nats \(limit 0\.0001\) and .* on the shortest text, 9 tokens",
+        ),
+        (
+            _late,
+            r"up to 0\.002 nats \(limit 0\.0001\) and .* on the longest text, 150 tokens; expected",
+        ),
         (_eighth, r"hidden\.final differs by 0\.875 of its largest value"),
         (_shift("lse", np.nan), r"up to inf nats"),
     ],
@@ -135,6 +147,54 @@ def test_half_precision_is_judged_by_the_definitions_own_noise(gemma2, beside):
     assert found.noise > 1e-3
     with pytest.raises(TeacherError, match="log-probabilities differ"):
         check_definition(Bent(gemma2, _shift("lse", 10 * found.noise), "bfloat16"), asked(half))
+
+
+SHORT = [text(2 + number % 4, seed=number) for number in range(40)]
+"""Titles: 100 rows in all, 64 of which are compared."""
+
+
+def bent_weights(teacher, directory, factor):
+    """A copy of a teacher with one matrix of one block scaled."""
+    shutil.copytree(teacher.model, directory)
+    tensors = load_file(directory / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.down_proj.weight"))
+    tensors[name] = tensors[name] * factor
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return teacher.model_copy(update={"model": str(directory)})
+
+
+def test_half_precision_on_short_texts_is_no_fault_and_a_fault_is(gemma2, beside, tmp_path):
+    half = gemma2.model_copy(update={"dtype": "bfloat16"})
+    question = replace(asked(half, hidden_layers=("final",)), examples=SHORT)
+    other_kernels = half.model_copy(update={"attention": "sdpa"})
+    found = check_definition(Bent(other_kernels, dtype="bfloat16"), question)
+    assert found.done
+    assert found.tokens > 64
+    wrong = bent_weights(half, tmp_path / "bent", 1.5)
+    with pytest.raises(TeacherError, match=r"\(limit .*dtype = \"float32\" under \[teacher\]"):
+        check_definition(Bent(wrong, dtype="bfloat16"), question)
+
+
+def test_another_base_of_rope_is_a_fault_where_texts_are_long_enough_to_show_it(gemma2, beside):
+    """In half precision, at the lengths of a question with a few titles."""
+    half = gemma2.model_copy(update={"dtype": "bfloat16"})
+    question = replace(asked(half), examples=[text(20 + n, seed=n) for n in range(12)])
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
+    wrong = half.model_copy(update={"engine_args": {"hf_overrides": rope}})
+    with pytest.raises(TeacherError, match="log-probabilities differ"):
+        check_definition(Bent(wrong, dtype="bfloat16"), question)
+
+
+def test_the_message_names_the_table_that_the_check_is_under(gemma2, beside):
+    engine = Bent(gemma2, _shift("token_logprob", 0.1))
+    with pytest.raises(TeacherError, match=r'check = "never" under \[items\]'):
+        check_definition(engine, replace(asked(gemma2), table="items"))
+
+
+def test_a_further_text_that_cannot_be_answered_is_left_out(gemma2, beside):
+    outside = replace(text(3, seed=99), token_ids=np.full(3, 600, dtype=np.int32))
+    question = replace(asked(gemma2), examples=[*SHORT[:4], outside, *SHORT[4:]])
+    assert check_definition(Bent(gemma2), question).done
 
 
 def test_a_model_that_is_too_slow_or_unwanted_says_why(gemma2, beside, monkeypatch):
@@ -191,7 +251,9 @@ def test_a_capture_keeps_nothing_where_they_differ(run, beside, monkeypatch):
     with pytest.raises(TeacherError, match=r"differ by up to 0\.01 nats.*Nothing was captured"):
         job.capture(run, engine="vllm")
     assert engine.closed
-    assert overview(DirectoryStorage(run.path("cache"))).shards_done == 0
+    assert not run.path("cache").exists()
+    other = run.model_copy(update={"capture": TABLE.model_copy(update={"k": 8})})
+    assert job.capture(other, engine="reference") is not None
 
 
 def test_the_result_is_in_the_manifest_and_asked_for_once(run, beside, monkeypatch):

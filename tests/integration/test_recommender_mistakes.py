@@ -102,6 +102,8 @@ def with_bytes(name: str, data: bytes):
         changed_config(history=-1),
         changed_config(items=15),
         changed_config(items=10**13),
+        changed_config(chosen={"step": 1, "ndcg@20": 1.0}),
+        with_bytes("items.json", b'["1", "2"]'),
         changed_config(catalogue=None),
         changed_config(identity=None),
         changed_config(recommender={"wdth": 8}),
@@ -122,6 +124,28 @@ def test_a_student_that_was_changed_by_hand_recommends_nothing(copied, change):
     for ask in (lambda: recommend(copied, 3, user="u3"), lambda: evaluate_recommender(copied)):
         with pytest.raises(StudentError, match=r"cannot be loaded|train"):
             ask()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("gru4rec", {"history": 3}), ("gru4rec", {"history": 5}), ("sasrec", {"heads": 2})],
+)
+def test_what_no_tensors_shape_tells_is_not_believed(trained, tmp_path, kind, change):
+    table = trained.recommender.model_copy(update={"kind": kind})
+    run = trained.model_copy(update={"directory": str(tmp_path), "recommender": table})
+    for part in ("corpus", "candidates"):
+        shutil.copytree(trained.path(part), run.path(part))
+    train_recommender(run)
+    assert load(run.path("student"))
+    path = run.path("student", "config.json")
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts))  # laid out otherwise, and the same
+    assert load(run.path("student"))
+    facts["recommender"] |= change if "heads" in change else {}
+    facts |= {} if "heads" in change else change
+    path.write_text(json.dumps(facts))
+    with pytest.raises(StudentError, match=r"config\.json is not as it was written"):
+        load(run.path("student"))
 
 
 def test_a_student_is_written_again_from_its_checkpoint(copied):

@@ -9,7 +9,7 @@ import torch
 import torchmetrics.functional.retrieval as published
 from typer.testing import CliRunner
 
-from stillroom.cache_schemas.errors import ConfigError, PlanMismatch, StudentError
+from stillroom.cache_schemas.errors import CacheMissing, ConfigError, PlanMismatch, StudentError
 from stillroom.pipeline.config import Run
 from stillroom.pipeline.corpus.files import Corpus
 from stillroom.pipeline.corpus.histories import open_catalogue, open_histories
@@ -191,10 +191,14 @@ def test_distilled_tables_are_folded_and_serve_alike(base, tiny_llama, tmp_path)
     run = run.model_copy(
         update={"items": Run.model_validate({"name": "x", "directory": "x", "items": {}}).items}
     )
-    with pytest.raises(StudentError, match=r"needs signal 'item\.final'|no cache"):
+    with pytest.raises(
+        CacheMissing, match=r"run/items: there is no cache.*Run `stillroom capture`"
+    ):
+        train_recommender(run)
+    capture_items(run, engine="reference")
+    with pytest.raises(StudentError, match=r"needs signal 'item\.final'"):
         train_recommender(copy_with_lists(run, base))
     shutil.rmtree(run.path("candidates"))
-    capture_items(run, engine="reference")
     train_recommender(run)
     state = weights_of(run)
     assert not any(name.startswith("distilled") for name in state)
@@ -219,6 +223,32 @@ def test_another_setting_is_refused_by_name(copied):
         train_recommender(other)
     with pytest.raises(ConfigError, match="ema does nothing"):
         train_recommender(copied(train={"ema": 0.9}))
+
+
+def test_another_length_of_history_is_another_student(copied, tiny_llama, films):
+    """No sequence is so long, so the corpus has the same digest: nothing else would tell."""
+    run = copied(kind="gru4rec", train={"steps": 2, "evaluate_every": 0})
+    settings = [
+        run.prepare.model_validate({"source": [small_interactions.source(films, history=length)]})
+        for length in (40, 50)
+    ]
+    digests = []
+    for changed in settings:
+        digests.append(prepare(changed, str(tiny_llama), run.path("corpus")).digest)
+        shutil.rmtree(run.path("candidates"), ignore_errors=True)
+        if len(digests) == 1:
+            train_recommender(run)
+    assert digests[0] == digests[1]
+    with pytest.raises(PlanMismatch, match="was trained with corpus history = 40; expected 50"):
+        train_recommender(run)
+
+
+def test_the_whole_of_a_list_is_used_where_no_k_is_given(copied):
+    without = {name: value for name, value in RANKED.items() if name != "options"}
+    whole, same = copied(without, name="whole"), copied(RANKED, name="same")
+    train_recommender(whole)
+    train_recommender(same)
+    assert_equal_bits(weights_of(whole), weights_of(same))
 
 
 def test_a_catalogue_changed_since_capture_is_refused(copied, tiny_llama, films, tmp_path):

@@ -4,6 +4,7 @@ import codecs
 import datetime
 import gzip
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,9 @@ import pytest
 from stillroom.cache_schemas.errors import ConfigError, CorpusError
 from stillroom.pipeline.config import Prepare
 from stillroom.pipeline.config.plain_template import PlainTemplate
+from stillroom.pipeline.config.recommending import Interactions
 from stillroom.pipeline.config.strict import validate
+from stillroom.pipeline.corpus.interaction_files import USUAL as USUAL_NAMES
 from stillroom.pipeline.corpus.item_questions import _read, settings_of
 
 LOG = [("u1", 1, 10), ("u1", 2, 11), ("u1", 3, 12), ("u1", 4, 13)]
@@ -134,6 +137,62 @@ def test_times_whose_order_is_not_known_are_refused(tmp_path, when):
     log = rows("userId,movieId,timestamp", [*LOG, ("u1", 3, when)])
     with pytest.raises(CorpusError, match=r"log\.csv:10: column 'timestamp' holds"):
         found(write(tmp_path, log__csv=log, titles__csv=TITLES_CSV))
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd", "expected"),
+    [
+        ("2024-05-{:02d}", "1714521600", "a date without a zone"),
+        ("2024-05-{:02d}T10:00:00Z", "2024-05-31", "a date with a zone"),
+        ("2024-05-{:02d}", "2024-05-31T10:00:00+02:00", "a date without a zone"),
+        ("17145216{:02d}", "2024-05-31", "a number"),
+        ("2024-05-{:02d}", "31.5.2024", "a date without a zone"),
+    ],
+)
+def test_of_two_ways_to_write_a_time_the_rarer_one_is_named(tmp_path, usual, odd, expected):
+    lines = [(u, i, usual.format(t)) for u, i, t in LOG]
+    for place in (0, 4, len(lines)):
+        log = rows("userId,movieId,timestamp", [*lines[:place], ("u2", 3, odd), *lines[place:]])
+        message = (
+            rf"log\.csv:{place + 2}: .* holds '{re.escape(odd)}'; expected {expected}, as are 8"
+        )
+        with pytest.raises(CorpusError, match=message):
+            found(write(tmp_path, log__csv=log, titles__csv=TITLES_CSV))
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ('userId,timestamp,movieId\nu1,1,1\nu1,2,"2\nu1,3,3\nu2,1,1\n', 3),
+        ('userId,timestamp,movieId\nu1,1,"1\nu1,2,2\nu1,3,"3"\nu2,1,1\n', 2),
+        ('movieId,timestamp,userId\n1,1,"u1\n2,2,u1\n', 2),
+        ('userId,timestamp,"movieId\nu1,1,1\n', 1),
+    ],
+)
+@pytest.mark.parametrize("unknown", ["error", "skip"])
+def test_a_quote_that_does_not_close_swallows_no_rows(tmp_path, log, line, unknown):
+    paths = write(tmp_path, log__csv=log, titles__csv=TITLES_CSV)
+    with pytest.raises(CorpusError, match=rf"log\.csv:{line}: a quote that opens in this row"):
+        found(paths, unknown_items=unknown)
+    titles = write(tmp_path, l__csv=LOG_CSV, t__csv='movieId,title\n1,"A\n2,B\n3,C\n4,D\n')
+    with pytest.raises(CorpusError, match=r"t\.csv:2: a quote"):
+        found(titles, unknown_items=unknown)
+
+
+def test_a_name_with_rows_inside_is_refused_though_its_quotes_close(tmp_path):
+    log = 'userId,movieId,timestamp\nu1,1,1\n"u1,2,2\nu1",3,3\nu2,1,1\n'
+    with pytest.raises(CorpusError, match="column 'userId' holds a line end: 'u1,2,2"):
+        found(write(tmp_path, log__csv=log, titles__csv=TITLES_CSV), unknown_items="skip")
+    titles = 'movieId,title\n1,A\n"2\n3",B\n4,C\n'
+    with pytest.raises(CorpusError, match="column 'movieId' holds a line end"):
+        found(write(tmp_path, log__csv=LOG_CSV, titles__csv=titles), unknown_items="skip")
+
+
+def test_the_reference_lists_the_usual_names_of_every_column():
+    for column, names in USUAL_NAMES.items():
+        said = Interactions.model_fields[column].description
+        assert said
+        assert all(f"`{name}`" in said for name in names), (column, said)
 
 
 def columns(**changed):
