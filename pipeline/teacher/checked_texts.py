@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from stillroom.pipeline.record import Example
 
 ROWS = 64
-"""Positions that are compared at least, where the corpus has them: titles of three tokens say
-little one by one, and from so many on rounding averages out (`rounding.by_chance` is below
-`TIMES_RMS`)."""
+"""Positions that are compared at least, where the corpus has them: one title says little, and from
+so many on rounding averages out (`rounding.by_chance` is below `TIMES_RMS`). SmolLM2-135M in
+bfloat16 on 59 titles, a row each: vLLM is 0.22 nats off (root mean square), transformers itself
+0.24; yet of single titles 1 in 23 is off more than thrice what two others are."""
 FURTHER = "further"
 
 
@@ -32,17 +33,17 @@ def choose(examples: Sequence[Example]) -> dict[str, Example]:
 def _further(
     examples: Sequence[Example], chosen: dict[str, Example], numbers: list[int]
 ) -> dict[str, Example]:
-    """As many more as make `ROWS` rows, by name; one text's rows are its tokens but the first."""
+    """As many more as make `ROWS` rows, by name; an item has one, that of its last token."""
     found: dict[str, Example] = {}
     taken = {example.example_id for example in chosen.values()}
-    rows = sum(len(example.token_ids) - 1 for example in chosen.values())
+    rows = sum(example.num_rows for example in chosen.values())
     for number in numbers[:: max(1, len(numbers) // ROWS)]:
         if rows >= ROWS:
             break
         example = examples[number]
         if example.example_id not in taken:
             found[f"{FURTHER} {len(found) + 1}"] = example
-            rows += len(example.token_ids) - 1
+            rows += example.num_rows
     return found
 
 

@@ -109,7 +109,7 @@ def test_ties_are_ordered_by_item_and_counted(tmp_path, tiny_llama):
     rows = [("a", item, 7) for item in ("10", "2", "1", "3")]
     corpus = of_rows(tmp_path, tiny_llama, rows)
     assert sequence_of(corpus, "a") == ["1", "2", "3", "10"]
-    assert corpus.facts["interactions"]["at_the_time_of_the_one_before"] == 3
+    assert corpus.facts["interactions"]["interactions_at_one_time_with_another_of_their_user"] == 3
 
 
 def test_what_is_left_out_is_counted(tmp_path, tiny_llama):

@@ -71,8 +71,8 @@ def titles(count: int, tokens: int) -> list[Example]:
     return [Example(content_id(ids, mask), "title", "item", ids, mask) for ids in made]
 
 
-@pytest.mark.parametrize(("count", "tokens", "rows"), [(60, 3, 64), (5000, 2, 64), (7, 3, 16)])
+@pytest.mark.parametrize(("count", "tokens", "rows"), [(60, 3, 61), (5000, 2, 64), (7, 3, 8)])
 def test_short_texts_are_compared_in_numbers(count, tokens, rows):
     chosen = choose(titles(count, tokens))
-    assert sum(len(one.token_ids) - 1 for one in chosen.values()) == rows
+    assert sum(one.num_rows for one in chosen.values()) == rows
     assert without_further(chosen).keys() == {"shortest", "longest"}
