@@ -144,7 +144,7 @@ def test_what_no_tensors_shape_tells_is_not_believed(trained, tmp_path, kind, ch
     facts["recommender"] |= change if "heads" in change else {}
     facts |= {} if "heads" in change else change
     path.write_text(json.dumps(facts))
-    with pytest.raises(StudentError, match=r"config\.json is not as it was written"):
+    with pytest.raises(StudentError, match=r"config\.json or items\.json is not as it was written"):
         load(run.path("student"))
 
 

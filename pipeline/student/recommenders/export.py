@@ -20,6 +20,8 @@ from stillroom.pipeline.config.strict import validate
 from stillroom.pipeline.student.recommenders.model import SequentialRecommender
 
 CONFIG, WEIGHTS, ITEM_IDS = "config.json", "model.safetensors", "items.json"
+BESIDE = "config_and_items_sha256"
+"""The one key of the weights' metadata; two would be written in no fixed order."""
 TOLERANCE = 1e-4
 """Of a score, relative to the largest: folding adds in another order, in fp32."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -60,7 +62,7 @@ def export(
     weights = {n: t for n, t in model.state_dict().items() if not n.startswith("distilled.")}
     weights["items.weight"] = model.folded_table()
     tensors = {n: t.detach().cpu().contiguous() for n, t in weights.items()}
-    save_file(tensors, staging / WEIGHTS, {name: _digest(staging / name) for name in written})
+    save_file(tensors, staging / WEIGHTS, {BESIDE: _digest(staging)})
     _check(model, staging, probe)
     shutil.rmtree(directory, ignore_errors=True)
     staging.rename(directory)
@@ -95,19 +97,19 @@ def load(directory: Path) -> tuple[SequentialRecommender, dict[str, Any]]:
     return model.eval(), config
 
 
-def _digest(path: Path) -> str:
-    """sha256 over what a JSON file says, however it is laid out."""
-    said = json.dumps(json.loads(path.read_text()), sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()
+def _digest(directory: Path) -> str:
+    """sha256 over what config and item ids say, however they are laid out."""
+    said = [json.loads((directory / name).read_text()) for name in (CONFIG, ITEM_IDS)]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _check_belongs(directory: Path) -> None:
     """Refuse a config or item ids that were changed beside the weights: the length of a history of
     a GRU, or a number of heads, is in no tensor's shape. Students of earlier releases name none."""
     with safe_open(directory / WEIGHTS, "pt") as file:
-        for name, digest in (file.metadata() or {}).items():
-            if name in (CONFIG, ITEM_IDS) and _digest(directory / name) != digest:
-                raise ValueError(f"{name} is not as it was written beside {WEIGHTS}")
+        told = (file.metadata() or {}).get(BESIDE)
+    if told and told != _digest(directory):
+        raise ValueError(f"{CONFIG} or {ITEM_IDS} is not as it was written beside {WEIGHTS}")
 
 
 @torch.no_grad()
