@@ -126,13 +126,12 @@ def _sweep_block(
         bent = torch.tanh(logits / objective.softcap)
         logits[:], slope = objective.softcap * bent, 1 - bent.square()
     outcomes = dense_outcomes(teacher, objective.temperature)
-    log_q = _log_probabilities(logits, objective.temperature)  # [rows, words]
-    q = log_q.exp()
+    q, log_q = _distribution(logits, objective.temperature)  # [rows, words]
     values, slopes = terms(objective, outcomes, log_q, q)
     loss = objective.temperature**2 * values.sum(1)
-    log_plain = log_q if objective.temperature == 1 else logits.log_softmax(1)
     hard, label = _hard(targets, objective, logits)
-    surprise = -log_plain.gather(1, label)[:, 0]
+    plain = (q, log_q) if objective.temperature == 1 else _distribution(logits, 1.0)
+    surprise = -plain[1].gather(1, label)[:, 0]
     if targets.cross_entropy is not None:
         targets.cross_entropy.copy_(surprise.where(hard[:, 0] > 0, 0))
     loss += hard[:, 0] * surprise
@@ -140,7 +139,7 @@ def _sweep_block(
         gradient = outcome_gradient(slopes, q)
         torch.mul(gradient, objective.temperature, out=logits)
         if objective.ce_weight:
-            logits += hard * log_plain.exp()
+            logits.addcmul_(hard, plain[0])
             logits.scatter_add_(1, label, -hard)
         if slope is not None:
             logits *= slope
@@ -151,14 +150,20 @@ def _sweep_block(
 
 def dense_outcomes(logits: Tensor, temperature: float) -> Outcomes:
     """The teacher's distribution over every word; there is no tail."""
-    log_p = _log_probabilities(logits, temperature)
-    return Outcomes(log_p.exp(), log_p, None)
+    p, log_p = _distribution(logits, temperature)
+    return Outcomes(p, log_p, None)
 
 
-def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) [C, words], at least `LOG_ZERO`."""
+def _distribution(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """softmax(logits / temperature) [C, words], and its logarithm, at least `LOG_ZERO`.
+
+    The largest probability is 1 / sum exp(x - largest), which is all that the logarithm lacks:
+    no second exponential of every word.
+    """
     logits = logits if temperature == 1 else logits / temperature
-    return logits.log_softmax(1).clamp_(min=LOG_ZERO)
+    q = logits.softmax(1)
+    log_q = logits - logits.amax(1, keepdim=True)
+    return q, log_q.add_(q.amax(1, keepdim=True).log()).clamp_(min=LOG_ZERO)
 
 
 def _hard(targets: DenseTargets, objective: Objective, like: Tensor) -> tuple[Tensor, Tensor]:

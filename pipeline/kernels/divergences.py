@@ -140,9 +140,9 @@ def terms(objective: Objective, teacher: Outcomes, log_q: Tensor, q: Tensor | No
             value = q * (log_q - teacher.log_p_above_floor)
             return Terms(value, value + q)
         case "jsd":
-            log_m = _log_mixture(b, log_p, log_q)
-            above = (1 - b) * q * (log_q - log_m)
-            return Terms(b * p * (log_p - log_m) + above, above)
+            log_m = torch.lerp(q, p, b).clamp(min=torch.finfo(q.dtype).tiny).log()
+            above = (log_q - log_m) * q * (1 - b)
+            return Terms(torch.addcmul(above, log_p - log_m, p, value=b), above)
         case "skew_forward_kl":
             log_m = _log_mixture(a, log_p, log_q)
             return Terms(p * (log_p - log_m), (a - 1) * p * (log_q - log_m).exp())
@@ -162,13 +162,11 @@ def terms(objective: Objective, teacher: Outcomes, log_q: Tensor, q: Tensor | No
 def outcome_gradient(slope: Tensor, q: Tensor) -> Tensor:
     """r_m - q_m R [rows, k + 1]; the last column is A, the tail's share of the gradient.
 
-    df/dq may be shifted by any constant, because sum_m q_m (1 - sum q) = 0. Shifting the most
-    probable outcome's to 0 leaves R a sum of small terms where q is nearly all there, so that
-    saturated rows keep their digits: r_c - q_c R itself would be a difference of two ones.
+    R is taken out twice. Where q is nearly all in one outcome, r_c - q_c R is a difference of two
+    almost equal numbers and keeps only their rounding; as sum_m q_m is 1, the sum of what is left
+    says how much that is, and taking it out again restores the digits of saturated rows.
     """
-    top = q.argmax(1, keepdim=True)
-    shift = slope.gather(1, top) / q.gather(1, top)  # [rows, 1]
-    r = torch.addcmul(slope, q, shift, value=-1).scatter_(1, top, 0)
+    r = torch.addcmul(slope, q, slope.sum(1, keepdim=True), value=-1)
     return r.addcmul_(q, r.sum(1, keepdim=True), value=-1)
 
 

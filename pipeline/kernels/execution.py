@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from stillroom.pipeline.kernels import autocasting, dense_sweep, torch_sweep
-from stillroom.pipeline.kernels.chunked import Plan, Sweep
+from stillroom.pipeline.kernels.chunked import COLUMN_MULTIPLE, Plan, Sweep
 from stillroom.pipeline.kernels.divergences import Objective
 from stillroom.pipeline.kernels.precision import wide
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
@@ -24,6 +24,9 @@ Door = TypeVar("Door", bound=Callable[..., Tensor])
 
 CPU_BUDGET = 2**24, 2**28
 """16 MiB, within reach of a last-level cache, to 256 MiB; see `_budget`."""
+CPU_ROWS = 256
+"""Rows that a chunk has on a CPU whatever the head's width, within `CPU_BUDGET`: a product packs
+the whole head anew for every chunk (512 x 256 x 32,000: logits in 108 ms by 128 rows, 96 by 256)."""
 CUDA_BUDGET = 5 * 2**28
 """1.25 GiB: four thousand rows of bf16 logits over 152 thousand words."""
 
@@ -108,7 +111,9 @@ def _budget(unembedding: Tensor, compute: torch.dtype, with_teacher: bool) -> in
         return CUDA_BUDGET * (1 + with_teacher)
     least, most = CPU_BUDGET
     gradient = unembedding.nbytes if compute != unembedding.dtype else unembedding.nbytes // 2
-    return min(max(least, gradient), most) * (1 + with_teacher)
+    columns = len(unembedding) + COLUMN_MULTIPLE
+    several = CPU_ROWS * columns * max(compute.itemsize, wide(compute).itemsize)
+    return min(max(least, gradient, several), most) * (1 + with_teacher)
 
 
 def sparse_sweep(impl: Implementation, hidden: Tensor, shard: Shard) -> Sweep:
