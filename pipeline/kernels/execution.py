@@ -25,8 +25,8 @@ Door = TypeVar("Door", bound=Callable[..., Tensor])
 CPU_BUDGET = 2**24, 2**28
 """16 MiB, within reach of a last-level cache, to 256 MiB; see `_budget`."""
 CPU_ROWS = 256
-"""Rows that a chunk has on a CPU whatever the head's width, within `CPU_BUDGET`: a product packs
-the whole head anew for every chunk (512 x 256 x 32,000: logits in 108 ms by 128 rows, 96 by 256)."""
+"""Rows that a chunk has on a CPU whatever the head's width, if `CPU_BUDGET` allows: a product packs
+the whole head for each (512 x 256 x 32,000: logits take 108 ms by 128 rows, 96 by 256)."""
 CUDA_BUDGET = 5 * 2**28
 """1.25 GiB: four thousand rows of bf16 logits over 152 thousand words."""
 
