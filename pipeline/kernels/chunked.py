@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stillroom.pipeline.kernels import autocasting, products
+from stillroom.pipeline.kernels import autocasting, products, scratch
 from stillroom.pipeline.kernels.divergences import Objective
 from stillroom.pipeline.kernels.precision import wide
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
@@ -269,9 +269,9 @@ class Workbench:
         )
         size = chunk_rows(rows, bytes_per_row, plan.budget)
         self.chunks = [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
-        self.product = torch.empty(size, columns, dtype=plan.compute_dtype, device=device)
+        self.product = scratch.rows_of(size, columns, plan.compute_dtype, device)
         self.buffer = (
-            self.product if same else torch.empty_like(self.product, dtype=plan.sweep_dtype)
+            self.product if same else scratch.rows_of(size, columns, plan.sweep_dtype, device)
         )
 
     def logits(self, rows: slice) -> Tensor:
