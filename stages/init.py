@@ -11,6 +11,8 @@ from stillroom.stages.console import document, put, say, table, warn
 
 STUDENTS = "third, half (of the teacher's blocks), a model's directory or hub id, a JSON config"
 UP_TO_A_DAY = 24 * 60
+LONG = 10
+"""Minutes in all from which on it is said what makes them fewer."""
 
 
 def init(
@@ -24,6 +26,7 @@ def init(
     from stillroom.pipeline.beginning.choices import choose
     from stillroom.pipeline.beginning.run_text import run_text, wish
     from stillroom.pipeline.beginning.sampling import sample
+    from stillroom.pipeline.beginning.trial import speeds
     from stillroom.pipeline.config import Teacher
     from stillroom.pipeline.teacher.facts import model_shape
 
@@ -34,17 +37,20 @@ def init(
         raise ConfigError(
             "is there already", where=str(target), remedy="Name another file with --to."
         )
-    model = Teacher(model=teacher)
+    model = Teacher(model=teacher).named_by("--teacher")
     found, wished = sample(data, model), wish(student, model_shape(model).num_layers)
-    made = choose(found, model, wished.kept, wished.leave_out)
+    say("trying how fast passes and steps are here ...")
+    made = choose(found, model, wished.kept, speeds(model), wished.leave_out)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(run_text(name, data, teacher, wished, found, made))
     if as_json:
         sizes = {"documents": found.documents, "tokens": found.tokens, "whole": found.whole}
         costs = {"minutes": made.minutes, "megabytes": made.megabytes, "fits": made.fits}
-        document({"run": str(target)} | sizes | costs)
+        chosen = {"steps": made.steps, "batch_tokens": made.batch_tokens, "epochs": made.epochs}
+        rejected = {"rejected": found.rejected}
+        document({"run": str(target)} | sizes | rejected | chosen | costs | {"tried": made.tried})
         return
-    _tell(found, made, target)
+    _tell(found, made, wished, target)
 
 
 def _check(student: str) -> None:
@@ -56,19 +62,50 @@ def _check(student: str) -> None:
         raise ConfigError(f"'{student}' is not there", expected=STUDENTS, where="--student")
 
 
-def _tell(found, made, target: Path) -> None:
+def _tell(found, made, wished, target: Path) -> None:
     for line in found.said:
         say(f"data: {line}")
     more = "" if found.whole else " (the first of them; for all, count on as many times more)"
     say(f"data: {found.documents:,} documents, {found.tokens:,} tokens{more}")
     middle, last = found.share(0.5), found.lengths[-1]
     say(f"lengths: half of the examples have up to {middle:,} tokens, the longest {last:,}")
+    _warn(found, made, target)
+    what = {
+        "capture": f"{made.megabytes:,.1f} MB",
+        "student": f"{wished.leave_out} blocks go, found by trying",
+        "train": f"{made.steps:,} steps, {made.epochs:.1f} epochs",
+    }
+    rows = [
+        [f"stillroom {stage} {target}", _about(minutes), what.get(stage, "")]
+        for stage, minutes in made.minutes.items()
+    ]
+    how = "as passes and steps go that were tried" if made.tried else "reckoned, nothing was tried"
+    table(f"what comes next, and about how long here ({how})", ["", "", ""], rows)
+    if sum(made.minutes.values()) > LONG:
+        say(f"shorter, in {target}: fewer steps; keep_layers in place of leave_out")
+    say(f"all at once: stillroom run {target}")
+    put(target)
+
+
+def _warn(found, made, target: Path) -> None:
+    """Of what `prepare` stops at, of few data and of scarce memory."""
+    from stillroom.pipeline.beginning.choices import MANY_EPOCHS
+    from stillroom.pipeline.corpus.rejects import NAMED
+
+    for line in found.rejected[:NAMED]:
+        warn(f"warning: {line}")
+    if found.rejected:
+        warn(
+            f"warning: `stillroom prepare {target}` stops at rows that cannot be used "
+            f'({len(found.rejected):,}): mend them, or set on_error = "skip" under [prepare]'
+        )
+    if found.whole and made.epochs > MANY_EPOCHS:
+        warn(
+            f"warning: few data: {made.steps:,} steps read them {made.epochs:.1f} times over, and "
+            "a student learns them by heart; more text is worth more than more steps"
+        )
     if not made.fits:
         warn("warning: training needs more memory than is free; see [train.lora], [train] parallel")
-    rows = [[f"stillroom {stage} {target}", _about(made.minutes[stage])] for stage in made.minutes]
-    table("what comes next, and about how long here (reckoned, not measured)", ["", ""], rows)
-    say(f"the cache: about {made.megabytes:,.0f} MB. All at once: stillroom run {target}")
-    put(target)
 
 
 def _about(minutes: float) -> str:

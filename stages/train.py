@@ -170,7 +170,7 @@ def _measure_blocks(run: "Run", count: int, tokens: int, as_json: bool) -> None:
     teacher = config.require(run.teacher, "teacher", run.name)
     wished = Student(leave_out=count, leave_out_tokens=tokens)
     with progress("measure blocks", "passes") as report:
-        kept, gone = measured_blocks(wished, teacher, run.path("corpus"), report)
+        kept, gone = measured_blocks(wished, teacher, run.path("corpus"), run.path(), report)
     if as_json:
         document({"left_out": [asdict(left) for left in gone], "keep_layers": kept})
         return

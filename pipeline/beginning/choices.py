@@ -1,33 +1,35 @@
 """The settings of a first run, chosen from the data, the teacher and this machine.
 
 One idea: what can be counted is counted (lengths, weights, free memory) and what cannot is left at
-its default; times are arithmetic over one measured speed, and are said to be no more than that.
+its default; times are arithmetic over what was tried here, and are said to be no more than that.
 It loads no model.
 """
 
 import math
-import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from stillroom.pipeline.beginning.sampling import Sample
+from stillroom.pipeline.beginning.trial import BLOCK, Speeds
 from stillroom.pipeline.config import Teacher, Train
 from stillroom.pipeline.config.training import Student
+from stillroom.pipeline.student.leaving_out import rounds
 from stillroom.pipeline.student.memory import numbers_in, room_on
 from stillroom.pipeline.teacher.facts import ModelShape, model_directory, model_shape
 from stillroom.pipeline.training.memory import parts_of
 
-BLOCK = re.compile(r"\.(\d+)\.")
 BYTES_PER_TOKEN = 40
 """Of the default capture, as measured on real text (runbooks/40-cache-sizes.md)."""
 EVALUATED = 64
 """Held-out examples that a first run measures."""
 STUDENT = Student()
-PER_WEIGHT = {"capture": 2, "train": 6, "evaluate": 2}
-"""Operations per token and weight: a forward pass; a forward and a backward pass."""
+ENGINE_STARTS = 60.0
+"""Seconds until vLLM answers, a minute on two cores; more for large teachers."""
+LEAST_STEPS, MOST_EPOCHS, MANY_EPOCHS = 100, 10, 4
+"""Small data are read again until there are so many steps, but at most so many times; repeats are
+worth about as much as fresh text up to four times (arXiv 2305.16264), and more is warned of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +39,32 @@ class Choices:
     Attributes:
         window: tokens of an example, at most.
         cut: share of the examples that are longer.
-        batch_tokens, steps: of training; one pass over the sampled data, 100 steps at least.
+        batch_tokens, steps: of training; small data are read several times.
+        epochs: how often the data that were looked at are read.
         minutes: stage -> estimate, for the data that were looked at.
         megabytes: of the cache.
         fits: training fits into the memory that is free now.
+        tried: minutes follow from passes and steps that were tried here.
     """
 
     window: int
     cut: float
     batch_tokens: int
     steps: int
+    epochs: float
     minutes: Mapping[str, float]
     megabytes: float
     fits: bool
+    tried: bool
 
 
-def choose(sample: Sample, teacher: Teacher, kept: float, leave_out: int = 0) -> Choices:
+def choose(
+    sample: Sample, teacher: Teacher, kept: float, at: Speeds, leave_out: int = 0
+) -> Choices:
     """Settings for a student that keeps a share of the teacher's blocks.
 
     Args:
+        at: what models of the teacher's shape take here.
         kept: share of the blocks, 0 < kept <= 1.
         leave_out: blocks that go, where which ones is measured.
     """
@@ -63,24 +72,32 @@ def choose(sample: Sample, teacher: Teacher, kept: float, leave_out: int = 0) ->
     window = _window(sample, shape)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = _student_numbers(numbers, kept)
-    tokens = _batch(student, shape, kept, window, device)
     trained = 0.9 * sample.tokens  # a tenth is held out
-    steps = max(100, math.ceil(trained / tokens))
+    tokens = _few(trained, window, _batch(student, shape, kept, window, device))
+    steps = _steps(trained, tokens)
     return Choices(
         window=window,
         cut=sum(length > window for length in sample.lengths) / len(sample.lengths),
         batch_tokens=tokens,
         steps=steps,
-        minutes=_minutes(
-            sample,
-            sum(numbers.values()),
-            sum(student.values()),
-            steps * tokens,
-            _tried(leave_out, shape.num_layers) * STUDENT.leave_out_tokens,
-        ),
+        epochs=steps * tokens / max(trained, 1),
+        minutes=_minutes(sample, shape.num_layers, kept, steps, tokens, leave_out, at),
         megabytes=trained * BYTES_PER_TOKEN / 1e6,
         fits=_needed(student, shape, kept, tokens) <= room_on(device),
+        tried=at.tried,
     )
+
+
+def _few(trained: float, window: int, most: int) -> int:
+    """Tokens of a step: a power of two that leaves enough steps in the epochs allowed."""
+    wanted = MOST_EPOCHS * trained / LEAST_STEPS
+    return max(window, min(most, 2 ** int(math.log2(max(wanted, 1)))))
+
+
+def _steps(trained: float, tokens: int) -> int:
+    """One epoch, or more where that is few steps."""
+    again = min(LEAST_STEPS, math.floor(MOST_EPOCHS * trained / tokens))
+    return max(1, math.ceil(trained / tokens), again)
 
 
 def _window(sample: Sample, shape: ModelShape) -> int:
@@ -113,39 +130,24 @@ def _batch(student: dict[str, int], shape: ModelShape, kept: float, window: int,
     return max(window, min(most, fitting))
 
 
-def _tried(leave_out: int, blocks: int) -> float:
-    """Forward passes of the whole teacher that the measurement of `leave_out` is worth: every block
-    that is still there is skipped once for each that goes."""
-    return sum((blocks - gone) * (1 - (gone + 1) / blocks) for gone in range(leave_out))
-
-
 def _minutes(
-    sample: Sample, teacher: int, student: int, trained: int, skipped: float
+    sample: Sample, blocks: int, kept: float, steps: int, tokens: int, leave_out: int, at: Speeds
 ) -> dict[str, float]:
-    speed = operations_per_second()
+    """Stage -> estimate, of the data that were looked at."""
+    left = kept * blocks
+    forward, student = at.forward.of(blocks), at.forward.of(left)
     measured = min(0.1 * sample.tokens, EVALUATED * sample.tokens / len(sample.lengths))
-    work = {
-        "capture": 0.9 * sample.tokens * teacher * PER_WEIGHT["capture"],
-        "student": skipped * teacher * PER_WEIGHT["capture"],
-        "train": trained * student * PER_WEIGHT["train"],
-        "evaluate": measured * (teacher + 2 * student) * PER_WEIGHT["evaluate"],
+    found = {
+        "prepare": sample.seconds,
+        "capture": ENGINE_STARTS + 0.9 * sample.tokens * forward,
+        "student": _skipping(blocks, leave_out, at) * STUDENT.leave_out_tokens * forward,
+        "train": steps * (tokens * at.step.of(left) + at.update.of(left)),
+        "evaluate": measured * (forward + 2 * student),
     }
-    found = {stage: operations / speed / 60 for stage, operations in work.items()}
-    return {"prepare": sample.seconds / 60} | {s: m for s, m in found.items() if m}
+    return {stage: seconds / 60 for stage, seconds in found.items() if seconds}
 
 
-def operations_per_second(width: int = 1024, tries: int = 9) -> float:
-    """Of a matrix product on this machine, in the arithmetic that training would use; half of it,
-    as models reach about that. The best of some tries, so that other work counts for little."""
-    cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda else torch.float32
-    matrix = torch.ones(width, width, device="cuda" if cuda else "cpu", dtype=dtype)
-    return 2 * width**3 / min(_seconds_of(matrix) for _ in range(tries)) / 2
-
-
-def _seconds_of(matrix: torch.Tensor) -> float:
-    started = time.perf_counter()
-    product = matrix @ matrix
-    if product.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def _skipping(blocks: int, leave_out: int, at: Speeds) -> float:
+    """Passes of the whole teacher that the measurement of `leave_out` is worth."""
+    head = at.forward.rest / at.forward.block if at.forward.block else 0.0
+    return sum(rounds(blocks, leave_out, head)) if leave_out else 0.0

@@ -92,7 +92,6 @@ def run_text(
     name: str, data: str, teacher: str, wished: Wish, sample: Sample, made: Choices
 ) -> str:
     """The file."""
-    passes = made.steps * made.batch_tokens / max(0.9 * sample.tokens, 1)
     return TEXT.format(
         name=json.dumps(name, ensure_ascii=False),
         directory=json.dumps(f"runs/{name}", ensure_ascii=False),
@@ -104,7 +103,7 @@ def run_text(
         student=wished.table,
         steps=made.steps,
         steps_padding=" " * max(1, 24 - len(str(made.steps))),
-        passes=f"{passes:.1f} times over",
+        passes=f"{made.epochs:.1f} epochs of",
         batch_tokens=made.batch_tokens,
         rate=wished.rate,
         evaluated=EVALUATED,

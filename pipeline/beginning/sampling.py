@@ -5,6 +5,7 @@ directory that is thrown away; so what cannot be read is found here, and lengths
 It takes no more documents than asked for.
 """
 
+import json
 import math
 import tempfile
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config import Prepare, Source, Teacher
 from stillroom.pipeline.corpus.preparing import prepare
+from stillroom.pipeline.corpus.rejects import FILE
 from stillroom.pipeline.teacher.facts import model_shape
 
 DOCUMENTS = 2000
@@ -32,6 +34,7 @@ class Sample:
         targets: tokens that are learned.
         seconds: reading and tokenising them took.
         said: what the data are taken for, and what was left out.
+        rejected: rows that cannot be used, as `stillroom prepare` names them when it stops there.
     """
 
     documents: int
@@ -40,6 +43,7 @@ class Sample:
     targets: int
     seconds: float
     said: tuple[str, ...]
+    rejected: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -60,7 +64,7 @@ def sample(data: str, teacher: Teacher, documents: int = DOCUMENTS) -> Sample:
     """
     context = model_shape(teacher).context or LONGEST
     source = Source(name="sample", path=data, limit=documents)
-    # Held out nothing: every example counts. Rows that cannot be used are told by `prepare` itself.
+    # Held out nothing: every example counts. Rows that cannot be used are told, not stopped at.
     table = Prepare(source=(source,), window=min(context, LONGEST), heldout=0.0, on_error="skip")
     said: list[str] = []
     started = time.perf_counter()
@@ -69,8 +73,16 @@ def sample(data: str, teacher: Teacher, documents: int = DOCUMENTS) -> Sample:
         corpus = prepare(table, teacher.model, where, revision=teacher.revision, say=said.append)
         counts = corpus.facts["counts"]["train"]
         lengths = sorted(len(example.token_ids) for example in corpus.split("train"))
+        rejected = _rejected(where / FILE)
     if not lengths:
         raise CorpusError("holds nothing that can be learned", where=data)
     seconds = time.perf_counter() - started
     read = counts["documents"]
-    return Sample(read, read < documents, tuple(lengths), counts["targets"], seconds, tuple(said))
+    facts = tuple(lengths), counts["targets"], seconds, tuple(said), rejected
+    return Sample(read, read < documents, *facts)
+
+
+def _rejected(path: Path) -> tuple[str, ...]:
+    """Row and reason of each that was left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()
+    return tuple(f"{told['row']}: {told['reason']}" for told in map(json.loads, lines))

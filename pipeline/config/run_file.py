@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.cache_schemas.scrubbing import scrubbed
@@ -75,6 +75,18 @@ class Teacher(Table):
     scratch_mib: int = Field(default=0, ge=0)
     """MiB beside the model that logits may take while prompts are scored; 0 takes 256, and 1024 on
     accelerators of 70 GB and more. Not part of the plan."""
+    _named_by: str = PrivateAttr("[teacher] model")
+
+    def named_by(self, what: str) -> "Teacher":
+        """The same, given as `what` (an option, another table's key): messages say that."""
+        named = self.model_copy()
+        named._named_by = what
+        return named
+
+    @property
+    def name_given_as(self) -> str:
+        """What gave the name of this model."""
+        return self._named_by
 
     @field_validator("engine_args")
     @classmethod

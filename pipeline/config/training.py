@@ -44,7 +44,7 @@ class Student(Table):
     """`prune_layers`: keep all but this many blocks instead, those that the teacher misses least.
     That is measured once, on the prepared corpus, when the student is made: the answers' KL with
     every block skipped in turn, again after each that goes."""
-    leave_out_tokens: int = Field(default=512, ge=2)
+    leave_out_tokens: int = Field(default=256, ge=2)
     """Text that `leave_out` is measured on, by about leave_out x (blocks - leave_out / 2) forward
     passes of the teacher."""
     keep_intermediate: float = Field(default=0.5, gt=0, le=1)

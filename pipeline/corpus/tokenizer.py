@@ -112,7 +112,10 @@ class CorpusTokenizer:
             PlanMismatch: `tokenizer` is set and is not the teacher's.
             CorpusError: it cannot be loaded.
         """
-        directory = _directory(tokenizer or teacher_model, "" if tokenizer else revision)
+        if tokenizer:
+            directory = _directory(tokenizer, "", "[prepare] tokenizer")
+        else:
+            directory = _directory(teacher_model, revision)
         hf = _load(directory, trusts_code)
         facts = facts_of_tokenizer(hf)
         teacher = None
@@ -202,10 +205,12 @@ class CorpusTokenizer:
         return ChatTokenizer(self.hf, self.end_ids, self.chats, notes=self.notes)
 
 
-def _directory(model: str, revision: str) -> Path:
+def _directory(model: str, revision: str, named_by: str = "[teacher] model") -> Path:
     """A directory with a tokenizer need not hold a model."""
     path = Path(model).expanduser()
-    return path if path.is_dir() else settings_directory(Teacher(model=model, revision=revision))
+    if path.is_dir():
+        return path
+    return settings_directory(Teacher(model=model, revision=revision).named_by(named_by))
 
 
 def _load(directory: Path, trusts_code: bool) -> Any:

@@ -123,7 +123,7 @@ def _teacher_head(trainer: Any, teacher: str) -> Head | None:
             "taken once and kept in output_dir.",
         )
     with trainer.args.main_process_first(local=False, desc="the teacher's head"):
-        named = Teacher(model=teacher) if teacher else None
+        named = Teacher(model=teacher).named_by("teacher =") if teacher else None
         keep_teacher_head(named, cache.plan.facts["teacher"], path)
     head = read_teacher_head(path)
     check_head(head, cache.read(0), cache.plan, str(path))

@@ -139,7 +139,8 @@ def _check_overrides(table: Encoder, teacher: Teacher) -> None:
 
 def _source(table: Encoder, teacher: Teacher | None) -> Teacher:
     if table.model:
-        return Teacher(model=table.model, revision=table.revision)
+        where = f"[[vision.encoder]] '{table.name}' model"
+        return Teacher(model=table.model, revision=table.revision).named_by(where)
     if table.kind == "teacher_tower" and teacher is not None:
         if teacher.adapter:
             raise ConfigError(

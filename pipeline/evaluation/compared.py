@@ -44,7 +44,7 @@ def as_model(directory: str) -> Teacher:
     """A student as the engines take a model; an adapter with what it belongs to."""
     place = Path(directory)
     adapter = str(place) if is_model(place) and (place / ADAPTER).is_file() else ""
-    return Teacher(model=plain_model(place), adapter=adapter)
+    return Teacher(model=plain_model(place), adapter=adapter).named_by("[evaluate] students")
 
 
 def loaded(models: dict[str, Teacher]) -> Iterator[tuple[str, Any]]:

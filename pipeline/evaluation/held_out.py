@@ -100,18 +100,34 @@ def students_of(run: Run) -> dict[str, str]:
     """
     named = (run.evaluate or Evaluate()).students
     _check_labels(run, named)
-    if run.train is not None or not named:
-        own = {"before": str(run.path("student-initial")), "after": str(run.path("student"))}
-        named = own | named
     for label, directory in named.items():
         if not is_model(Path(directory)):
             raise StudentError(
                 f"student '{label}' is not there",
                 expected="a directory with config.json and weights",
                 where=directory,
-                remedy="Train it first with `stillroom train`, or correct [evaluate] students.",
+                remedy="Train it first, or correct [evaluate] students.",
             )
-    return named
+    return _own_students(run) | named if run.train is not None or not named else named
+
+
+def _own_students(run: Run) -> dict[str, str]:
+    """`before` and `after` training.
+
+    Raises:
+        StudentError: not trained yet.
+    """
+    own = {"before": run.path("student-initial"), "after": run.path("student")}
+    missing = [directory for directory in own.values() if not is_model(directory)]
+    if missing:
+        raise StudentError(
+            "this run has no trained student yet",
+            expected="a directory with config.json and weights",
+            where=str(missing[-1]),
+            remedy="Run first, on the same run file: `stillroom run` (all stages) or, where the "
+            "cache is there, `stillroom train`.",
+        )
+    return {label: str(directory) for label, directory in own.items()}
 
 
 OWN_LABELS = ("before", "after", "student")

@@ -99,6 +99,7 @@ class Writers:
                 remedy="Name the student, or set teacher_share = 1.",
             )
         student = Teacher(model=self.settings.student, dtype=self.teacher.dtype)
+        student = student.named_by("[generate] student")
         pairs = [(share, self.teacher), (1 - share, student)]
         return [(part, model) for part, model in pairs if part > 0]
 

@@ -293,7 +293,7 @@ def _student_facts(settings: Generate, tokenizer: CorpusTokenizer) -> dict[str, 
     """
     if settings.teacher_share == 1 or not settings.student:
         return None
-    student = Teacher(model=settings.student)
+    student = Teacher(model=settings.student).named_by("[generate] student")
     found = tokenizer_facts(str(model_directory(student)))
     if found["sha256"] != tokenizer.facts["sha256"]:
         raise PlanMismatch(

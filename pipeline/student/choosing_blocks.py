@@ -1,11 +1,14 @@
 """`[student] leave_out`: a run's own measurement of which blocks its student goes without.
 
-One idea: what was measured is kept where it is used, in the receipt of the initial student, so a
-run that goes on, or has lost its corpus, measures nothing again. How it is measured is
-`leaving_out`'s.
+One idea: nothing is measured twice. Every pass is kept in the run's directory when it is done,
+under the digest of teacher and text, and what came of them in the receipt of the initial student;
+so a run that was interrupted goes on, and one that has lost its corpus measures nothing again. How
+it is measured is `leaving_out`'s.
 """
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +16,18 @@ import torch
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.training import Student
 from stillroom.pipeline.corpus.preparing import Corpus
+from stillroom.pipeline.record import Example
 from stillroom.pipeline.shares import evenly
 from stillroom.pipeline.student.leaving_out import LeftOut, Progress, least_missed
-from stillroom.pipeline.student.model import load_source
+from stillroom.pipeline.student.model import load_source, source_facts
 from stillroom.pipeline.student.saving import RECEIPT
 from stillroom.pipeline.student.states import blocks_of
+from stillroom.pipeline.whole_text import write_whole
+
+FILE = "blocks-measured.json"
+"""Beside the initial student: KL of every pass that is done."""
+LOOKED_AT = 64
+"""Examples whose lengths say how many make up the tokens that are wanted."""
 
 
 def with_blocks_chosen(
@@ -46,12 +56,16 @@ def with_blocks_chosen(
     elif teacher is None:
         return student  # who makes the student says that there is nothing to make it from
     else:
-        kept, _ = measured_blocks(student, teacher, corpus, on_progress)
+        kept, _ = measured_blocks(student, teacher, corpus, initial.parent, on_progress)
     return student.model_copy(update={"keep_layers": tuple(kept)})
 
 
 def measured_blocks(
-    student: Student, teacher: Teacher, corpus: Path, on_progress: Progress | None = None
+    student: Student,
+    teacher: Teacher,
+    corpus: Path,
+    directory: Path,
+    on_progress: Progress | None = None,
 ) -> tuple[list[int], list[LeftOut]]:
     """Blocks to keep, ascending, and those that go in the order in which they were chosen.
 
@@ -59,13 +73,46 @@ def measured_blocks(
         student: its `leave_out`, and `leave_out_tokens` of training text: whole examples, evenly
             spread, one at least.
         corpus: directory of the prepared corpus.
+        directory: of the run, where passes are kept as they are done.
         on_progress: as of `least_missed`.
     """
     texts = Corpus.open(corpus).split("train")
-    wanted = max(1, student.leave_out_tokens // max(len(texts[0].token_ids), 1))  # examples
+    lengths = [len(texts[number].token_ids) for number in evenly(len(texts), LOOKED_AT)]
+    wanted = max(1, round(student.leave_out_tokens * len(lengths) / sum(lengths)))
     examples = [texts[number] for number in evenly(len(texts), wanted)]
+    passes = _Passes(directory / FILE, source_facts(student, teacher), examples)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_source(student, teacher).eval().to(device)
-    gone = least_missed(model, examples, student.leave_out, on_progress)
+    count = student.leave_out
+    gone = least_missed(model, examples, count, on_progress, passes.known, passes.add)
     without = {left.block for left in gone}
     return [n for n in range(len(blocks_of(model))) if n not in without], gone
+
+
+class _Passes:
+    """A file of measured passes; one of another teacher or text is begun anew.
+
+    Attributes:
+        known: blocks left out, ascending -> KL.
+    """
+
+    def __init__(self, path: Path, teacher: dict, examples: Sequence[Example]):
+        self._path = path
+        about = json.dumps([teacher, [one.example_id for one in examples]], sort_keys=True)
+        self._of = hashlib.sha256(about.encode()).hexdigest()
+        self.known = self._read() if path.is_file() else {}
+
+    def _read(self) -> dict[tuple[int, ...], float]:
+        try:
+            found = json.loads(self._path.read_text())
+            passes = found["passes"] if found["of"] == self._of else []
+            return {tuple(gone): float(kl) for gone, kl in passes}
+        except (ValueError, TypeError, KeyError):  # not as we write it: measured again
+            return {}
+
+    def add(self, gone: tuple[int, ...], kl: float) -> None:
+        """Keep one more."""
+        self.known[gone] = kl
+        found = {"of": self._of, "passes": list(self.known.items())}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._path, json.dumps(found) + "\n")

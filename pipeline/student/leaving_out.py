@@ -3,21 +3,29 @@
 One idea: a block is worth the KL that the teacher's own answers move by when it is skipped, and the
 blocks that are left out are taken one at a time, each time the one that is missed least beside
 those already gone (ShortGPT, arXiv 2403.03853, ranks once by how little a block turns its input;
-here the answers themselves are compared, again after every choice). Nothing is cut here.
+here the answers themselves are compared, again after every choice). The first choice tries every
+block, each later one only the few that were missed least when they were tried last: a block that
+the teacher cannot do without is not tried again. Nothing is cut here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.record import Example
-from stillroom.pipeline.student.sameness import skipped
-from stillroom.pipeline.student.states import blocks_of
+from stillroom.pipeline.student.partial_passes import PartialPasses, batches
+from stillroom.pipeline.student.states import StudentStates, blocks_of
 
 Progress = Callable[[int, int], None]
+Measured = Callable[[tuple[int, ...], float], None]
+SHORT_LIST = 5
+"""Blocks that are tried for every choice after the first; runbooks/70-students.md has figures."""
+ROWS_AT_ONCE = 256
+"""Rows of logits in memory beside the whole model's probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +43,12 @@ class LeftOut:
 
 @torch.inference_mode()
 def least_missed(
-    model: Any, examples: Sequence[Example], count: int, on_progress: Progress | None = None
+    model: Any,
+    examples: Sequence[Example],
+    count: int,
+    on_progress: Progress | None = None,
+    known: Mapping[tuple[int, ...], float] | None = None,
+    on_measured: Measured | None = None,
 ) -> list[LeftOut]:
     """The `count` blocks to leave out of a causal LM, in the order in which they are chosen.
 
@@ -43,43 +56,97 @@ def least_missed(
         model: in memory, evaluating; it is as before afterwards.
         examples: text to judge by; all of their rows count.
         count: below the number of blocks.
-        on_progress: told (forward passes done, in all), a pass being over all examples.
+        on_progress: told (passes done, in all), in passes of the whole model.
+        known: what an earlier call measured on the same text: blocks left out, ascending -> KL.
+        on_measured: told each of these that is new.
 
     Raises:
         StudentError: no block would be left.
     """
-    blocks = list(blocks_of(model))
-    if not 0 < count < len(blocks):
+    depth = len(blocks_of(model))
+    if not 0 < count < depth:
         raise StudentError(
-            f"{count} blocks to leave out", expected=f"1 to {len(blocks) - 1}", where="leave_out"
+            f"{count} blocks to leave out", expected=f"1 to {depth - 1}", where="leave_out"
         )
-    device = next(model.parameters()).device
-    tokens = [torch.as_tensor(example.token_ids, dtype=torch.long) for example in examples]
-    texts = [ids[None].to(device) for ids in tokens]
-    truth = [_logprobs(model, ids) for ids in texts]
+    texts = [_Text(model, group) for group in batches(examples)]
+    found, tell = dict(known or {}), on_measured or (lambda _gone, _kl: None)
+    work = rounds(depth, count, _head_in_blocks(model, texts))
     gone: list[LeftOut] = []
-    total, done = sum(len(blocks) - n for n in range(count)), 0
-    for _ in range(count):
-        without = {left.block for left in gone}
-        tried = []
-        for number in sorted(set(range(len(blocks))) - without):
-            with skipped([blocks[n] for n in (*without, number)]):
-                tried.append(LeftOut(number, _kl(model, texts, truth)))
-            done += 1
+    last: dict[int, float] = {}
+    for turn in range(count):
+        without = [left.block for left in gone]
+        tried = _short_list(last, depth) if turn else list(range(depth))
+        for place, number in enumerate(tried):
+            key = tuple(sorted([*without, number]))
+            if key not in found:
+                found[key] = _kl(texts, without, number)
+                tell(key, found[key])
+            last[number] = found[key]
             if on_progress is not None:
-                on_progress(done, total)
-        gone.append(min(tried, key=lambda left: left.kl))
+                done = sum(work[:turn]) + (place + 1) / len(tried) * work[turn]
+                on_progress(round(done), round(sum(work)))
+        best = min(tried, key=lambda number: last[number])
+        gone.append(LeftOut(best, last.pop(best)))
     return gone
 
 
-def _kl(model: Any, texts: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
-    """Mean over all rows of KL(truth || model), nats."""
-    total = 0.0
-    for ids, p in zip(texts, truth):
-        total += float((p.exp() * (p - _logprobs(model, ids))).sum(dtype=torch.float64))
-    return total / sum(len(p) for p in truth)
+def rounds(depth: int, count: int, head: float) -> list[float]:
+    """Work of each choice, in passes of the whole model.
+
+    Args:
+        depth: blocks of the model.
+        count: choices.
+        head: work of the head, in blocks.
+    """
+    tried = [depth, *(min(SHORT_LIST, depth - turn) for turn in range(1, count))]
+    # On average half of the blocks that are there lie above the one that is skipped.
+    costs = [each * ((depth - turn - 1) / 2 + head) for turn, each in enumerate(tried)]
+    return [cost / (depth + head) for cost in costs]
 
 
-def _logprobs(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """float32 [L, V]."""
-    return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+def _short_list(last: Mapping[int, float], depth: int) -> list[int]:
+    """The blocks that were missed least when they were tried last, in their order."""
+    return sorted(sorted(last, key=lambda number: last[number])[: min(SHORT_LIST, depth)])
+
+
+def _head_in_blocks(model: Any, texts: Sequence["_Text"]) -> float:
+    """Multiplications of the head for the rows of a text, over those of one block."""
+    blocks = blocks_of(model)
+    each = sum(p.numel() for p in blocks.parameters()) / len(blocks)
+    rows, tokens = sum(len(t.passes.rows) for t in texts), sum(t.passes.tokens for t in texts)
+    return model.get_output_embeddings().weight.numel() * rows / (each * tokens)
+
+
+def _kl(texts: Sequence["_Text"], without: Sequence[int], number: int) -> float:
+    """Mean over all rows of KL(whole || without), nats."""
+    total = sum(text.divergence(text.passes.without(without, number)) for text in texts)
+    return total / sum(len(text.passes.rows) for text in texts)
+
+
+class _Text:
+    """A batch of texts, and what the whole model says there."""
+
+    def __init__(self, model: Any, examples: Sequence[Example]):
+        self.passes = PartialPasses(model, examples)
+        self._p: list[Tensor] = []  # [rows, V] each
+        self._negentropy = 0.0
+        for z in self._logits(self.passes.without(())):
+            p = z.softmax(-1)
+            self._negentropy += _cross(p, z)
+            self._p.append(p)
+
+    def divergence(self, states: StudentStates) -> float:
+        """Sum over rows of KL(whole || states), nats."""
+        pairs = zip(self._p, self._logits(states))
+        return self._negentropy - sum(_cross(p, logits) for p, logits in pairs)
+
+    def _logits(self, states: StudentStates) -> Iterator[Tensor]:
+        """float32 [rows, V] of all rows, some at a time."""
+        for part in self.passes.rows.split(ROWS_AT_ONCE):
+            yield states.head.logits(states.final[part]).float()
+
+
+def _cross(p: Tensor, logits: Tensor) -> float:
+    """Sum over rows and words of p * log softmax(logits)."""
+    rows = torch.einsum("nv,nv->n", p, logits) - logits.logsumexp(-1)
+    return float(rows.sum(dtype=torch.float64))

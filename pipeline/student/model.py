@@ -135,13 +135,18 @@ def _check_origin(
 
 def _origin(student: Student, teacher: Teacher) -> dict:
     if student.init in TAKES_WEIGHTS:
-        return teacher_facts(_named(student, teacher))
+        return source_facts(student, teacher)
     return {"model": student.model}
+
+
+def source_facts(student: Student, teacher: Teacher) -> dict:
+    """Identity of the model that a student is cut from."""
+    return teacher_facts(_named(student, teacher))
 
 
 def _named(student: Student, teacher: Teacher) -> Teacher:
     """The model whose weights a student takes over."""
-    return Teacher(model=student.model) if student.model else teacher
+    return Teacher(model=student.model).named_by("[student] model") if student.model else teacher
 
 
 def load_source(student: Student, teacher: Teacher) -> Any:

@@ -40,12 +40,10 @@ def config_source(student: Student, teacher: Teacher | None, initial: Path) -> s
         return None
     if student.init == "config":
         return student.model or None
-    named = student.model or (teacher.model if teacher else "")
-    if not named:
-        return None
-    return str(
-        model_directory((teacher or Teacher(model=named)).model_copy(update={"model": named}))
-    )
+    if student.model:
+        given = (teacher or Teacher(model="")).model_copy(update={"model": student.model})
+        return str(model_directory(given.named_by("[student] model")))
+    return str(model_directory(teacher)) if teacher else None
 
 
 def skeleton(source: str) -> Any:

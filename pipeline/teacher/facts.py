@@ -85,65 +85,65 @@ def model_shape(teacher: Teacher) -> ModelShape:
         raise TeacherError(
             f"is not a decoder language model ({error})",
             where=teacher.model,
-            remedy="Name a causal or image-text language model under [teacher].",
+            remedy=f"Name a causal or image-text language model with {teacher.name_given_as}.",
         ) from None
 
 
 def model_directory(teacher: Teacher) -> Path:
     """The directory of a teacher: as given, or where the hub client keeps it."""
-    return _resolve(teacher.model, teacher.revision)
+    return _resolve(teacher.model, teacher.revision, teacher.name_given_as)
 
 
 def settings_directory(teacher: Teacher) -> Path:
     """The same directory where nobody needs its weights, which are not fetched for it: config,
     tokenizer and processor are there."""
-    return _resolve(teacher.model, teacher.revision, without=WEIGHT_PATTERNS)
+    return _resolve(teacher.model, teacher.revision, teacher.name_given_as, WEIGHT_PATTERNS)
 
 
 @cache
-def _resolve(model: str, revision: str, without: tuple[str, ...] = ()) -> Path:
+def _resolve(model: str, revision: str, named_by: str, without: tuple[str, ...] = ()) -> Path:
     if (path := Path(model)).is_dir():
-        return _with_config(path)
+        return _with_config(path, named_by)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise TeacherError(
             "no such directory",
             expected="a directory with config.json and weights, or a hub id like 'org/name'",
             where=model,
-            remedy="Check [teacher] model.",
+            remedy=f"Check {named_by}.",
         )
-    return _from_hub(model, revision, without)
+    return _from_hub(model, revision, named_by, without)
 
 
-def _from_hub(model: str, revision: str, without: tuple[str, ...]) -> Path:
+def _from_hub(model: str, revision: str, named_by: str, without: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
     left_out = list(without) or None
     try:
         found = snapshot_download(model, revision=revision or None, ignore_patterns=left_out)
-        return _with_config(Path(found))
+        return _with_config(Path(found), named_by)
     except TeacherError:
         raise
     except Exception as error:
         raise TeacherError(
             f"is neither a directory nor to be had from the hub ({type(error).__name__}: {error})",
             where=model,
-            remedy="Check the name, the network and HF_HUB_OFFLINE, or give a local directory.",
+            remedy=f"Check {named_by}, the network and HF_HUB_OFFLINE, or give a local directory.",
         ) from None
 
 
-def _with_config(path: Path) -> Path:
+def _with_config(path: Path, named_by: str) -> Path:
     if (path / ADAPTER_CONFIG).is_file():  # transformers would apply it unasked, and vLLM would not
         raise TeacherError(
             "holds a PEFT adapter",
             expected="a model alone",
             where=str(path),
-            remedy="Name the adapter's directory as [teacher] adapter, and its base as model.",
+            remedy=f"Name its base with {named_by}, and its directory as [teacher] adapter.",
         )
     if not (path / "config.json").is_file():
         raise TeacherError(
             "config.json is missing",
             where=str(path),
-            remedy="Point [teacher] model at a Hugging Face model directory.",
+            remedy=f"Point {named_by} at a Hugging Face model directory.",
         )
     return path
 
