@@ -1,17 +1,29 @@
 """A run file for somebody's data: it is valid, what is in it follows from the data, and it runs."""
 
 import json
+import math
+import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
+from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline import config
+from stillroom.pipeline.beginning import trial
 from stillroom.pipeline.beginning.choices import choose
 from stillroom.pipeline.beginning.run_text import wish
-from stillroom.pipeline.beginning.sampling import sample
+from stillroom.pipeline.beginning.sampling import Sample, sample
+from stillroom.pipeline.beginning.trial import BLOCK, Line, Speeds, speeds
 from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.config.training import Student
+from stillroom.pipeline.student.memory import numbers_in
+from stillroom.pipeline.student.skeleton import config_source
 from stillroom.stages.__main__ import run as command
 from stillroom.stages.whole_run import commands
+
+SPEEDS = Speeds(Line(0.01, 0.001), Line(0.04, 0.005), Line(0.2, 0.1))
+"""Of a made-up machine: seconds a token, and a step."""
 
 
 @pytest.fixture
@@ -81,7 +93,7 @@ def test_the_window_fits_the_examples_and_the_context(chats, tiny_llama):
     found = sample(chats, teacher)
     assert found.whole
     assert found.documents == len(found.lengths) == 40
-    made = choose(found, teacher, 1 / 3)
+    made = choose(found, teacher, 1 / 3, SPEEDS)
     assert made.window >= found.share(0.99)
     assert made.window & (made.window - 1) == 0
     assert made.steps * made.batch_tokens >= 0.9 * found.tokens
@@ -117,3 +129,127 @@ def test_a_third_of_the_blocks_is_a_number_that_goes(blocks, gone):
     table = tomllib.loads(wish("third", blocks).table)
     assert table["leave_out"] == gone
     assert wish("third", blocks).kept == (blocks - gone) / blocks
+
+
+def of_lengths(*lengths: int) -> Sample:
+    """A sample of examples of so many tokens."""
+    return Sample(len(lengths), True, tuple(sorted(lengths)), sum(lengths), 1.0, ())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "steps", "epochs"),
+    [
+        ([74] * 40, 100, 9.6),  # few: smaller steps, and ten epochs at most
+        ([10] * 12, 8, 9.5),  # next to nothing
+        ([300] * 400, 100, 1.9),  # smaller steps suffice
+        ([300] * 4000, 528, 1.0),
+    ],
+)
+def test_few_data_are_not_read_over_and_over(lengths, steps, epochs, tiny_llama):
+    made = choose(of_lengths(*lengths), Teacher(model=str(tiny_llama)), 1 / 3, SPEEDS)
+    assert (made.steps, round(made.epochs, 1)) == (steps, epochs)
+
+
+def test_epochs_are_printed_and_many_are_warned_of(chats, tiny_llama, capsys):
+    assert command(["init", chats, "--teacher", str(tiny_llama), "--to", "few.toml"]) == 0
+    said = capsys.readouterr()
+    line = next(one for one in said.out.splitlines() if "stillroom train few.toml" in one)
+    epochs = float(line.split(" steps, ")[1].split(" epochs")[0])
+    assert 4 < epochs <= 10
+    assert f"read them {epochs:.1f} times over" in " ".join(said.err.split())
+    assert f"{epochs:.1f} epochs of the data" in Path("few.toml").read_text()
+    enough = [json.dumps({"text": f"{n} " + "so it goes on " * 200}) for n in range(300)]
+    Path("enough.jsonl").write_text("\n".join(enough))
+    assert command(["init", "enough.jsonl", "--teacher", str(tiny_llama)]) == 0
+    assert "times over" not in capsys.readouterr().err
+
+
+def test_a_broken_last_line_is_said_as_prepare_says_it(chats, tiny_llama, capsys):
+    whole = Path(chats).read_text()
+    Path(chats).write_text(whole + whole.splitlines()[0][:30])
+    assert command(["init", chats, "--teacher", str(tiny_llama), "--to", "my.toml"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert command(["prepare", "my.toml"]) == 2
+    refused = " ".join(capsys.readouterr().err.split()).split("error: ")[1]
+    assert f"{chats}:41: is not JSON" in refused
+    assert f"warning: {refused}" in said
+    assert "`stillroom prepare my.toml` stops at rows that cannot be used (1)" in said
+    text = Path("my.toml").read_text()
+    Path("my.toml").write_text(text.replace("[prepare]", '[prepare]\non_error = "skip"'))
+    assert command(["prepare", "my.toml"]) == 0  # what was advised works
+
+
+@pytest.mark.parametrize("name", ["Instructx", "./nowhere"])
+def test_a_teacher_that_is_not_there_is_called_what_the_person_called_it(chats, name, capsys):
+    assert command(["init", chats, "--teacher", name]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{name}: no such directory" in said
+    assert "Check --teacher." in said
+    assert "[teacher]" not in said
+
+
+def test_a_model_is_called_what_named_it(tiny_llama, tmp_path):
+    for student, named in (
+        (Student(init="model", model="./nowhere"), "[student] model"),
+        (Student(), "[teacher] model"),
+    ):
+        with pytest.raises(TeacherError, match=f"Check {re.escape(named)}"):
+            config_source(student, Teacher(model="./neither"), tmp_path)
+    assert Teacher(model="a").named_by("--teacher").model_dump() == Teacher(model="a").model_dump()
+
+
+def test_asking_before_training_says_what_to_run(chats, tiny_llama, capsys):
+    assert command(["init", chats, "--teacher", str(tiny_llama), "--to", "my.toml"]) == 0
+    capsys.readouterr()
+    assert command(["ask", "my.toml", "Who?"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "this run has no trained student yet" in said
+    assert "`stillroom run`" in said
+    assert "before" not in said
+
+
+def test_estimates_are_what_was_tried_times_what_is_done(tiny_llama):
+    made = choose(of_lengths(*[100] * 100), Teacher(model=str(tiny_llama)), 2 / 3, SPEEDS, 1)
+    step = made.batch_tokens * (0.04 + 2 * 0.005) + 0.2 + 2 * 0.1
+    assert made.minutes["train"] == pytest.approx(made.steps * step / 60)
+    assert made.minutes["capture"] == pytest.approx(1 + 9000 * 0.013 / 60)
+    # Each of three blocks is skipped once: one block on average is left to compute, and the head.
+    passes = 3 * (1 + 10) / (3 + 10)
+    assert made.minutes["student"] == pytest.approx(passes * 256 * 0.013 / 60)
+    assert made.minutes["evaluate"] == pytest.approx(1000 * (0.013 + 2 * 0.012) / 60)
+
+
+class MadeUpClock:
+    """Pieces of work take what it is told, the last time over and over."""
+
+    def __init__(self, *seconds: float):
+        self.left, self.now, self.reading = list(seconds), 0.0, False
+
+    def __call__(self) -> float:
+        if self.reading:
+            self.now += self.left.pop(0)
+        self.reading = not self.reading
+        return self.now
+
+
+def test_a_trial_tells_blocks_from_the_rest(tiny_llama):
+    numbers = numbers_in(tiny_llama)
+    block = sum(count for name, count in numbers.items() if BLOCK.search(name)) / 3
+    further = int(min(3, 1 + math.ceil(sum(numbers.values()) / block - 3))) - 1
+    # One block, then more: forward, step and update, each twice, of which the faster counts.
+    one = (512.0, 256.0, 1024.0, 2048.0, 3.0, 2.0)
+    more = (1024.0, 512.0, 2048.0, 1536.0, 3.0, 4.0)
+    found = speeds(Teacher(model=str(tiny_llama)), MadeUpClock(*one, *more))
+    assert found.tried
+    assert found.forward.of(1) == pytest.approx(1.0)
+    assert found.forward.block == pytest.approx(1.0 / further)
+    assert found.step.of(1) == pytest.approx(4.0)
+    assert found.step.of(1 + further) == pytest.approx(6.0)
+    assert found.update.of(1 + further) == pytest.approx(3.0)
+
+
+def test_what_cannot_be_tried_is_reckoned(tiny_llama, monkeypatch, chats, capsys):
+    monkeypatch.setattr(trial, "room_on", lambda _device: 0)
+    assert not speeds(Teacher(model=str(tiny_llama))).tried
+    assert command(["init", chats, "--teacher", str(tiny_llama)]) == 0
+    assert "reckoned, nothing was tried" in capsys.readouterr().out

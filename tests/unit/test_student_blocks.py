@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,19 @@ import torch
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.config.training import Student
 from stillroom.pipeline.evaluation.scores import mean_and_error
+from stillroom.pipeline.student.choosing_blocks import FILE, _Passes
 from stillroom.pipeline.student.leaving_out import least_missed
 from stillroom.pipeline.student.loading import load
+from stillroom.pipeline.student.partial_passes import PartialPasses, batches
 from stillroom.pipeline.student.pruning import prune_layers
+from stillroom.pipeline.student.sameness import logits_of, skipped
 from stillroom.pipeline.student.states import blocks_of
 from stillroom.stages.__main__ import run as command
+from stillroom.stages.progress_line import Pace
 from tests import memory_cache
 from tests.tiny_models import save_llama
+
+EXAMPLES = memory_cache.examples(4)
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +48,113 @@ def kl_of_pruned(model, texts, keep) -> float:
 
 def test_the_block_that_goes_first_is_missed_least(model):
     texts = memory_cache.examples(3)
-    passes = []
-    gone = least_missed(model, texts, 2, lambda done, total: passes.append((done, total)))
+    gone = least_missed(model, texts, 2)
     alone = {n: kl_of_pruned(model, texts, [k for k in range(4) if k != n]) for n in range(4)}
     assert gone[0].block == min(alone, key=alone.__getitem__)
     assert gone[0].kl == pytest.approx(alone[gone[0].block], rel=1e-3)
     left = [n for n in range(4) if n not in (gone[0].block, gone[1].block)]
     assert gone[1].kl == pytest.approx(kl_of_pruned(model, texts, left), rel=1e-3)
-    assert passes[-1] == (7, 7)
+
+
+def test_texts_of_all_lengths_are_measured_as_each_by_itself(model):
+    """Side by side they are padded, on the right, where a causal model does not look."""
+    texts = [replace(one, token_ids=one.token_ids[:n]) for one, n in zip(EXAMPLES, (24, 20, 9, 8))]
+    assert [len(group) for group in batches(texts)] == [2, 2]
+    (gone,) = least_missed(model, texts, 1)
+    keep = [n for n in range(4) if n != gone.block]
+    assert gone.kl == pytest.approx(kl_of_pruned(model, texts, keep), rel=1e-3)
+
+
+@torch.no_grad()
+def test_a_partial_pass_says_what_a_whole_one_does(model):
+    passes = PartialPasses(model, EXAMPLES[:2])
+    counted = []
+    hooks = [
+        block.mlp.register_forward_hook(lambda *_, n=n: counted.append(n))
+        for n, block in enumerate(blocks_of(model))
+    ]
+    passes.without((1,))
+    counted.clear()
+    found = passes.without((1,), 2).final
+    assert counted == [3]  # what lies below the block that goes is not computed again
+    for hook in hooks:
+        hook.remove()
+    with skipped([blocks_of(model)[n] for n in (1, 2)]):
+        expected = logits_of(model, passes._ids)
+    logits = model.lm_head(found).view(expected.shape)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+
+
+def test_blocks_that_tell_each_other_more_than_a_state_are_passed_through_whole(tmp_path):
+    talking = load(save_llama(tmp_path / "m", num_layers=4, seed=5)).eval()
+    speaks, hears = list(blocks_of(talking))[2:]
+    own = speaks.forward, hears.forward
+
+    def speak(hidden, **named):
+        hears.heard = hidden.mean()
+        return own[0](hidden, **named)
+
+    speaks.forward = speak
+    hears.forward = lambda hidden, **named: own[1](hidden + hears.heard, **named)
+    gone = least_missed(talking, EXAMPLES[:2], 2)
+    with torch.inference_mode():
+        passes = PartialPasses(talking, EXAMPLES[:2])
+        assert not passes._partial
+        with skipped([blocks_of(talking)[left.block] for left in gone]):
+            expected = logits_of(talking, passes._ids)
+        found = talking.lm_head(passes.without([left.block for left in gone]).final)
+    torch.testing.assert_close(found.view(expected.shape), expected)
+    assert speaks.forward is speak  # as it was
+
+
+def test_time_left_does_not_rise_while_blocks_are_measured(tmp_path):
+    """By a clock that goes forward by the blocks that are computed."""
+    deep = load(save_llama(tmp_path / "m", num_layers=10, vocab_size=300, seed=5)).eval()
+    clock, told, pace = [0.0], [], Pace(0.0)
+
+    def tick(*_):
+        clock[0] += 1.0
+
+    def note(done, total):
+        pace.note(clock[0], done, total)
+        told.append((total, clock[0], pace.left(clock[0])))
+
+    for block in blocks_of(deep):
+        block.mlp.register_forward_hook(tick)
+    least_missed(deep, EXAMPLES[:1], 7, note)
+    assert len({total for total, _, _ in told}) == 1  # known from the beginning
+    ahead = [(clock[0] - at, left) for _, at, left in told if left is not None]
+    assert len(ahead) > 20
+    assert all(left < 1.6 * really + 5 for really, left in ahead)
+
+
+def test_an_interruption_keeps_what_was_measured(model):
+    kept: dict = {}
+
+    def stop_after_five(gone, kl):
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+        kept[gone] = kl
+
+    with pytest.raises(KeyboardInterrupt):
+        least_missed(model, EXAMPLES[:2], 3, on_measured=stop_after_five)
+    again = []
+    gone = least_missed(model, EXAMPLES[:2], 3, None, kept, lambda key, _: again.append(key))
+    whole: dict = {}
+    assert gone == least_missed(model, EXAMPLES[:2], 3, on_measured=whole.__setitem__)
+    assert set(again) == set(whole) - set(kept)
+    assert len(kept) == 5
+
+
+def test_passes_of_another_text_are_not_taken(tiny_llama, tmp_path):
+    teacher = {"architecture": "A"}
+    first = _Passes(tmp_path / FILE, teacher, EXAMPLES[:2])
+    first.add((1,), 0.5)
+    assert _Passes(tmp_path / FILE, teacher, EXAMPLES[:2]).known == {(1,): 0.5}
+    assert _Passes(tmp_path / FILE, teacher, EXAMPLES[1:3]).known == {}
+    assert _Passes(tmp_path / FILE, {"architecture": "B"}, EXAMPLES[:2]).known == {}
+    (tmp_path / FILE).write_text('{"of": ')
+    assert _Passes(tmp_path / FILE, teacher, EXAMPLES[:2]).known == {}
 
 
 def test_no_block_would_be_left(model):
