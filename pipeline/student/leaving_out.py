@@ -20,7 +20,7 @@ from stillroom.pipeline.record import Example
 from stillroom.pipeline.student.partial_passes import PartialPasses, batches
 from stillroom.pipeline.student.states import StudentStates, blocks_of
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[float, float], None]
 Measured = Callable[[tuple[int, ...], float], None]
 SHORT_LIST = 5
 """Blocks that are tried for every choice after the first; runbooks/70-students.md has figures."""
@@ -70,12 +70,16 @@ def least_missed(
         )
     texts = [_Text(model, group) for group in batches(examples)]
     found, tell = dict(known or {}), on_measured or (lambda _gone, _kl: None)
-    work = rounds(depth, count, _head_in_blocks(model, texts))
+    head = _head_in_blocks(model, texts)
+    work = rounds(depth, count, head)
     gone: list[LeftOut] = []
     last: dict[int, float] = {}
     for turn in range(count):
         without = [left.block for left in gone]
         tried = _short_list(last, depth) if turn else list(range(depth))
+        costs = [
+            head + sum(n > number for n in range(depth) if n not in without) for number in tried
+        ]
         for place, number in enumerate(tried):
             key = tuple(sorted([*without, number]))
             if key not in found:
@@ -83,8 +87,8 @@ def least_missed(
                 tell(key, found[key])
             last[number] = found[key]
             if on_progress is not None:
-                done = sum(work[:turn]) + (place + 1) / len(tried) * work[turn]
-                on_progress(round(done), round(sum(work)))
+                part = sum(costs[: place + 1]) / sum(costs)
+                on_progress(round(sum(work[:turn]) + part * work[turn], 1), round(sum(work), 1))
         best = min(tried, key=lambda number: last[number])
         gone.append(LeftOut(best, last.pop(best)))
     return gone

@@ -16,7 +16,7 @@ from stillroom.stages import __main__ as shell
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "runbooks").rglob("*.md"))]
 BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?:sh|bash)\n(?P<text>.*?)^```$", re.M | re.S
+    r"(?:^ *<!-- (?P<mark>[^\n]*?) -->\n)?^ *```(?:sh|bash)\n(?P<text>.*?)^ *```$", re.M | re.S
 )
 MARK = re.compile(
     r"runs(?: in a scratch directory, with a tiny teacher)?|covered: (?P<tests>.+)|not run: .{10,}"
@@ -36,6 +36,15 @@ def test_every_command_block_runs_or_says_why_not():
     unmarked = [(where, text) for where, mark, text in blocks() if not MARK.fullmatch(mark)]
     assert unmarked == []
     assert len(blocks()) > 20
+
+
+def test_commands_stand_in_blocks_that_are_known_as_such():
+    """A block without a language is looked at by nobody."""
+    for path in PAGES:
+        inside = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", path.read_text(), re.M | re.S)
+        for language, text in inside:
+            typed = re.search(r"^ *(stillroom|pip|torchrun|make|python -m) ", text, re.M)
+            assert language or not typed, (path.name, text)
 
 
 def test_the_tests_that_cover_a_block_exist_and_name_its_verbs():

@@ -58,7 +58,7 @@ def test_the_block_that_goes_first_is_missed_least(model):
 
 def test_texts_of_all_lengths_are_measured_as_each_by_itself(model):
     """Side by side they are padded, on the right, where a causal model does not look."""
-    texts = [replace(one, token_ids=one.token_ids[:n]) for one, n in zip(EXAMPLES, (24, 20, 9, 8))]
+    texts = [replace(one, token_ids=one.token_ids[:n]) for one, n in zip(EXAMPLES, (22, 6, 20, 6))]
     assert [len(group) for group in batches(texts)] == [2, 2]
     (gone,) = least_missed(model, texts, 1)
     keep = [n for n in range(4) if n != gone.block]
@@ -109,13 +109,14 @@ def test_blocks_that_tell_each_other_more_than_a_state_are_passed_through_whole(
 
 def test_time_left_does_not_rise_while_blocks_are_measured(tmp_path):
     """By a clock that goes forward by the blocks that are computed."""
-    deep = load(save_llama(tmp_path / "m", num_layers=10, vocab_size=300, seed=5)).eval()
+    deep = load(save_llama(tmp_path / "m", num_layers=10, seed=5)).eval()
     clock, told, pace = [0.0], [], Pace(0.0)
 
     def tick(*_):
         clock[0] += 1.0
 
     def note(done, total):
+        tick()  # the head is about one block here
         pace.note(clock[0], done, total)
         told.append((total, clock[0], pace.left(clock[0])))
 
@@ -125,7 +126,7 @@ def test_time_left_does_not_rise_while_blocks_are_measured(tmp_path):
     assert len({total for total, _, _ in told}) == 1  # known from the beginning
     ahead = [(clock[0] - at, left) for _, at, left in told if left is not None]
     assert len(ahead) > 20
-    assert all(left < 1.6 * really + 5 for really, left in ahead)
+    assert all(left < 1.3 * really + 5 for really, left in ahead)
 
 
 def test_an_interruption_keeps_what_was_measured(model):
