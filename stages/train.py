@@ -140,13 +140,14 @@ def student(
     ] = 0,
     tokens: Annotated[
         int, typer.Option(min=2, help="Of the corpus, to measure on with --leave-out.")
-    ] = 2048,
+    ] = 256,
     as_json: AsJson = False,
 ) -> None:
     """Make the untrained student, so that training never needs the teacher."""
     from stillroom.pipeline import config
-    from stillroom.pipeline.student.choosing_blocks import with_blocks_chosen
+    from stillroom.pipeline.student.choosing_blocks import FILE, with_blocks_chosen
     from stillroom.pipeline.student.model import initial_student
+    from stillroom.pipeline.student.saving import RECEIPT
 
     run = config.load(run_file)
     if leave_out:
@@ -154,6 +155,8 @@ def student(
         return
     settings = config.require(run.student, "student", str(run_file))
     initial = run.path("student-initial")
+    if settings.leave_out and not (initial / RECEIPT).exists():
+        say(f"every pass is kept in {run.path(FILE)}; after an interruption run again to go on")
     with progress("measure blocks", "passes") as report:
         chosen = with_blocks_chosen(settings, run.teacher, run.path("corpus"), initial, report)
     if chosen != settings:

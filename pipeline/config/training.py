@@ -43,10 +43,11 @@ class Student(Table):
     leave_out: int = Field(default=0, ge=0)
     """`prune_layers`: keep all but this many blocks instead, those that the teacher misses least.
     That is measured once, on the prepared corpus, when the student is made: the answers' KL with
-    every block skipped in turn, again after each that goes."""
+    every block skipped in turn; after each that goes again, with the few that were missed least.
+    Every pass is kept in `<directory>/blocks-measured.json`."""
     leave_out_tokens: int = Field(default=256, ge=2)
-    """Text that `leave_out` is measured on, by about leave_out x (blocks - leave_out / 2) forward
-    passes of the teacher."""
+    """Text that `leave_out` is measured on, whole examples; the work is about that of three passes
+    of the teacher for every block that goes."""
     keep_intermediate: float = Field(default=0.5, gt=0, le=1)
     """`prune_width`: share of each MLP's inner units that stays, those of largest weight norm."""
     keep_heads: float = Field(default=1.0, gt=0, le=1)

@@ -143,7 +143,7 @@ def test_a_cache_by_other_tools(caches, follow):
     follow("runbooks/42-a-cache-without-stillroom.md", names)
     ids, states = names["rows"]["topk_ids"], names["states"]
     assert len(ids[0][0]) == 8
-    assert states.shape[0] == len(ids)
+    assert states.shape[0] >= len(ids)  # the rows are of one shard
     assert np.isfinite(names["bf16"](states[0])).all()
 
 

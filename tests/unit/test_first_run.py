@@ -253,3 +253,19 @@ def test_what_cannot_be_tried_is_reckoned(tiny_llama, monkeypatch, chats, capsys
     assert not speeds(Teacher(model=str(tiny_llama))).tried
     assert command(["init", chats, "--teacher", str(tiny_llama)]) == 0
     assert "reckoned, nothing was tried" in capsys.readouterr().out
+
+
+def likeness(line: str) -> str:
+    """A line without its figures and the width of its columns."""
+    plain = re.sub(r"under a minute|\d+ min", "N min", line)
+    return re.sub(r"[━─]+", "━", re.sub(r" +", " ", re.sub(r"\d[\d,.]*", "N", plain)))
+
+
+def test_the_transcript_in_the_readme_is_what_is_printed(chats, tiny_llama, capsys):
+    Path(chats).rename("my.jsonl")
+    assert command(["init", "my.jsonl", "--teacher", str(tiny_llama)]) == 0
+    said = capsys.readouterr()
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (shown,) = re.findall(r"```\n(trying how fast.*?)```", text, re.S)
+    printed = [*said.err.splitlines(), *said.out.splitlines()]  # two streams of one terminal
+    assert sorted(map(likeness, shown.splitlines())) == sorted(map(likeness, printed))
