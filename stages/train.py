@@ -140,7 +140,7 @@ def student(
     ] = 0,
     tokens: Annotated[
         int, typer.Option(min=2, help="Of the corpus, to measure on with --leave-out.")
-    ] = 256,
+    ] = 512,
     as_json: AsJson = False,
 ) -> None:
     """Make the untrained student, so that training never needs the teacher."""

@@ -33,7 +33,7 @@ SHAPE = (2, 128)
 """Texts and tokens of each, of a trial."""
 K, DRAWS = 12, 28
 """Ids and draws of a row, about those of a default capture."""
-TRIES = 2
+TRIES = 3
 """After one that only warms up; the faster counts, so that other work counts for little."""
 PER_WEIGHT = {"forward": 2, "step": 6}
 """Operations per token and weight: a forward pass; a forward and a backward pass."""

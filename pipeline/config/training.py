@@ -45,7 +45,7 @@ class Student(Table):
     That is measured once, on the prepared corpus, when the student is made: the answers' KL with
     every block skipped in turn; after each that goes again, with the few that were missed least.
     Every pass is kept in `<directory>/blocks-measured.json`."""
-    leave_out_tokens: int = Field(default=256, ge=2)
+    leave_out_tokens: int = Field(default=512, ge=2)
     """Text that `leave_out` is measured on, whole examples; the work is about that of three passes
     of the teacher for every block that goes."""
     keep_intermediate: float = Field(default=0.5, gt=0, le=1)

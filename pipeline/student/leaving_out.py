@@ -68,27 +68,17 @@ def least_missed(
         raise StudentError(
             f"{count} blocks to leave out", expected=f"1 to {depth - 1}", where="leave_out"
         )
-    texts = [_Text(model, group) for group in batches(examples)]
-    found, tell = dict(known or {}), on_measured or (lambda _gone, _kl: None)
-    head = _head_in_blocks(model, texts)
-    work = rounds(depth, count, head)
+    judge = _Judge(model, examples, known or {}, on_measured)
+    work = _Work(depth, count, judge.head, on_progress)
     gone: list[LeftOut] = []
     last: dict[int, float] = {}
     for turn in range(count):
         without = [left.block for left in gone]
         tried = _short_list(last, depth) if turn else list(range(depth))
-        costs = [
-            head + sum(n > number for n in range(depth) if n not in without) for number in tried
-        ]
-        for place, number in enumerate(tried):
-            key = tuple(sorted([*without, number]))
-            if key not in found:
-                found[key] = _kl(texts, without, number)
-                tell(key, found[key])
-            last[number] = found[key]
-            if on_progress is not None:
-                part = sum(costs[: place + 1]) / sum(costs)
-                on_progress(round(sum(work[:turn]) + part * work[turn], 1), round(sum(work), 1))
+        work.begins(turn, tried, without)
+        for number in tried:
+            last[number] = judge.kl(without, number)
+            work.goes_on()
         best = min(tried, key=lambda number: last[number])
         gone.append(LeftOut(best, last.pop(best)))
     return gone
@@ -113,18 +103,55 @@ def _short_list(last: Mapping[int, float], depth: int) -> list[int]:
     return sorted(sorted(last, key=lambda number: last[number])[: min(SHORT_LIST, depth)])
 
 
-def _head_in_blocks(model: Any, texts: Sequence["_Text"]) -> float:
-    """Multiplications of the head for the rows of a text, over those of one block."""
-    blocks = blocks_of(model)
-    each = sum(p.numel() for p in blocks.parameters()) / len(blocks)
-    rows, tokens = sum(len(t.passes.rows) for t in texts), sum(t.passes.tokens for t in texts)
-    return model.get_output_embeddings().weight.numel() * rows / (each * tokens)
+class _Work:
+    """How much is done, in passes of the whole model, of a total that is known from the beginning:
+    inside a choice by the blocks that each pass computes, over all choices by their mean."""
+
+    def __init__(self, depth: int, count: int, head: float, tell: Progress | None):
+        self._depth, self._head, self._tell = depth, head, tell
+        self._rounds = rounds(depth, count, head)
+
+    def begins(self, turn: int, tried: Sequence[int], without: Sequence[int]) -> None:
+        """A choice among `tried`, beside the blocks `without`."""
+        self._before, self._own = sum(self._rounds[:turn]), self._rounds[turn]
+        left = [n for n in range(self._depth) if n not in without]
+        self._costs = [self._head + sum(n > number for n in left) for number in tried]
+        self._tried = 0
+
+    def goes_on(self) -> None:
+        """One more is tried."""
+        self._tried += 1
+        if self._tell is not None:
+            part = sum(self._costs[: self._tried]) / sum(self._costs)
+            done = self._before + part * self._own
+            self._tell(round(done, 1), round(sum(self._rounds), 1))
 
 
-def _kl(texts: Sequence["_Text"], without: Sequence[int], number: int) -> float:
-    """Mean over all rows of KL(whole || without), nats."""
-    total = sum(text.divergence(text.passes.without(without, number)) for text in texts)
-    return total / sum(len(text.passes.rows) for text in texts)
+class _Judge:
+    """KL of a model to itself without some blocks, each measured once.
+
+    Attributes:
+        head: multiplications of the head for the rows of a text, over those of one block.
+    """
+
+    def __init__(self, model: Any, examples: Sequence[Example], known, tell: Measured | None):
+        self._texts = [_Text(model, group) for group in batches(examples)]
+        self._known, self._tell = dict(known), tell
+        blocks, head = blocks_of(model), model.get_output_embeddings().weight.numel()
+        each = sum(p.numel() for p in blocks.parameters()) / len(blocks)
+        tokens = sum(text.passes.tokens for text in self._texts)
+        self._rows = sum(len(text.passes.rows) for text in self._texts)
+        self.head = head * self._rows / (each * tokens)
+
+    def kl(self, without: Sequence[int], number: int) -> float:
+        """Mean over all rows of KL(whole || without those and `number`), nats."""
+        key = tuple(sorted([*without, number]))
+        if key not in self._known:
+            parts = [t.divergence(t.passes.without(without, number)) for t in self._texts]
+            self._known[key] = sum(parts) / self._rows
+            if self._tell is not None:
+                self._tell(key, self._known[key])
+        return self._known[key]
 
 
 class _Text:
