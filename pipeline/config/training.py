@@ -43,7 +43,7 @@ class Student(Table):
     leave_out: int = Field(default=0, ge=0)
     """`prune_layers`: keep all but this many blocks instead, those that the teacher misses least.
     That is measured once, on the prepared corpus, when the student is made: the answers' KL with
-    every block skipped in turn; after each that goes again, with the few that were missed least.
+    every block skipped in turn; after each that goes again, with the few that added least.
     Every pass is kept in `<directory>/blocks-measured.json`."""
     leave_out_tokens: int = Field(default=512, ge=2)
     """Text that `leave_out` is measured on, whole examples; the work is about that of three passes

@@ -4,8 +4,8 @@ One idea: a block is worth the KL that the teacher's own answers move by when it
 blocks that are left out are taken one at a time, each time the one that is missed least beside
 those already gone (ShortGPT, arXiv 2403.03853, ranks once by how little a block turns its input;
 here the answers themselves are compared, again after every choice). The first choice tries every
-block, each later one only the few that were missed least when they were tried last: a block that
-the teacher cannot do without is not tried again. Nothing is cut here.
+block, each later one only the few that added least when they were tried last: a block that the
+teacher cannot do without is not tried again. Nothing is cut here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from stillroom.pipeline.student.states import StudentStates, blocks_of
 
 Progress = Callable[[float, float], None]
 Measured = Callable[[tuple[int, ...], float], None]
-SHORT_LIST = 5
+SHORT_LIST = 6
 """Blocks that are tried for every choice after the first; runbooks/70-students.md has figures."""
 ROWS_AT_ONCE = 256
 """Rows of logits in memory beside the whole model's probabilities."""
@@ -71,16 +71,17 @@ def least_missed(
     judge = _Judge(model, examples, known or {}, on_measured)
     work = _Work(depth, count, judge.head, on_progress)
     gone: list[LeftOut] = []
-    last: dict[int, float] = {}
+    last: dict[int, float] = {}  # KL that a block added when it was tried last
     for turn in range(count):
-        without = [left.block for left in gone]
+        without, so_far = [left.block for left in gone], gone[-1].kl if gone else 0.0
         tried = _short_list(last, depth) if turn else list(range(depth))
         work.begins(turn, tried, without)
         for number in tried:
-            last[number] = judge.kl(without, number)
+            last[number] = judge.kl(without, number) - so_far
             work.goes_on()
         best = min(tried, key=lambda number: last[number])
-        gone.append(LeftOut(best, last.pop(best)))
+        gone.append(LeftOut(best, judge.kl(without, best)))
+        del last[best]
     return gone
 
 
@@ -99,7 +100,7 @@ def rounds(depth: int, count: int, head: float) -> list[float]:
 
 
 def _short_list(last: Mapping[int, float], depth: int) -> list[int]:
-    """The blocks that were missed least when they were tried last, in their order."""
+    """The blocks that added least when they were tried last, in their order."""
     return sorted(sorted(last, key=lambda number: last[number])[: min(SHORT_LIST, depth)])
 
 

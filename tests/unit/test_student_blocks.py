@@ -10,6 +10,7 @@ import torch
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.config.training import Student
 from stillroom.pipeline.evaluation.scores import mean_and_error
+from stillroom.pipeline.student import leaving_out
 from stillroom.pipeline.student.choosing_blocks import FILE, _Passes
 from stillroom.pipeline.student.leaving_out import least_missed
 from stillroom.pipeline.student.loading import load
@@ -145,6 +146,25 @@ def test_an_interruption_keeps_what_was_measured(model):
     assert gone == least_missed(model, EXAMPLES[:2], 3, on_measured=whole.__setitem__)
     assert set(again) == set(whole) - set(kept)
     assert len(kept) == 5
+
+
+def test_a_short_list_goes_by_what_a_block_adds(monkeypatch, tmp_path):
+    """Not by its KL beside those that were gone then: a block that was not tried for long would
+    stand before every fresh one."""
+    tried: list[tuple[int, ...]] = []
+    adds = [0.9, 0.5, 0.1, 0.2, 0.3, 0.8, 0.9, 0.9]
+
+    def kl(_judge, without, number):
+        tried.append((*without, number))
+        return sum(adds[n] for n in (*without, number))
+
+    monkeypatch.setattr(leaving_out, "SHORT_LIST", 2)
+    monkeypatch.setattr(leaving_out._Judge, "kl", kl)
+    deep = load(save_llama(tmp_path / "m", num_layers=8, seed=5)).eval()
+    gone = least_missed(deep, EXAMPLES[:1], 4)
+    assert [left.block for left in gone] == [2, 3, 4, 1]
+    assert gone[-1].kl == pytest.approx(1.1)
+    assert {one[-1] for one in tried if len(one) == 3} == {1, 4}
 
 
 def test_passes_of_another_text_are_not_taken(tiny_llama, tmp_path):
