@@ -71,7 +71,7 @@ def test_a_partial_pass_says_what_a_whole_one_does(model):
     passes = PartialPasses(model, EXAMPLES[:2])
     counted = []
     hooks = [
-        block.mlp.register_forward_hook(lambda *_, n=n: counted.append(n))
+        block.get_submodule("mlp").register_forward_hook(lambda *_, n=n: counted.append(n))
         for n, block in enumerate(blocks_of(model))
     ]
     passes.without((1,))
@@ -122,7 +122,7 @@ def test_time_left_does_not_rise_while_blocks_are_measured(tmp_path):
         told.append((total, clock[0], pace.left(clock[0])))
 
     for block in blocks_of(deep):
-        block.mlp.register_forward_hook(tick)
+        block.get_submodule("mlp").register_forward_hook(tick)
     least_missed(deep, EXAMPLES[:1], 7, note)
     assert len({total for total, _, _ in told}) == 1  # known from the beginning
     ahead = [(clock[0] - at, left) for _, at, left in told if left is not None]
