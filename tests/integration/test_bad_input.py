@@ -237,8 +237,7 @@ def test_a_checkpoint_that_lacks_blocks(job, refused, tmp_path):
     for engine in ("reference", "vllm"):
         message = "9 weights of LlamaForCausalLM are not in the checkpoint"
         refused(lambda e=engine: shell.run(["capture", str(job.file), "--engine", e]), message)
-        assert not list(job.directory.glob("cache/receipts/**/*.json"))
-        shutil.rmtree(job.directory / "cache")
+        assert not (job.directory / "cache").exists()  # nothing that another plan would meet
 
 
 ENDS = {
