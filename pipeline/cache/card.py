@@ -29,8 +29,8 @@ configs:
 
 # Teacher cache {digest}
 
-What a teacher said about {num_examples:,} examples, for training students without it. The table
-above is the index: one row per example, with the beginning of its text.
+What a teacher said about {num_examples:,} examples, for training students without it.
+{shown}
 
 | | |
 |---|---|
@@ -48,6 +48,10 @@ the teacher and of the text before you use or share it.
 - Index: any reader of Parquet, such as `SELECT * FROM 'index/*.parquet'` in DuckDB.
 - Examples: {examples}
 {more}"""
+SHOWS_INDEX = """The table above is the index: one row per example, with the beginning of its
+text."""
+SHOWS_ROWS = """The table above shows the first examples as a person reads them: tokens as words,
+the teacher's first guesses, its entropy."""
 PORTABLE = """Arrow files of plain columns: `polars.read_ipc`,
   `pyarrow.ipc.open_file("rows/000/000000.arrow").read_all()` or
   `datasets.load_dataset("arrow", data_files="rows/*/*.arrow")`. Row t of an example describes the
@@ -84,6 +88,7 @@ def card(plan: Plan) -> bytes:
         digest=plan.digest[:12],
         num_examples=plan.num_examples,
         size=size_category(plan.num_examples),
+        shown=SHOWS_INDEX,
         teacher=code_span(teacher + str(facts["teacher"].get("weights_sha256", "unknown"))[:16]),
         rows=code_span(", ".join(plan.row_signals) or "none"),
         dense=code_span(", ".join(plan.dense_signals) or "none"),

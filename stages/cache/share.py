@@ -16,7 +16,7 @@ from stillroom.stages.console import progress, put, say
 if TYPE_CHECKING:
     from stillroom.pipeline.cache.reader import TeacherCache
     from stillroom.pipeline.cache.sharing.copying import Copied
-    from stillroom.pipeline.cache.sharing.readable import About
+    from stillroom.pipeline.cache.sharing.published_card import About
     from stillroom.pipeline.cache.storage.protocol import Storage
 
 Target = Annotated[str, typer.Argument(help="Directory or URL.", metavar="TARGET")]
@@ -46,7 +46,7 @@ def push(
 ) -> None:
     """Copy a sealed cache to a bucket, directory or hub; the manifest travels last."""
     from stillroom.pipeline.cache.sharing import hub
-    from stillroom.pipeline.cache.sharing.readable import About
+    from stillroom.pipeline.cache.sharing.published_card import About
 
     source = location(cache)
     if target.startswith(hub.PROTOCOL):
@@ -180,32 +180,26 @@ def _publish(
             where=source,
             remedy="Pull it into a directory first, and push that.",
         )
-    beside = _beside(Path(source), about, str(tokenizer or ""), count)
+    if about.told or tokenizer:
+        hub.check_card_counts(target)
+    rows = _rows(Path(source), str(tokenizer), count) if tokenizer else b""
     with progress("verify", "shards") as report:
-        done = hub.push(Path(source), target, signals, report, beside)
+        done = hub.push(Path(source), target, signals, report, about, rows)
     _say_copied(done, target)
 
 
-def _beside(source: Path, about: "About", tokenizer: str, count: int) -> dict[str, bytes]:
-    """The card, and rows that a person can read where a tokenizer is named; nothing where nothing
-    was said about the cache."""
-    if about.says_nothing and not tokenizer:
-        return {}
-    from stillroom.pipeline.cache.card import README, card
+def _rows(source: Path, tokenizer: str, count: int) -> bytes:
+    """Rows that a person can read."""
     from stillroom.pipeline.cache.reader import TeacherCache
-    from stillroom.pipeline.cache.sharing.readable import FILE, published_card, readable_rows
+    from stillroom.pipeline.cache.sharing.readable import readable_rows
     from stillroom.pipeline.corpus.tokenizer import load_tokenizer, tokenizer_facts
     from stillroom.pipeline.training.run import check_tokenizer
 
-    cache, readme = TeacherCache.open(source), source / README
-    own = readme.read_bytes() if readme.is_file() else card(cache.plan)
-    found = {README: published_card(own, about, bool(tokenizer))}
-    if tokenizer:
-        check_tokenizer(tokenizer_facts(tokenizer), {"the cache": cache}, tokenizer)
-        words = load_tokenizer(tokenizer)
-        records = (cache.read(number, _readable(cache)) for number in range(len(cache)))
-        found[FILE] = readable_rows(records, words.decode, count)
-    return found
+    cache = TeacherCache.open(source)
+    check_tokenizer(tokenizer_facts(tokenizer), {"the cache": cache}, tokenizer)
+    words = load_tokenizer(tokenizer)
+    records = (cache.read(number, _readable(cache)) for number in range(len(cache)))
+    return readable_rows(records, words.decode, count)
 
 
 def _readable(cache: "TeacherCache") -> list[str]:

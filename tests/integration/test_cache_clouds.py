@@ -166,6 +166,24 @@ def test_what_a_person_sees_of_a_published_cache(tiny_llama, tmp_path):
     assert verify(DirectoryStorage(tmp_path / "got")).problems == []
 
 
+def test_a_second_push_keeps_the_card_of_the_first(cache):
+    """And what somebody wrote on it at the hub since; of a folder nothing can be said."""
+    repos, place = {}, "hf://datasets/owner/twice"
+    with fake_hub.serve(repos) as address:
+        first = stillroom(address, "push", str(cache.root), place, "--license", "mit")
+        files = repos["owner/twice"]["main"]
+        files["README.md"] += b"\nWritten at the hub.\n"
+        second = stillroom(address, "push", str(cache.root), place, "--language", "en")
+        folder = stillroom(address, "push", str(cache.root), f"{place}/sub", "--license", "mit")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    card = DatasetCard(files["README.md"].decode())
+    assert (card.data.license, card.data.language) == ("mit", ["en"])
+    assert "Written at the hub." in card.text
+    assert folder.returncode == 2
+    assert not any(name.startswith("sub/") for name in files)
+    assert "no card of a folder ('sub')" in folder.stderr
+
+
 def test_folders_that_a_hub_does_not_take(monkeypatch, cache):
     from stillroom.pipeline.cache.sharing import hub
 

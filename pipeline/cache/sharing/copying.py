@@ -19,6 +19,8 @@ from stillroom.pipeline.cache import partial
 from stillroom.pipeline.cache.card import README, card
 from stillroom.pipeline.cache.care.verification import Progress
 from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.cache.sharing.published_card import About, published_card
+from stillroom.pipeline.cache.sharing.readable import FILE
 from stillroom.pipeline.cache.storage.protocol import (
     TRIES,
     IsRight,
@@ -32,6 +34,7 @@ from stillroom.pipeline.cache.storage.snapshot import Snapshot, pinned
 PIECE_BYTES = 1 << 25
 """Bytes of one read; a broken connection costs at most this much."""
 LOGITS = "logits"
+NOTHING_MORE = About()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,11 @@ def copy(
             training step reads (tokens, masks, row signals) always travels.
         threads: shards in flight.
         readme: whether the source's README comes too, which nothing binds: right for a cache of
-            one's own. A stranger's may tell other tools to load other files, so without this the
-            copy gets a new one.
+            one's own; what people wrote on one at the target stays. A stranger's may tell other
+            tools to load other files, so without this the copy gets a new one.
 
     Raises:
-        CacheError: no such signal; no sealed cache at the source.
+        CacheError: no such signal; no sealed cache at the source; READMEs that contradict.
         ShardCorrupt: a file of the source is not what its manifest says.
         PlanMismatch: the target holds another cache.
         CacheIncomplete: the connection failed too often; the same copy again goes on.
@@ -99,6 +102,7 @@ def _copied(
     readme: bool,
 ) -> Copied:
     work = _Copy(cache, target, dense)
+    own = _card(cache, source, target) if readme else None
     fixed = sorted(cache.manifest.files.keys() - {layout.DENSE_GROUP})
     for name in [layout.PLAN, layout.CODEC, *fixed]:
         if _is_wanted(name, dense):
@@ -106,8 +110,8 @@ def _copied(
     with ThreadPoolExecutor(threads) as pool:
         for done, _ in enumerate(pool.map(work.shard, range(cache.plan.num_shards)), start=1):
             progress(done, cache.plan.num_shards)
-    if readme:
-        _copy_beside(source, target, README, lambda data: True)
+    if own:
+        target.replace(README, own)
     target.create(README, card(cache.plan))  # a person's own stays
     _copy_beside(source, target, layout.SIGNATURE, looks_like_a_document)
     with target.alone():  # another copy may be adding its signals
@@ -123,10 +127,22 @@ def _copied(
 def _copy_beside(source: Storage, target: Storage, name: str, is_right: IsRight) -> None:
     """A small file that the manifest does not bind; one that is too large, or a page of the server
     in its place, stays where it is."""
+    data = _small(source, name, is_right)
+    if data is not None:
+        target.replace(name, data)
+
+
+def _small(source: Storage, name: str, is_right: IsRight) -> bytes | None:
     with contextlib.suppress(FileNotFoundError, ShardCorrupt):
-        data = read_right(source, name, is_right) if source.size(name) else None
-        if data is not None:
-            target.replace(name, data)
+        return read_right(source, name, is_right) if source.size(name) else None
+    return None
+
+
+def _card(cache: TeacherCache, source: Storage, target: Storage) -> bytes | None:
+    """The source's README, with what people wrote on one that is at the target."""
+    own, there = (_small(end, README, lambda data: True) for end in (source, target))
+    has_rows = target.size(FILE) is not None
+    return published_card(cache.plan, own, there, NOTHING_MORE, has_rows, target.location)
 
 
 def _seal(target: Storage, manifest: bytes) -> None:

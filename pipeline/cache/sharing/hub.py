@@ -13,14 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stillroom.cache_schemas import layout
-from stillroom.cache_schemas.errors import CacheError, CacheIncomplete, ShardCorrupt, first_line
+from stillroom.cache_schemas.errors import (
+    CacheError,
+    CacheIncomplete,
+    ConfigError,
+    ShardCorrupt,
+    first_line,
+)
 from stillroom.cache_schemas.scrubbing import scrub
 from stillroom.pipeline.cache import partial
+from stillroom.pipeline.cache.card import README
 from stillroom.pipeline.cache.care.verification import Progress, verify
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.cache.sharing.copying import Copied, check_target, wanted
+from stillroom.pipeline.cache.sharing.published_card import About, published_card
+from stillroom.pipeline.cache.sharing.readable import FILE
 from stillroom.pipeline.cache.storage.bucket import BucketStorage
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
+from stillroom.pipeline.cache.storage.protocol import Storage
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
 PROTOCOL = "hf://"
 MOST_FILES = 10_000
 """Of one folder, by the hub's rules."""
+NOTHING = About()
 REFUSED = (401, 403, 404)
 """The hub's ways to say no rather than not now."""
 
@@ -37,28 +48,34 @@ def push(
     url: str,
     signals: list[str] | None = None,
     progress: Progress = lambda done, total: None,
-    beside: Mapping[str, bytes] | None = None,
+    about: About = NOTHING,
+    rows: bytes = b"",
 ) -> Copied:
-    """Publish a sealed cache; a data set that does not exist yet is made, private.
+    """Publish a sealed cache; a data set that does not exist yet is made, private. What people
+    wrote on its card there stays.
 
     Args:
         directory: holds the cache.
         url: `hf://datasets/OWNER/NAME`, with `@REVISION` and `/FOLDER` behind it where wanted.
         signals: dense signals to publish (`logits` alone means none); None takes all.
         progress: of the check that comes first, in shards.
-        beside: path -> content of what is published with the cache and is no part of it.
+        about: what the card says besides.
+        rows: a Parquet file for people, published with the cache and no part of it.
 
     Returns:
         All files of the published cache: the hub does not say which of them it had.
 
     Raises:
         CacheError: no such signal; no sealed cache; the hub refuses; a folder of more files than
-            it takes.
+            it takes; the cards here and there contradict each other.
+        ConfigError: something is said of a folder, whose card the hub does not read.
         ShardCorrupt: a file is not what the manifest says; nothing has been sent.
         PlanMismatch: another cache lies there.
         CacheIncomplete: the connection failed; the same push again goes on.
     """
     source, place = DirectoryStorage(directory), _parsed(url)
+    if about.told or rows:
+        check_card_counts(url)
     cache = TeacherCache.open(source)
     dense = wanted(cache, signals)
     found = verify(source, progress)
@@ -71,8 +88,41 @@ def push(
     _check_folders(directory)
     with _told(url):
         _make(place)
-        check_target(cache, BucketStorage(url))
-        return _upload(cache, directory, place, dense, beside or {})
+        target = BucketStorage(url)
+        check_target(cache, target)
+        return _upload(cache, directory, place, dense, _beside(cache, target, about, rows))
+
+
+def check_card_counts(url: str) -> None:
+    """Refuse to say something of a cache in a folder: a hub reads the card of the whole data set.
+
+    Raises:
+        ConfigError: the URL names a folder.
+    """
+    if folder := _parsed(url).path_in_repo:
+        root = url.rstrip("/").removesuffix(f"/{folder}")
+        raise ConfigError(
+            f"the hub reads no card of a folder ('{folder}')",
+            expected=f"{root}, whose card is that of the whole data set",
+            where=url,
+            remedy="Leave out --license, --language, --source-dataset and --tokenizer, and say it "
+            f"in {README} of the data set.",
+        )
+
+
+def _beside(
+    cache: TeacherCache, target: BucketStorage, about: About, rows: bytes
+) -> dict[str, bytes]:
+    """Path -> content of what is published with a cache and is no part of it."""
+    found = {FILE: rows} if rows else {}
+    has_rows = bool(rows) or target.size(FILE) is not None
+    own, there = (_read(storage) for storage in (cache.storage, target))
+    readme = published_card(cache.plan, own, there, about, has_rows, target.location)
+    return found | ({README: readme} if readme else {})
+
+
+def _read(storage: Storage) -> bytes | None:
+    return storage.read(README) if storage.size(README) else None
 
 
 def _check_folders(directory: Path) -> None:
