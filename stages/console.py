@@ -102,8 +102,8 @@ def coloured(pieces: Iterable[tuple[str, str]]) -> None:
     out.print(made, soft_wrap=True)
 
 
-def has_colours() -> bool:
-    """Whether styles can be seen on stdout."""
+def on_terminal() -> bool:
+    """Whether a person sees stdout as it comes: styles, and tables of its width."""
     return out.is_terminal
 
 

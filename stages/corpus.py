@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from stillroom.stages.arguments import AsJson, RunFile
-from stillroom.stages.console import coloured, document, has_colours, put, say, table, warn
+from stillroom.stages.console import coloured, document, on_terminal, put, say, table, warn
 
 group = typer.Typer(name="corpus", help="Look at a prepared corpus.", no_args_is_help=True)
 SPECIAL, TARGET, BAR = "dim cyan", "bold green", 40
@@ -82,7 +82,7 @@ def _draw(example: dict[str, Any]) -> None:
     words = f"{example['tokens']:,} tokens, {example['targets']:,} targets"
     images = f", {example['images']} images" if example["images"] else ""
     put(f"── {example['source']}  {example['example_id'][:12]}  {words}{images}")
-    pieces, inside, marks = [], False, not has_colours()
+    pieces, inside, marks = [], False, not on_terminal()
     for segment in example["segments"]:
         if segment.target != inside and marks:
             pieces.append(("⟦" if segment.target else "⟧", ""))

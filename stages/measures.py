@@ -4,14 +4,18 @@ One idea: each is one table of teacher, student and whatever stands beside them,
 JSON in the run's directory. Answers are strangers' text; `console` makes them safe.
 """
 
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stillroom.stages.console import document, put, say, table
+from stillroom.stages.console import document, on_terminal, put, say, table
 
 if TYPE_CHECKING:
     from stillroom.pipeline.config import Run
+
+LINE = 96
+"""Columns of an answer in a file or pipe, beside its indent."""
 
 
 def tasks(run: "Run", names: str, shots: int, limit: int, chat: bool, as_json: bool) -> None:
@@ -68,4 +72,16 @@ def show_answers(run_file: Path, count: int) -> None:
     found = side_by_side(run, count, lambda label: say(f"asking {label}"))
     for number, (prompt, right, said) in enumerate(found, 1):
         put(f"{number} of {len(found)}: {prompt}")
-        table("", ["", "the data", *said], [["", right, *said.values()]])
+        answers = {"the data": right} | said
+        if on_terminal():
+            table("", ["", *answers], [["", *answers.values()]])
+        else:
+            _put_below(answers)
+
+
+def _put_below(answers: dict[str, str]) -> None:
+    """Answers under each other, in lines that a page holds."""
+    for label, answer in answers.items():
+        put(f"  {label}:")
+        for line in textwrap.wrap(answer, LINE) or [""]:
+            put(f"    {line}")

@@ -258,6 +258,8 @@ def _check_plan(storage: Storage, plan: Plan) -> None:
         return
     empty = not sealing.committed(storage, range(found.num_shards))
     remedy = "Choose another directory, or restore the settings it was begun with"
+    if found.facts["corpus"].get("split") != plan.facts["corpus"].get("split"):
+        remedy += ", or give each split a cache of its own (`stillroom capture --cache DIRECTORY`)"
     if empty:  # where it was stopped in its first shard
         remedy += ", or delete this one (no shard of it is finished) unless a capture is at work"
     raise PlanMismatch(

@@ -52,6 +52,12 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
+WHAT_HELPS = {
+    "windows_without_targets": "Raise [prepare] window, now {window} tokens, until answers are in "
+    "it; or give conversations that have answers.",
+    "short_windows": "Lower [prepare] min_tokens, now {min_tokens}; or give longer texts.",
+}
+"""By what most windows were left out for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,11 +291,12 @@ class _Drawing:
     def _nothing(self) -> CorpusError:
         dropped = +self.dropped
         reasons = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in dropped.items())
+        worst = max(dropped, key=dropped.__getitem__, default="")
         return CorpusError(
             "no example came out of the sources" + (f" (left out: {reasons})" if reasons else ""),
             expected="at least one document of two tokens",
             where=", ".join(source.name for source in self.config.source) or "[[prepare.source]]",
-            remedy="Check the sources and [prepare] min_tokens.",
+            remedy=WHAT_HELPS.get(worst, "Check the sources.").format(**vars(self.config)),
         )
 
 

@@ -6,6 +6,7 @@ anything is paid for; every complaint names the file and the line. Sources do no
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -153,9 +154,14 @@ class _Reader:
 
     def documents(self) -> Iterator[Document | Rejected]:
         """All documents, and rows that are none."""
+        told = Counter[bool]()  # rows with and without the teacher's column
         for path in self._files:
             for row in ROWS[self._kind](path, self._columns):
                 yield row if isinstance(row, Rejected) else self._made(row)
+                if isinstance(row, Row):
+                    told[self._source.teacher_messages_column in row.values] += 1
+        if told[False] and not told[True]:
+            self._check_column_of_teacher()
 
     @property
     def _columns(self) -> list[str]:
@@ -186,9 +192,19 @@ class _Reader:
     def _told(self, row: Row) -> tuple:
         """What the teacher reads, where that is something else."""
         column = self._source.teacher_messages_column
-        if not column:
+        if not column or column not in row.values:
             return ()
         return cleaned(chat_messages(value(row, column), column), row.arrow)
+
+    def _check_column_of_teacher(self) -> None:
+        """A row may lack it; where every row does, its name is wrong."""
+        if column := self._source.teacher_messages_column:
+            raise CorpusError(
+                f"no row has the column '{column}'",
+                expected="one that some rows have",
+                where=f"source '{self._source.name}' teacher_messages_column",
+                remedy=nearest(column, self.aside) or "Leave it out where both read the same.",
+            )
 
     def _with_system(self, row: Row, messages: tuple) -> tuple:
         """The messages after the row's system prompt, if it has one."""

@@ -197,8 +197,9 @@ def _to_distillkit(cache: Any, records: Iterator[TeacherRecord], target: Path) -
         if ids is None or logprobs is None:
             raise _lacks("exact ids", "distillkit")
         if record.first_row or (ids < 0).any():
-            what = "rows from the first token on" if record.first_row else f"{k} ids in every row"
-            raise _lacks(what, "distillkit")
+            if record.first_row:
+                raise _lacks("rows from the first token on", "distillkit", OF_TEXTS)
+            raise _lacks(f"{k} ids in every row", "distillkit")
         values = logprobs.astype("<f4").view(np.uint8).reshape(len(ids), -1)
         return {
             "input_ids": record.example.token_ids.astype(np.uint64),
@@ -225,7 +226,7 @@ def _to_speculators(cache: Any, records: Iterator[TeacherRecord], target: Path) 
     for number, record in enumerate(records):
         kept = record.example.token_ids[:-1].astype(np.int64)
         if not np.array_equal(record.hidden_positions, np.arange(len(kept))):
-            raise _lacks("hidden states from the first token on", "speculators")
+            raise _lacks("hidden states from the first token on", "speculators", OF_TEXTS)
         states = np.stack([record.signals[name] for name in names], axis=1)  # [L, layers, D]
         save_file(
             {
@@ -280,12 +281,19 @@ def _to_safetensors(_cache: Any, records: Iterator[TeacherRecord], target: Path)
         save_file(held, target / f"{number}.safetensors", metadata)
 
 
-def _lacks(what: str, form: str) -> CacheError:
+def _lacks(what: str, form: str, how: str = "Capture it") -> CacheError:
     return CacheError(
         f"the cache lacks {what}",
         where=f"--to {form}",
-        remedy="Capture it, or export to parquet, which takes what is there.",
+        remedy=f"{how}, or export to parquet, which takes what is there.",
     )
+
+
+OF_TEXTS = (
+    "A conversation is captured from its first answer on, and no setting keeps what stands before; "
+    "texts are captured whole (a source with text_column, [prepare] overlap = 0, [capture] "
+    "hidden_rows and hidden_stride as they are by default). Prepare it as text"
+)
 
 
 FORMS: dict[str, Callable[[Any, Iterator[TeacherRecord], Path], None]] = {

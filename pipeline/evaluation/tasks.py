@@ -134,7 +134,7 @@ def _ask(model: Any, tokenizer: Any, asked: Asked, manager: Any) -> list[Figure]
     read_by, ask = cast(Any, HFLM), cast(Any, simple_evaluate)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reader = read_by(pretrained=model.to(device), tokenizer=tokenizer, batch_size=BATCH)
-    with _told(asked):
+    with _told(asked), _unnamed_commit():
         found = ask(
             reader,
             tasks=list(asked.tasks),
@@ -146,6 +146,20 @@ def _ask(model: Any, tokenizer: Any, asked: Asked, manager: Any) -> list[Figure]
         )
     assert found is not None
     return list(_figures(found))
+
+
+@contextmanager
+def _unnamed_commit() -> Iterator[None]:
+    """The harness asks git which commit the working directory is at, which nothing here is, and git
+    says on stderr where there is none."""
+    from lm_eval import evaluator
+
+    ask = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = ask
 
 
 @contextmanager

@@ -41,8 +41,12 @@ class DivergenceOptions(Table):
     temperature: float = Field(default=1.0, gt=0)
     """Must be one that the cache holds; the loss carries its square (Hinton et al. 2015)."""
     tail: Literal["auto", "bucket", "sampled", "truncate", "renormalise"] = "auto"
-    """`auto`: `sampled` where the cache holds draws and the rest of the line can use them, else
-    `bucket`."""
+    """What stands for the words outside the list S, whose teacher mass is M; q is the student's
+    softmax over all words. `bucket`: one outcome of p = 1 - M, held against 1 - sum_S q.
+    `truncate`: none, sum_S p log(p / q). `renormalise`: only the teacher is scaled to one,
+    sum_S (p / M) log((p / M) / q), so what the student gives to other words counts against it.
+    `sampled`: draws from the tail, sum_S p log(p / q) + sum_draws w log(w / q). `auto`: `sampled`
+    where the cache holds draws and the rest of the line can use them, else `bucket`."""
     k: int = Field(default=0, ge=0)
     """Use only the first k cached ids; 0 uses all."""
     beta: float = Field(default=0.5, gt=0, lt=1)

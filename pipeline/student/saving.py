@@ -17,7 +17,7 @@ from stillroom.pipeline.student.llava import TASK_TOKENS
 from stillroom.pipeline.student.llava_parts import name_for_vllm
 from stillroom.pipeline.student.tokenizer_files import keep_tokenizer
 
-RECEIPT = "student.json"
+RECEIPT, README = "student.json", "README.md"
 
 
 def export(
@@ -32,7 +32,7 @@ def export(
 
     Args:
         model: a transformers model, or a PEFT model whose adapter is to be written.
-        directory: where it goes; what is there is replaced.
+        directory: where it goes; what is there is replaced, but for its README.
         tokenizer_from: HF directory whose tokenizer the student keeps.
         facts: JSON kept as `student.json`.
         task_tokens: [count, D], kept beside a student that was trained with them.
@@ -46,13 +46,15 @@ def export(
     staging = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
     _write_model(model, staging)
-    (staging / "README.md").unlink(missing_ok=True)  # PEFT's, with blanks to be filled in
+    (staging / README).unlink(missing_ok=True)  # PEFT's, with blanks to be filled in
     name_for_vllm(staging)
     if task_tokens is not None:
         save_file({"task_tokens": task_tokens.contiguous()}, staging / TASK_TOKENS)
     keep_tokenizer(tokenizer_from, staging)
     (staging / RECEIPT).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
     readable_as_others(staging)
+    if (directory / README).exists():  # a person may have written on it
+        shutil.copy2(directory / README, staging)
     try:
         check(staging)
     except BaseException:

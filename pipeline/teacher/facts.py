@@ -5,6 +5,7 @@ does, `arguments.py` which arguments do); sizes are there so that a person can r
 No weights are loaded here, and no code of a directory is run unless [teacher] says so.
 """
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -66,6 +67,43 @@ def teacher_facts(teacher: Teacher, engine: str = "") -> dict[str, Any]:
     if engine == "reference" and teacher.attention != "auto":
         facts["attention"] = teacher.attention
     return facts | ({"adapter": adapter_facts(teacher)} if teacher.adapter else {})
+
+
+def facts_here(teacher: Teacher) -> dict[str, Any] | None:
+    """The same as far as it can be known without a network; None where a file of it is not here."""
+    adapter = teacher.adapter
+    directory = _directory_here(teacher)
+    if directory is None or (adapter and not Path(adapter).is_dir()):
+        return None
+    try:
+        return teacher_facts(teacher.model_copy(update={"model": str(directory)}))
+    except TeacherError:  # of a directory in which something is left
+        return None
+
+
+def _directory_here(teacher: Teacher) -> Path | None:
+    """Where a teacher lies on this machine, whole."""
+    if (path := Path(teacher.model)).is_dir():
+        return path
+    if path.is_absolute() or teacher.model.count("/") != 1:
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = teacher.revision or None
+        found = Path(snapshot_download(teacher.model, revision=wanted, local_files_only=True))
+    except (OSError, ValueError):  # the hub client's, where nothing of it was fetched
+        return None
+    return found if _is_whole(found) else None
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether every file of weights that an index names is there; a download may be cut off."""
+    indexes = directory.glob("*.safetensors.index.json")
+    named = {
+        name for path in indexes for name in json.loads(path.read_text())["weight_map"].values()
+    }
+    return all((directory / name).is_file() for name in named)
 
 
 def model_shape(teacher: Teacher) -> ModelShape:

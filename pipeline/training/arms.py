@@ -24,6 +24,7 @@ from stillroom.pipeline.training.checkpoint import write_durably
 from stillroom.pipeline.training.interactions import OWN_CACHES
 from stillroom.pipeline.training.opening import train
 from stillroom.pipeline.training.result import TrainResult
+from stillroom.pipeline.training.said import check_own_capture, is_own_cache
 from stillroom.pipeline.training.stepping import Progress
 from stillroom.pipeline.training.trainer import Interrupted
 
@@ -101,8 +102,11 @@ def run_sweep(
 
     Raises:
         Interrupted: asked to stop; the same call goes on.
+        PlanMismatch: the base run's own cache is not what its [capture] says.
     """
     sweep, base, arms = load(path)
+    if any(run.train and is_own_cache(base, run.train.cache) for run in arms.values()):
+        check_own_capture(base)
     if sweep.side_by_side == 1:
         results = _one_by_one(arms, on_progress, stop)
     else:

@@ -23,6 +23,7 @@ HUB = "hf://datasets/"
 BEGIN, END = "<!-- stillroom: results -->", "<!-- stillroom: end of results -->"
 TAGS = ["distillation", "knowledge-distillation", "stillroom"]
 
+STEPS = re.compile(r"^\| steps \|.*\|$", re.MULTILINE)
 BODY = """# {name}
 
 A student that learned from a teacher's recorded answers, made with stillroom. No teacher was in
@@ -34,7 +35,7 @@ memory while it was trained.
 | first weights | {first} |
 | trained from | {caches} |
 | objectives | {objectives} |
-| steps | {steps:,}, {tokens:,} tokens |
+{steps}
 
 A cache is derived from its teacher, and this student from both: their licences may bind it.
 
@@ -50,6 +51,24 @@ def write_card(run: Run) -> None:
     if facts is None or path.exists():
         return
     write_durably(path, str(_card(run, facts)))
+
+
+def write_card_anew(run: Run) -> None:
+    """The README of a student that was just exported, perhaps in place of an earlier one: what was
+    measured of that one goes, and so do its steps; what a person wrote stays.
+
+    Raises:
+        CacheError: the card that is there cannot be read.
+    """
+    path, facts = run.path("student", README), finished_facts(run)
+    if not path.exists() or facts is None:
+        write_card(run)
+        return
+    card = card_of(ModelCard, path.read_bytes(), str(path))
+    card.data.eval_results = card.data.model_name = None
+    text = _between_marks(card.text, "") if BEGIN in card.text else card.text
+    card.text = STEPS.sub(_steps(facts), text)
+    write_durably(path, str(card))
 
 
 def check_card(run: Run) -> None:
@@ -81,10 +100,14 @@ def add_results(run: Run, results: Sequence[EvalResult]) -> None:
     kept = {_key(one): one for one in (*(card.data.eval_results or ()), *results)}
     card.data.model_name = run.name
     card.data.eval_results = list(kept.values())
-    before, _, rest = card.text.partition(BEGIN)
-    after = rest if END not in rest else rest.partition(END)[2]
-    card.text = f"{before}{BEGIN}\n{_table(kept.values())}\n{END}{after}"
+    card.text = _between_marks(card.text, f"{_table(kept.values())}\n")
     write_durably(path, str(card))
+
+
+def _between_marks(text: str, results: str) -> str:
+    before, _, rest = text.partition(BEGIN)
+    after = rest if END not in rest else rest.partition(END)[2]
+    return f"{before}{BEGIN}\n{results}{END}{after}"
 
 
 def hub_id(name: str) -> str:
@@ -97,7 +120,7 @@ def _card(run: Run, facts: Mapping[str, Any]) -> ModelCard:
     caches = _caches(run, facts["identity"])
     student, teacher = run.student or Student(), run.teacher.model if run.teacher else ""
     pruned = student.init.startswith("prune")
-    origin = teacher if pruned else student.model
+    origin = student.model or (teacher if pruned else "")
     adapter = facts.get("export", {}).get("form") == "adapter"
     base = hub_id(origin) if student.init != "config" else ""
     images = "vision_config" in run.path("student-initial", "config.json").read_text()
@@ -114,16 +137,19 @@ def _card(run: Run, facts: Mapping[str, Any]) -> ModelCard:
     shown = ", ".join(f"{code_span(place or 'cache')} {digest[:12]}" for place, digest in caches)
     text = BODY.format(
         name=code_span(run.name),
-        teacher=code_span(_shown(teacher) or "not named"),
+        teacher=_taught_by(facts.get("teachers", ()), teacher),
         first=code_span(f"{student.init} {_shown(origin)}".strip()),
         caches=shown or "no cache",
         objectives=code_span(", ".join(one.name for one in run.objective)),
-        steps=facts["steps"],
-        tokens=facts["tokens"],
+        steps=_steps(facts),
         begin=BEGIN,
         end=END,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _steps(facts: Mapping[str, Any]) -> str:
+    return f"| steps | {facts['steps']:,}, {facts['tokens']:,} tokens |"
 
 
 def _caches(run: Run, identity: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -136,6 +162,25 @@ def _caches(run: Run, identity: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _published(place: str) -> str:
     named = place.removeprefix(HUB).partition("@")[0]  # what stands behind is a revision
     return "/".join(named.split("/")[:2]) if place.startswith(HUB) else ""
+
+
+def _taught_by(teachers: Sequence[Mapping[str, Any]], named: str) -> str:
+    """Whose answers a student learned, as the caches say; `[teacher]` only where it is looked up.
+
+    Args:
+        teachers: of `train.json`; runs of before have none there.
+        named: `[teacher] model`.
+    """
+    if not teachers:
+        return f"{code_span(_shown(named))}, as the run file says" if named else "not named"
+    said = []
+    for one in teachers:
+        weights = (
+            f", weights sha256 {one['weights_sha256'][:16]}" if "weights_sha256" in one else ""
+        )
+        known = code_span(one.get("architecture", "unknown")) + weights
+        said.append(f"{code_span(_shown(one['model']))} ({known})" if "model" in one else known)
+    return "; ".join(said)
 
 
 def _shown(name: str) -> str:

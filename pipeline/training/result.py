@@ -5,6 +5,7 @@ for now; asked again it is read, not trained. It holds no weights.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,12 +72,21 @@ def finished(run: Run, steps: int, identity: dict, form: dict) -> TrainResult | 
     planned = facts.pop("planned", facts["steps"])
     if planned != steps or facts.pop("export", FORM_OF_BEFORE) != form:
         return None
+    facts.pop("teachers", None)
     facts["seconds"] = 0.0
     return TrainResult(**facts)
 
 
-def keep(run: Run, result: TrainResult, steps: int, identity: dict, form: dict) -> None:
-    """Say that a run of so many planned steps is finished."""
+def keep(
+    run: Run,
+    result: TrainResult,
+    steps: int,
+    identity: dict,
+    form: dict,
+    teachers: Sequence[dict] = (),
+) -> None:
+    """Say that a run of so many planned steps is finished, and who taught its student."""
     facts = {name: getattr(result, name) for name in TrainResult.__slots__}
     facts |= {"planned": steps, "identity": identity, "export": form}
+    facts |= {"teachers": list(teachers)} if teachers else {}
     write_durably(run.path(RESULT), json.dumps(facts, indent=2) + "\n")

@@ -41,12 +41,20 @@ from stillroom.pipeline.training.optimization import optimizer_of
 from stillroom.pipeline.training.parallel import Parallel
 from stillroom.pipeline.training.preflight import look_up
 from stillroom.pipeline.training.run import (
+    cache_locations,
     check_fit,
     freeze,
     geometry_of,
     heldout_geometry,
     pictures_of,
     resolved,
+)
+from stillroom.pipeline.training.said import (
+    check_own_capture,
+    check_teacher,
+    is_own_cache,
+    teachers_of,
+    told_of,
 )
 from stillroom.pipeline.training.stepping import Stepper
 
@@ -74,8 +82,10 @@ class Setup:
     def __post_init__(self):
         run, parallel = self.settings_run, self.parallel
         self.settings = settings = resolved(self.settings, parallel.device)
+        self.from_disk = self.caches is None
         self.named = named = look_up(run, settings, parallel, self.caches)
         self.caches, self.facts, self.terms = named.caches, named.facts, list(named.terms)
+        self.teachers = parallel.together(self._check_said)
         self.initial = run.path("student-initial")
         # As it is unless the loaded student cannot keep packed documents apart.
         packed = settings.packing == "auto"
@@ -87,6 +97,19 @@ class Setup:
         self.identity = identity_of(run, settings, everything, self.initial)
         for note in named.notes:
             self._note(note)
+
+    def _check_said(self) -> list[dict[str, Any]]:
+        """What the caches say of their teachers, with the name of the one that the run file names.
+
+        Raises:
+            PlanMismatch: the run file says otherwise.
+        """
+        run, taught = self.settings_run, teachers_of(self.caches)
+        if self.from_disk and is_own_cache(run, cache_locations(run, self.settings)[""]):
+            check_own_capture(run)
+        same = check_teacher(run.teacher, taught)
+        named = {number: {"model": run.teacher.model} for number in same if run.teacher}
+        return [told_of(facts) | named.get(number, {}) for number, facts in enumerate(taught)]
 
     def _make_initial(self, student: Student) -> None:
         run = self.settings_run

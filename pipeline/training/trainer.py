@@ -18,7 +18,7 @@ from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.data.records import RecordSource
-from stillroom.pipeline.training.card import write_card
+from stillroom.pipeline.training.card import check_card, write_card_anew
 from stillroom.pipeline.training.checkpoint import (
     Best,
     TrainingState,
@@ -86,6 +86,7 @@ class Training(Setup):
         if done is not None:
             return done
         start = time.perf_counter()
+        self.parallel.together(lambda: check_card(self.settings_run))
         self.build()
         state = self._resume()
         log = None
@@ -207,6 +208,7 @@ class Training(Setup):
         live = self.distiller if whole_and_last else None
         check = export.write(Path(result.student), {"identity": self.identity}, live)
         result = replace(result, check=asdict(check))
-        keep(self.settings_run, result, settings.steps, self.identity, form_of(settings))
-        write_card(self.settings_run)
+        form = form_of(settings)
+        keep(self.settings_run, result, settings.steps, self.identity, form, self.teachers)
+        write_card_anew(self.settings_run)
         return result
