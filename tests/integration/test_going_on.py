@@ -7,11 +7,18 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import EvalResult, ModelCard
 from safetensors.torch import load_file
 
-from stillroom.cache_schemas.errors import ConfigError, PlanMismatch, StudentError
+from stillroom.cache_schemas.errors import (
+    ConfigError,
+    PlanMismatch,
+    StillroomError,
+    StudentError,
+)
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.training import checkpoint, metrics, parallel
+from stillroom.pipeline.training.card import add_results
 from stillroom.pipeline.training.metrics import read_metrics
 from stillroom.pipeline.training.optimization import rate
 from stillroom.pipeline.training.parallel import Parallel
@@ -51,6 +58,25 @@ def test_a_finished_run_goes_on_for_more_steps(tmp_path, teacher, cache):
     assert losses(more) == losses(whole)
     assert weights_digest(more) == weights_digest(whole)
     assert train(more, caches={"": cache}).seconds == 0
+
+
+def test_the_card_of_a_student_that_goes_on(tmp_path, teacher, cache):
+    """Figures of the earlier student are not the later one's; what a person wrote is theirs."""
+    run = make_run(tmp_path, teacher, steps=1)
+    train(run, caches={"": cache})
+    told = {"dataset_name": "text", "dataset_type": "text", "metric_type": "acc"}
+    add_results(run, [EvalResult(task_type="text-generation", metric_value=0.25, **told)])
+    path = run.path("student", "README.md")
+    path.write_text(path.read_text() + "\nWhat I think of it.\n")
+    train(make_run(tmp_path, teacher, steps=3), caches={"": cache})
+    card = ModelCard.load(path)
+    assert "What I think of it." in card.text
+    assert "| steps | 3, " in card.text
+    assert "0.25" not in path.read_text()
+    assert card.data.eval_results is None
+    path.write_text("---\nfoo: [1\n---\nmine")
+    with pytest.raises(StillroomError, match="the card cannot be read"):
+        train(make_run(tmp_path, teacher, steps=4), caches={"": cache})
 
 
 def test_the_rate_follows_the_new_number_of_steps_from_there(tmp_path, teacher, cache):

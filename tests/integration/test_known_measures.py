@@ -95,8 +95,9 @@ def chats(count: int):
         yield {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
-def test_tasks_of_the_harness(run_file, tmp_path):
+def test_tasks_of_the_harness(run_file, tmp_path, monkeypatch, capfd):
     pytest.importorskip("lm_eval")
+    monkeypatch.chdir(tmp_path)  # which is no repository
     rows = tmp_path / "rows.jsonl"
     told = [
         {"question": f"{n} is", "choices": ["a lemon", "the moon"], "answer": n % 2}
@@ -108,6 +109,7 @@ def test_tasks_of_the_harness(run_file, tmp_path):
         app, ["evaluate", str(run_file), "--tasks", str(tmp_path / "colours.yaml"), "--shots", "0"]
     )
     assert done.exit_code == 0, done.output
+    assert "fatal" not in capfd.readouterr().err
     run = config.load(run_file)
     kept = json.loads(run.path(tasks.RESULT).read_text())
     assert list(kept["models"]) == ["teacher", "student", "control"]
@@ -181,6 +183,7 @@ def test_answers_side_by_side(run_file):
     assert done.exit_code == 0, done.output
     for word in ("1 of 2: user", "the data", "teacher", "student", "control"):
         assert word in done.output
+    assert max(map(len, done.output.splitlines())) <= 100
     assert not Path(config.load(run_file).path("generate.config.json")).exists()
 
 

@@ -1,12 +1,19 @@
 """Every name in a run file is checked before a model is loaded, and told together."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
-from stillroom.cache_schemas.errors import ConfigError, StillroomError, StudentError
-from stillroom.pipeline.config import parse
+from stillroom.cache_schemas.errors import (
+    ConfigError,
+    PlanMismatch,
+    StillroomError,
+    StudentError,
+)
+from stillroom.pipeline.config import Teacher, parse
 from stillroom.pipeline.training import setup
+from stillroom.pipeline.training.said import check_teacher, teachers_of
 from stillroom.pipeline.training.trainer import train
 from tests import memory_cache, tiny_models
 from tests.integration.test_training import losses, make_run
@@ -153,3 +160,59 @@ def test_keep_best_names_a_measure(monkeypatch, tmp_path, teacher, cache):
     message = "'1.forward_lk' is not measured; expected one of 1.forward_kl"
     refused(monkeypatch, run, cache, message)
     works(a_run(tmp_path / "b", teacher, keep_best="1.forward_kl", **changes), cache)
+
+
+@pytest.fixture(scope="module")
+def another(tmp_path_factory):
+    """A teacher of the same shape, and its cache."""
+    made = tmp_path_factory.mktemp("another") / "model"
+    model = tiny_models.save_llama(made, num_layers=2, seed=7)
+    return model, memory_cache.captured(model, memory_cache.examples(6))
+
+
+def card_of(run) -> str:
+    return run.path("student", "README.md").read_text()
+
+
+def test_a_teacher_that_did_not_teach(monkeypatch, tmp_path, teacher, cache, another):
+    student = {"init": "model", "model": str(teacher)}
+    run = a_run(tmp_path / "a", another[0], student)
+    refused(monkeypatch, run, cache, r"\[teacher\]: is another teacher: weights_", PlanMismatch)
+    copy = shutil.copytree(teacher, tmp_path / "copy-of-it")
+    run = a_run(tmp_path / "b", copy, student)
+    works(run, cache)
+    weights = cache.plan.facts["teacher"]["weights_sha256"][:16]
+    assert f"| teacher | `copy-of-it` (`LlamaForCausalLM`, weights sha256 {weights}) |" in card_of(
+        run
+    )
+
+
+def test_a_teacher_whose_files_are_gone_is_not_named_on_the_card(tmp_path, teacher, cache):
+    run = a_run(tmp_path, "/nowhere/teacher2", {"init": "model", "model": str(teacher)})
+    works(run, cache)
+    assert "teacher2" not in card_of(run)
+    assert "| teacher | `LlamaForCausalLM`, weights sha256 " in card_of(run)
+
+
+def test_any_cache_of_a_run_may_be_of_its_teacher(teacher, cache, another):
+    taught = teachers_of({"": cache, "second": another[1]})
+    assert check_teacher(Teacher(model=str(another[0])), taught) == [1]
+    assert check_teacher(Teacher(model=str(teacher), dtype="bfloat16"), taught) == [0]
+    assert check_teacher(None, taught) == []
+    assert check_teacher(Teacher(model=str(another[0])), [{"architecture": "of an API"}]) == []
+
+
+def test_a_capture_that_is_not_the_caches(tmp_path, teacher, cache):
+    run = a_run(tmp_path, teacher)
+    cache.write(run.path("cache"))
+
+    def saying(**capture):
+        return parse(run.model_dump(mode="json") | {"capture": capture}, "test")
+
+    with pytest.raises(PlanMismatch, match=r"with k = 16, temperatures = \[1.0\]; expected k = 32"):
+        train(saying(k=32, temperatures=[1.0, 3.0], entropy=True))
+    elsewhere = saying(k=32).model_dump(mode="json")
+    elsewhere["train"]["cache"] = str(shutil.copytree(run.path("cache"), tmp_path / "far"))
+    train(parse(elsewhere | {"directory": str(tmp_path / "other")}, "test"))
+    train(saying(k=16, examples_per_shard=2))
+    assert Path(run.path("student", "README.md")).exists()

@@ -124,3 +124,31 @@ def test_another_answer_is_refused(tiny_llama, tmp_path):
     told = run_in(tmp_path / "writes", tiny_llama, chats(4), generate={"max_tokens": 4})
     with pytest.raises(StillroomError, match="teacher_messages_column, and a teacher that writes"):
         generate(told, engine="reference")
+
+
+def told_to(run):
+    examples = Corpus.open(run.path("corpus")).split("train")
+    return {e.example_id: None if e.teacher_prompt is None else tuple(e.teacher_prompt) for e in examples}
+
+
+def test_a_row_without_the_column_is_read_alike(captured, tiny_llama, tmp_path):
+    """As one where it is empty; where no row has it, its name is wrong."""
+    rows = [{k: v for k, v in row.items() if v} for row in chats(12)]
+    run = run_in(tmp_path / "lacks", tiny_llama, rows)
+    prepare(run.prepare, str(tiny_llama), run.path("corpus"))
+    assert told_to(run) == told_to(captured)
+    named = [{"messages": row["messages"], "teacher_massages": []} for row in chats(4)]
+    run = run_in(tmp_path / "misspelt", tiny_llama, named)
+    match = r"no row has the column 'teacher_messages'.*Did you mean 'teacher_massages'"
+    with pytest.raises(StillroomError, match=match):
+        prepare(run.prepare, str(tiny_llama), run.path("corpus"))
+
+
+def test_a_window_that_cuts_off_the_answer_is_named(tiny_llama, tmp_path):
+    run = run_in(tmp_path, tiny_llama, chats(4))
+    short = run.prepare.model_copy(update={"window": 40})
+    with pytest.raises(StillroomError, match=r"\[prepare\] window must hold.*raise it"):
+        prepare(short, str(tiny_llama), run.path("corpus"))
+    none = run.prepare.model_copy(update={"window": 8})
+    with pytest.raises(StillroomError, match=r"Raise \[prepare\] window, now 8 tokens"):
+        prepare(none, str(tiny_llama), run.path("corpus"))

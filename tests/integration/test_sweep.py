@@ -1,6 +1,7 @@
 """Sweeps: arms are runs of their own, stopped ones go on, results stand side by side."""
 
 import json
+import shutil
 
 import pytest
 
@@ -67,6 +68,16 @@ def test_every_arm_is_trained_and_compared(files, tmp_path, side_by_side, capsys
     assert "as-it-is" in shown
     for name in results:
         assert (tmp_path / "run" / "sweep" / name / "student" / "model.safetensors").exists()
+
+
+def test_a_capture_that_is_not_the_caches(files, tmp_path, cache, capsys):
+    """Arms read the base run's own cache, and [capture] is about that."""
+    shutil.copytree(cache, tmp_path / "run" / "cache")
+    sweep, base = files(), tmp_path / "base.toml"
+    kept = [line for line in base.read_text().splitlines() if not line.startswith("cache")]
+    base.write_text("\n".join([*kept, "[capture]", "k = 8"]))
+    assert command(["train", "--sweep", str(sweep)]) == 2
+    assert "with k = 16; expected k = 8, as [capture] says" in capsys.readouterr().err
 
 
 def test_a_stopped_sweep_goes_on(files, tmp_path):

@@ -227,6 +227,7 @@ def test_what_the_cache_lacks_is_refused_before_the_first_step(
 
 def test_another_tokenizer_is_refused(tmp_path, cache, teacher):
     other = tiny_models.save_llama(tmp_path / "other", vocab_size=700)
-    run = make_run(tmp_path / "run", other)
+    told = make_run(tmp_path / "run", teacher).model_dump(mode="json")
+    run = parse(told | {"student": {"init": "model", "model": str(other)}}, "test")
     with pytest.raises(StudentError, match=r"tokenizer .* is .*expected.*projection"):
         train(run, caches={"": cache})

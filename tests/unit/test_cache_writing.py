@@ -91,6 +91,9 @@ def test_another_plan_is_refused_and_every_difference_is_named(tmp_path):
         CacheWriter.open(tmp_path, other)
     assert caught.value.exit_code == 2
     assert "delete" not in caught.value.remedy
+    other.facts["corpus"]["split"] = "heldout"
+    with pytest.raises(PlanMismatch, match="capture --cache DIRECTORY"):
+        CacheWriter.open(tmp_path, other)
 
 
 @pytest.mark.parametrize("profile", ["small", "portable"])
