@@ -38,7 +38,7 @@ from stillroom.pipeline.corpus.rejects import FILE, Rejects
 from stillroom.pipeline.corpus.scratch import replace_directory, scratch_beside
 from stillroom.pipeline.corpus.splits import deal, heldout_documents
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer, tokenizer_facts
-from stillroom.pipeline.corpus.windows import windows
+from stillroom.pipeline.corpus.windows import WHAT_HELPS, windows
 from stillroom.pipeline.images import ImageStore
 from stillroom.pipeline.record import Example, content_id
 
@@ -52,12 +52,6 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
-WHAT_HELPS = {
-    "windows_without_targets": "Raise [prepare] window, now {window} tokens, until answers are in "
-    "it; or give conversations that have answers.",
-    "short_windows": "Lower [prepare] min_tokens, now {min_tokens}; or give longer texts.",
-}
-"""By what most windows were left out for."""
 
 
 @dataclass(frozen=True, slots=True)

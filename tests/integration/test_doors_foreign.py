@@ -328,7 +328,9 @@ def test_safetensors_hold_every_signal(cache, tmp_path):
 
 
 def test_what_a_format_has_no_place_for(cache, answers_alone, tmp_path):
-    with pytest.raises(StillroomError, match=r"lacks rows from the first token on.*as text.*parquet"):
+    with pytest.raises(
+        StillroomError, match=r"lacks rows from the first token on.*as text.*parquet"
+    ):
         export(answers_alone, tmp_path / "a", "distillkit")
     with pytest.raises(StillroomError, match="lacks hidden states"):
         export(answers_alone, tmp_path / "a", "speculators")

@@ -128,7 +128,10 @@ def test_another_answer_is_refused(tiny_llama, tmp_path):
 
 def told_to(run):
     examples = Corpus.open(run.path("corpus")).split("train")
-    return {e.example_id: None if e.teacher_prompt is None else tuple(e.teacher_prompt) for e in examples}
+    return {
+        e.example_id: None if e.teacher_prompt is None else tuple(e.teacher_prompt)
+        for e in examples
+    }
 
 
 def test_a_row_without_the_column_is_read_alike(captured, tiny_llama, tmp_path):
@@ -149,6 +152,9 @@ def test_a_window_that_cuts_off_the_answer_is_named(tiny_llama, tmp_path):
     short = run.prepare.model_copy(update={"window": 40})
     with pytest.raises(StillroomError, match=r"\[prepare\] window must hold.*raise it"):
         prepare(short, str(tiny_llama), run.path("corpus"))
+    run = run_in(
+        tmp_path / "alike", tiny_llama, [row | {"teacher_messages": []} for row in chats(4)]
+    )
     none = run.prepare.model_copy(update={"window": 8})
     with pytest.raises(StillroomError, match=r"Raise \[prepare\] window, now 8 tokens"):
         prepare(none, str(tiny_llama), run.path("corpus"))

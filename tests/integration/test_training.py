@@ -14,6 +14,7 @@ import torch
 
 from stillroom.cache_schemas.errors import ConfigError, PlanMismatch, StudentError
 from stillroom.pipeline.config import parse
+from stillroom.pipeline.student.model import initial_student
 from stillroom.pipeline.training.metrics import read_metrics
 from stillroom.pipeline.training.trainer import Interrupted, train
 from tests import memory_cache, tiny_models
@@ -227,7 +228,8 @@ def test_what_the_cache_lacks_is_refused_before_the_first_step(
 
 def test_another_tokenizer_is_refused(tmp_path, cache, teacher):
     other = tiny_models.save_llama(tmp_path / "other", vocab_size=700)
-    told = make_run(tmp_path / "run", teacher).model_dump(mode="json")
-    run = parse(told | {"student": {"init": "model", "model": str(other)}}, "test")
+    run = make_run(tmp_path / "run", other)
+    initial_student(run.student, run.teacher, run.path("student-initial"))
+    run = run.model_copy(update={"teacher": None})
     with pytest.raises(StudentError, match=r"tokenizer .* is .*expected.*projection"):
         train(run, caches={"": cache})
