@@ -291,8 +291,8 @@ def _lacks(what: str, form: str, how: str = "Capture it") -> CacheError:
 
 OF_TEXTS = (
     "A conversation is captured from its first answer on, and no setting keeps what stands before; "
-    "texts are captured whole (a source with text_column, [prepare] overlap = 0, [capture] "
-    "hidden_rows and hidden_stride as they are by default). Prepare it as text"
+    "a text is captured whole where it fits [prepare] window (of states all, unless [capture] "
+    "hidden_rows or hidden_stride says less). Prepare it as one, from a source with text_column"
 )
 
 

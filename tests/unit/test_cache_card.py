@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import datasets
 import duckdb
@@ -57,8 +58,12 @@ def test_a_long_text_is_cut_where_the_viewer_would_not_show_it(plan):
     assert len(row["text"]) + sum(map(len, row["tokens"])) < 2_000_000
 
 
-def put(plan, own=None, there=None, about=About(), has_rows=False):  # noqa: B008
+def put(plan, own=None, there=None, about=About(), has_rows=False) -> Any:  # noqa: B008
     return published_card(plan, own, there, about, has_rows, "there")
+
+
+def read(data: bytes) -> Any:
+    return DatasetCard(data.decode())
 
 
 def test_a_card_keeps_what_people_wrote_on_it(plan):
@@ -66,13 +71,13 @@ def test_a_card_keeps_what_people_wrote_on_it(plan):
     said = About("apache-2.0", ("en",), ("me/chats",))
     made = card(plan)
     first = put(plan, made, None, said, has_rows=True)
-    edited = DatasetCard(first.decode())
+    edited = read(first)
     edited.data.pretty_name, edited.text = "My cache", edited.text + "\n\nA paragraph of mine.\n"
     edited.data.configs.append({"config_name": "mine", "data_files": "mine/*.parquet"})
-    again = DatasetCard(put(plan, made, str(edited).encode(), has_rows=True).decode())
+    again = read(put(plan, made, str(edited).encode(), has_rows=True))
     assert again.data.to_dict() == edited.data.to_dict()
     assert "A paragraph of mine." in again.text
-    other = DatasetCard(put(plan, made, str(again).encode(), About("mit"), True).decode())
+    other = read(put(plan, made, str(again).encode(), About("mit"), True))
     assert (other.data.license, other.data.language) == ("mit", ["en"])
     assert other.data.source_datasets == ["me/chats"]
 
@@ -82,14 +87,14 @@ def test_a_card_lists_the_tables_that_are_there(plan):
     rows = put(plan, made, made, has_rows=True)
     assert SHOWS_ROWS in rows.decode()
     assert SHOWS_INDEX not in rows.decode()
-    listed = DatasetCard(rows.decode()).data.configs
+    listed = read(rows).data.configs
     assert [one["config_name"] for one in listed] == ["readable", "index"]
     assert [one.get("default", False) for one in listed] == [True, False]
-    gone = DatasetCard(put(plan, rows, None).decode()).data.configs
-    assert gone == DatasetCard(made.decode()).data.configs
-    chosen = DatasetCard(rows.decode())
+    gone = read(put(plan, rows, None)).data.configs
+    assert gone == read(made).data.configs
+    chosen = read(rows)
     chosen.data.configs = [listed[0] | {"default": False}, listed[1] | {"default": True}]
-    kept = DatasetCard(put(plan, made, str(chosen).encode(), has_rows=True).decode()).data.configs
+    kept = read(put(plan, made, str(chosen).encode(), has_rows=True)).data.configs
     assert [one.get("default", False) for one in kept] == [False, True]
 
 
@@ -105,11 +110,11 @@ def test_of_two_cards_that_contradict_none_is_taken(plan):
     with pytest.raises(CacheError, match=r"license: 'mit', and the cache's own 'gpl'.*--license"):
         put(plan, own.encode(), mit.encode())
     said = put(plan, own.encode(), mit.encode(), About("mit"))
-    assert DatasetCard(said.decode()).data.license == "mit"
+    assert read(said).data.license == "mit"
 
 
 def test_a_card_that_somebody_else_began_keeps_its_words(plan):
-    found = DatasetCard(put(plan, card(plan), b"---\nlicense: mit\n---\n# My data\n").decode())
+    found = read(put(plan, card(plan), b"---\nlicense: mit\n---\n# My data\n"))
     assert (found.data.license, found.text.strip()) == ("mit", "# My data")
     assert [one["config_name"] for one in found.data.configs] == ["index"]
 
