@@ -289,8 +289,21 @@ class _Drawing:
             "no example came out of the sources" + (f" (left out: {reasons})" if reasons else ""),
             expected="at least one document of two tokens",
             where=", ".join(source.name for source in self.config.source) or "[[prepare.source]]",
-            remedy="Check the sources and [prepare] min_tokens.",
+            remedy=self._instead(),
         )
+
+    def _instead(self) -> str:
+        """What to do where no example came out: the setting by which most were left out."""
+        config, lost = self.config, +self.dropped
+        most = max(lost, key=lost.__getitem__, default="")
+        if most == "short_windows":
+            return f"Lower [prepare] min_tokens = {config.min_tokens}, or check the sources."
+        if most == "windows_without_targets" or most.endswith("longer_than_the_window"):
+            return (
+                f"Raise [prepare] window = {config.window}: no answer stands in so few tokens with "
+                "what it answers; or check that the conversations hold answers."
+            )
+        return "Check the sources."
 
 
 def _check_window(config: Prepare, tokenizer: CorpusTokenizer) -> None:

@@ -173,7 +173,9 @@ def _line(record: TeacherRecord) -> dict[str, Any]:
             for place, (word, value) in enumerate(zip(ids, logprobs))
             if word >= 0
         }
-        token = {"logprob": float(own), "rank": int(rank)}
+        # Lists may be rounded where the token's own is not: it stays below what ranks before it.
+        least = min((told["logprob"] for told in ranked.values()), default=0.0)
+        token = {"logprob": min(float(own), least), "rank": int(rank)}
         entries[at] = {**ranked, **({} if str(tokens[at]) in ranked else {str(tokens[at]): token})}
     return {
         "example_id": record.example.example_id,
@@ -197,8 +199,9 @@ def _to_distillkit(cache: Any, records: Iterator[TeacherRecord], target: Path) -
         if ids is None or logprobs is None:
             raise _lacks("exact ids", "distillkit")
         if record.first_row or (ids < 0).any():
-            what = "rows from the first token on" if record.first_row else f"{k} ids in every row"
-            raise _lacks(what, "distillkit")
+            if record.first_row:
+                raise _lacks("rows from the first token on", "distillkit", FROM_THE_START)
+            raise _lacks(f"{k} ids in every row", "distillkit")
         values = logprobs.astype("<f4").view(np.uint8).reshape(len(ids), -1)
         return {
             "input_ids": record.example.token_ids.astype(np.uint64),
@@ -225,7 +228,8 @@ def _to_speculators(cache: Any, records: Iterator[TeacherRecord], target: Path) 
     for number, record in enumerate(records):
         kept = record.example.token_ids[:-1].astype(np.int64)
         if not np.array_equal(record.hidden_positions, np.arange(len(kept))):
-            raise _lacks("hidden states from the first token on", "speculators")
+            every = f'[capture] hidden_rows = "all" and hidden_stride = 1. {FROM_THE_START}'
+            raise _lacks("hidden states from the first token on", "speculators", every)
         states = np.stack([record.signals[name] for name in names], axis=1)  # [L, layers, D]
         save_file(
             {
@@ -280,11 +284,18 @@ def _to_safetensors(_cache: Any, records: Iterator[TeacherRecord], target: Path)
         save_file(held, target / f"{number}.safetensors", metadata)
 
 
-def _lacks(what: str, form: str) -> CacheError:
+FROM_THE_START = (
+    "No setting keeps the rows before a chat's first answer, or of what a window repeats: prepare "
+    "the chats as text (written as their template writes them, in a [[prepare.source]] "
+    "text_column, overlap = 0 and a window that holds the longest) and capture that"
+)
+
+
+def _lacks(what: str, form: str, remedy: str = "Capture it") -> CacheError:
     return CacheError(
         f"the cache lacks {what}",
         where=f"--to {form}",
-        remedy="Capture it, or export to parquet, which takes what is there.",
+        remedy=f"{remedy}; or export to parquet, which takes what is there.",
     )
 
 
