@@ -257,11 +257,9 @@ def test_what_was_rounded_comes_back_in(profile, tiny_llama, tmp_path):
     """Lists are rounded where the token's own figure is not, and still fall with their ranks."""
     made = memory_cache.captured(tiny_llama, memory_cache.examples(9), k=K, profile=profile)
     cache = TeacherCache.open(made.write(tmp_path / "cache"))
-    beside = list(cache)[0].signals
     assert export(cache, tmp_path / "out", "jsonl")
     found = taken("prompt_logprobs", tmp_path / "out", tmp_path / "c", tiny_llama)
     assert len(found) == len(cache)
-    assert beside["topk_ids"].shape[1] == K
     for one, other in zip(found, cache, strict=True):
         np.testing.assert_array_equal(one.signals["token_rank"], other.signals["token_rank"])
         gap = one.signals["token_logprob"] - other.signals["token_logprob"]

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -19,7 +18,7 @@ from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.objectives.combine import Distiller, signals_needed
 from stillroom.pipeline.objectives.weighting import UnitWeights, scales
 from stillroom.pipeline.student.loading import load
-from tests import memory_cache
+from tests import memory_cache, tiny_models
 from tests.in_float64 import ROUNDING
 
 PAGE = Path(__file__).resolve().parents[2] / "runbooks" / "80-a-loop-of-your-own.md"
@@ -196,7 +195,7 @@ def test_logits_in_place_of_states_are_known_for_what_they_are(cache, model):
     data = CachedDataset(cache)
     batch = data.collate(data[2:4])
     logits = model(**batch.inputs).logits
-    message = r"states of 1000 numbers: these look like logits; expected 64.*last_hidden_state"
+    message = r"states of 768 numbers: these look like logits; expected 64.*last_hidden_state"
     for head in (model, model.lm_head, model.lm_head.weight):
         with pytest.raises(StudentError, match=message):
             distillation_loss(logits, head, batch)
@@ -213,10 +212,9 @@ def test_several_examples_at_once(cache):
     assert data[-1:][0][""].example == data[29][""].example
 
 
-@pytest.mark.parametrize("rows", [400, 1])
-def test_a_head_without_rows_for_every_word(rows, cache, model):
+def test_a_head_without_rows_for_every_word(cache, model):
     """Labels and listed ids beyond it would be left out of the loss in silence."""
-    data = CachedDataset(cache)
+    data, rows = CachedDataset(cache), 400
     words = data.sources[""].plan.facts["tokenizer"]["vocab_size"]
     assert rows < words
     batch = data.collate([data[0]])
@@ -231,10 +229,13 @@ def test_a_head_without_rows_for_every_word(rows, cache, model):
         Distiller(model, data.terms)
 
 
-def test_a_head_that_is_narrower_than_the_softmax_is_measured(cache, model):
+def test_a_head_that_is_narrower_than_the_softmax_is_measured(model, tmp_path):
     """A tied head of the tokenizer's own size: what the teacher has beyond it joins the tail."""
-    data = CachedDataset(cache)
+    teacher = tiny_models.save_qwen3(tmp_path / "teacher", vocab_size=768, padded_vocab_size=800)
+    data = CachedDataset(memory_cache.captured(teacher, memory_cache.examples(2)))
     batch = data.collate([data[0]])
+    assert batch.terms[0].facts.vocab_size == 800
     hidden = model.model(**batch.inputs).last_hidden_state
-    narrow = nn.Linear(64, 700, bias=False).double()
-    assert torch.isfinite(distillation_loss(hidden, narrow, batch))
+    assert torch.isfinite(distillation_loss(hidden, model, batch))
+    with pytest.raises(StudentError, match="the head has 767 rows; expected at least .* 768 ids"):
+        distillation_loss(hidden, model.lm_head.weight[:767], batch)
