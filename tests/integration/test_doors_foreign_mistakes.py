@@ -195,7 +195,7 @@ def test_a_source_that_changes_while_it_is_read_is_never_sealed(change, tiny_lla
 
     with pytest.raises(StillroomError, match="changed while it was read"):
         import_answers(changing, Origin("x", "t", str(tiny_llama)), tmp_path / "c", 4)
-    with pytest.raises(StillroomError, match="not sealed|no cache here"):
+    with pytest.raises(StillroomError, match=r"not sealed|no cache here"):
         TeacherCache.open(tmp_path / "c")
 
 

@@ -237,5 +237,5 @@ def test_a_head_that_is_narrower_than_the_softmax_is_measured(model, tmp_path):
     assert batch.terms[0].facts.vocab_size == 800
     hidden = model.model(**batch.inputs).last_hidden_state
     assert torch.isfinite(distillation_loss(hidden, model, batch))
-    with pytest.raises(StudentError, match="the head has 767 rows; expected at least .* 768 ids"):
+    with pytest.raises(StudentError, match=r"the head has 767 rows; expected at least .* 768 ids"):
         distillation_loss(hidden, model.lm_head.weight[:767], batch)
