@@ -12,7 +12,10 @@ import yaml
 from safetensors.numpy import load_file
 
 from stillroom.cache_schemas.errors import StillroomError
+from stillroom.pipeline import config
 from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.capture.job import capture
+from stillroom.pipeline.corpus.preparing import prepare
 from stillroom.pipeline.doors import distillkit_files
 from stillroom.pipeline.doors.foreign import Origin, import_answers
 from stillroom.pipeline.doors.leaving import export
@@ -354,6 +357,37 @@ def test_what_a_format_has_no_place_for(cache, answers_alone, tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(StillroomError, match="is already there"):
         export(cache, tmp_path / "a", "parquet")
+
+
+def test_chats_prepared_as_text_have_rows_from_their_first_token_on(
+    tiny_llama, tiny_tokenizer, tmp_path
+):
+    """What the refusal of a chat cache says to do."""
+    chats = [
+        [
+            {"role": "user", "content": f"What is {n}?"},
+            {"role": "assistant", "content": f"It is {n}."},
+        ]
+        for n in range(4)
+    ]
+    texts = [{"text": tiny_tokenizer.apply_chat_template(one, tokenize=False)} for one in chats]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    source = {"name": "a", "path": str(tmp_path / "rows.jsonl"), "text_column": "text"}
+    settings = {"k": K, "tail_draws": 0, "hidden_layers": ["final"], "hidden_codec": "bf16"}
+    document = {
+        "name": "a",
+        "directory": str(tmp_path / "run"),
+        "teacher": {"model": str(tiny_llama), "dtype": "float32"},
+        "prepare": {"window": 128, "heldout": 0.0, "source": [source]},
+        "capture": settings,
+    }
+    run = config.parse(document, "test")
+    prepare(run.prepare, str(tiny_llama), run.path("corpus"))
+    capture(run, engine="reference")
+    made = TeacherCache.open(run.path("cache"))
+    assert len(made) == 4
+    assert export(made, tmp_path / "distillkit", "distillkit")
+    assert export(made, tmp_path / "speculators", "speculators")
 
 
 def test_others_open_what_was_exported(cache, tmp_path):
