@@ -31,6 +31,7 @@ from stillroom.pipeline.corpus.identity import (
 )
 from stillroom.pipeline.corpus.image_chat import ImageChat, ImageTokens
 from stillroom.pipeline.corpus.item_questions import holds_interactions, write_interactions
+from stillroom.pipeline.corpus.nothing_left import nothing_came_out
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
 from stillroom.pipeline.corpus.privileged import Prompts, teacher_prompts
@@ -144,7 +145,7 @@ class _Drawing:
                 for example in self._examples(source, opened):
                     file.write(example)
         if not self._seen:
-            raise self._nothing()
+            raise nothing_came_out(self.config, self.dropped)
         self.tokenizer.check_ids(self.highest_id)
 
     def deal(self) -> dict[str, Any]:
@@ -281,29 +282,6 @@ class _Drawing:
         self.tokens += len(token_ids)
         read = token_ids if prompt is None else np.concatenate([token_ids, prompt])
         self.highest_id = max(self.highest_id, int(read.max()))
-
-    def _nothing(self) -> CorpusError:
-        dropped = +self.dropped
-        reasons = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in dropped.items())
-        return CorpusError(
-            "no example came out of the sources" + (f" (left out: {reasons})" if reasons else ""),
-            expected="at least one document of two tokens",
-            where=", ".join(source.name for source in self.config.source) or "[[prepare.source]]",
-            remedy=self._instead(),
-        )
-
-    def _instead(self) -> str:
-        """What to do where no example came out: the setting by which most were left out."""
-        config, lost = self.config, +self.dropped
-        most = max(lost, key=lost.__getitem__, default="")
-        if most == "short_windows":
-            return f"Lower [prepare] min_tokens = {config.min_tokens}, or check the sources."
-        if most == "windows_without_targets" or most.endswith("longer_than_the_window"):
-            return (
-                f"Raise [prepare] window = {config.window}: no answer stands in so few tokens with "
-                "what it answers; or check that the conversations hold answers."
-            )
-        return "Check the sources."
 
 
 def _check_window(config: Prepare, tokenizer: CorpusTokenizer) -> None:

@@ -101,7 +101,7 @@ class Words:
         raise wrong(
             where,
             f"the {len(ids)} tokens beside {what} do not hold its text",
-            f"every token of it ({what} alone makes {len(own)})",
+            "every token of it",
             f"{NOTHING}; or take {what} out of it, where the tokens are what the teacher read.",
         )
 

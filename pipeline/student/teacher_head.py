@@ -35,7 +35,7 @@ own. The states of a bfloat16 teacher have no more than 8 bits before they are s
 LOGPROB_ERROR = 0.1
 """Nats: what storing and half precision may do to a listed log-probability."""
 MOST_SURPRISE = 4.0
-NAME_IT = "Name the cache's own teacher: [teacher] model in a run file, teacher = of a trainer."
+NAME_IT = "Name the cache's teacher: [teacher] model in a run file, teacher = of a trainer."
 
 
 def keep_teacher_head(teacher: Teacher | None, facts: Mapping[str, Any], path: Path) -> Path:

@@ -135,7 +135,8 @@ def test_a_teachers_prompt_that_is_longer_than_the_window(long, tiny_llama, tmp_
     with pytest.raises(StillroomError, match=r"jsonl:2: .*raise \[prepare\] window"):
         prepare(narrow, str(tiny_llama), run.path("corpus"))
     wide = narrow.model_copy(update={"window": 400})  # as it says
-    assert prepare(wide, str(tiny_llama), run.path("corpus")).facts["examples"] > 0
+    corpus = prepare(wide, str(tiny_llama), run.path("corpus"))
+    assert len([*corpus.split("train"), *corpus.split("heldout")]) == 4
 
 
 def test_a_window_without_room_for_an_answer(tiny_llama, tmp_path):
