@@ -159,8 +159,10 @@ def in_turn(ours: Ours) -> Any:
 
 def trainer(kind: Any, arguments_of: Any, arguments: Any, directory: Path, ours: Ours) -> Any:
     """A trainer of the same steps."""
-    from datasets import Dataset
     from transformers import AutoModelForCausalLM
+
+    from stillroom.hf import dataset_of
+    from stillroom.pipeline.doors.cached import CachedDataset
 
     args = arguments_of(
         str(directory),
@@ -184,7 +186,7 @@ def trainer(kind: Any, arguments_of: Any, arguments: Any, directory: Path, ours:
         args,
         cache=arguments.cache,
         objectives=LINES,
-        train_dataset=Dataset.from_dict({"example": ours.order()}),
+        train_dataset=dataset_of(CachedDataset(arguments.cache)).select(ours.order()),
     )
     made.data.packed = made.distiller.packed = False  # an example to a row, on both sides
     return made

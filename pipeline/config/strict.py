@@ -37,6 +37,9 @@ class Table(BaseModel):
     )
 
 
+SPELT_OUT = {"bs": "batch_size"}
+"""What the field writes short for names that are not ours."""
+
 T = TypeVar("T", bound=Table)
 
 
@@ -53,9 +56,26 @@ def validate(model: type[T], data: Any, where: str) -> T:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint naming the known word that looks most like `word`; empty when nothing is known."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
+    """A hint naming the known word that `word` is short for (`lr`, `seq_len`), or looks most like;
+    empty when nothing is known."""
+    words = list(known)
+    near = [one for one in words if _short_for(word, one)]
+    near = near or difflib.get_close_matches(SPELT_OUT.get(word, word), words, n=1, cutoff=0.0)
     return f"Did you mean '{near[0]}'?" if near else ""
+
+
+def _short_for(word: str, known: str) -> bool:
+    """Whether a word is made of the beginnings of another's several parts, in order."""
+    parts = re.split(r"[_\- ]", known.lower())
+    left = {re.sub(r"[_\- ]", "", word.lower())}  # what no part has taken yet
+    for part in parts:
+        left = {
+            rest[size:]
+            for rest in left
+            for size in range(1, len(part) + 1)
+            if part[:size] == rest[:size] and len(rest) >= size
+        }
+    return len(parts) > 1 and "" in left
 
 
 def _explain(model: type[Table], error: ValidationError, where: str) -> ConfigError:

@@ -31,6 +31,7 @@ from stillroom.pipeline.corpus.identity import (
 )
 from stillroom.pipeline.corpus.image_chat import ImageChat, ImageTokens
 from stillroom.pipeline.corpus.item_questions import holds_interactions, write_interactions
+from stillroom.pipeline.corpus.nothing_left import nothing_came_out
 from stillroom.pipeline.corpus.opening import open_source
 from stillroom.pipeline.corpus.prefix_chat import PrefixChat
 from stillroom.pipeline.corpus.privileged import Prompts, teacher_prompts
@@ -38,7 +39,7 @@ from stillroom.pipeline.corpus.rejects import FILE, Rejects
 from stillroom.pipeline.corpus.scratch import replace_directory, scratch_beside
 from stillroom.pipeline.corpus.splits import deal, heldout_documents
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer, tokenizer_facts
-from stillroom.pipeline.corpus.windows import WHAT_HELPS, windows
+from stillroom.pipeline.corpus.windows import windows
 from stillroom.pipeline.images import ImageStore
 from stillroom.pipeline.record import Example, content_id
 
@@ -144,7 +145,7 @@ class _Drawing:
                 for example in self._examples(source, opened):
                     file.write(example)
         if not self._seen:
-            raise self._nothing()
+            raise nothing_came_out(self.config, self.dropped)
         self.tokenizer.check_ids(self.highest_id)
 
     def deal(self) -> dict[str, Any]:
@@ -281,17 +282,6 @@ class _Drawing:
         self.tokens += len(token_ids)
         read = token_ids if prompt is None else np.concatenate([token_ids, prompt])
         self.highest_id = max(self.highest_id, int(read.max()))
-
-    def _nothing(self) -> CorpusError:
-        dropped = +self.dropped
-        reasons = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in dropped.items())
-        worst = max(dropped, key=dropped.__getitem__, default="")
-        return CorpusError(
-            "no example came out of the sources" + (f" (left out: {reasons})" if reasons else ""),
-            expected="at least one document of two tokens",
-            where=", ".join(source.name for source in self.config.source) or "[[prepare.source]]",
-            remedy=WHAT_HELPS.get(worst, "Check the sources.").format(**vars(self.config)),
-        )
 
 
 def _check_window(config: Prepare, tokenizer: CorpusTokenizer) -> None:

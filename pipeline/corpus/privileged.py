@@ -59,8 +59,8 @@ def _other(document: Document, found: str, expected: str) -> CorpusError:
         f"the teacher's conversation does not go with the student's: {found}",
         expected=expected,
         where=document.where,
-        remedy="From the first answer on, both columns must say the same; and [prepare] window "
-        "must hold the longer of the two: raise it if the teacher's is cut off.",
+        remedy="From the first answer on, both columns must say the same, inside the window; where "
+        "they do and the teacher's is longer than that, raise [prepare] window.",
     )
 
 

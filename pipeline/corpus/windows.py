@@ -10,13 +10,6 @@ import numpy as np
 
 from stillroom.pipeline.corpus.chat import Tokens
 
-WHAT_HELPS = {
-    "windows_without_targets": "Raise [prepare] window, now {window} tokens, until answers are in "
-    "it; or give conversations that have answers.",
-    "short_windows": "Lower [prepare] min_tokens, now {min_tokens}; or give longer texts.",
-}
-"""Why windows are left out, and what a person does about it."""
-
 
 def windows(tokens: Tokens, size: int, overlap: int, begin: int = 0) -> Iterator[Tokens]:
     """Cut a document into windows of at most `size` tokens.

@@ -52,9 +52,10 @@ class RowPlan:
         if self.lengths[longest] > self.capacity:
             raise StudentError(
                 f"example {longest} has {self.lengths[longest]} tokens",
-                expected=f"at most sequence_length = {self.capacity}",
-                where="[train]",
-                remedy="Raise sequence_length (and batch_tokens), or set it to 0.",
+                expected=f"at most {self.capacity}, the tokens of a packed row",
+                where="sequence_length, batch_tokens",
+                remedy=f"Set batch_tokens to {self.lengths[longest]} or more, and sequence_length "
+                "too, unless it is 0 (then rows are as long as batch_tokens allows).",
             )
 
     def epoch(self, number: int) -> list[tuple[int, ...]]:

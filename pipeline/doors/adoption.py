@@ -26,6 +26,8 @@ from stillroom.pipeline.student.states import (
 from stillroom.pipeline.student.teacher_head import (
     FILE,
     check_head,
+    check_named,
+    is_whole,
     keep_teacher_head,
     read_teacher_head,
 )
@@ -122,9 +124,12 @@ def _teacher_head(trainer: Any, teacher: str) -> Head | None:
             remedy="Give teacher = the directory or hub id of the cache's teacher; its head is "
             "taken once and kept in output_dir.",
         )
+    named = Teacher(model=teacher).named_by("teacher =") if teacher else None
+    facts = cache.plan.facts["teacher"]
     with trainer.args.main_process_first(local=False, desc="the teacher's head"):
-        named = Teacher(model=teacher).named_by("teacher =") if teacher else None
-        keep_teacher_head(named, cache.plan.facts["teacher"], path)
+        if named and is_whole(path):
+            check_named(named, facts, path)
+        keep_teacher_head(named, facts, path)
     head = read_teacher_head(path)
     check_head(head, cache.read(0), cache.plan, str(path))
     return head.to(trainer.args.device)

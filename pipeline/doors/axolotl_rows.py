@@ -14,7 +14,8 @@ import numpy as np
 
 from stillroom.pipeline.doors.foreign_answer import ForeignAnswer
 from stillroom.pipeline.doors.foreign_rows import Id, Nats, Shape, rows_of, shaped, wrong
-from stillroom.pipeline.doors.json_answers import Token, Words, lists_of
+from stillroom.pipeline.doors.json_answers import lists_of
+from stillroom.pipeline.doors.words import Token, Words
 
 LEAST_HITS = 0.5
 """Share of a text's tokens that must be in their lists: a teacher seldom writes others."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -188,7 +188,13 @@ class CachedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.sources[""])
 
-    def __getitem__(self, number: int) -> Answers:
+    @overload
+    def __getitem__(self, number: int) -> Answers: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Answers]: ...
+    def __getitem__(self, number: int | slice) -> Answers | list[Answers]:
+        if isinstance(number, slice):
+            return self.__getitems__(list(range(len(self))[number]))
         return self.records.read(range(len(self))[number])
 
     def __getitems__(self, numbers: list[int]) -> list[Answers]:

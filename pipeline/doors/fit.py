@@ -17,6 +17,7 @@ from stillroom.pipeline.corpus.tokenizer import facts_of_tokenizer, tokenizer_fa
 from stillroom.pipeline.data.batch import NO_LABEL
 from stillroom.pipeline.objectives.weighting import Term
 from stillroom.pipeline.student.skeleton import positions_of
+from stillroom.pipeline.student.states import check_head_rows
 from stillroom.pipeline.training.run import check_tokenizer
 
 EXAMPLE = "example"
@@ -27,6 +28,10 @@ CACHE = "cache_digest"
 
 COLUMNS = (EXAMPLE, CACHE, "input_ids")
 """What is read of every row."""
+
+MAKE = (
+    "make it with stillroom.hf.dataset_of(CachedDataset(cache)), and select, filter or shuffle that"
+)
 
 MASKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "labels": lambda labels: labels != NO_LABEL,
@@ -77,12 +82,7 @@ def check_student(model: Any, tokenizer: Any, caches: Mapping[str, Any], longest
     where = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     own = _facts(model, getattr(tokenizer, "tokenizer", tokenizer), where)
     head = model.get_output_embeddings().weight.shape[0]
-    if head < own["vocab_size"]:
-        raise StudentError(
-            f"the head has {head} rows",
-            expected=f"at least the tokenizer's {own['vocab_size']} ids",
-            where=where,
-        )
+    check_head_rows(head, own["vocab_size"], where)
     check_tokenizer(own, caches, where)
     limit, fixed = positions_of(model)
     if limit and fixed and longest > limit:
@@ -151,10 +151,8 @@ def check_dataset(dataset: Any, data: Any) -> None:
         raise StudentError(
             f"the data set has no column '{EXAMPLE}'",
             where="train_dataset",
-            remedy="Leave train_dataset out, and the cache's own examples are taken; or add the "
-            f"column: the number of each row's record in the cache, "
-            f"dataset.add_column('{EXAMPLE}', range(len(dataset))) where both are in one order. "
-            "Where the trainer dropped it, set remove_unused_columns = False.",
+            remedy=f"Leave train_dataset out, and the cache's own examples are taken; or {MAKE}. "
+            "Where the trainer dropped the column, set remove_unused_columns = False.",
         )
     if not len(dataset):
         raise StudentError("the data set is empty", where="train_dataset")
@@ -257,7 +255,8 @@ def check_rows(
     rows: Sequence[Mapping[str, Any]], records: Sequence[Any], digest: str, where: str
 ) -> None:
     """Refuse rows whose `input_ids` are not those of their records, or whose numbers are another
-    cache's; rows that say neither are taken.
+    cache's; and rows that say neither: a number alone may be that of a row of another list of texts
+    (a filtered one, say), and what the trainer would learn from is not what stands beside it.
 
     Args:
         rows: of a data set.
@@ -274,8 +273,14 @@ def check_rows(
                 f"{where}: its number is of the cache {row[CACHE][:12]}",
                 expected=f"numbers of {digest[:12]}, the cache (or joined caches) of the trainer",
                 where="train_dataset",
-                remedy="Make the data set with stillroom.hf.dataset_of(CachedDataset(cache)), of "
-                "the same cache = that the trainer is given, and select or shuffle that.",
+                remedy="Of the same cache = that the trainer is given, " + MAKE + ".",
+            )
+        if "input_ids" not in row and CACHE not in row:
+            raise StudentError(
+                f"{where}: its number {row[EXAMPLE]} stands beside nothing of the cache",
+                expected=f"input_ids, which are compared with the record's, or {CACHE}",
+                where="train_dataset",
+                remedy=f"Leave train_dataset out, or {MAKE}.",
             )
         if "input_ids" not in row:
             continue
@@ -286,6 +291,5 @@ def check_rows(
                 f"({len(given)} and {len(kept)} tokens)",
                 expected="the tokens that the teacher was asked about, whole and in their order",
                 where="train_dataset",
-                remedy=f"Make the column '{EXAMPLE}' before the data set is shuffled, filtered or "
-                "cut, or leave train_dataset out.",
+                remedy=f"Leave train_dataset out, or {MAKE}.",
             )

@@ -1,12 +1,11 @@
 """Log-probabilities that servers write as JSON: vLLM's `prompt_logprobs`, OpenAI's `top_logprobs`.
 
-One idea: a token must be one id, or the row is refused: by the number that is given, or by the one
-word of the tokenizer that has exactly its bytes. The sampled token that a server lists beside the
-most probable ones is its own signal and no member of the list.
+One idea: the sampled token that a server lists beside the most probable ones is its own signal and
+no member of the list. Which id a spelt token is, and whether the tokens hold the text beside them,
+is found out in `words`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +13,21 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from stillroom.cache_schemas.errors import first_line
-from stillroom.pipeline.doors.foreign_answer import ForeignAnswer
-from stillroom.pipeline.doors.foreign_rows import Id, Key, Nats, Shape, rows_of, shaped, wrong
+from stillroom.pipeline.doors.foreign_answer import SAME, ForeignAnswer
+from stillroom.pipeline.doors.foreign_rows import (
+    NOTHING,
+    Id,
+    Key,
+    Nats,
+    Shape,
+    rows_of,
+    shaped,
+    wrong,
+)
+from stillroom.pipeline.doors.words import Token, Words
+
+ASKED = ("prompt_token_ids", "prompt", "messages")
+"""Keys of a line that say what was asked."""
 
 
 class Ranked(Shape):
@@ -33,15 +44,7 @@ class Dump(Shape):
     prompt_logprobs: list[dict[Key, Ranked] | None]
     first_row: Annotated[int, Field(strict=True, ge=0)] = 0
     loss_mask: list[bool] | None = None
-
-
-class Token(Shape):
-    """A token as a server spells it."""
-
-    token: str = ""
-    token_id: Id | None = None
-    bytes: list[Annotated[int, Field(ge=0, le=255)]] | None = None
-    logprob: Nats
+    prompt: Any = None
 
 
 class Written(Token):
@@ -60,6 +63,7 @@ class Choice(Shape):
     """One answer."""
 
     logprobs: Content | None = None
+    message: Any = None
 
 
 class Answered(Choice):
@@ -71,11 +75,12 @@ class Answered(Choice):
     messages: Any = None
 
 
-def read_prompt_logprobs(source: Path) -> Iterator[ForeignAnswer]:
+def read_prompt_logprobs(source: Path, words: Words) -> Iterator[ForeignAnswer]:
     """vLLM's dumps: `prompt_token_ids`, and `prompt_logprobs` with null for the first token.
 
     Each later entry is `{id: {"logprob": ..., "rank": ...}}`, about the token at its place; a
-    `loss_mask` or `first_row` that `stillroom cache export` has added is followed.
+    `loss_mask` or `first_row` that `stillroom cache export` has added is followed. Tokens must hold
+    the `prompt` beside them.
 
     Raises:
         CacheError: a line lacks them.
@@ -85,6 +90,7 @@ def read_prompt_logprobs(source: Path) -> Iterator[ForeignAnswer]:
         tokens, entries = np.array(line.prompt_token_ids, dtype=np.int64), line.prompt_logprobs
         if len(entries) != len(tokens):
             raise wrong(where, f"{len(entries)} entries for {len(tokens)} tokens", "as many")
+        words.check_shown(line.prompt_token_ids, line.prompt, "prompt", where)
         first = line.first_row
         if any(entries[: first + 1]):
             raise wrong(where, f"answers before first_row = {first}")
@@ -121,98 +127,64 @@ def _ranked(entry: Mapping[int, Ranked] | None, token: int, where: str) -> tuple
     if others != len(entry) - 1 or inside != others:
         ranks = ", ".join(str(told.rank) for told in entry.values())[:40]
         raise wrong(where, f"ranks {ranks}", "1, 2, ... in turn, and the token's own")
-    if any(after > before for (_, before), (_, after) in pairwise(listed)):
+    if any(after > before + SAME for (_, before), (_, after) in pairwise(listed)):
         raise wrong(where, "log-probabilities that do not fall with their ranks")
     return listed, own.logprob, own.rank
 
 
-class Words:
-    """A tokenizer's words by their bytes.
-
-    Args:
-        tokenizer: of transformers.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-
-    @cached_property
-    def _ids(self) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for word in range(len(self.tokenizer)):
-            found.setdefault(self.tokenizer.decode([word]), []).append(word)
-        return found
-
-    def id_of(self, told: Token, where: str) -> int:
-        """The id of a server's token.
-
-        Raises:
-            CacheError: it says no number, and no word or several look like it.
-        """
-        if told.token_id is not None:
-            return told.token_id
-        number = told.token.removeprefix("token_id:")  # vLLM's return_tokens_as_token_ids
-        if number != told.token and number.isascii() and number.isdigit() and len(number) < 10:
-            return int(number)
-        text = told.token
-        if told.bytes:
-            text = bytes(told.bytes).decode("utf-8", errors="replace")
-        found = [] if "\ufffd" in text else self._ids.get(text, [])  # part of a character
-        if len(found) == 1:
-            return found[0]
-        raise wrong(
-            where,
-            f"the token {text!r} is {len(found) or 'none'} of the tokenizer's words",
-            "one",
-            "Ask the server for ids (vLLM: return_tokens_as_token_ids), and capture again.",
-        )
-
-    def prompt(self, line: Answered, where: str) -> list[int]:
-        """Ids of what was asked: `prompt_token_ids`, `prompt`, or `messages` by the template."""
-        if line.prompt_token_ids is not None:
-            return line.prompt_token_ids
-        if isinstance(line.prompt, str):
-            return self.tokenizer(line.prompt)["input_ids"]
-        if not line.messages:
-            raise wrong(where, "no prompt_token_ids, prompt or messages")
-        return self.conversation(line.messages, where, add_generation_prompt=True)
-
-    def conversation(self, messages: Any, where: str, **more: Any) -> list[int]:
-        """Ids of messages as the template writes them.
-
-        Raises:
-            CacheError: it does not.
-        """
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **more)
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        except Exception as error:  # templates raise whatever they like
-            found = f"the template does not write these messages ({first_line(error)})"
-            raise wrong(where, found) from None
-
-
 def read_top_logprobs(source: Path, words: Words) -> Iterator[ForeignAnswer]:
-    """OpenAI's chat completions, a response or request and response in one object a line.
+    """OpenAI's chat completions, a response or request and response in one object a line; of the
+    batch API `response.body` is read, and the request beside it or in `body`.
 
     The answer's tokens are what is learned; of the prompt's there are no answers. Every choice of a
-    response is a text.
+    response is a text, and its tokens must hold its `message.content`.
 
     Raises:
-        CacheError: a line lacks its prompt or its log-probabilities.
+        CacheError: a line lacks its prompt or its log-probabilities, or tokens of its text.
     """
     for row, where in rows_of(source, "jsonl"):
-        line = shaped(Answered, row, where)
-        prompt = words.prompt(line, where)
+        line = shaped(Answered, _unwrapped(row), where)
+        prompt = _prompt(line, words, where)
         choices = line.choices or [line]
         for number, choice in enumerate(choices):
             own = where if len(choices) == 1 else f"{where} choice {number}"
             content = (choice.logprobs and choice.logprobs.content) or []
             if not content:
-                remedy = "Ask with logprobs and top_logprobs."
+                remedy = "Ask with logprobs and top_logprobs; where they are elsewhere in the row, "
+                remedy += "lay choices at its top (or in response.body)."
                 raise wrong(own, "no logprobs.content", "", remedy)
             if not prompt:
                 raise wrong(own, "an empty prompt", "what the first token of the answer follows")
-            yield _written(prompt, content, words, own)
+            made = _written(prompt, content, words, own)
+            said = choice.message.get("content") if isinstance(choice.message, dict) else None
+            words.check_shown(made.token_ids[len(prompt) :].tolist(), said, "message.content", own)
+            yield made
+
+
+def _unwrapped(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with what the batch API wraps: the request in `body`, the answer in `response.body`."""
+    asked, response = _inside(row, "body") or _inside(row, "request"), _inside(row, "response")
+    answered = _inside(response, "body") or response
+    found = {key: asked[key] for key in ASKED if key in asked}
+    return found | {key: answered[key] for key in ("choices", *ASKED) if key in answered} | row
+
+
+def _inside(row: dict[str, Any], key: str) -> dict[str, Any]:
+    found = row.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _prompt(line: Answered, words: Words, where: str) -> list[int]:
+    """Ids of what was asked: `prompt_token_ids`, `prompt`, or `messages` by the template."""
+    if line.prompt_token_ids is not None:
+        words.check_shown(line.prompt_token_ids, line.prompt, "prompt", where)
+        return line.prompt_token_ids
+    if isinstance(line.prompt, str):
+        return words.tokenizer(line.prompt)["input_ids"]
+    if not line.messages:
+        remedy = f"{NOTHING}; of a batch, lay the request's messages beside the response."
+        raise wrong(where, "no prompt_token_ids, prompt or messages", "", remedy)
+    return words.conversation(line.messages, where, add_generation_prompt=True)
 
 
 def _written(

@@ -173,7 +173,9 @@ def _line(record: TeacherRecord) -> dict[str, Any]:
             for place, (word, value) in enumerate(zip(ids, logprobs))
             if word >= 0
         }
-        token = {"logprob": float(own), "rank": int(rank)}
+        # Lists may be rounded where the token's own is not: it stays below what ranks before it.
+        least = min((told["logprob"] for told in ranked.values()), default=0.0)
+        token = {"logprob": min(float(own), least), "rank": int(rank)}
         entries[at] = {**ranked, **({} if str(tokens[at]) in ranked else {str(tokens[at]): token})}
     return {
         "example_id": record.example.example_id,
@@ -198,7 +200,7 @@ def _to_distillkit(cache: Any, records: Iterator[TeacherRecord], target: Path) -
             raise _lacks("exact ids", "distillkit")
         if record.first_row or (ids < 0).any():
             if record.first_row:
-                raise _lacks("rows from the first token on", "distillkit", OF_TEXTS)
+                raise _lacks("rows from the first token on", "distillkit", FROM_THE_START)
             raise _lacks(f"{k} ids in every row", "distillkit")
         values = logprobs.astype("<f4").view(np.uint8).reshape(len(ids), -1)
         return {
@@ -226,7 +228,8 @@ def _to_speculators(cache: Any, records: Iterator[TeacherRecord], target: Path) 
     for number, record in enumerate(records):
         kept = record.example.token_ids[:-1].astype(np.int64)
         if not np.array_equal(record.hidden_positions, np.arange(len(kept))):
-            raise _lacks("hidden states from the first token on", "speculators", OF_TEXTS)
+            every = f'[capture] hidden_rows = "all" and hidden_stride = 1. {FROM_THE_START}'
+            raise _lacks("hidden states from the first token on", "speculators", every)
         states = np.stack([record.signals[name] for name in names], axis=1)  # [L, layers, D]
         save_file(
             {
@@ -281,19 +284,19 @@ def _to_safetensors(_cache: Any, records: Iterator[TeacherRecord], target: Path)
         save_file(held, target / f"{number}.safetensors", metadata)
 
 
-def _lacks(what: str, form: str, how: str = "Capture it") -> CacheError:
+FROM_THE_START = (
+    "No setting keeps the rows before a chat's first answer, or of what a window repeats: prepare "
+    "the chats as text (written as their template writes them, in a [[prepare.source]] "
+    "text_column, overlap = 0 and a window that holds the longest) and capture that"
+)
+
+
+def _lacks(what: str, form: str, remedy: str = "Capture it") -> CacheError:
     return CacheError(
         f"the cache lacks {what}",
         where=f"--to {form}",
-        remedy=f"{how}, or export to parquet, which takes what is there.",
+        remedy=f"{remedy}; or export to parquet, which takes what is there.",
     )
-
-
-OF_TEXTS = (
-    "A conversation is captured from its first answer on, and no setting keeps what stands before; "
-    "a text is captured whole where it fits [prepare] window (of states all, unless [capture] "
-    "hidden_rows or hidden_stride says less). Prepare it as one, from a source with text_column"
-)
 
 
 FORMS: dict[str, Callable[[Any, Iterator[TeacherRecord], Path], None]] = {

@@ -83,10 +83,12 @@ def distillation_loss(
 def _states(hidden: torch.Tensor, head: Any) -> StudentStates:
     if hasattr(head, "get_output_embeddings"):
         student = bare(head)
+        _check_width(hidden, student.get_output_embeddings().weight)
         return StudentStates(read_by_head(student, hidden).flatten(0, 1), head_of(student))
-    if isinstance(head, nn.Linear):
-        return StudentStates(hidden.flatten(0, 1), Head(head.weight, head.bias))
-    return StudentStates(hidden.flatten(0, 1), Head(head))
+    linear = isinstance(head, nn.Linear)
+    made = Head(head.weight, head.bias) if linear else Head(head)
+    _check_width(hidden, made.weight)
+    return StudentStates(hidden.flatten(0, 1), made)
 
 
 def _value(
@@ -119,6 +121,20 @@ def _check_shape(hidden: torch.Tensor, batch: CachedBatch) -> None:
             where="distillation_loss",
             remedy="Give the decoder's last_hidden_state as it is, neither shifted nor cut.",
         )
+
+
+def _check_width(hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    rows, width = weight.shape
+    if hidden.shape[2] == width:
+        return
+    logits = ": these look like logits" if hidden.shape[2] == rows else ""
+    raise StudentError(
+        f"hidden states of {hidden.shape[2]} numbers{logits}",
+        expected=f"{width}, the width of the head's matrix [{rows}, {width}]",
+        where="distillation_loss",
+        remedy="Give the decoder's last_hidden_state (student.model(**batch.inputs)), and not what "
+        "a head has made of it.",
+    )
 
 
 def _check_term(term: Term) -> None:

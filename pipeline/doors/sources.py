@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config.strict import nearest
-from stillroom.pipeline.doors import axolotl_rows, distillkit_files, json_answers
+from stillroom.pipeline.doors import axolotl_rows, distillkit_files, json_answers, words
 from stillroom.pipeline.doors.foreign_answer import Reader
 
 FORMS = ("axolotl", "distillkit", "prompt_logprobs", "top_logprobs")
@@ -60,13 +60,14 @@ def source_of(form: str, source: Path, tokenizer: str, config: str = "") -> Sour
         raise ConfigError(
             f"--config with --from {form}", where="--config", remedy="It is of distillkit alone."
         )
-    if form == "prompt_logprobs":
-        return Source(partial(json_answers.read_prompt_logprobs, source))
     from stillroom.pipeline.corpus.tokenizer import load_tokenizer
 
-    words = json_answers.Words(load_tokenizer(tokenizer))
-    read = axolotl_rows.read_axolotl if form == "axolotl" else json_answers.read_top_logprobs
-    return Source(partial(read, source, words))
+    read = {
+        "axolotl": axolotl_rows.read_axolotl,
+        "prompt_logprobs": json_answers.read_prompt_logprobs,
+        "top_logprobs": json_answers.read_top_logprobs,
+    }[form]
+    return Source(partial(read, source, words.Words(load_tokenizer(tokenizer))))
 
 
 def columns_of(source: Source, told: int) -> int:

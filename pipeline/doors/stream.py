@@ -20,7 +20,8 @@ class PackedStream(IterableDataset):
     """`steps` microbatches for this rank, epoch after epoch: `DataLoader(..., batch_size=None)`.
 
     With torchdata's `StatefulDataLoader` it goes on where it was stopped, whatever was prefetched;
-    the number of workers must then stay.
+    the number of workers must then stay: another one is refused, from or to 0 by torchdata itself
+    ("State doesn't contain key ...").
 
     Args:
         data: the cache and what is to be learned.
@@ -94,8 +95,9 @@ class PackedStream(IterableDataset):
         self._start = self._next = (state["step"], Position(state["epoch"], state["row"]))
 
     def _identity(self) -> dict[str, Any]:
-        geometry = self.geometry
+        geometry, worker = self.geometry, get_worker_info()
         return {
+            "num_workers": worker.num_workers if worker else 0,
             "cache": self.data.digest,
             "seed": self.seed,
             "capacity": geometry.capacity,

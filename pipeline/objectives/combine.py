@@ -27,7 +27,12 @@ from stillroom.pipeline.objectives.weighting import (
     admit_by_gap,
     unit_weights,
 )
-from stillroom.pipeline.student.states import blocks_of, forward_states, tells_its_routing
+from stillroom.pipeline.student.states import (
+    blocks_of,
+    check_head_rows,
+    forward_states,
+    tells_its_routing,
+)
 from stillroom.pipeline.teacher.reference.head import Head
 
 
@@ -257,7 +262,12 @@ def value_of(term: Term, context: Context, progress: float) -> tuple[torch.Tenso
 
 
 def within(term: Term, head_rows: int) -> Term:
-    """A student may have fewer padding rows than the teacher; the teacher's further ids go."""
+    """A student may have fewer padding rows than the teacher; the teacher's further ids go.
+
+    Raises:
+        StudentError: the head lacks words that texts are written with.
+    """
+    check_head_rows(head_rows, term.facts.words, "the student's head")
     if term.facts.vocab_size <= head_rows:
         return term
     return replace(term, facts=replace(term.facts, vocab_size=head_rows))

@@ -53,6 +53,7 @@ class CacheFacts:
         widths: signal -> width of a dense signal.
         positions: image signal -> positions of a target.
         k: exact ids per row; 0 where there are none.
+        words: ids of the tokenizer, which every student's head has rows for; 0 without text.
     """
 
     signals: tuple[str, ...]
@@ -61,6 +62,7 @@ class CacheFacts:
     widths: dict[str, int] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
     k: int = 0
+    words: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,26 @@ def read_by_head(model: Any, state: torch.Tensor) -> torch.Tensor:
     return state if factor == 1.0 else state * factor
 
 
+def check_head_rows(found: int, words: int, where: str) -> None:
+    """Refuse a head without rows for every word.
+
+    Args:
+        found: its rows.
+        words: ids of the tokenizer; what a teacher has beyond them is padding.
+        where: the student, for messages.
+
+    Raises:
+        StudentError: it has fewer.
+    """
+    if found < words:
+        raise StudentError(
+            f"the head has {found} rows",
+            expected=f"at least the tokenizer's {words} ids",
+            where=where,
+            remedy="Take a student whose embeddings and head are of the teacher's tokenizer.",
+        )
+
+
 def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
     """Whether a packed document sees nothing of the one before it, measured.
 

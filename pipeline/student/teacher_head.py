@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from stillroom.cache_schemas.errors import StudentError
+from stillroom.cache_schemas.errors import StudentError, TeacherError
 from stillroom.cache_schemas.manifest import Plan
 from stillroom.cache_schemas.signals import hidden_name
 from stillroom.pipeline.config import Teacher
@@ -35,6 +35,7 @@ own. The states of a bfloat16 teacher have no more than 8 bits before they are s
 LOGPROB_ERROR = 0.1
 """Nats: what storing and half precision may do to a listed log-probability."""
 MOST_SURPRISE = 4.0
+NAME_IT = "Name the cache's teacher: [teacher] model in a run file, teacher = of a trainer."
 
 
 def keep_teacher_head(teacher: Teacher | None, facts: Mapping[str, Any], path: Path) -> Path:
@@ -47,27 +48,57 @@ def keep_teacher_head(teacher: Teacher | None, facts: Mapping[str, Any], path: P
 
     Raises:
         StudentError: it has to be made and there is no [teacher].
-        PlanMismatch: it is another teacher's.
+        PlanMismatch: it is another teacher's; nothing was written.
     """
-    if not _is_whole(path):
+    if not is_whole(path):
         if teacher is None:
             raise StudentError(
                 "the teacher's head is not there"
                 + " whole (an earlier release kept it)" * path.exists()
                 + " and there is no [teacher] to take it from",
                 where=str(path),
-                remedy="Name the cache's teacher under [teacher].",
+                remedy=NAME_IT,
             )
-        _write(teacher, path)
+        found = teacher_facts(teacher)
+        _check_teacher(found, facts, teacher.model, NAME_IT)
+        _write(teacher, found, path)
     with safe_open(path, "pt") as file:
         found = json.loads(file.metadata()[TEACHER])
-    remedy = "Delete it, and name the cache's own teacher under [teacher]."
-    # What an old cache does not record of its teacher is measured by `check_head`.
-    check_same_teacher(found, facts, str(path), remedy, as_run=False)
+    _check_teacher(found, facts, str(path), f"Delete it. {NAME_IT}")
     return path
 
 
-def _is_whole(path: Path) -> bool:
+def check_named(teacher: Teacher, facts: Mapping[str, Any], path: Path) -> None:
+    """Refuse a teacher that is named where its head is already kept, and is another one.
+
+    Args:
+        teacher: as it is named now.
+        facts: of the teacher in the cache's plan.
+        path: the file with the head.
+
+    Raises:
+        StudentError: its files are gone.
+        PlanMismatch: it is another teacher.
+    """
+    try:
+        found = teacher_facts(teacher)
+    except TeacherError as error:
+        raise StudentError(
+            f"cannot be compared with the cache's teacher ({error.found})",
+            where=teacher.model,
+            remedy=f"Leave teacher out: the head is kept in {path}.",
+        ) from None
+    _check_teacher(found, facts, teacher.model, NAME_IT)
+
+
+def _check_teacher(
+    found: Mapping[str, Any], facts: Mapping[str, Any], where: str, remedy: str
+) -> None:
+    # What an old cache does not record of its teacher is measured by `check_head`.
+    check_same_teacher(found, facts, where, remedy, as_run=False)
+
+
+def is_whole(path: Path) -> bool:
     """Whether it is there, and says what happens to its product and whose it is (earlier releases
     did not)."""
     if not path.exists():
@@ -129,10 +160,10 @@ def check_head(head: Head, record: TeacherRecord, plan: Plan, where: str) -> Non
         )
 
 
-def _write(teacher: Teacher, path: Path) -> None:
+def _write(teacher: Teacher, facts: Mapping[str, Any], path: Path) -> None:
     head = head_of(load_merged(teacher.model_copy(update={"dtype": "float32"})))
     tensors = {"head": head.weight} | ({} if head.bias is None else {"bias": head.bias})
-    metadata = {TEACHER: json.dumps(teacher_facts(teacher)), "scale": repr(head.scale)}
+    metadata = {TEACHER: json.dumps(facts), "scale": repr(head.scale)}
     if head.softcap is not None:
         metadata["softcap"] = repr(head.softcap)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -115,7 +115,28 @@ def _check_there(term: Term, facts: Mapping[str, CacheFacts], where: str) -> Non
 
 
 def _check_teacher(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
-    remedy = "Capture the held-out split with the teacher of the training cache."
+    """Refuse a teacher that no training text was asked of; of joined caches each has its own."""
+    known = wanted.get("joined", [wanted])
+    for own in found.get("joined", [found]):
+        _check_one_of(own, known, where)
+
+
+def _check_one_of(found: Mapping[str, Any], known: Sequence[Mapping[str, Any]], where: str) -> None:
+    remedy = "Capture the held-out split with the teacher of the training cache"
+    remedy += f", one of the {len(known)} that are joined." if len(known) > 1 else "."
+    for wanted in known:
+        try:
+            _check_same_teacher(found, wanted, where, remedy)
+        except PlanMismatch:
+            if wanted is known[-1]:
+                raise
+        else:
+            return
+
+
+def _check_same_teacher(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], where: str, remedy: str
+) -> None:
     unrecorded = check_same_teacher(found, wanted, where, remedy)
     if unrecorded:
         raise PlanMismatch(

@@ -24,6 +24,7 @@ from stillroom.pipeline.data.loader import Geometry
 from stillroom.pipeline.data.records import RecordSource, lengths_of
 from stillroom.pipeline.kernels.execution import triton_runs_on
 from stillroom.pipeline.objectives.registry import CacheFacts
+from stillroom.pipeline.student.states import check_head_rows
 from stillroom.pipeline.training.parallel import Parallel
 
 CAPTURE_FIRST = (
@@ -156,6 +157,7 @@ def facts_of(cache: Any) -> CacheFacts:
         vocab_size=facts["teacher"]["vocab_size"],
         widths={name: width for name in cache.signals if name.startswith("hidden.")},
         k=facts["capture"]["k"],
+        words=min(facts["tokenizer"].get("vocab_size", 0), facts["teacher"]["vocab_size"]),
     )
 
 
@@ -174,12 +176,7 @@ def check_fit(student: Path, caches: Mapping[str, Any]) -> None:
     own = tokenizer_facts(str(student))
     rows = json.loads((student / "config.json").read_text())
     head = rows.get("text_config", rows).get("vocab_size", own["vocab_size"])
-    if head < own["vocab_size"]:
-        raise StudentError(
-            f"the head has {head} rows",
-            expected=f"at least the tokenizer's {own['vocab_size']} ids",
-            where=str(student),
-        )
+    check_head_rows(head, own["vocab_size"], str(student))
     check_tokenizer(own, caches, str(student))
 
 

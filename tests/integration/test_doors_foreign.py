@@ -12,7 +12,10 @@ import yaml
 from safetensors.numpy import load_file
 
 from stillroom.cache_schemas.errors import StillroomError
+from stillroom.pipeline import config
 from stillroom.pipeline.cache.reader import TeacherCache
+from stillroom.pipeline.capture.job import capture
+from stillroom.pipeline.corpus.preparing import prepare
 from stillroom.pipeline.doors import distillkit_files
 from stillroom.pipeline.doors.foreign import Origin, import_answers
 from stillroom.pipeline.doors.leaving import export
@@ -252,6 +255,20 @@ def test_prompt_logprobs_of_vllm(answers_alone, tiny_llama, tmp_path):
             np.testing.assert_array_equal(one.signals[name], other.signals[name])
 
 
+@pytest.mark.parametrize("profile", ["small", "strict"])
+def test_what_was_rounded_comes_back_in(profile, tiny_llama, tmp_path):
+    """Lists are rounded where the token's own figure is not, and still fall with their ranks."""
+    made = memory_cache.captured(tiny_llama, memory_cache.examples(9), k=K, profile=profile)
+    cache = TeacherCache.open(made.write(tmp_path / "cache"))
+    assert export(cache, tmp_path / "out", "jsonl")
+    found = taken("prompt_logprobs", tmp_path / "out", tmp_path / "c", tiny_llama)
+    assert len(found) == len(cache)
+    for one, other in zip(found, cache, strict=True):
+        np.testing.assert_array_equal(one.signals["token_rank"], other.signals["token_rank"])
+        gap = one.signals["token_logprob"] - other.signals["token_logprob"]
+        assert abs(gap).max() < 0.5
+
+
 def test_top_logprobs_of_a_server(tiny_llama, tiny_tokenizer, tmp_path):
     def token(word, value, **more):
         return {"token": tiny_tokenizer.decode([word]), "logprob": value} | more
@@ -329,7 +346,7 @@ def test_safetensors_hold_every_signal(cache, tmp_path):
 
 def test_what_a_format_has_no_place_for(cache, answers_alone, tmp_path):
     with pytest.raises(
-        StillroomError, match=r"lacks rows from the first token on.*as text.*parquet"
+        StillroomError, match=r"lacks rows from the first token on.*as text .*overlap = 0.*parquet"
     ):
         export(answers_alone, tmp_path / "a", "distillkit")
     with pytest.raises(StillroomError, match="lacks hidden states"):
@@ -340,6 +357,37 @@ def test_what_a_format_has_no_place_for(cache, answers_alone, tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(StillroomError, match="is already there"):
         export(cache, tmp_path / "a", "parquet")
+
+
+def test_chats_prepared_as_text_have_rows_from_their_first_token_on(
+    tiny_llama, tiny_tokenizer, tmp_path
+):
+    """What the refusal of a chat cache says to do."""
+    chats = [
+        [
+            {"role": "user", "content": f"What is {n}?"},
+            {"role": "assistant", "content": f"It is {n}."},
+        ]
+        for n in range(4)
+    ]
+    texts = [{"text": tiny_tokenizer.apply_chat_template(one, tokenize=False)} for one in chats]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    source = {"name": "a", "path": str(tmp_path / "rows.jsonl"), "text_column": "text"}
+    settings = {"k": K, "tail_draws": 0, "hidden_layers": ["final"], "hidden_codec": "bf16"}
+    document = {
+        "name": "a",
+        "directory": str(tmp_path / "run"),
+        "teacher": {"model": str(tiny_llama), "dtype": "float32"},
+        "prepare": {"window": 128, "heldout": 0.0, "source": [source]},
+        "capture": settings,
+    }
+    run = config.parse(document, "test")
+    prepare(run.prepare, str(tiny_llama), run.path("corpus"))
+    capture(run, engine="reference")
+    made = TeacherCache.open(run.path("cache"))
+    assert len(made) == 4
+    assert export(made, tmp_path / "distillkit", "distillkit")
+    assert export(made, tmp_path / "speculators", "speculators")
 
 
 def test_others_open_what_was_exported(cache, tmp_path):

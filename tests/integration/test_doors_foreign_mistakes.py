@@ -195,7 +195,7 @@ def test_a_source_that_changes_while_it_is_read_is_never_sealed(change, tiny_lla
 
     with pytest.raises(StillroomError, match="changed while it was read"):
         import_answers(changing, Origin("x", "t", str(tiny_llama)), tmp_path / "c", 4)
-    with pytest.raises(StillroomError, match="not sealed"):
+    with pytest.raises(StillroomError, match=r"not sealed|no cache here"):
         TeacherCache.open(tmp_path / "c")
 
 
@@ -251,6 +251,79 @@ def test_responses_of_another_shape(change, message, tiny_llama, tiny_tokenizer,
     line = json.loads(spoken(tiny_tokenizer, [(300, -0.5)])) | change
     (tmp_path / "d.jsonl").write_text(json.dumps(line))
     refused("top_logprobs", tmp_path / "d.jsonl", tmp_path / "c", tiny_llama, message)
+
+
+def told(tokenizer, text, *, lose=None, said=None, **more) -> dict:
+    """A response whose answer is a text, without one of its tokens, that says `said`."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    own = [(word, -0.5) for number, word in enumerate(ids) if number != lose]
+
+    def token(word, value):
+        return {"token": f"token_id:{word}", "logprob": value}
+
+    content = [token(*one) | {"top_logprobs": [token(*one)]} for one in own]
+    message = {"role": "assistant", "content": text if said is None else said}
+    choice = {"message": message, "logprobs": {"content": content}}
+    return {"prompt_token_ids": [5, 6], "choices": [choice]} | more
+
+
+TEXT = "A short answer, in several words \u2014 and a dash."
+
+
+@pytest.mark.parametrize("lose", [0, 3, -1])
+def test_an_answer_without_one_of_its_tokens(lose, tiny_llama, tiny_tokenizer, tmp_path):
+    length = len(tiny_tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    lines = [told(tiny_tokenizer, "Another."), told(tiny_tokenizer, TEXT, lose=lose % length)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    message = rf"d.jsonl:2: the {length - 1} tokens beside message.content do not hold its text"
+    refused("top_logprobs", tmp_path / "d.jsonl", tmp_path / "c", tiny_llama, message)
+
+
+@pytest.mark.parametrize("said", [TEXT, f"  {TEXT}\n", TEXT[10:20], "", None, ["parts"]])
+def test_tokens_may_say_more_than_the_text_beside_them(said, tiny_llama, tiny_tokenizer, tmp_path):
+    """Thoughts and ends of turns are no part of a message, and servers strip white space."""
+    line = told(tiny_tokenizer, TEXT + tiny_tokenizer.eos_token)
+    line["choices"][0]["message"]["content"] = said
+    (tmp_path / "d.jsonl").write_text(json.dumps(line))
+    assert len(taken("top_logprobs", tmp_path / "d.jsonl", tmp_path / "c", tiny_llama)) == 1
+
+
+def test_a_prompt_beside_tokens_of_another(tiny_llama, tiny_tokenizer, tmp_path):
+    ids = tiny_tokenizer(TEXT)["input_ids"]
+    for form, line in (
+        ("top_logprobs", told(tiny_tokenizer, "Yes.", prompt_token_ids=ids, prompt=TEXT)),
+        ("prompt_logprobs", dump(ids, prompt=TEXT)),
+    ):
+        source = tmp_path / f"{form}.jsonl"
+        source.write_text(json.dumps(line))
+        assert len(taken(form, source, tmp_path / f"right-{form}", tiny_llama)) == 1
+        message = f"the {len(ids)} tokens beside prompt do not hold its text"
+        source.write_text(json.dumps(line | {"prompt": TEXT + " More of it."}))
+        refused(form, source, tmp_path / f"wrong-{form}", tiny_llama, message)
+
+
+def test_output_of_the_batch_api(tiny_llama, tiny_tokenizer, tmp_path):
+    answer = told(tiny_tokenizer, TEXT)
+    del answer["prompt_token_ids"]
+    output = {"custom_id": "1", "response": {"status_code": 200, "body": answer}, "error": None}
+    messages = [{"role": "user", "content": "a word"}]
+    asked = {"custom_id": "1", "method": "POST", "body": {"messages": messages, "logprobs": True}}
+    made = {}
+    for name, line in {
+        "plain": answer | {"messages": messages},
+        "beside": output | {"messages": messages},
+        "joined": asked | output,
+        "both": {"request": asked["body"], "response": answer},
+    }.items():
+        (tmp_path / "d.jsonl").write_text(json.dumps(line))
+        (made[name],) = taken("top_logprobs", tmp_path / "d.jsonl", tmp_path / name, tiny_llama)
+    assert len({one.example.example_id for one in made.values()}) == 1
+    for line, message in (
+        (output, r"no prompt_token_ids, prompt or messages.*lay the request's messages beside"),
+        (asked | {"response": {"status_code": 400, "body": {"error": "no"}}}, "no logprobs.conten"),
+    ):
+        (tmp_path / "d.jsonl").write_text(json.dumps(line))
+        refused("top_logprobs", tmp_path / "d.jsonl", tmp_path / "c", tiny_llama, message)
 
 
 def test_part_of_a_character_is_no_word(tiny_llama, tiny_tokenizer, tmp_path):

@@ -1,5 +1,6 @@
 """A cache in plain PyTorch: the page runs, and its loss is that of `stillroom train`."""
 
+import copy
 import pickle
 import re
 from itertools import islice
@@ -8,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -19,7 +19,7 @@ from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.objectives.combine import Distiller, signals_needed
 from stillroom.pipeline.objectives.weighting import UnitWeights, scales
 from stillroom.pipeline.student.loading import load
-from tests import memory_cache
+from tests import memory_cache, tiny_models
 from tests.in_float64 import ROUNDING
 
 PAGE = Path(__file__).resolve().parents[2] / "runbooks" / "80-a-loop-of-your-own.md"
@@ -132,6 +132,33 @@ def test_the_state_of_another_stream_is_refused(cache):
         PackedStream(data, 4, batch_tokens=96, seed=1).load_state_dict(state)
 
 
+def test_another_number_of_workers_is_refused_by_name(cache):
+    def loader(workers):
+        stream = PackedStream(CachedDataset(cache, packed=True), steps=7, batch_tokens=96)
+        return StatefulDataLoader(stream, batch_size=None, num_workers=workers)
+
+    first = loader(2)
+    next(iter(first))
+    again = loader(1)
+    again.load_state_dict(first.state_dict())
+    with pytest.raises(PlanMismatch, match="a stream with num_workers = 2; expected 1"):
+        next(iter(again))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_that_an_example_does_not_fit_into(packed, cache):
+    data = CachedDataset(cache, packed=packed)
+    longest = int(data.lengths.max())
+    assert len(list(PackedStream(data, 2, batch_tokens=longest))) == 2
+    if not packed:
+        return  # a row is as long as the longest
+    for settings in ({"batch_tokens": longest - 1}, {"sequence_length": longest - 1}):
+        message = rf"tokens; expected at most {longest - 1}.*Set batch_tokens to {longest} or more"
+        with pytest.raises(StudentError, match=message):
+            list(PackedStream(data, 2, **settings))
+    assert len(list(PackedStream(data, 2, longest, sequence_length=longest))) == 2  # as it says
+
+
 def test_workers_that_are_spawned_read_the_same(cache):
     data = CachedDataset(cache, LINES)
     data.records.read(0)
@@ -165,10 +192,52 @@ def test_what_does_not_fit_is_refused(cache, model):
         data[30]
 
 
-def test_a_head_that_is_narrower_than_the_softmax_is_measured(cache, model):
-    """A tied head of the tokenizer's own size: what the teacher has beyond it joins the tail."""
+def test_logits_in_place_of_states_are_known_for_what_they_are(cache, model):
     data = CachedDataset(cache)
+    batch = data.collate(data[2:4])
+    logits = model(**batch.inputs).logits
+    message = r"states of 768 numbers: these look like logits; expected 64.*last_hidden_state"
+    for head in (model, model.lm_head, model.lm_head.weight):
+        with pytest.raises(StudentError, match=message):
+            distillation_loss(logits, head, batch)
+        with pytest.raises(StudentError, match="states of 63 numbers; expected 64"):
+            distillation_loss(logits[..., :63], head, batch)
+
+
+def test_several_examples_at_once(cache):
+    data = CachedDataset(cache)
+    assert [one[""].example.example_id for one in data[2:9:3]] == [
+        data[number][""].example.example_id for number in (2, 5, 8)
+    ]
+    assert data[30:] == []
+    assert data[-1:][0][""].example == data[29][""].example
+
+
+def test_a_head_without_rows_for_every_word(cache, model):
+    """Labels and listed ids beyond it would be left out of the loss in silence."""
+    data, rows = CachedDataset(cache), 400
+    words = data.sources[""].plan.facts["tokenizer"]["vocab_size"]
+    assert rows < words
     batch = data.collate([data[0]])
     hidden = model.model(**batch.inputs).last_hidden_state
-    narrow = nn.Linear(64, 700, bias=False).double()
-    assert torch.isfinite(distillation_loss(hidden, narrow, batch))
+    message = rf"the head has {rows} rows; expected at least the tokenizer's {words} ids"
+    with pytest.raises(StudentError, match=message):
+        distillation_loss(hidden, model.lm_head.weight[:rows], batch)
+    small = copy.deepcopy(model)
+    small.resize_token_embeddings(rows)
+    with pytest.raises(StudentError, match=message):
+        distillation_loss(hidden, small, batch)
+    with pytest.raises(StudentError, match=message):
+        Distiller(small, data.terms)
+
+
+def test_a_head_that_is_narrower_than_the_softmax_is_measured(model, tmp_path):
+    """A tied head of the tokenizer's own size: what the teacher has beyond it joins the tail."""
+    teacher = tiny_models.save_qwen3(tmp_path / "teacher", vocab_size=768, padded_vocab_size=800)
+    data = CachedDataset(memory_cache.captured(teacher, memory_cache.examples(2)))
+    batch = data.collate([data[0]])
+    assert batch.terms[0].facts.vocab_size == 800
+    hidden = model.model(**batch.inputs).last_hidden_state
+    assert torch.isfinite(distillation_loss(hidden, model, batch))
+    with pytest.raises(StudentError, match=r"the head has 767 rows; expected at least .* 768 ids"):
+        distillation_loss(hidden, model.lm_head.weight[:767], batch)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -13,7 +12,7 @@ from transformers import (
 )
 
 from stillroom.cache_schemas.errors import StillroomError
-from stillroom.hf import CachedTrainer
+from stillroom.hf import CachedTrainer, dataset_of
 from stillroom.pipeline.data.packing import RowPlan
 from stillroom.pipeline.doors.cached import CachedDataset
 from stillroom.pipeline.student.llava import TASK_TOKENS
@@ -47,7 +46,8 @@ def test_an_image_text_cache_gives_the_losses_of_stillroom_train(world, tmp_path
         train(run, caches={"": world["cache"]}, on_progress=lambda now: ours.append(now.loss))
     count = len(world["cache"])
     plan = RowPlan(np.full(count, 26), np.arange(count) // 4, 26, packed=False)
-    order = Dataset.from_dict({"example": [number for (number,) in plan.epoch(0)]})
+    order = dataset_of(CachedDataset(world["cache"], [PLAIN]))
+    order = order.select([number for (number,) in plan.epoch(0)])
     with norms_in_float64():
         trainer = sees(world, tmp_path, train_dataset=order, eval_cache=world["cache"])
         trainer.train()
@@ -97,11 +97,17 @@ def test_the_teachers_head_is_taken_once(deep_llama, tiny_llama, tmp_path):
         losses.append(logged(trainer))
     assert (tmp_path / FILE).is_file()
     assert losses[0] == losses[1]
-    with pytest.raises(StillroomError, match="weights"):
-        CachedTrainer(
-            AutoModelForCausalLM.from_pretrained(tiny_llama),
-            TrainingArguments(str(tmp_path / "other"), **MORE),
-            cache=cache,
-            objectives=[HEAD],
-            teacher=str(tiny_llama),
-        )
+    for directory, teacher, message in (
+        (tmp_path / "other", tiny_llama, r"is another teacher.*weights.*teacher = of a trainer"),
+        (tmp_path, tiny_llama, r"is another teacher.*weights"),  # where the right head is kept
+        (tmp_path, tmp_path / "gone", r"cannot be compared.*Leave teacher out"),
+    ):
+        with pytest.raises(StillroomError, match=message):
+            CachedTrainer(
+                AutoModelForCausalLM.from_pretrained(tiny_llama),
+                TrainingArguments(str(directory), **MORE),
+                cache=cache,
+                objectives=[HEAD],
+                teacher=str(teacher),
+            )
+    assert not (tmp_path / "other" / FILE).exists()

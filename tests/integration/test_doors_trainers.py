@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig
 
-from stillroom.hf import CachedSFTTrainer, CachedTrainer
+from stillroom.hf import CachedSFTTrainer, CachedTrainer, dataset_of
 from stillroom.pipeline.config import parse
 from stillroom.pipeline.data.packing import RowPlan
+from stillroom.pipeline.doors.cached import CachedDataset
 from stillroom.pipeline.training.metrics import read_metrics
 from stillroom.pipeline.training.trainer import train
 from tests import memory_cache
@@ -89,7 +90,7 @@ def order_of(cache) -> Dataset:
     found = memory_cache.examples(40)
     lengths = np.array([len(one.token_ids) for one in found])
     plan = RowPlan(lengths, np.arange(40) // 4, 24, packed=False)
-    return Dataset.from_dict({"example": [number for (number,) in plan.epoch(0)]})
+    return dataset_of(CachedDataset(cache)).select([number for (number,) in plan.epoch(0)])
 
 
 def assert_same_weights(found: dict, expected: dict) -> None:

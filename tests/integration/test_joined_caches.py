@@ -9,8 +9,9 @@ from stillroom.cache_schemas.errors import StillroomError
 from stillroom.pipeline.config import parse
 from stillroom.pipeline.data.joined import Joined
 from stillroom.pipeline.doors.cached import CachedDataset
+from stillroom.pipeline.doors.heldout_sets import held_out_sets
 from stillroom.pipeline.training.trainer import train
-from tests import memory_cache
+from tests import memory_cache, tiny_models
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,23 @@ def test_a_run_trains_on_both(caches, tiny_llama, tmp_path):
     assert np.isfinite(train(run).final_loss)
     identity = json.loads(run.path("train.json").read_text())["identity"]
     assert identity["cache train.cache"] == CachedDataset(caches).sources[""].plan.digest
+
+
+def test_each_source_is_measured_by_itself(caches, tiny_llama, tmp_path_factory):
+    """A held-out cache is of one of the joined teachers, or of several of them."""
+    root = tmp_path_factory.mktemp("held")
+    other = tiny_models.save_llama(root / "other", num_layers=1, seed=9)
+    held = {
+        name: str(memory_cache.captured(one, memory_cache.examples(3, seed=9)).write(root / name))
+        for name, one in (("first", tiny_llama), ("nobody", other))
+    }
+    trained = CachedDataset(caches)
+    sets = held_out_sets({"first": held["first"], "both": caches, "turned": caches[::-1]}, trained)
+    assert [len(one.dataset) for one in sets.values()] == [3, 12, 12]
+    with pytest.raises(StillroomError, match=r"is another teacher: .*one of the 2 that are joined"):
+        held_out_sets({"nobody": held["nobody"]}, trained)
+    with pytest.raises(StillroomError, match="is another teacher"):  # one of the two alone is known
+        held_out_sets(caches, CachedDataset(caches[0]))
 
 
 def test_what_cannot_be_trained_from_together(caches, tiny_llama):

@@ -147,14 +147,28 @@ def test_a_row_without_the_column_is_read_alike(captured, tiny_llama, tmp_path):
         prepare(run.prepare, str(tiny_llama), run.path("corpus"))
 
 
-def test_a_window_that_cuts_off_the_answer_is_named(tiny_llama, tmp_path):
-    run = run_in(tmp_path, tiny_llama, chats(4))
-    short = run.prepare.model_copy(update={"window": 40})
-    with pytest.raises(StillroomError, match=r"\[prepare\] window must hold.*raise it"):
-        prepare(short, str(tiny_llama), run.path("corpus"))
-    run = run_in(
-        tmp_path / "alike", tiny_llama, [row | {"teacher_messages": []} for row in chats(4)]
-    )
-    none = run.prepare.model_copy(update={"window": 8})
-    with pytest.raises(StillroomError, match=r"Raise \[prepare\] window, now 8 tokens"):
-        prepare(none, str(tiny_llama), run.path("corpus"))
+@pytest.mark.parametrize("long", ["cut", "keep_end"])
+def test_a_teachers_prompt_that_is_longer_than_the_window(long, tiny_llama, tmp_path):
+    rows = list(chats(4))
+    rows[1]["teacher_messages"][0]["content"] = SECRET * 8
+    run = run_in(tmp_path / "long", tiny_llama, rows)
+    narrow = run.prepare.model_copy(update={"long": long})
+    with pytest.raises(StillroomError, match=r"jsonl:2: .*raise \[prepare\] window"):
+        prepare(narrow, str(tiny_llama), run.path("corpus"))
+    wide = narrow.model_copy(update={"window": 400})  # as it says
+    corpus = prepare(wide, str(tiny_llama), run.path("corpus"))
+    assert len([*corpus.split("train"), *corpus.split("heldout")]) == 4
+
+
+def test_a_window_without_room_for_an_answer(tiny_llama, tmp_path):
+    rows = [{"messages": row["messages"]} for row in chats(6)]
+    run = run_in(tmp_path / "narrow", tiny_llama, rows)
+    (source,) = run.prepare.source
+    source = source.model_copy(update={"teacher_messages_column": ""})
+    for changes, message in (
+        ({"window": 8}, r"no example came out.*Raise \[prepare\] window = 8"),
+        ({"min_tokens": 90}, r"no example came out.*Lower \[prepare\] min_tokens = 90"),
+    ):
+        wanted = run.prepare.model_copy(update={"source": (source,), **changes})
+        with pytest.raises(StillroomError, match=message):
+            prepare(wanted, str(tiny_llama), run.path("corpus"))

@@ -185,10 +185,15 @@ def test_numbers_of_another_cache(model, cache, other, tmp_path):
     made(model, [cache, other], tmp_path, train_dataset=joined).train()
 
 
+def numbered(cache, numbers) -> Dataset:
+    digest = CachedDataset(cache).digest
+    return Dataset.from_dict({"example": numbers, "cache_digest": [digest] * len(numbers)})
+
+
 @pytest.mark.parametrize("numbers", [[0.5, 1.7], [0.0, None], ["0", "x"]])
 def test_numbers_that_are_none(numbers, model, cache, tmp_path):
     with pytest.raises(StillroomError, match=r"example = .*expected a whole number"):
-        made(model, cache, tmp_path, train_dataset=Dataset.from_dict({"example": numbers}))
+        made(model, cache, tmp_path, train_dataset=numbered(cache, numbers))
 
 
 @pytest.mark.parametrize("name", ["labels", "completion_mask"])
@@ -207,7 +212,7 @@ def test_columns_that_say_what_to_learn(name, model, cache, tmp_path):
 def test_batches_by_length(model, cache, tmp_path):
     arguments = {"train_sampling_strategy": "group_by_length"}
     made(model, cache, tmp_path, arguments).train()
-    own = Dataset.from_dict({"example": [3, 1, 2]}).cast_column("example", Value("int32"))
+    own = numbered(cache, [3, 1, 2]).cast_column("example", Value("int32"))
     with pytest.raises(StillroomError, match=r"no column 'length'.*add_column"):
         made(model, cache, tmp_path, arguments, train_dataset=own)
     lengths = CachedDataset(cache).lengths[own["example"]]  # as the message says

@@ -20,6 +20,7 @@ from stillroom.hf import (
     CachedDistillationMixin,
     CachedSFTTrainer,
     CachedTrainer,
+    dataset_of,
 )
 from stillroom.pipeline.doors import settings
 from stillroom.pipeline.doors.cached import CachedDataset
@@ -87,7 +88,7 @@ def rows(cache, order=None, tokens=True, **more) -> Dataset:
 
 
 def test_a_data_set_that_names_no_records(model, cache, tmp_path):
-    with pytest.raises(StillroomError, match=r"no column 'example'.*add_column"):
+    with pytest.raises(StillroomError, match=r"no column 'example'.*dataset_of"):
         made(CachedTrainer, model, cache, tmp_path, train_dataset=rows(cache))
 
 
@@ -97,8 +98,21 @@ def test_a_data_set_in_another_order(model, cache, tmp_path):
         made(CachedTrainer, model, cache, tmp_path, train_dataset=shuffled)
 
 
+@pytest.mark.parametrize("more", [{}, {"text": ["hello"] * 12}])
+def test_numbers_that_stand_beside_nothing_of_the_cache(more, model, cache, tmp_path):
+    """Whoever filters texts and numbers the rest would train on other rows."""
+    bare = rows(cache, tokens=False, example=list(range(12)), **more)
+    message = r"row 0: its number 0 stands beside nothing of the cache.*dataset_of"
+    with pytest.raises(StillroomError, match=message):
+        made(CachedTrainer, model, cache, tmp_path, train_dataset=bare)
+    with pytest.raises(StillroomError, match="a row: its number 3 stands beside nothing"):
+        CachedCollator(CachedDataset(cache))([{"example": 3}])
+    right = dataset_of(CachedDataset(cache)).filter(lambda row: row["length"] > 8)  # as it says
+    assert len(made(CachedTrainer, model, cache, tmp_path, train_dataset=right).train_dataset)
+
+
 def test_numbers_beyond_the_cache(model, cache, tmp_path):
-    beyond = Dataset.from_dict({"example": [3, 12]})
+    beyond = rows(cache, [3, 3], example=[3, 12])
     with pytest.raises(StillroomError, match="example = 12; expected 0 to 11"):
         made(CachedTrainer, model, cache, tmp_path, train_dataset=beyond)
 

@@ -73,3 +73,21 @@ def test_a_number_that_is_none_is_refused(file, line, key, number):
 def test_options_are_as_strict():
     with pytest.raises(ConfigError, match=r"temperature.*(finite|greater)"):
         registry.find("forward_kl", {"temperature": float("inf")}, "objective")
+
+
+@pytest.mark.parametrize(
+    ("short", "meant"),
+    [
+        ("lr", "learning_rate"),
+        ("lrate", "learning_rate"),
+        ("wd", "weight_decay"),
+        ("bs", "batch_tokens"),
+        ("batch_size", "batch_tokens"),
+        ("seq_len", "sequence_length"),
+        ("stpes", "steps"),
+    ],
+)
+def test_what_is_written_short_is_known_for_what_it_means(short, meant, file):
+    file.write_text(TEXT.replace("[train]", f"[train]\n{short} = 1"))
+    with pytest.raises(ConfigError, match=f"'train.{short}'. Did you mean '{meant}'"):
+        config.load(file)
