@@ -196,7 +196,7 @@ def test_an_adapter_in_the_place_of_a_model_is_refused(tiny_llama, adapter, tmp_
     both = Path(shutil.copytree(tiny_llama, tmp_path / "both"))
     shutil.copytree(adapter, both, dirs_exist_ok=True)
     for directory in (adapter, both):
-        with pytest.raises(TeacherError, match=r"Name the adapter's directory as \[teacher\]"):
+        with pytest.raises(TeacherError, match=r"its directory as \[teacher\] adapter"):
             teacher_facts(Teacher(model=str(directory)))
 
 
