@@ -167,8 +167,8 @@ def _token_numbers(now: "CaptureProgress") -> dict[str, float]:
 
 
 def _numbers_each(now: "CaptureProgress") -> dict[str, float]:
-    """What one image, item or history weighs, so far."""
-    return {"bytes_each": now.bytes / now.examples if now.shards else 0.0}
+    """What one image, item or history weighs in the shards committed, as `cache ls` counts it."""
+    return {"bytes_each": now.bytes / max(now.committed_examples, 1)}
 
 
 class Steps:

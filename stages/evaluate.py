@@ -121,5 +121,6 @@ def _recommender(run, run_file: Path, as_json: bool) -> None:
 
 def _label(name: str, ranking) -> str:
     """A teacher that said nothing about some rows is not one that was wrong about them."""
-    empty = f" ({ranking.empty_lists:,} of {ranking.rows:,} lists empty)"
-    return name + (empty if ranking.empty_lists else "")
+    if not ranking.empty_lists:
+        return name
+    return f"{name} ({ranking.empty_lists:,} of {ranking.rows:,} lists empty)"
