@@ -17,7 +17,7 @@ from stillroom.stages.arguments import (
     WorldSize,
     check_worker,
 )
-from stillroom.stages.console import document, progress, put, say, table
+from stillroom.stages.console import document, progress, put, say, table, warn
 
 if TYPE_CHECKING:
     from stillroom.pipeline.capture.progress import CaptureProgress
@@ -64,10 +64,12 @@ def capture(
     """Score the prepared corpus and seal the cache; run again to go on after any interruption."""
     from stillroom.cache_schemas.errors import ConfigError
     from stillroom.pipeline import config
+    from stillroom.pipeline.objectives.names import check_names
 
     run = config.load(run_file)
+    check_names(run)
     check_worker(rank, world_size)
-    _check_one_purpose(run, dry_run)
+    _check_estimate(run, dry_run)
     part = _part(run, split)
     if dry_run:
         _dry_run(run, engine.value, part, as_json)
@@ -106,24 +108,15 @@ def _part(run, split: Split) -> str:
     return "heldout"
 
 
-def _check_one_purpose(run, dry_run: bool) -> None:
-    """Refuse token logits of a recommender's questions by the way: hours, and nothing there reads
-    them; and an estimate of what is not estimated.
+def _check_estimate(run, dry_run: bool) -> None:
+    """Refuse an estimate of what is not estimated.
 
     Raises:
-        ConfigError: there is a table too many, or an option.
+        ConfigError: there is an option too many.
     """
     from stillroom.cache_schemas.errors import ConfigError
 
     named = [f"[{name}]" for name in ("items", "candidates") if getattr(run, name) is not None]
-    if named and run.capture is not None:
-        raise ConfigError(
-            f"[capture] beside {' and '.join(named)}: token logits of every question, which no "
-            "recommender reads",
-            where=run.name,
-            remedy="Remove [capture]; `check` is a key of [items] and [candidates] too. To tune a "
-            "teacher on the questions, give [capture] a run file and a directory of its own.",
-        )
     if named and dry_run:
         raise ConfigError(
             f"--dry-run of {' and '.join(named)}",
@@ -174,8 +167,8 @@ def _token_numbers(now: "CaptureProgress") -> dict[str, float]:
 
 
 def _numbers_each(now: "CaptureProgress") -> dict[str, float]:
-    """What one image, item or history weighs, so far."""
-    return {"bytes_each": now.bytes / now.examples if now.shards else 0.0}
+    """What one image, item or history weighs in the shards committed, as `cache ls` counts it."""
+    return {"bytes_each": now.bytes / max(now.committed_examples, 1)}
 
 
 class Steps:
@@ -229,7 +222,20 @@ def _capture_more(run, about: str, engine: str, split: str, **worker) -> None:
         say(f"this worker's shards are done; the last worker to finish seals the {title}")
         return
     kept = {"images": run.path("vision"), "items": run.path("items")}
-    put(kept.get(about) or default_location(run, split))
+    where = str(kept.get(about) or default_location(run, split))
+    if about == "candidates":
+        _tell_empty(where)
+    put(where)
+
+
+def _tell_empty(where: str) -> None:
+    """A list without an item counts as a history that was asked about, and teaches nothing."""
+    from stillroom.pipeline.cache.care.empty_lists import empty_lists
+    from stillroom.pipeline.cache.reader import TeacherCache
+
+    found = empty_lists(TeacherCache.open(where))
+    if found is not None and found.words:
+        warn(f"warning: {found.words}")
 
 
 def _dry_run(run, engine: str, split: str, as_json: bool) -> None:

@@ -57,6 +57,18 @@ def present(run: Any, corpus: Any, examples: int, as_json: bool) -> None:
     tell(corpus)
 
 
+SHARED = "questions_that_users_share"
+
+
+def _singular(reason: str, number: int) -> str:
+    """A reason whose first word is a plural, for one of them."""
+    first, _, rest = reason.partition("_")
+    if number != 1 or not first.endswith("s"):
+        return reason
+    one = first.removesuffix("ies") + "y" if first.endswith("ies") else first.removesuffix("s")
+    return f"{one}_{rest}" if rest else one
+
+
 def tell(corpus: Any) -> None:
     """What was left out of a corpus, and what was noticed in its conversations."""
     from stillroom.pipeline.corpus.looking import remarks
@@ -65,7 +77,11 @@ def tell(corpus: Any) -> None:
     facts = corpus.facts
     for reason, number in facts["dropped"].items():
         where = f" ({corpus.directory / FILE})" if reason == "rejected_rows" else ""
-        say(f"left out: {number:,} {reason.replace('_', ' ')}{where}")
+        if reason == SHARED:
+            what = "question is" if number == 1 else "questions are"
+            say(f"{number:,} {what} as another user's and asked once; each user keeps the row")
+            continue
+        say(f"left out: {number:,} {_singular(reason, number).replace('_', ' ')}{where}")
     if repeated := facts.get("repeats", {}).get("documents"):
         kept = (
             "weigh as much as all"

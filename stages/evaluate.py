@@ -108,12 +108,19 @@ def _recommender(run, run_file: Path, as_json: bool) -> None:
         say(f"no row for the teacher: it was not asked about test rows; {command}{needs}")
     provenance.record(run.path("run.json"), "evaluate")
     if as_json:
-        document({label: asdict(one) for label, one in found.items()})
+        document({label: one.facts for label, one in found.items()})
         return
     names = ["hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20"]
     rows = [
-        [label, *(f"{r.mean[name]:.4f} ± {r.standard_error[name]:.4f}" for name in names)]
-        for label, r in found.items()
+        [_label(name, r), *(f"{r.mean[m]:.4f} ± {r.standard_error[m]:.4f}" for m in names)]
+        for name, r in found.items()
     ]
     table(f"test rows, full ranking, {run.name}", ["", *names], rows)
     put(run.path(RESULT))
+
+
+def _label(name: str, ranking) -> str:
+    """A teacher that said nothing about some rows is not one that was wrong about them."""
+    if not ranking.empty_lists:
+        return name
+    return f"{name} ({ranking.empty_lists:,} of {ranking.rows:,} lists empty)"

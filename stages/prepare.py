@@ -27,9 +27,11 @@ def prepare(run_file: RunFile, show: Show = 0, as_json: AsJson = False) -> None:
     from stillroom.pipeline import config, provenance
     from stillroom.pipeline.corpus.preparing import PrepareProgress
     from stillroom.pipeline.corpus.preparing import prepare as make_corpus
+    from stillroom.pipeline.objectives.names import check_names
 
     run = config.load(run_file)
     settings = config.require(run.prepare, "prepare", str(run_file))
+    check_names(run)
     if run.generate is not None:
         raise ConfigError(
             "a [generate] table: this run's corpus is written by a model",
@@ -51,6 +53,8 @@ def prepare(run_file: RunFile, show: Show = 0, as_json: AsJson = False) -> None:
             trusts_code=teacher.trust_remote_code,
             say=lambda words: say(f"prepare: {words}"),
         )
+    if run.candidates is not None and "catalogue" in corpus.facts:
+        run.candidates.check_fits(corpus.facts["catalogue"]["items"])
     config.dump(run, run.path("corpus.config.json"))
     provenance.record(run.path("run.json"), "prepare")
     if as_json or show:

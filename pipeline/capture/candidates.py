@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from stillroom.cache_schemas.errors import ConfigError
 from stillroom.cache_schemas.manifest import Manifest, Plan
 from stillroom.pipeline.cache.writer import CacheWriter
 from stillroom.pipeline.capture.candidate_engines import Grounded, Scored, Shelf
@@ -91,7 +90,7 @@ def open_task(run: Run, engine: EngineName, split: str, location: str = "") -> T
     corpus = Corpus.open(run.path("corpus"))
     catalogue, histories = open_catalogue(corpus), open_histories(corpus)
     check_tokenizer(corpus, teacher)
-    _check_count(table, len(catalogue))
+    table.check_fits(len(catalogue))
     items = open_items_of(run, corpus, engine) if needs_items(table) else None
     asked = questions(corpus, histories, split, table.histories_per_user)
     plan = make_plan(run, corpus, split, engine, len(asked), items.plan.digest if items else "")
@@ -156,6 +155,9 @@ def make_plan(
     capture = table.model_dump(mode="json", exclude=NOT_IN_THE_PLAN)
     capture |= {"profile": "portable", "k": 0, "candidates": table.k, "items": items}
     capture |= {"catalogue": corpus.facts["catalogue"]}
+    if table.method == "scored" and table.shortlist == "popular":
+        # Earlier releases counted targets alone: the shortlists differ, so the caches do.
+        capture |= {"popular_by": "training interactions"}
     names = ["candidate_distances", "candidate_ids"]
     names += ["written_ids"] * (table.method == "grounded")
     return Plan.make(
@@ -202,18 +204,6 @@ def _open(
     return open_writing_engine(name, teacher, wanted, tokens, scale), wanted
 
 
-def _check_count(table: Candidates, items: int) -> None:
-    room = min(items, table.shortlist_size) if table.method == "scored" else items
-    if table.k > room:
-        what = "shortlist_size" if room < items else "items in the catalogue"
-        raise ConfigError(
-            f"k = {table.k} candidates of {room} {what}",
-            expected=f"k <= {room}",
-            where="[candidates]",
-            remedy="Lower k.",
-        )
-
-
 def _windows(corpus: Corpus, histories: Histories, split: str) -> Callable[[str], np.ndarray]:
     """Example id -> the items in its prompt; where items of one title make one question of several
     histories, those of all."""
@@ -232,6 +222,5 @@ def _window(histories: Histories, rows: dict[str, list[int]], length: int, name:
 
 
 def _popular(histories: Histories, items: int) -> np.ndarray:
-    """Places by the number of training rows that ask for them; equal ones in catalogue order."""
-    counts = np.bincount(histories.items[histories.rows("train")], minlength=items)
-    return np.argsort(-counts, kind="stable")
+    """Places by how often they are taken in training; equal ones in catalogue order."""
+    return np.argsort(-histories.training_counts(items), kind="stable")

@@ -207,6 +207,7 @@ class _Crew:
         seen = list(self._seen.values())
         rows = max(sum(one.rows for one in seen), 1)
         counts = ("shards", "examples", "tokens", "rows", "bytes", "committed_tokens")
+        counts += ("committed_examples",)
         means = ("retained_mass", "entropy")
         total = {name: sum(getattr(one, name) for one in seen) for name in counts}
         total |= {name: sum(getattr(o, name) * o.rows for o in seen) / rows for name in means}

@@ -58,6 +58,7 @@ def capture_items(
     Raises:
         PlanMismatch: the cache there has another plan, or the corpus another tokenizer.
         TeacherError: the teacher cannot be loaded or served.
+        ConfigError: [candidates] asks for more items than there are.
     """
     task = open_task(run, engine, location)
     notes = Notes(run.path("item-notes"), rank, on_error)
@@ -70,6 +71,8 @@ def open_task(run: Run, engine: EngineName, location: str = "") -> Task:
     teacher = require(run.teacher, "teacher", run.directory)
     corpus = Corpus.open(run.path("corpus"))
     items = open_items(corpus)
+    if run.candidates is not None:  # now, and not when all items are embedded
+        run.candidates.check_fits(len(items))
     check_tokenizer(corpus, teacher)
     writer = CacheWriter.open(location or str(run.path("items")), make_plan(run, corpus, engine))
     lengths = [len(item.token_ids) for item in items]

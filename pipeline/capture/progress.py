@@ -30,6 +30,7 @@ class CaptureProgress:
         retained_mass: mean probability inside the stored top-k, so far.
         entropy: mean entropy in nats, so far; NaN where it is not kept.
         doing: what the worker is at, in words.
+        committed_examples: examples of committed shards.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class CaptureProgress:
     retained_mass: float
     entropy: float
     doing: str = ""
+    committed_examples: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,6 +86,7 @@ class Totals:
     rows: int = 0
     bytes: int = 0
     committed_tokens: int = 0
+    committed_examples: int = 0
     mass: float = 0.0
     entropy: float = 0.0
     doing: str = ""
@@ -116,6 +119,7 @@ class Totals:
         self.shards += 1
         self.bytes += receipt.num_bytes
         self.committed_tokens += receipt.num_tokens
+        self.committed_examples += receipt.num_examples
         return self.progress()
 
     def progress(self) -> CaptureProgress:
@@ -135,6 +139,7 @@ class Totals:
             retained_mass=self.mass / rows,
             entropy=self.entropy / rows,
             doing=self.doing,
+            committed_examples=self.committed_examples,
         )
 
 

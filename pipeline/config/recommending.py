@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config.plain_template import PlainTemplate
 from stillroom.pipeline.config.strict import Table
 
@@ -74,6 +75,10 @@ class Interactions(Table):
         return PlainTemplate.of(self.item_text, ["title", *self.text_columns])
 
 
+OWN_CACHES = ("candidates", "items")
+"""Caches of the run itself that need no entry under [train.caches]."""
+
+
 class Items(Table):
     """`[items]`: one embedding for every item of the catalogue, from the teacher's states."""
 
@@ -121,6 +126,25 @@ class Candidates(Table):
     """Histories between two commits."""
     batch: int = Field(default=128, ge=1)
     """Histories that are answered together; a matter of speed."""
+
+    def check_fits(self, items: int) -> None:
+        """Refuse longer lists than can be.
+
+        Args:
+            items: of the catalogue.
+
+        Raises:
+            ConfigError: k is more than the items, or than the shortlist.
+        """
+        room = min(items, self.shortlist_size) if self.method == "scored" else items
+        if self.k > room:
+            what = "shortlist_size" if room < items else "items in the catalogue"
+            raise ConfigError(
+                f"k = {self.k} candidates of {room} {what}",
+                expected=f"k <= {room}",
+                where="[candidates]",
+                remedy=f"Set k = {room}, or less.",
+            )
 
 
 class Distilled(Table):

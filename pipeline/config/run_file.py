@@ -187,6 +187,19 @@ class Run(Table):
     train: Train | None = None
     evaluate: Evaluate | None = None
 
+    @model_validator(mode="after")
+    def _one_purpose(self) -> "Run":
+        """Token logits of a recommender's questions take hours, and nothing there reads them."""
+        named = [f"[{n}]" for n in ("items", "candidates") if getattr(self, n) is not None]
+        if named and self.capture is not None:
+            raise ValueError(
+                f"[capture] beside {' and '.join(named)}: token logits of every question, which "
+                "no recommender reads. Remove [capture]; `check` is a key of [items] and "
+                "[candidates] too. To tune a teacher on the questions, give [capture] a run file "
+                "and a directory of its own"
+            )
+        return self
+
     def path(self, *parts: str) -> Path:
         """A path inside the run's directory."""
         return Path(self.directory, *parts)

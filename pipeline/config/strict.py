@@ -89,7 +89,11 @@ def _explain(model: type[Table], error: ValidationError, where: str) -> ConfigEr
         return ConfigError(f"unknown key '{key}'", where=where, remedy=hint)
     if first["type"] == "missing":
         return ConfigError(f"key '{key}' is missing", where=where)
-    return ConfigError(f"'{key}': {first['msg']} (found {first['input']!r})", where=where)
+    said = first["msg"].removeprefix("Value error, ")
+    given = first["input"]
+    # Of a whole table the message itself names what is wrong in it.
+    found = "" if isinstance(given, dict | Table) else f" (found {given!r})"
+    return ConfigError((f"'{key}': " if key else "") + said + found, where=where)
 
 
 def _known_keys(root: type[Table], location: tuple) -> list[str]:

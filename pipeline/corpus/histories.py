@@ -96,6 +96,12 @@ class Histories:
             inside[left_out] = False
         return np.flatnonzero(inside)
 
+    def training_counts(self, items: int) -> np.ndarray:
+        """int64 [items]: how often each is taken in training, as the first of a history too."""
+        kept = np.ones(len(self.items), dtype=bool)
+        kept[self.rows("validation")] = kept[self.rows("test")] = False
+        return np.bincount(self.items[kept], minlength=items)
+
     def owners(self, rows: np.ndarray) -> np.ndarray:
         """int64 [R]: the sequence that each row is in."""
         return np.searchsorted(self.offsets, rows, side="right") - 1

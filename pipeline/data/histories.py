@@ -89,6 +89,11 @@ class Rows:
             lists,
         )
 
+    def answered(self, name: str) -> np.ndarray:
+        """bool [R]: whether a cache has a list for a row, and an item in it."""
+        ids, where = self.candidates[name][0], self.answers[name]
+        return (where >= 0) & (ids[where, 0] >= 0)
+
     def _lists(self, name: str, numbers: np.ndarray) -> Lists:
         ids, distances = self.candidates[name]
         where = self.answers[name][numbers]

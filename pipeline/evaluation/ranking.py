@@ -6,7 +6,7 @@ Definitions: `student.recommenders.ranks`.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,14 @@ class Ranking:
     Attributes:
         mean, standard_error: measure -> over rows.
         rows: how many there are.
+        empty_lists: of a teacher, how many of its lists have no item; None of a ranker of all
+            items.
     """
 
     mean: dict[str, float]
     standard_error: dict[str, float]
     rows: int
+    empty_lists: int | None = None
 
     @classmethod
     def of(cls, rank: np.ndarray) -> "Ranking":
@@ -54,6 +57,11 @@ class Ranking:
             {name: float(values.std() / np.sqrt(size)) for name, values in found.items()},
             len(rank),
         )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For a program; what says nothing is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def evaluate_recommender(run: Run) -> dict[str, Ranking]:
@@ -70,11 +78,10 @@ def evaluate_recommender(run: Run) -> dict[str, Ranking]:
         "most popular": Ranking.of(popular_ranks(corpus, table.exclude_seen)),
     }
     if (said := asked_on_test_rows(run)) is not None:
-        found["teacher"] = Ranking.of(teacher_ranks(said, corpus))
-    text = {
-        name: {"mean": r.mean, "standard_error": r.standard_error, "rows": r.rows}
-        for name, r in found.items()
-    }
+        lists = teacher_lists(said, corpus)
+        ranking = Ranking.of(places_in(lists, _test(corpus)[2]))
+        found["teacher"] = replace(ranking, empty_lists=int((lists[:, 0] < 0).sum()))
+    text = {name: ranking.facts for name, ranking in found.items()}
     run.path(RESULT).write_text(json.dumps(text, indent=2) + "\n")
     return found
 
@@ -123,17 +130,29 @@ def _check_sequences(config: dict[str, Any], corpus: Corpus, directory: Path) ->
 
 
 def popular_ranks(corpus: Corpus, exclude_seen: bool = True) -> np.ndarray:
-    """int64 [R]: ranks by how often an item is a training target, the same list for everybody."""
+    """int64 [R]: ranks by how often an item is taken in training, the same list for everybody."""
     histories, rows, targets = _test(corpus)
     items = corpus.facts["catalogue"]["items"]
-    counts = np.bincount(histories.items[histories.rows("train")], minlength=items).astype(float)
+    counts = histories.training_counts(items).astype(float)
     gone = [histories.seen(int(row)) if exclude_seen else None for row in rows]
     found = [rank_of(counts, int(target), out) for target, out in zip(targets, gone)]
     return np.array(found, dtype=np.int64)
 
 
 def teacher_ranks(location: str | Path, corpus: Corpus) -> np.ndarray:
-    """int64 [R]: place of every test item in the teacher's list; 0 where it is not in it.
+    """int64 [R]: place of every test item in the teacher's list; 0 where it is not in it. See
+    `teacher_lists`."""
+    return places_in(teacher_lists(location, corpus), _test(corpus)[2])
+
+
+def places_in(lists: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """int64 [R]: place, from 1, of each target [R] in its list of [R, K]; 0 where it is not."""
+    same = lists == targets[:, None]
+    return np.where(same.any(axis=1), same.argmax(axis=1) + 1, 0).astype(np.int64)
+
+
+def teacher_lists(location: str | Path, corpus: Corpus) -> np.ndarray:
+    """int32 [R, K]: the teacher's candidates of every test row, -1 where there is none.
 
     Raises:
         CacheError: a test row has no list.
@@ -144,19 +163,17 @@ def teacher_ranks(location: str | Path, corpus: Corpus) -> np.ndarray:
     check_catalogue(cache.plan.facts["capture"]["catalogue"], corpus.facts["catalogue"], where)
     ids = cache.index(["example_id"]).column("example_id").to_pylist()
     numbers = {name: number for number, name in enumerate(ids)}
-    histories, rows, targets = _test(corpus)
+    histories, rows, _ = _test(corpus)
     found = []
-    for name, target in zip(histories.example_ids.take(rows).to_pylist(), targets):
+    for name in histories.example_ids.take(rows).to_pylist():
         if name not in numbers:
             raise CacheError(
                 f"has no list for question {name[:12]}",
                 where=where,
                 remedy="Run `stillroom capture --split test` for this corpus.",
             )
-        listed = cache.read(numbers[name], ["candidate_ids"]).signals["candidate_ids"]
-        place = np.flatnonzero(listed == target)
-        found.append(int(place[0]) + 1 if len(place) else 0)
-    return np.array(found, dtype=np.int64)
+        found.append(cache.read(numbers[name], ["candidate_ids"]).signals["candidate_ids"])
+    return np.stack(found)
 
 
 @dataclass(frozen=True, slots=True)

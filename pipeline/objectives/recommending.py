@@ -243,13 +243,22 @@ def terms_of(objectives: Sequence[Objective], caches: Mapping[str, CacheFacts]) 
     """
     terms = combine.terms_of(objectives, caches)
     for term in terms:
-        if term.spec.unit != UNIT:
-            raise ConfigError(
-                f"'{term.spec.name}' is an objective of language models",
-                expected="next_item, dros, ranking_distillation or item_hint",
-                where=f"[[objective]] {term.label}",
-            )
+        check_unit(term.spec, f"[[objective]] {term.label}")
     return terms
+
+
+def check_unit(spec: Spec, where: str) -> None:
+    """Refuse an objective of language models.
+
+    Raises:
+        ConfigError: saying which there are for recommenders.
+    """
+    if spec.unit != UNIT:
+        raise ConfigError(
+            f"'{spec.name}' is an objective of language models",
+            expected="next_item, dros, ranking_distillation or item_hint",
+            where=where,
+        )
 
 
 class RankingDistiller(nn.Module):

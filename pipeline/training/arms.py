@@ -18,10 +18,10 @@ from pydantic import Field
 from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, ConfigError, StillroomError
 from stillroom.pipeline import config
 from stillroom.pipeline.config import Run
+from stillroom.pipeline.config.recommending import OWN_CACHES
 from stillroom.pipeline.config.run_file import read_toml
 from stillroom.pipeline.config.strict import PathText, Table, validate
 from stillroom.pipeline.training.checkpoint import write_durably
-from stillroom.pipeline.training.interactions import OWN_CACHES
 from stillroom.pipeline.training.opening import train
 from stillroom.pipeline.training.result import TrainResult
 from stillroom.pipeline.training.said import check_own_capture, is_own_cache

@@ -13,9 +13,11 @@ import torch
 
 from stillroom.cache_schemas.errors import ConfigError, StudentError
 from stillroom.cache_schemas.signals import ITEM_PREFIX
+from stillroom.pipeline.cache.care.empty_lists import EmptyLists
 from stillroom.pipeline.cache.reader import TeacherCache
 from stillroom.pipeline.capture.items import read_items
 from stillroom.pipeline.config import Run
+from stillroom.pipeline.config.recommending import OWN_CACHES
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.corpus.files import Corpus
 from stillroom.pipeline.corpus.histories import (
@@ -30,9 +32,6 @@ from stillroom.pipeline.data.histories import Rows
 from stillroom.pipeline.objectives.recommending import INTERACTIONS
 from stillroom.pipeline.objectives.registry import CacheFacts
 from stillroom.pipeline.training.run import opened
-
-OWN_CACHES = ("candidates", "items")
-"""Caches of the run itself that need no entry under [train.caches]."""
 
 
 class Interactions:
@@ -92,7 +91,8 @@ class Interactions:
         """The training rows, with the candidates of the caches named.
 
         Raises:
-            StudentError: there is no row, a cache answers none of them, or one holds all items.
+            StudentError: there is no row, a cache answers none of them or has no item for any, or
+                one holds all items.
         """
         numbers = self.histories.rows("train")
         if not len(numbers):
@@ -105,12 +105,22 @@ class Interactions:
         self._check_negatives(history, target)
         ids = self.histories.example_ids.take(numbers).to_pylist()
         answers = {name: _answers(name, self.caches[name], ids) for name in names}
-        return Rows(
-            history,
-            target,
-            ids,
-            {name: _lists(self.caches[name]) for name in names},
-            answers,
+        lists = {name: _lists(self.caches[name]) for name in names}
+        rows = Rows(history, target, ids, lists, answers)
+        for name in names:
+            if not rows.answered(name).any():
+                raise self._nothing_said(name, rows)
+        return rows
+
+    def _nothing_said(self, name: str, rows: Rows) -> StudentError:
+        cache = self.caches[name]
+        found = EmptyLists.of(rows.candidates[name][0], cache.plan)
+        return StudentError(
+            f"cache '{name}' lists no item for any training row: {found.words}",
+            expected="an item in one list at least",
+            where=cache.storage.location,
+            remedy=f"Look at `stillroom cache show {cache.storage.location}`: another prompt or "
+            "teacher has to write titles; or leave out the objectives that need this cache.",
         )
 
     def _check_negatives(self, history: np.ndarray, target: np.ndarray) -> None:

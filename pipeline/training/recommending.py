@@ -9,6 +9,7 @@ chooses among the same weights. The test rows are never looked at.
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.pipeline.cache.care.empty_lists import EmptyLists
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.config.recommending import Recommender
 from stillroom.pipeline.config.training import Train
@@ -151,6 +153,11 @@ class RecommenderTraining(Training):
             known = int((where >= 0).sum())
             if known < len(where):
                 self._note(f"cache '{name}' answers {known:,} of {len(where):,} training rows")
+            found = EmptyLists.of(self.rows.candidates[name][0], self.data.caches[name].plan)
+            if found.words:
+                left = int(self.rows.answered(name).sum())
+                has = f"{left:,} of {len(where):,} training rows have one with an item"
+                self._note(f"cache '{name}': {found.words}; {has}")
 
     def _identity(self) -> dict[str, Any]:
         """Everything that makes a run what it is, flat, so that a difference has a name."""
@@ -225,6 +232,7 @@ class RecommenderTraining(Training):
         result = TrainResult(str(student), "", state.step, loss, state.tokens, seconds)
         if self.parallel.is_main:
             chosen = self._load_best()
+            result = replace(result, best_step=chosen["step"])
             self._export(chosen)
             steps = self.settings.steps
             keep(self.settings_run, result, steps, self.identity, form_of(self.settings))
@@ -243,7 +251,7 @@ class RecommenderTraining(Training):
     def _export(self, chosen: dict[str, Any]) -> None:
         data, device = self.data, self.parallel.device
         probe = torch.from_numpy(data.windows(data.histories.rows("validation")[:64]))
-        answered = {name: float((where >= 0).mean()) for name, where in self.rows.answers.items()}
+        answered = {name: float(self.rows.answered(name).mean()) for name in self.rows.answers}
         facts = {
             "catalogue": data.catalogue.facts,
             "chosen": chosen,

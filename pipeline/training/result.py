@@ -30,7 +30,8 @@ class TrainResult:
         final_loss: loss of the last step.
         tokens: trained on in all, on all ranks, without padding.
         seconds: of this process, this time; 0 when the run was finished before.
-        best_step: whose weights were exported by `keep_best`; 0 where that is not set.
+        best_step: whose weights were exported by `keep_best`, or by a recommender's `select_by`; 0
+            where neither chooses.
         check: one batch's loss in training and of the exported student (see `exporting.Losses`).
     """
 

@@ -31,7 +31,7 @@ def ls_row(seen: Overview, directory: Path) -> list[str]:
         os.path.relpath(seen.location, directory),
         state,
         f"{seen.shards_done:,}/{seen.plan.num_shards:,}",
-        f"{count:,} {_plural(unit or 'token')}",
+        f"{count:,} {_plural(unit or 'token')}{_emptiness(seen)}",
         f"{seen.num_bytes / max(count, 1):,.1f}",
         f"{seen.num_bytes / 1e9:.3f}",
         seen.plan.digest[:8],
@@ -85,6 +85,7 @@ def facts_json(seen: Overview) -> dict[str, Any]:
             "dense_of_the_whole": list(seen.plan.dense_signals),
             "examples": list(seen.plan.example_signals),
         },
+        "empty_lists": {"empty": seen.empty.empty, "of": seen.empty.lists} if seen.empty else None,
         "definition": seen.definition.model_dump(mode="json") if seen.definition else None,
         "facts": seen.plan.facts,
     }
@@ -97,6 +98,13 @@ def unit_of(plan: Plan) -> str:
     if "candidate_ids" in plan.example_signals:
         return "history"
     return "image" if "encoders" in plan.facts["teacher"] else ""
+
+
+def _emptiness(seen: Overview) -> str:
+    """Behind the number of lists, where some say nothing."""
+    if seen.empty is None or not seen.empty.empty:
+        return ""
+    return f", {seen.empty.empty:,} of {seen.empty.lists:,} lists empty"
 
 
 def _plural(unit: str) -> str:
@@ -125,6 +133,7 @@ def _sizes(seen: Overview) -> list[tuple[str, str]]:
     each = ", ".join(f"{kind} {size:,.1f}" for kind, size in sizes.items())
     tokens = [] if unit else [("tokens", f"{seen.num_tokens:,}")]
     counts = [(_plural(unit or "example"), f"{seen.plan.num_examples:,}"), *tokens]
+    counts += [("empty lists", seen.empty.words or "none")] if seen.empty else []
     return [*counts, ("bytes", f"{seen.num_bytes:,}"), (f"bytes/{unit or 'token'}", each)]
 
 

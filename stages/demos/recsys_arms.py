@@ -146,22 +146,27 @@ def shuffle(source: Path, target: Path, seed: int = 0) -> None:
 
 
 def write_lists(
-    target: Path, corpus: Corpus, rows: list[tuple[str, np.ndarray, np.ndarray]], said: str
+    target: Path,
+    corpus: Corpus,
+    rows: list[tuple[str, np.ndarray, np.ndarray]],
+    said: str,
+    split: str = "train",
 ) -> None:
     """A cache of lists that no model wrote.
 
     Args:
-        rows: (example id, places, distances) of training questions.
+        rows: (example id, places, distances) of the split's questions.
         said: what made them, for the plan.
+        split: `train`, or `heldout` for the test's.
     """
     catalogue = corpus.facts["catalogue"]
-    examples = dict(zip(corpus.split("train").ids(), corpus.split("train")))
+    examples = dict(zip(corpus.split(split).ids(), corpus.split(split)))
     capture = {"profile": "portable", "k": 0, "candidates": len(rows[0][1]), "method": said}
     plan = Plan.make(
         teacher={"vocab_size": 1, "architecture": said},
         engine={"name": said},
         tokenizer=corpus.facts["tokenizer"],
-        corpus={"digest": corpus.digest, "split": "train"},
+        corpus={"digest": corpus.digest, "split": split},
         capture=capture | {"catalogue": catalogue, "examples_per_shard": 512},
         num_examples=len(rows),
         max_tokens=1,

@@ -2,13 +2,18 @@
 
 import json
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from stillroom.cache_schemas.errors import TeacherError
 from stillroom.pipeline.capture import items
 from stillroom.pipeline.capture.candidates import capture_candidates
 from stillroom.pipeline.config import load
+from stillroom.pipeline.corpus.files import Corpus
+from stillroom.pipeline.corpus.histories import Histories, open_histories
 from stillroom.stages.__main__ import run as command
+from stillroom.stages.demos.recsys_arms import write_lists
 from stillroom.stages.whole_run import commands
 from tests import small_interactions
 
@@ -200,3 +205,145 @@ def test_ties_are_told_in_words_and_only_where_there_are_some(written, capfd, tm
     assert "interactions at the same time as another of their user (ordered by item id): " in err
     facts = json.loads((tmp_path / "run" / "corpus" / "corpus.json").read_text())
     assert facts["interactions"]["interactions_at_one_time_with_another_of_their_user"] > 0
+
+
+def lists_with(run, share: float, target: str, split: str = "train") -> None:
+    """A teacher that wrote no title after all but a share of the histories."""
+    corpus = Corpus.open(run.path("corpus"))
+    names = list(dict.fromkeys(corpus.split(split).ids()))
+    said = round(share * len(names))
+    rows = [
+        (name, np.arange(3), np.arange(3.0))
+        if number < said
+        else (name, np.full(3, -1), np.full(3, np.inf))
+        for number, name in enumerate(names)
+    ]
+    write_lists(run.path(target), corpus, rows, "grounded", split)
+
+
+def test_a_teacher_that_answered_almost_nothing_is_said_to(written, capfd, tmp_path):
+    file = written()
+    assert told(capfd, "prepare", file)[0] == 0
+    run = load(file)
+    lists_with(run, 0.1, "candidates")
+    lists_with(run, 0.1, "candidates-test", "heldout")
+    count = len(Corpus.open(run.path("corpus")).split("train"))
+    empty = count - round(0.1 * count)
+    said = f"{empty} of {count} lists are empty (the teacher wrote no title)"
+    code, out, err = told(capfd, "cache", "show", str(run.path("candidates")), "--rows", "0")
+    assert said in " ".join((out + err).split())
+    code, out, err = told(capfd, "cache", "ls", str(tmp_path / "run"), "--json")
+    assert {"empty": empty, "of": count} in [one["empty_lists"] for one in json.loads(out)]
+    code, out, err = told(capfd, "train", file)
+    assert code == 0
+    assert f"cache 'candidates': {said}" in " ".join(err.split())
+    facts = json.loads((tmp_path / "run" / "student" / "config.json").read_text())
+    histories = open_histories(Corpus.open(run.path("corpus")))
+    assert 0 < facts["answered"]["candidates"] < 0.2
+    assert len(histories.rows("train")) >= count
+    finished = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert finished["best_step"] == facts["chosen"]["step"] > 0
+    code, out, err = told(capfd, "evaluate", file)
+    assert "teacher (9 of 10 lists empty)" in " ".join((out + err).split())
+    measured = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert measured["teacher"]["empty_lists"] == 9
+    assert "empty_lists" not in measured["student"]
+
+
+def test_a_teacher_that_answered_nothing_teaches_nobody(written, capfd, tmp_path):
+    file = written()
+    told(capfd, "prepare", file)
+    lists_with(load(file), 0.0, "candidates")
+    code, _, err = told(capfd, "train", file)
+    assert code == 2
+    assert "lists no item for any training row" in err
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_capture_ends_with_the_number_of_empty_lists(written, capfd, monkeypatch):
+    file = written()
+    told(capfd, "prepare", file)
+    monkeypatch.setattr(
+        "stillroom.pipeline.capture.candidate_engines.Scored._shortlist",
+        lambda *_: np.empty(0, dtype=np.int32),
+    )
+    code, _, err = told(capfd, "capture", file, "--engine", "reference")
+    assert code == 0
+    assert "10 of 10 lists are empty" in err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('"next_item"', '"next_itm"', "unknown objective 'next_itm'"),
+        ('"next_item"', '"forward_kl"', "'forward_kl' is an objective of language models"),
+        ('cache = "candidates"', 'cache = "candidate"', "no cache 'candidate'"),
+        ("width = 8", 'width = 8\ndistilled = { cache = "itms" }', "no cache 'itms'"),
+        (
+            'cache = "candidates"',
+            'cache = "candidates"\noptions = { possition = 1 }',
+            "unknown key 'possition'",
+        ),
+        ("[train]", "[capture]\n[train]", "[capture] beside [items] and [candidates]"),
+    ],
+)
+def test_a_wrong_name_is_refused_before_anything_is_done(
+    written, capfd, tmp_path, before, after, message
+):
+    file = written()
+    text = (tmp_path / "run.toml").read_text()
+    (tmp_path / "run.toml").write_text(text.replace(before, after, 1))
+    for stage in ("prepare", "capture", "train"):
+        code, _, err = told(capfd, stage, file)
+        assert code == 2
+        assert message in " ".join(err.split())
+    assert not (tmp_path / "run" / "corpus").exists()
+
+
+def test_longer_lists_than_the_catalogue_are_refused_before_the_items(written, capfd, tmp_path):
+    file = written()
+    text = (tmp_path / "run.toml").read_text()
+    assert told(capfd, "prepare", file)[0] == 0
+    long = text.replace("k = 3\n", "k = 500\n").replace(
+        "shortlist_size = 4", "shortlist_size = 999"
+    )
+    (tmp_path / "run.toml").write_text(long)
+    for stage in (["prepare", file], ["capture", file, "--engine", "reference"]):
+        code, _, err = told(capfd, *stage)
+        assert code == 2
+        assert "k = 500 candidates of 16 items in the catalogue" in err
+    assert not (tmp_path / "run" / "items").exists()
+
+
+def test_a_wrong_prompt_is_said_without_the_whole_table(written, capfd, tmp_path):
+    file = written()
+    text = (tmp_path / "run.toml").read_text()
+    (tmp_path / "run.toml").write_text(text.replace("history = 4", 'history = 4\nprompt = "x"'))
+    code, _, err = told(capfd, "prepare", file)
+    assert code == 2
+    assert "prompt needs {history}" in err
+    assert "Value error" not in err
+    assert "found" not in err
+
+
+def test_a_question_of_two_users_is_asked_once_and_nobody_loses_the_row(written, capfd, tmp_path):
+    file = written()
+    log = tmp_path / "films" / "ratings.csv"
+    lines = log.read_text().splitlines()
+    user = lines[1].split(",")[0]
+    twin = [f"twin{line[len(user) :]}" for line in lines if line.startswith(f"{user},")]
+    log.write_text("\n".join([*lines, *twin]))
+    _, _, err = told(capfd, "prepare", file)
+    assert "as another user's and asked once" in " ".join(err.split())
+    assert "left out" not in err
+    corpus = Corpus.open(tmp_path / "run" / "corpus")
+    histories = open_histories(corpus)
+    asked = histories.example_ids.take(histories.rows("test")).to_pylist()
+    assert len(asked) == 11
+    assert len(set(asked)) == len(corpus.split("heldout")) == 10
+
+
+def test_popularity_counts_first_items_too():
+    items = np.array([3, 0, 1, 2, 3, 1, 0, 2], dtype=np.int32)
+    histories = Histories(["a", "b"], np.array([0, 4, 8]), items, pa.array([""] * 8))
+    assert histories.training_counts(4).tolist() == [1, 1, 0, 2]

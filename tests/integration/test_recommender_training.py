@@ -325,7 +325,7 @@ def test_evaluation_compares_student_teacher_and_popularity(copied, base):
     found = evaluate_recommender(run)
     assert set(found) == {"student", "most popular"}
     popular = popular_ranks(corpus, exclude_seen=False)
-    counts = np.bincount(histories.items[histories.rows("train")], minlength=16)
+    counts = histories.training_counts(16)
     best = int(np.argmax(counts))
     targets = histories.items[histories.rows("test")]
     assert (popular[targets == best] == 1).all()

@@ -1,7 +1,7 @@
 """What a cache is, in a few numbers, whether it is sealed or still being written.
 
-One idea: everything here comes from the manifest, the plan and a few receipts, so it is quick for a
-cache of any size. Receipts are bound to the manifest;
+One idea: everything here comes from the manifest, the plan, a few receipts and, of lists, some
+thousand records, so it is quick for a cache of any size. Receipts are bound to the manifest;
 whether shards fit them is `verification.py`'s question.
 """
 
@@ -16,7 +16,8 @@ from stillroom.cache_schemas import layout
 from stillroom.cache_schemas.errors import CacheError, ShardCorrupt, StillroomError
 from stillroom.cache_schemas.manifest import DefinitionCheck, Manifest, Plan, ShardReceipt, read
 from stillroom.pipeline.cache import partial
-from stillroom.pipeline.cache.reader import REMEDY
+from stillroom.pipeline.cache.care.empty_lists import LOOKED_AT, EmptyLists, empty_lists
+from stillroom.pipeline.cache.reader import REMEDY, TeacherCache
 from stillroom.pipeline.cache.sealing import check_table, committed, noted_definition
 from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.cache.storage.protocol import Storage
@@ -40,6 +41,7 @@ class Overview:
             some receipts; examples of caches about images, items or histories have no tokens.
         dense: dense signals that are there; fewer than the plan's in a partial copy.
         definition: how far the engine was from the model's definition, if it was noted.
+        empty: of a sealed cache of candidates: lists without an item, of some that were read.
     """
 
     location: str
@@ -53,6 +55,7 @@ class Overview:
     definition: DefinitionCheck | None = None
     num_examples: int = 0
     bytes_per_example: dict[str, float] = field(default_factory=dict)
+    empty: EmptyLists | None = None
 
     @property
     def teacher(self) -> str:
@@ -97,6 +100,7 @@ def overview(storage: Storage) -> Overview:
         dense=tuple(name for name in plan.dense_signals if held is None or name in held),
         definition=manifest.definition if manifest else noted_definition(storage),
         num_examples=plan.num_examples if manifest else examples,
+        empty=empty_lists(TeacherCache.open(storage), LOOKED_AT) if whole else None,
     )
 
 
