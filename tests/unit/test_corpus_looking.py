@@ -12,6 +12,7 @@ from stillroom.pipeline.corpus.overlap import SPAN, overlap
 from stillroom.pipeline.corpus.preparing import prepare
 from stillroom.pipeline.corpus.tokenizer import CorpusTokenizer
 from stillroom.stages import __main__ as shell
+from stillroom.stages.corpus import _singular
 from tests import tiny_models
 
 RUN = """
@@ -127,3 +128,16 @@ def test_held_out_answers_that_training_holds_are_found(tiny_llama, tmp_path):
         "examples": len(shares),
         "examples_shared": sum(share >= 0.5 for share in shares),
     }
+
+
+@pytest.mark.parametrize(
+    ("reason", "number", "said"),
+    [
+        ("users_with_fewer_than_three_interactions", 1, "user_with_fewer_than_three_interactions"),
+        ("histories_cut_to_the_window", 1, "history_cut_to_the_window"),
+        ("histories_cut_to_the_window", 2, "histories_cut_to_the_window"),
+        ("rejected_rows", 1, "rejected_rows"),
+    ],
+)
+def test_one_left_out_is_told_as_one(reason, number, said):
+    assert _singular(reason, number) == said
