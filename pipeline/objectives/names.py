@@ -10,7 +10,6 @@ from stillroom.pipeline.config.recommending import OWN_CACHES
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.objectives import registry
 from stillroom.pipeline.objectives.presets import expand
-from stillroom.pipeline.objectives.recommending import check_unit
 
 
 def check_names(run: Run) -> None:
@@ -24,7 +23,7 @@ def check_names(run: Run) -> None:
         for line in expand(table):
             spec, _ = registry.find(line.name, line.options, where)
             if run.recommender is not None:
-                check_unit(spec, where)
+                registry.check_recommends(spec, where)
         _check_cache(run, table.cache, where)
     if run.recommender is not None and run.recommender.distilled is not None:
         _check_cache(run, run.recommender.distilled.cache, "[recommender.distilled] cache")

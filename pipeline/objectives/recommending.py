@@ -15,19 +15,24 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import nn
 
-from stillroom.cache_schemas.errors import ConfigError
 from stillroom.cache_schemas.signals import ITEM_PREFIX
 from stillroom.pipeline.config.strict import Table
 from stillroom.pipeline.config.training import Objective
 from stillroom.pipeline.data.histories import HistoryBatch
 from stillroom.pipeline.objectives import combine, ranking
-from stillroom.pipeline.objectives.registry import CacheFacts, Needs, Spec, register
+from stillroom.pipeline.objectives.registry import (
+    HISTORY,
+    CacheFacts,
+    Needs,
+    Spec,
+    check_recommends,
+    register,
+)
 from stillroom.pipeline.objectives.weighting import Term
 from stillroom.pipeline.student.recommenders.model import SequentialRecommender
 
 INTERACTIONS = "interactions"
 """What the main cache of a recommender holds: the corpus's own rows."""
-UNIT = "history"
 
 
 @dataclass
@@ -220,17 +225,17 @@ def _hint_projector(options: HintOptions, width: int, facts: CacheFacts) -> nn.M
 _LISTS = Needs(("candidate_ids", "candidate_distances"))
 _ROWS = Needs((INTERACTIONS,))
 for _made in (
-    Spec("next_item", UNIT, NextItemOptions, _next_item, lambda _: _ROWS),
-    Spec("dros", UNIT, DrosOptions, _dros, lambda _: _ROWS),
+    Spec("next_item", HISTORY, NextItemOptions, _next_item, lambda _: _ROWS),
+    Spec("dros", HISTORY, DrosOptions, _dros, lambda _: _ROWS),
     Spec(
         "ranking_distillation",
-        UNIT,
+        HISTORY,
         RankingOptions,
         _ranking,
         lambda _: _LISTS,
         applies=_answered,
     ),
-    Spec("item_hint", UNIT, HintOptions, _hint, lambda o: Needs((o.signal,)), _hint_projector),
+    Spec("item_hint", HISTORY, HintOptions, _hint, lambda o: Needs((o.signal,)), _hint_projector),
 ):
     register(_made)
 
@@ -243,22 +248,8 @@ def terms_of(objectives: Sequence[Objective], caches: Mapping[str, CacheFacts]) 
     """
     terms = combine.terms_of(objectives, caches)
     for term in terms:
-        check_unit(term.spec, f"[[objective]] {term.label}")
+        check_recommends(term.spec, f"[[objective]] {term.label}")
     return terms
-
-
-def check_unit(spec: Spec, where: str) -> None:
-    """Refuse an objective of language models.
-
-    Raises:
-        ConfigError: saying which there are for recommenders.
-    """
-    if spec.unit != UNIT:
-        raise ConfigError(
-            f"'{spec.name}' is an objective of language models",
-            expected="next_item, dros, ranking_distillation or item_hint",
-            where=where,
-        )
 
 
 class RankingDistiller(nn.Module):

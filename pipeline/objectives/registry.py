@@ -135,6 +135,8 @@ class Spec:
 
 
 OBJECTIVES: dict[str, Spec] = {}
+HISTORY: Unit = "history"
+"""Unit of the objectives of recommenders."""
 
 
 def register(spec: Spec) -> Spec:
@@ -158,3 +160,18 @@ def find(name: str, options: dict[str, Any], where: str) -> tuple[Spec, Table]:
         )
     spec = OBJECTIVES[name]
     return spec, validate(spec.options, options, f"{where} '{name}' options")
+
+
+def check_recommends(spec: Spec, where: str) -> None:
+    """Refuse an objective of language models where a recommender is trained.
+
+    Raises:
+        ConfigError: saying which there are for recommenders.
+    """
+    if spec.unit != HISTORY:
+        ours = [name for name, known in sorted(OBJECTIVES.items()) if known.unit == HISTORY]
+        raise ConfigError(
+            f"'{spec.name}' is an objective of language models",
+            expected=f"one of {', '.join(ours)}",
+            where=where,
+        )
