@@ -76,7 +76,7 @@ def evaluate(
     ]
     columns = ["model", "KL to teacher", "top-1 agreement", "perplexity", "on no token"]
     columns += ["parameters (M)"]
-    table(f"text that nobody trained on, {run.name}; errors over examples", columns, rows)
+    table(f"held-out text of {run.name}; errors over examples", columns, rows)
     put(run.path("evaluation.json"))
 
 

@@ -148,6 +148,8 @@ def student(
     from stillroom.pipeline.student.choosing_blocks import FILE, with_blocks_chosen
     from stillroom.pipeline.student.model import initial_student
     from stillroom.pipeline.student.saving import RECEIPT
+    from stillroom.pipeline.training.lock import exclusive
+    from stillroom.pipeline.training.parallel import ALONE
 
     run = config.load(run_file)
     if leave_out:
@@ -157,11 +159,12 @@ def student(
     initial = run.path("student-initial")
     if settings.leave_out and not (initial / RECEIPT).exists():
         say(f"every pass is kept in {run.path(FILE)}; after an interruption run again to go on")
-    with progress("measure blocks", "passes") as report:
-        chosen = with_blocks_chosen(settings, run.teacher, run.path("corpus"), initial, report)
-    if chosen != settings:
-        say(f"of the teacher's blocks: {', '.join(map(str, chosen.keep_layers))}")
-    put(initial_student(chosen, run.teacher, initial))
+    with exclusive(run.path(), ALONE):
+        with progress("measure blocks", "passes") as report:
+            chosen = with_blocks_chosen(settings, run.teacher, run.path("corpus"), initial, report)
+        if chosen != settings:
+            say(f"of the teacher's blocks: {', '.join(map(str, chosen.keep_layers))}")
+        put(initial_student(chosen, run.teacher, initial))
 
 
 def _measure_blocks(run: "Run", count: int, tokens: int, as_json: bool) -> None:

@@ -27,7 +27,7 @@ from stillroom.pipeline.objectives.registry import CacheFacts
 from stillroom.pipeline.record import Example, TeacherRecord, content_id
 from stillroom.pipeline.student.states import form_of
 from stillroom.pipeline.training.optimization import optimizer_of
-from stillroom.pipeline.training.parallel import Parallel, replicated
+from stillroom.pipeline.training.parallel import ALONE, Parallel, replicated
 from stillroom.pipeline.training.stepping import Stepper
 
 STEPS, K = 3, 8
@@ -93,8 +93,7 @@ def _taken(scale: Scale, kind: str, precision: str, parallel: Parallel) -> dict[
 
 def _on_a_cpu(scale: Scale, precision: str, count: int) -> list[float]:
     """First losses of one process that takes every rank's microbatch."""
-    alone = Parallel(0, 1, torch.device("cpu"))
-    stepper, batches = _prepared(scale, "plain", precision, alone, count)
+    stepper, batches = _prepared(scale, "plain", precision, ALONE, count)
     return [_loss(stepper, number, batches) for number in range(STEPS)]
 
 

@@ -63,7 +63,7 @@ def sample(data: str, teacher: Teacher, documents: int = DOCUMENTS) -> Sample:
         TeacherError: there is no such teacher.
     """
     context = model_shape(teacher).context or LONGEST
-    source = Source(name="sample", path=data, limit=documents)
+    source = Source(name=Path(data).name or "data", path=data, limit=documents)
     # Held out nothing: every example counts. Rows that cannot be used are told, not stopped at.
     table = Prepare(source=(source,), window=min(context, LONGEST), heldout=0.0, on_error="skip")
     said: list[str] = []

@@ -59,7 +59,8 @@ def as_object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        found = f"is not JSON ({error})"
+        at = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        found = f"is not JSON ({getattr(error, 'msg', error)}{at})"
         raise CorpusError(found, expected=EXPECTED, where=where) from None
     return checked(value, text, where)
 

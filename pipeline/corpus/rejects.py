@@ -18,6 +18,7 @@ LOOKED_AT = 10_000
 """Documents that are looked at after the first bad row, to name others with it."""
 FILE = "rejects.jsonl"
 Made = TypeVar("Made")
+LEAVE_OUT = f'set [prepare] on_error = "skip" to leave such rows out and write them to {FILE}'
 
 
 class Rejects:
@@ -83,13 +84,18 @@ class Rejects:
         if not self._bad:
             return
         if len(self._bad) == 1:
-            raise self._bad[0].error
+            raise _with_remedy(self._bad[0].error)
         lines = [f"\n  {row.error}" for row in islice(self._bad, NAMED)]
         count = f"{NAMED} rows or more" if len(lines) == NAMED else f"{len(lines)} rows"
-        raise CorpusError(
-            f"{count} cannot be used:{''.join(lines)}\nMend them, or set [prepare] on_error = "
-            f'"skip" to leave such rows out and write them to {FILE}'
-        )
+        raise CorpusError(f"{count} cannot be used:{''.join(lines)}\nMend them, or {LEAVE_OUT}")
+
+
+def _with_remedy(error: CorpusError) -> CorpusError:
+    """One bad row's error, with what several are told."""
+    if error.remedy:
+        return error
+    remedy = f"Mend it, or {LEAVE_OUT}."
+    return CorpusError(error.found, expected=error.expected, where=error.where, remedy=remedy)
 
 
 def _reason(error: CorpusError) -> str:

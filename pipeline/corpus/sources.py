@@ -39,6 +39,7 @@ SUFFIXES = {
     "images": SUFFIXES_OF_IMAGES,
 }
 """Endings of each kind; of several kinds in one folder, the first here that is there is read."""
+SPREADSHEETS = (".csv", ".tsv", ".xls", ".xlsx")
 BESIDE_THE_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 FIRST_ROWS = 8
 NAMED = 3
@@ -281,6 +282,14 @@ def _is_kind(path: Path, kind: str) -> bool:
 def _kind_of(path: Path, where: str) -> str:
     if kind := kind_of(path):
         return kind
+    if Path(compression.plain_name(path)).suffix in SPREADSHEETS:
+        raise CorpusError(
+            f"{path.name} is a spreadsheet, which has no lists: conversations do not fit into it",
+            expected="JSONL or Parquet",
+            where=where,
+            remedy=f"Of a column text: pandas.read_csv('{path.name}').to_json('{path.stem}.jsonl', "
+            "orient='records', lines=True); conversations need a list of messages in each row.",
+        )
     raise CorpusError(
         f"the name of {path.name} does not say what is in it",
         expected=f"one of {', '.join(ending for ends in SUFFIXES.values() for ending in ends)}",

@@ -1,4 +1,4 @@
-"""One training at a time in a run's directory.
+"""One training at a time in a run's directory, or one making of its student.
 
 One idea: two processes that write the same curves and checkpoints leave neither, so the first holds
 a lock that goes with its process, and the second is told. Where a file system has no locks nobody
@@ -29,7 +29,7 @@ def exclusive(directory: Path, parallel: Parallel) -> Iterator[None]:
         claim = DirectoryStorage(directory).claim(FILE)
         if claim is None:
             raise StudentError(
-                "another process is training here",
+                "another process is training here, or makes its student",
                 where=str(directory),
                 remedy="Wait for it, or give this run another directory.",
             )

@@ -158,6 +158,10 @@ class Parallel:
         return distiller
 
 
+ALONE = Parallel(0, 1, torch.device("cpu"))
+"""A process without peers, on a CPU."""
+
+
 def replicated(distiller: Any) -> Any:
     """The DDP form of a module; its gradients lie in the buckets that travel, and nowhere else."""
     whole = all(term.spec.unit == "row" for term in distiller.terms)

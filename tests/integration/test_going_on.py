@@ -21,9 +21,10 @@ from stillroom.pipeline.training import checkpoint, metrics, parallel
 from stillroom.pipeline.training.card import add_results
 from stillroom.pipeline.training.metrics import read_metrics
 from stillroom.pipeline.training.optimization import rate
-from stillroom.pipeline.training.parallel import Parallel
+from stillroom.pipeline.training.parallel import ALONE, Parallel
 from stillroom.pipeline.training.run import resolved
 from stillroom.pipeline.training.trainer import Interrupted, train
+from stillroom.stages import __main__ as shell
 from tests import memory_cache, tiny_models
 from tests.integration.test_training import losses, make_run, weights_digest
 
@@ -211,7 +212,7 @@ with exclusive(Path(sys.argv[1]), Parallel.start()):
 """
 
 
-def test_a_second_process_is_refused(tmp_path, teacher, cache):
+def test_a_second_process_is_refused(tmp_path, teacher, cache, capfd):
     run = make_run(tmp_path, teacher, steps=1)
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     holder = subprocess.Popen(
@@ -221,6 +222,12 @@ def test_a_second_process_is_refused(tmp_path, teacher, cache):
     with pytest.raises(StudentError, match="another process is training here") as caught:
         train(run, caches={"": cache})
     assert "Wait for it" in caught.value.remedy
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'name = "test"\ndirectory = "{tmp_path}"\n[student]\n[teacher]\nmodel = "{teacher}"\n'
+    )
+    assert shell.run(["student", str(file)]) == 2
+    assert "or makes its student" in capfd.readouterr().err
     holder.communicate("\n")
     train(run, caches={"": cache})
 
@@ -267,9 +274,8 @@ def test_a_group_of_other_processes_is_noticed(monkeypatch, told, group):
 
 def test_an_engine_leaves_no_peer(monkeypatch):
     monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
-    alone = Parallel(0, 1, torch.device("cpu"))
     with pytest.raises(ConfigError, match="torchrun"):
-        alone.check_kind(Train(parallel="fsdp"))
+        ALONE.check_kind(Train(parallel="fsdp"))
 
 
 def test_auto_is_bf16_and_triton_on_cuda_alone(monkeypatch):

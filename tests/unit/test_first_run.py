@@ -172,7 +172,9 @@ def test_a_broken_last_line_is_said_as_prepare_says_it(chats, tiny_llama, capsys
     assert command(["prepare", "my.toml"]) == 2
     refused = " ".join(capsys.readouterr().err.split()).split("error: ")[1]
     assert f"{chats}:41: is not JSON" in refused
-    assert f"warning: {refused}" in said
+    told, remedy = refused.split(". Mend it")
+    assert f"warning: {told}" in said
+    assert 'set [prepare] on_error = "skip"' in remedy
     assert "`stillroom prepare my.toml` stops at rows that cannot be used (1)" in said
     text = Path("my.toml").read_text()
     Path("my.toml").write_text(text.replace("[prepare]", '[prepare]\non_error = "skip"'))
@@ -269,3 +271,23 @@ def test_the_transcript_in_the_readme_is_what_is_printed(chats, tiny_llama, caps
     (shown,) = re.findall(r"```\n(trying how fast.*?)```", text, re.S)
     printed = [*said.err.splitlines(), *said.out.splitlines()]  # two streams of one terminal
     assert sorted(map(likeness, shown.splitlines())) == sorted(map(likeness, printed))
+
+
+def test_a_spreadsheet_is_told_what_to_become(chats, tiny_llama, capsys):
+    Path("my.csv").write_text("text\nhello there\n")
+    assert command(["init", "my.csv", "--teacher", str(tiny_llama)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "my.csv is a spreadsheet" in said
+    (call,) = re.findall(r"pandas\.read_csv\(.*?lines=True\)", said)
+    import pandas  # what is advised works
+
+    eval(call, {"pandas": pandas})
+    assert json.loads(Path("my.jsonl").read_text()) == {"text": "hello there"}
+
+
+def test_an_empty_file_is_named(tiny_llama, chats, capsys):
+    Path("empty.jsonl").write_text("")
+    assert command(["init", "empty.jsonl", "--teacher", str(tiny_llama)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "empty.jsonl: no example came out of the sources" in said
+    assert "min_tokens" not in said

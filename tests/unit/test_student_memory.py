@@ -10,9 +10,7 @@ from stillroom.pipeline.student import memory
 from stillroom.pipeline.student.loading import load
 from stillroom.pipeline.student.model import initial_student
 from stillroom.pipeline.training.memory import check_memory, parts_of
-from stillroom.pipeline.training.parallel import Parallel
-
-ALONE = Parallel(0, 1, torch.device("cpu"))
+from stillroom.pipeline.training.parallel import ALONE
 
 
 @pytest.fixture
