@@ -12,7 +12,8 @@ from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config import Source
 from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.corpus.documents import OpenSource
-from stillroom.pipeline.corpus.sources import files_source, kind_of
+from stillroom.pipeline.corpus.kinds import kind_of
+from stillroom.pipeline.corpus.sources import files_source
 
 CONVERTED = "refs/convert/parquet"
 """Branch on which the hub keeps its own Parquet copy of a data set."""

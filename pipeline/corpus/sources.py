@@ -17,29 +17,18 @@ from typing import Any
 from stillroom.cache_schemas.errors import CorpusError
 from stillroom.pipeline.config import Source
 from stillroom.pipeline.config.strict import nearest
-from stillroom.pipeline.corpus import compression
 from stillroom.pipeline.corpus.chat import placed
 from stillroom.pipeline.corpus.conversations import messages as chat_messages
 from stillroom.pipeline.corpus.documents import Document, OpenSource, Rejected, Row, first_words
 from stillroom.pipeline.corpus.formats import Format, image_column, recognise, value
 from stillroom.pipeline.corpus.images import inline_images, read_images, refuse_moving
 from stillroom.pipeline.corpus.json_rows import read_json
+from stillroom.pipeline.corpus.kinds import SUFFIXES, is_kind, known_kind
 from stillroom.pipeline.corpus.messages import cleaned, decoded, without_nulls
 from stillroom.pipeline.corpus.plain_files import read_captioned, read_text
 from stillroom.pipeline.corpus.table_rows import read_arrow, read_parquet
 from stillroom.pipeline.corpus.tar_rows import read_tar
-from stillroom.pipeline.images import SUFFIXES as SUFFIXES_OF_IMAGES
 
-SUFFIXES = {
-    "arrow": (".arrow",),
-    "parquet": (".parquet",),
-    "jsonl": (".jsonl", ".ndjson", ".json"),
-    "webdataset": (".tar", ".tgz"),
-    "text": (".txt", ".md", ".rst"),
-    "images": SUFFIXES_OF_IMAGES,
-}
-"""Endings of each kind; of several kinds in one folder, the first here that is there is read."""
-SPREADSHEETS = (".csv", ".tsv", ".xls", ".xlsx")
 BESIDE_THE_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 FIRST_ROWS = 8
 NAMED = 3
@@ -71,8 +60,8 @@ def find_files(source: Source) -> tuple[str, list[Path]]:
     found = [given] if given.is_file() else sorted(_candidates(given))
     kinds = [source.kind] if source.kind in SUFFIXES else list(SUFFIXES)
     for kind in kinds:
-        if files := [path for path in found if _is_kind(path, kind) or not given.is_dir()]:
-            kind = kind if source.kind in SUFFIXES else _kind_of(files[0], source.path)
+        if files := [path for path in found if is_kind(path, kind) or not given.is_dir()]:
+            kind = kind if source.kind in SUFFIXES else known_kind(files[0], source.path)
             return kind, files
     endings = [ending for kind in kinds for ending in SUFFIXES[kind]]
     raise CorpusError(
@@ -89,10 +78,10 @@ def passed_over(source: Source, files: Sequence[Path]) -> str:
     given = Path(source.path).expanduser()
     if not given.is_dir() or _saved(given, source.split):
         return ""
-    read = {*files, *(p.with_suffix(".txt") for p in files if _is_kind(p, "images"))}
-    of_rows = not _is_kind(files[0], "text")
+    read = {*files, *(p.with_suffix(".txt") for p in files if is_kind(p, "images"))}
+    of_rows = not is_kind(files[0], "text")
     others = [p for p in sorted(_candidates(given)) if p not in read]
-    others = [p for p in others if not (of_rows and _is_kind(p, "images"))]
+    others = [p for p in others if not (of_rows and is_kind(p, "images"))]
     if not others:
         return ""
     named = ", ".join(str(path.relative_to(given)) for path in others[:NAMED])
@@ -112,11 +101,6 @@ def files_source(source: Source, kind: str, files: list[Path], **more: str) -> O
         return OpenSource(facts | {"format": words}, partial(_whole_files, WHOLE[kind], files))
     reader = _Reader.of(source, kind, files)
     return OpenSource(facts | {"format": reader.words}, reader.documents, reader.aside)
-
-
-def kind_of(path: str | Path) -> str:
-    """What a file's name says it holds; empty where it says nothing."""
-    return next((kind for kind in SUFFIXES if _is_kind(Path(path), kind)), "")
 
 
 class _Reader:
@@ -273,29 +257,6 @@ def _candidates(given: Path) -> Iterator[Path]:
         hidden = any(part.startswith(".") for part in inner)
         if path.is_file() and not hidden and path.name not in BESIDE_THE_DATA:
             yield path
-
-
-def _is_kind(path: Path, kind: str) -> bool:
-    return compression.plain_name(path).endswith(SUFFIXES[kind])
-
-
-def _kind_of(path: Path, where: str) -> str:
-    if kind := kind_of(path):
-        return kind
-    if Path(compression.plain_name(path)).suffix in SPREADSHEETS:
-        raise CorpusError(
-            f"{path.name} is a spreadsheet, which has no lists: conversations do not fit into it",
-            expected="JSONL or Parquet",
-            where=where,
-            remedy=f"Of a column text: pandas.read_csv('{path.name}').to_json('{path.stem}.jsonl', "
-            "orient='records', lines=True); conversations need a list of messages in each row.",
-        )
-    raise CorpusError(
-        f"the name of {path.name} does not say what is in it",
-        expected=f"one of {', '.join(ending for ends in SUFFIXES.values() for ending in ends)}",
-        where=where,
-        remedy="Set [[prepare.source]] kind.",
-    )
 
 
 def _saved(folder: Path, split: str) -> list[Path]:
