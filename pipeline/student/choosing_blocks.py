@@ -16,6 +16,7 @@ import torch
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.training import Student
 from stillroom.pipeline.corpus.preparing import Corpus
+from stillroom.pipeline.corpus.splits import canonical_json
 from stillroom.pipeline.record import Example
 from stillroom.pipeline.shares import evenly
 from stillroom.pipeline.student.leaving_out import LeftOut, Progress, least_missed
@@ -98,8 +99,8 @@ class _Passes:
 
     def __init__(self, path: Path, teacher: dict, examples: Sequence[Example]):
         self._path = path
-        about = json.dumps([teacher, [one.example_id for one in examples]], sort_keys=True)
-        self._of = hashlib.sha256(about.encode()).hexdigest()
+        about = canonical_json([teacher, [one.example_id for one in examples]])
+        self._of = hashlib.sha256(about).hexdigest()
         self.known = self._read() if path.is_file() else {}
 
     def _read(self) -> dict[tuple[int, ...], float]:

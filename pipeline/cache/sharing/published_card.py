@@ -18,6 +18,12 @@ from stillroom.pipeline.hub_card import card_of
 
 LICENCE, LANGUAGE = r"[a-z0-9][a-z0-9.-]*", r"[a-z]{2,3}(-[A-Za-z0-9]+)*"
 ROWS, CONFIGS = "readable", "configs"
+OPTIONS = {
+    "language": "--language",
+    "license": "--license",
+    "source_datasets": "--source-dataset",
+}
+"""Key of a card -> what says it in a push."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +138,7 @@ def _fact(key: str, made: Any, own: Any, there: Any, where: str) -> Any:
 
 
 def _option(key: str) -> str:
-    option = {"language": "--language", "license": "--license"}.get(key)
-    option = "--source-dataset" if key == "source_datasets" else option
-    return f", or say it with {option}" if option else ""
+    return f", or say it with {OPTIONS[key]}" if key in OPTIONS else ""
 
 
 def _listed(data: Mapping[str, Any]) -> list[dict[str, Any]]:
