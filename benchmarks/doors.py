@@ -33,6 +33,7 @@ def main() -> None:
     parser = asking(__doc__)
     parser.add_argument("--cache", default="runs/demo/cache")
     parser.add_argument("--student", default="runs/demo/student-initial")
+    parser.add_argument("--teacher", default=needs.MODEL, help="the model that made the cache")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch", type=int, default=2, help="examples of a microbatch")
     parser.add_argument("--about", default="the text demo's", help="what both are, for the result")
@@ -107,7 +108,7 @@ class Ours:
         told = {
             "name": "doors",
             "directory": str(self.directory),
-            "teacher": {"model": self.arguments.student},
+            "teacher": {"model": self.arguments.teacher},
             "student": {"init": "model", "model": self.arguments.student},
             "objective": LINES,
             "train": settings,
