@@ -24,6 +24,7 @@ from stillroom.cache_schemas.errors import (
     StillroomError,
 )
 from stillroom.cache_schemas.scrubbing import scrub
+from stillroom.pipeline.parent_process import end_with_parent
 from stillroom.stages import ask, capture, evaluate, generate, prepare, recommend, teacher, train
 from stillroom.stages.cache import group as cache
 from stillroom.stages.console import QUIET, show_traceback, warn
@@ -99,6 +100,7 @@ def options(
 
 def main() -> NoReturn:
     """Run one command and exit with its code."""
+    end_with_parent()
     arguments = [argument for argument in sys.argv[1:] if argument not in EVERYWHERE]
     debug = "--debug" in sys.argv
     if "--quiet" in sys.argv:
