@@ -2,7 +2,8 @@
 
 One idea: a stage raises; this file turns it into one message on stderr and an exit code (0 done,
 2 something for the user to put right, 3 incomplete and safe to run again). Programming errors keep
-their traceback. Stages import what is heavy inside their commands, so `--help` answers at once.
+their traceback. Stages import what is heavy inside their commands, after the run file and what it
+names have been looked at: `--help` and a mistake that needs no model are answered at once.
 """
 
 import errno

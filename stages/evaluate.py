@@ -28,14 +28,17 @@ def evaluate(
     """Full-vocabulary KL to the teacher, top-1 agreement and perplexity of every student; for
     recommenders, hit rates and NDCG of student, teacher and the most popular items."""
     from stillroom.pipeline import config, provenance
-    from stillroom.pipeline.evaluation.held_out import EvaluateProgress, students_of
+    from stillroom.pipeline.evaluation.students import students_of
+
+    run = config.load(run_file)
+    _check_options(tasks, rouge_l, as_json, {"shots": shots >= 0, "limit": limit > 0, "chat": chat})
+    students = {} if run.recommender is not None else students_of(run)
+    from stillroom.pipeline.evaluation.held_out import EvaluateProgress
     from stillroom.pipeline.evaluation.held_out import evaluate as measure
     from stillroom.pipeline.evaluation.on_the_card import card_results
     from stillroom.pipeline.training.card import add_results, check_card
     from stillroom.pipeline.training.curves import draw_curves
 
-    run = config.load(run_file)
-    _check_options(tasks, rouge_l, as_json, {"shots": shots >= 0, "limit": limit > 0, "chat": chat})
     check_card(run)
     if tasks or rouge_l:
         from stillroom.stages import measures
@@ -56,7 +59,7 @@ def evaluate(
         found = measure(run, show)
     provenance.record(run.path("run.json"), "evaluate")
     add_results(run, card_results(found))
-    trained = {label: Path(path).parent for label, path in students_of(run).items()}
+    trained = {label: Path(path).parent for label, path in students.items()}
     trained.pop("before", None)
     if run.train is not None:  # whoever trains nothing has no curves of its own
         draw_curves(trained, run.path("curves.png"))
