@@ -85,6 +85,12 @@ SURROUNDINGS = {
 BY_RUST = re.compile(r"\(os error (\d+)\)")
 """How safetensors and tokenizers say an error's number."""
 
+AT_ONCE = frozenset(
+    {"init", "prepare", "corpus", "evaluate", "ask", "recommend", "doctor", "config"}
+)
+LOOK_AT_CACHES = frozenset({"show", "ls", "verify", "sign", "diff", "audit", "plan"})
+"""Commands, and those of `cache`, whose result is there when all of it is done: an interrupted one
+keeps nothing."""
 EVERYWHERE = ("--debug", "--quiet")
 """Options that are understood anywhere on the line."""
 INTERRUPTED = 130
@@ -191,8 +197,19 @@ def _again(error: StillroomError, arguments: list[str]) -> str:
 
 
 def _interrupted(arguments: list[str]) -> int:
-    warn(f"interrupted; finished work is kept. Run again to go on: {_line(arguments)}")
+    if keeps_nothing(arguments):
+        warn(f"interrupted; nothing was changed. Run again: {_line(arguments)}")
+    else:
+        warn(f"interrupted; finished work is kept. Run again to go on: {_line(arguments)}")
     return EXIT_INCOMPLETE
+
+
+def keeps_nothing(arguments: list[str]) -> bool:
+    """Whether a command that is interrupted begins anew."""
+    command, *more = arguments or [""]
+    return command in AT_ONCE or (
+        command == "cache" and more[:1] != [] and more[0] in LOOK_AT_CACHES
+    )
 
 
 def _reader_gone() -> int:

@@ -125,6 +125,19 @@ def test_an_interrupt_is_incomplete_not_wrong(failing, capsys):
     assert "Run again to go on: stillroom fail" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", [["init", "x.jsonl"], ["prepare", "x.toml"], ["cache", "ls", "x"]])
+def test_a_command_that_keeps_nothing_does_not_say_so_when_interrupted(line, capsys, monkeypatch):
+    def app(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shell, "app", app)
+    assert shell.run(line) == 3
+    said = f"interrupted; nothing was changed. Run again: stillroom {' '.join(line)}\n"
+    assert capsys.readouterr().err == said
+    assert shell.run(["capture", "x.toml"]) == 3
+    assert "finished work is kept. Run again to go on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
 def test_the_machines_failures_are_told_in_words(code, failing, capsys):
     assert failing(OSError(code, "text of the system", "/data/x"))() == 2
