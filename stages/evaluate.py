@@ -1,5 +1,6 @@
 """`stillroom evaluate`: students against the live teacher on held-out text."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,8 @@ from typing import Annotated
 import typer
 
 from stillroom.stages.arguments import AsJson, RunFile
-from stillroom.stages.console import document, progress, put, say, table
+from stillroom.stages.console import document, progress, put, say, table, warn
+from stillroom.stages.corpus import shares
 
 
 def evaluate(
@@ -79,8 +81,28 @@ def evaluate(
     ]
     columns = ["model", "KL to teacher", "top-1 agreement", "perplexity", "on no token"]
     columns += ["parameters (M)"]
-    table(f"held-out text of {run.name}; errors over examples", columns, rows)
+    table(f"{_text_of(run)}; errors over examples", columns, rows)
+    _tell_seen(json.loads(run.path("evaluation.json").read_text())["seen_in_training"])
     put(run.path("evaluation.json"))
+
+
+def _text_of(run) -> str:
+    """What was measured on, in words."""
+    asked = run.evaluate
+    if asked is None or (not asked.corpus and asked.split == "heldout"):
+        return f"held-out text of {run.name}"
+    which = {"heldout": "held-out text", "train": "text of the training split"}[asked.split]
+    return f"{which} of {asked.corpus or run.name}"
+
+
+def _tell_seen(seen: dict[str, dict[str, int]]) -> None:
+    """How much of the text a student was trained on; it looks better there than it is."""
+    for where, found in seen.items():
+        if found["itself"]:
+            warn(f"warning: this is the text that a student was trained on ({where})")
+        elif found["examples"]:
+            said = f"measured answers that are in the training split of {where} too"
+            say(f"{said}: {shares(found)}")
 
 
 def _check_options(tasks: str, rouge_l: bool, as_json: bool, of_tasks: dict[str, bool]) -> None:

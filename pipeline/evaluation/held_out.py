@@ -24,6 +24,7 @@ from stillroom.pipeline.config.training import Attention, Evaluate
 from stillroom.pipeline.corpus.privileged import asked
 from stillroom.pipeline.corpus.tokenizer import vocabulary
 from stillroom.pipeline.evaluation.scores import Scores, Sums
+from stillroom.pipeline.evaluation.seen_text import seen_in_training
 from stillroom.pipeline.evaluation.students import students_of
 from stillroom.pipeline.record import Example
 from stillroom.pipeline.student.loading import load
@@ -72,10 +73,10 @@ def evaluate(
     check_tokenizer(corpus, teacher)
     _check_cache(run, teacher)
     start = time.perf_counter()
-    found = measure(
-        teacher, students_of(run), chosen, settings.precision, on_progress, settings.attention
-    )
-    _write(run, found, chosen, time.perf_counter() - start)
+    students = students_of(run)
+    found = measure(teacher, students, chosen, settings.precision, on_progress, settings.attention)
+    seconds = time.perf_counter() - start
+    _write(run, found, chosen, seconds, seen_in_training(run, students, corpus, chosen))
     return found
 
 
@@ -223,11 +224,19 @@ def _autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _write(run: Run, found: Mapping[str, Scores], examples: list[Example], seconds: float) -> None:
+def _write(
+    run: Run,
+    found: Mapping[str, Scores],
+    examples: list[Example],
+    seconds: float,
+    seen: dict[str, dict[str, int]],
+) -> None:
     facts = {
         "models": {label: asdict(scores) for label, scores in found.items()},
         "examples": len(examples),
         "rows": int(sum(example.loss_mask[1:].sum() for example in examples)),
         "seconds": seconds,
+        "seen_in_training": seen,
     }
+    run.path().mkdir(parents=True, exist_ok=True)  # a run that only measures has none yet
     write_durably(run.path(RESULT), json.dumps(facts, indent=2) + "\n")
