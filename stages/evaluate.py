@@ -102,7 +102,9 @@ def _tell_seen(seen: dict[str, dict[str, int]]) -> None:
             warn(f"warning: this is the text that a student was trained on ({where})")
         elif found["examples"]:
             said = f"measured answers that are in the training split of {where} too"
-            say(f"{said}: {shares(found)}")
+            part = f"{found['looked_through']:,} of its {found['of']:,} examples looked through"
+            more = f" ({part}: at least)" if found["looked_through"] < found["of"] else ""
+            say(f"{said}{more}: {shares(found)}")
 
 
 def _check_options(tasks: str, rouge_l: bool, as_json: bool, of_tasks: dict[str, bool]) -> None:

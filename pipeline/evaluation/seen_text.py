@@ -12,9 +12,12 @@ from stillroom.pipeline.config import Run
 from stillroom.pipeline.corpus.files import Corpus
 from stillroom.pipeline.corpus.overlap import between
 from stillroom.pipeline.record import Example
+from stillroom.pipeline.shares import evenly
 
 CORPUS = "corpus"
 """In a run's directory, beside its student."""
+LOOKED_THROUGH = 50_000
+"""Examples of a training split, evenly spread over it: about ten seconds of one core."""
 
 
 def seen_in_training(
@@ -27,8 +30,9 @@ def seen_in_training(
         corpus: what the examples are of.
 
     Returns:
-        Directory of a training corpus -> as `overlap.between`, and `itself`: 1 where its training
-        split is what was measured on.
+        Directory of a training corpus -> as `overlap.between`; `itself`: 1 where its training
+        split is what was measured on; `looked_through`, `of`: its examples. Where these differ, at
+        least so much is shared.
     """
     split = (run.evaluate.split if run.evaluate else None) or "heldout"
     found = {}
@@ -37,7 +41,10 @@ def seen_in_training(
         if other.facts["tokenizer"]["sha256"] != corpus.facts["tokenizer"]["sha256"]:
             continue  # the same number is another token
         itself = split == "train" and other.digest == corpus.digest
-        found[str(place)] = between(examples, other.split("train")) | {"itself": int(itself)}
+        texts = other.split("train")
+        chosen = evenly(len(texts), LOOKED_THROUGH)
+        size = {"itself": int(itself), "looked_through": len(chosen), "of": len(texts)}
+        found[str(place)] = between(examples, (texts[number] for number in chosen)) | size
     return found
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from stillroom.pipeline.evaluation import seen_text
 from stillroom.stages import __main__ as shell
 from tests import tiny_models
 
@@ -81,6 +82,15 @@ def test_the_training_split_itself_is_warned_of(runs, capsys):
     assert runs.seen("itself")["itself"] == 1
     assert "warning: this is the text that a student was trained on" in written.err
     assert f"text of the training split of {runs.root}/trained/corpus" in written.out
+
+
+def test_of_a_large_training_split_some_examples_are_looked_through(runs, capsys, monkeypatch):
+    monkeypatch.setattr(seen_text, "LOOKED_THROUGH", 2)
+    runs.run("evaluate", "trained")
+    found = runs.seen("trained")
+    assert found["looked_through"] == 2 < found["of"]
+    said = f"(2 of its {found['of']} examples looked through: at least)"
+    assert said in capsys.readouterr().err
 
 
 def test_another_corpus_is_looked_through_too(runs, capsys):
