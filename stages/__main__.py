@@ -2,7 +2,8 @@
 
 One idea: a stage raises; this file turns it into one message on stderr and an exit code (0 done,
 2 something for the user to put right, 3 incomplete and safe to run again). Programming errors keep
-their traceback. Stages import what is heavy inside their commands, so `--help` answers at once.
+their traceback. Stages import what is heavy inside their commands, after the run file and what it
+names have been looked at: `--help` and a mistake that needs no model are answered at once.
 """
 
 import errno
@@ -24,6 +25,7 @@ from stillroom.cache_schemas.errors import (
     StillroomError,
 )
 from stillroom.cache_schemas.scrubbing import scrub
+from stillroom.pipeline.parent_process import end_with_parent
 from stillroom.stages import ask, capture, evaluate, generate, prepare, recommend, teacher, train
 from stillroom.stages.cache import group as cache
 from stillroom.stages.console import QUIET, show_traceback, warn
@@ -83,6 +85,12 @@ SURROUNDINGS = {
 BY_RUST = re.compile(r"\(os error (\d+)\)")
 """How safetensors and tokenizers say an error's number."""
 
+AT_ONCE = frozenset(
+    {"init", "prepare", "corpus", "evaluate", "ask", "recommend", "doctor", "config"}
+)
+LOOK_AT_CACHES = frozenset({"show", "ls", "verify", "sign", "diff", "audit", "plan"})
+"""Commands, and those of `cache`, whose result is there when all of it is done: an interrupted one
+keeps nothing."""
 EVERYWHERE = ("--debug", "--quiet")
 """Options that are understood anywhere on the line."""
 INTERRUPTED = 130
@@ -99,6 +107,7 @@ def options(
 
 def main() -> NoReturn:
     """Run one command and exit with its code."""
+    end_with_parent()
     arguments = [argument for argument in sys.argv[1:] if argument not in EVERYWHERE]
     debug = "--debug" in sys.argv
     if "--quiet" in sys.argv:
@@ -188,8 +197,19 @@ def _again(error: StillroomError, arguments: list[str]) -> str:
 
 
 def _interrupted(arguments: list[str]) -> int:
-    warn(f"interrupted; finished work is kept. Run again to go on: {_line(arguments)}")
+    if keeps_nothing(arguments):
+        warn(f"interrupted; nothing was changed. Run again: {_line(arguments)}")
+    else:
+        warn(f"interrupted; finished work is kept. Run again to go on: {_line(arguments)}")
     return EXIT_INCOMPLETE
+
+
+def keeps_nothing(arguments: list[str]) -> bool:
+    """Whether a command that is interrupted begins anew."""
+    command, *more = arguments or [""]
+    return command in AT_ONCE or (
+        command == "cache" and more[:1] != [] and more[0] in LOOK_AT_CACHES
+    )
 
 
 def _reader_gone() -> int:

@@ -22,14 +22,16 @@ def ask(
     import json
 
     from stillroom.pipeline import config
-    from stillroom.pipeline.evaluation.asking import ask as answers
-    from stillroom.pipeline.evaluation.held_out import students_of
-    from stillroom.pipeline.whole_text import write_whole
+    from stillroom.pipeline.evaluation.students import students_of
 
     run = config.load(run_file)
     teacher = config.require(run.teacher, "teacher", str(run_file))
+    students = students_of(run)
+    from stillroom.pipeline.evaluation.asking import ask as answers
+    from stillroom.pipeline.whole_text import write_whole
+
     with progress("ask", "models") as report:
-        said = answers(teacher, students_of(run), prompts, tokens, plain, report)
+        said = answers(teacher, students, prompts, tokens, plain, report)
     found = {"prompts": prompts, "answers": said}
     write_whole(run.path("answers.json"), json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     if as_json:

@@ -64,13 +64,14 @@ def capture(
     """Score the prepared corpus and seal the cache; run again to go on after any interruption."""
     from stillroom.cache_schemas.errors import ConfigError
     from stillroom.pipeline import config
-    from stillroom.pipeline.objectives.names import check_names
 
     run = config.load(run_file)
-    check_names(run)
     check_worker(rank, world_size)
     _check_estimate(run, dry_run)
     part = _part(run, split)
+    from stillroom.pipeline.objectives.names import check_names
+
+    check_names(run)
     if dry_run:
         _dry_run(run, engine.value, part, as_json)
         return

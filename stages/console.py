@@ -30,7 +30,10 @@ SECONDS_BETWEEN_LINES = 10.0
 QUIET = "STILLROOM_QUIET"
 """Set in the environment by `--quiet`, so that the stages of a whole run are quiet too."""
 WIDE = 100_000
-"""Columns of a file or pipe: nothing is wrapped there."""
+"""Columns of a file or pipe: nothing is wrapped there, unless COLUMNS asks for it."""
+
+LONGEST_WORD = 24
+"""Columns of a word that no table cuts, however narrow: half a figure is another figure."""
 
 # Text is never markup: `[/b]` in a stranger's text is four characters.
 out = Console(markup=False, highlight=False, emoji=False)
@@ -80,17 +83,23 @@ def document(value: Any) -> None:
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A small result table on stdout; numbers are right-aligned. Its title and its first column,
-    where names and paths are, are never wrapped; nothing is where stdout is no terminal."""
+    where names and paths are, are never wrapped; nothing is where stdout is no terminal and COLUMNS
+    is not set."""
     cells = [[Text(_line(cell)) for cell in row] for row in rows]
     made = Table()
     for index, column in enumerate(columns):
         widest = max([cell_len(row[index].plain) for row in cells], default=0)
-        least = {"min_width": widest, "no_wrap": True} if index == 0 else {}
-        made.add_column(Text(_line(column)), justify="left" if index == 0 else "right", **least)
+        words = [*column.split(), *(word for row in cells for word in row[index].plain.split())]
+        longest = min(LONGEST_WORD, max(map(cell_len, words), default=0))
+        first, head = index == 0, Text(_line(column))
+        least, side = (widest, "left") if first else (longest, "right")
+        made.add_column(head, justify=side, min_width=least, no_wrap=first)
     for row in cells:
         made.add_row(*row)
     put(_line(title))
-    drawn = out if out.is_terminal else Console(width=WIDE)
+    asked = os.environ.get("COLUMNS", "")
+    width = int(asked) if asked.isdecimal() and int(asked) else WIDE
+    drawn = out if out.is_terminal else Console(width=width)
     drawn.print(made, crop=False)
 
 

@@ -128,9 +128,13 @@ def _numbers(seen: dict[str, Any]) -> None:
 
 def _overlap(found: dict[str, int]) -> None:
     if found["examples"]:
-        shared = found["shared"] / max(found["spans"], 1)
-        put(
-            f"held-out answers that are in the training split too: {shared:.1%} of spans of "
-            f"{found['span']} tokens; {found['examples_shared']:,} of {found['examples']:,} "
-            "examples by half or more"
-        )
+        put(f"held-out answers that are in the training split too: {shares(found)}")
+
+
+def shares(found: dict[str, int]) -> str:
+    """How much of some text is in another, in words."""
+    shared = found["shared"] / max(found["spans"], 1)
+    return (
+        f"{shared:.1%} of spans of {found['span']} tokens; {found['examples_shared']:,} of "
+        f"{found['examples']:,} examples by half or more"
+    )

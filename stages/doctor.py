@@ -23,9 +23,10 @@ def doctor(
 ) -> None:
     """Check packages, device, disk, memory, hub and vLLM; exit 2 where something is missing."""
     from stillroom.pipeline import config
-    from stillroom.pipeline.beginning.checks import findings
 
     run = config.load(run_file) if run_file else None
+    from stillroom.pipeline.beginning.checks import findings
+
     found = []
     with progress("doctor", "checks") as report:
         for finding in findings(run, serve):

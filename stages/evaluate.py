@@ -1,5 +1,6 @@
 """`stillroom evaluate`: students against the live teacher on held-out text."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,8 @@ from typing import Annotated
 import typer
 
 from stillroom.stages.arguments import AsJson, RunFile
-from stillroom.stages.console import document, progress, put, say, table
+from stillroom.stages.console import document, progress, put, say, table, warn
+from stillroom.stages.corpus import shares
 
 
 def evaluate(
@@ -28,14 +30,17 @@ def evaluate(
     """Full-vocabulary KL to the teacher, top-1 agreement and perplexity of every student; for
     recommenders, hit rates and NDCG of student, teacher and the most popular items."""
     from stillroom.pipeline import config, provenance
-    from stillroom.pipeline.evaluation.held_out import EvaluateProgress, students_of
+    from stillroom.pipeline.evaluation.students import students_of
+
+    run = config.load(run_file)
+    _check_options(tasks, rouge_l, as_json, {"shots": shots >= 0, "limit": limit > 0, "chat": chat})
+    students = {} if run.recommender is not None else students_of(run)
+    from stillroom.pipeline.evaluation.held_out import EvaluateProgress
     from stillroom.pipeline.evaluation.held_out import evaluate as measure
     from stillroom.pipeline.evaluation.on_the_card import card_results
     from stillroom.pipeline.training.card import add_results, check_card
     from stillroom.pipeline.training.curves import draw_curves
 
-    run = config.load(run_file)
-    _check_options(tasks, rouge_l, as_json, {"shots": shots >= 0, "limit": limit > 0, "chat": chat})
     check_card(run)
     if tasks or rouge_l:
         from stillroom.stages import measures
@@ -56,7 +61,7 @@ def evaluate(
         found = measure(run, show)
     provenance.record(run.path("run.json"), "evaluate")
     add_results(run, card_results(found))
-    trained = {label: Path(path).parent for label, path in students_of(run).items()}
+    trained = {label: Path(path).parent for label, path in students.items()}
     trained.pop("before", None)
     if run.train is not None:  # whoever trains nothing has no curves of its own
         draw_curves(trained, run.path("curves.png"))
@@ -76,8 +81,30 @@ def evaluate(
     ]
     columns = ["model", "KL to teacher", "top-1 agreement", "perplexity", "on no token"]
     columns += ["parameters (M)"]
-    table(f"held-out text of {run.name}; errors over examples", columns, rows)
+    table(f"{_text_of(run)}; errors over examples", columns, rows)
+    _tell_seen(json.loads(run.path("evaluation.json").read_text())["seen_in_training"])
     put(run.path("evaluation.json"))
+
+
+def _text_of(run) -> str:
+    """What was measured on, in words."""
+    asked = run.evaluate
+    if asked is None or (not asked.corpus and asked.split == "heldout"):
+        return f"held-out text of {run.name}"
+    which = {"heldout": "held-out text", "train": "text of the training split"}[asked.split]
+    return f"{which} of {asked.corpus or run.name}"
+
+
+def _tell_seen(seen: dict[str, dict[str, int]]) -> None:
+    """How much of the text a student was trained on; it looks better there than it is."""
+    for where, found in seen.items():
+        if found["itself"]:
+            warn(f"warning: this is the text that a student was trained on ({where})")
+        elif found["examples"]:
+            said = f"measured answers that are in the training split of {where} too"
+            part = f"{found['looked_through']:,} of its {found['of']:,} examples looked through"
+            more = f" ({part}: at least)" if found["looked_through"] < found["of"] else ""
+            say(f"{said}{more}: {shares(found)}")
 
 
 def _check_options(tasks: str, rouge_l: bool, as_json: bool, of_tasks: dict[str, bool]) -> None:

@@ -28,11 +28,13 @@ def generate(
         show_answers(run_file, side_by_side)
         return
     from stillroom.pipeline import config, provenance
-    from stillroom.pipeline.generation.written_corpus import GenerateProgress
-    from stillroom.pipeline.generation.written_corpus import generate as write
 
     run = config.load(run_file)
     check_worker(rank, world_size)
+    config.require(run.generate, "generate", str(run_file))
+    from stillroom.pipeline.generation.written_corpus import GenerateProgress
+    from stillroom.pipeline.generation.written_corpus import generate as write
+
     with progress("generate", unit="prompts") as report:
 
         def show(now: GenerateProgress) -> None:

@@ -23,12 +23,9 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a commented run file for your data, and say what each stage will cost here."""
-    from stillroom.pipeline.beginning.choices import choose
-    from stillroom.pipeline.beginning.run_text import run_text, wish
-    from stillroom.pipeline.beginning.sampling import sample
-    from stillroom.pipeline.beginning.trial import speeds
-    from stillroom.pipeline.config import Teacher
-    from stillroom.pipeline.teacher.facts import model_shape
+    from stillroom.pipeline.config import Source, Teacher
+    from stillroom.pipeline.corpus.opening import check_there
+    from stillroom.pipeline.teacher.facts import model_directory, model_shape
 
     _check(student)
     name = Path(data.rstrip("/")).name.split(".")[0].strip("*") or "first"
@@ -38,6 +35,13 @@ def init(
             "is there already", where=str(target), remedy="Name another file with --to."
         )
     model = Teacher(model=teacher).named_by("--teacher")
+    check_there(Source(name="data", path=data))
+    model_directory(model)
+    from stillroom.pipeline.beginning.choices import choose
+    from stillroom.pipeline.beginning.run_text import run_text, wish
+    from stillroom.pipeline.beginning.sampling import sample
+    from stillroom.pipeline.beginning.trial import speeds
+
     found, wished = sample(data, model), wish(student, model_shape(model).num_layers)
     say("trying how fast passes and steps are here ...")
     made = choose(found, model, wished.kept, speeds(model), wished.leave_out)

@@ -66,9 +66,10 @@ def rouge_l(run: "Run", as_json: bool) -> None:
 def show_answers(run_file: Path, count: int) -> None:
     """Answers of the data, the teacher and the students to held-out instructions."""
     from stillroom.pipeline import config
-    from stillroom.pipeline.evaluation.answers import side_by_side
 
     run = config.load(run_file)
+    from stillroom.pipeline.evaluation.answers import side_by_side
+
     found = side_by_side(run, count, lambda label: say(f"asking {label}"))
     for number, (prompt, right, said) in enumerate(found, 1):
         put(f"{number} of {len(found)}: {prompt}")

@@ -25,13 +25,9 @@ def prepare(run_file: RunFile, show: Show = 0, as_json: AsJson = False) -> None:
     """Tokenise the sources, cut them into windows, split them by document."""
     from stillroom.cache_schemas.errors import ConfigError
     from stillroom.pipeline import config, provenance
-    from stillroom.pipeline.corpus.preparing import PrepareProgress
-    from stillroom.pipeline.corpus.preparing import prepare as make_corpus
-    from stillroom.pipeline.objectives.names import check_names
 
     run = config.load(run_file)
     settings = config.require(run.prepare, "prepare", str(run_file))
-    check_names(run)
     if run.generate is not None:
         raise ConfigError(
             "a [generate] table: this run's corpus is written by a model",
@@ -39,6 +35,15 @@ def prepare(run_file: RunFile, show: Show = 0, as_json: AsJson = False) -> None:
             remedy=f"Run: stillroom generate {run_file}",
         )
     teacher = run.teacher or config.Teacher(model="")
+    from stillroom.pipeline.corpus.opening import check_there
+    from stillroom.pipeline.corpus.preparing import PrepareProgress
+    from stillroom.pipeline.corpus.preparing import prepare as make_corpus
+
+    for source in settings.source:
+        check_there(source)
+    from stillroom.pipeline.objectives.names import check_names
+
+    check_names(run)
     with progress("prepare") as report:
 
         def show_progress(now: PrepareProgress) -> None:

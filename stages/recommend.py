@@ -19,7 +19,6 @@ def recommend(
     """What the run's student recommends next."""
     from stillroom.cache_schemas.errors import ConfigError
     from stillroom.pipeline import config
-    from stillroom.pipeline.evaluation.ranking import recommend as ask
     from stillroom.pipeline.plain_text import plain
 
     named = tuple(filter(None, (item.strip() for item in items.split(","))))
@@ -27,6 +26,8 @@ def recommend(
         raise ConfigError("whose list?", expected="--user NAME, or --items ID,ID,...")
     run = config.load(run_file)
     config.require(run.recommender, "recommender", str(run_file))
+    from stillroom.pipeline.evaluation.ranking import recommend as ask
+
     history, found = ask(run, top, user, named)
     if as_json:
         document({"after": list(history), "items": [asdict(one) for one in found]})

@@ -30,12 +30,13 @@ def train(
         _sweep(run_file, as_json)
         return
     from stillroom.pipeline import config, provenance
+
+    run = config.load(run_file)
+    settings = config.require(run.train, "train", str(run_file))
     from stillroom.pipeline.training.curves import draw_curves
     from stillroom.pipeline.training.opening import train as train_student
     from stillroom.pipeline.training.stepping import Progress
 
-    run = config.load(run_file)
-    settings = config.require(run.train, "train", str(run_file))
     warned: set[str] = set()
     with progress("train", "steps") as report, stop_on_signals() as stop:
 
@@ -60,6 +61,9 @@ def train(
 
 def _sweep(sweep_file: Path, as_json: bool) -> None:
     """Train all arms, then compare them in one table and one picture."""
+    from stillroom.pipeline.config.run_file import read_toml
+
+    read_toml(sweep_file)  # a file that is none is said before torch is imported
     from stillroom.pipeline.training import arms as trained_arms
     from stillroom.pipeline.training.curves import draw_curves
 
@@ -145,17 +149,18 @@ def student(
 ) -> None:
     """Make the untrained student, so that training never needs the teacher."""
     from stillroom.pipeline import config
-    from stillroom.pipeline.student.choosing_blocks import FILE, with_blocks_chosen
-    from stillroom.pipeline.student.model import initial_student
-    from stillroom.pipeline.student.saving import RECEIPT
-    from stillroom.pipeline.training.lock import exclusive
-    from stillroom.pipeline.training.parallel import ALONE
 
     run = config.load(run_file)
     if leave_out:
         _measure_blocks(run, leave_out, tokens, as_json)
         return
     settings = config.require(run.student, "student", str(run_file))
+    from stillroom.pipeline.student.choosing_blocks import FILE, with_blocks_chosen
+    from stillroom.pipeline.student.model import initial_student
+    from stillroom.pipeline.student.saving import RECEIPT
+    from stillroom.pipeline.training.lock import exclusive
+    from stillroom.pipeline.training.parallel import ALONE
+
     initial = run.path("student-initial")
     if settings.leave_out and not (initial / RECEIPT).exists():
         say(f"every pass is kept in {run.path(FILE)}; after an interruption run again to go on")
@@ -171,9 +176,10 @@ def _measure_blocks(run: "Run", count: int, tokens: int, as_json: bool) -> None:
     """Which blocks to leave out, one at a time, and the line that says so in a run file."""
     from stillroom.pipeline import config
     from stillroom.pipeline.config.training import Student
-    from stillroom.pipeline.student.choosing_blocks import measured_blocks
 
     teacher = config.require(run.teacher, "teacher", run.name)
+    from stillroom.pipeline.student.choosing_blocks import measured_blocks
+
     wished = Student(leave_out=count, leave_out_tokens=tokens)
     with progress("measure blocks", "passes") as report:
         kept, gone = measured_blocks(wished, teacher, run.path("corpus"), run.path(), report)

@@ -24,6 +24,16 @@ def open_source(source: Source) -> OpenSource:
     return OPENERS.get(source.kind, _open_files)(source)
 
 
+def check_there(source: Source) -> None:
+    """Refuse a source of files that is not there, before anything is read.
+
+    Raises:
+        CorpusError: there is none, or its kind is not known.
+    """
+    if source.kind not in OPENERS:
+        find_files(source)
+
+
 def _open_files(source: Source) -> OpenSource:
     kind, files = find_files(source)
     opened = files_source(source, kind, files)

@@ -5,7 +5,7 @@ the held-out examples is hashed in spans of a few tokens, and each is looked for
 the others; questions and system prompts, which many documents share, do not count.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -19,18 +19,24 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def overlap(corpus: Corpus) -> dict[str, int]:
-    """How much of the held-out answers is in the training split.
+    """How much of the held-out answers is in the training split; see `between`."""
+    return between(corpus.split("heldout"), corpus.split("train"))
+
+
+def between(asked: Iterable[Example], others: Iterable[Example]) -> dict[str, int]:
+    """How much of what is said in some examples is said in others, of the same tokenizer.
 
     Returns:
-        `span`: tokens of a span; `spans`: how many of the held-out ones were looked for (all, or a
+        `span`: tokens of a span; `spans`: how many of those asked about were looked for (all, or a
         sample of those that are rare enough to keep); `shared`: how many were found; `examples`:
-        held-out examples with spans; `examples_shared`: those with half of them found, or more.
+        those asked about that have spans; `examples_shared`: of these, with half of them found, or
+        more.
     """
-    heldout = [_spans(example) for example in corpus.split("heldout")]
-    known = np.unique(np.concatenate([*heldout, np.empty(0, np.uint64)]))
+    wanted = [_spans(example) for example in asked]
+    known = np.unique(np.concatenate([*wanted, np.empty(0, np.uint64)]))
     known = known[:: max(1, len(known) // KEPT_SPANS)]
-    found = _found(known, (_spans(example) for example in corpus.split("train")))
-    shares = [share for spans in heldout if (share := _share(spans, known, found)) is not None]
+    found = _found(known, (_spans(example) for example in others))
+    shares = [share for spans in wanted if (share := _share(spans, known, found)) is not None]
     return {
         "span": SPAN,
         "spans": len(known),

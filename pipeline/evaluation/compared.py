@@ -10,8 +10,8 @@ from typing import Any
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config import Evaluate, Run, Teacher, require
-from stillroom.pipeline.evaluation.held_out import students_of
-from stillroom.pipeline.student.loading import ADAPTER, is_model, plain_model
+from stillroom.pipeline.evaluation.students import students_of
+from stillroom.pipeline.student.places import ADAPTER, is_model, plain_model
 from stillroom.pipeline.teacher.overrides import check_applicable
 from stillroom.pipeline.teacher.reference.engine import load_merged
 

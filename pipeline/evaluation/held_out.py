@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from stillroom.cache_schemas import layout
-from stillroom.cache_schemas.errors import ConfigError, CorpusError, StudentError
+from stillroom.cache_schemas.errors import CorpusError, StudentError
 from stillroom.cache_schemas.plan import Plan
 from stillroom.pipeline.capture.plan import check_tokenizer
 from stillroom.pipeline.config import Run, Teacher, require
@@ -25,8 +24,10 @@ from stillroom.pipeline.config.training import Attention, Evaluate
 from stillroom.pipeline.corpus.privileged import asked
 from stillroom.pipeline.corpus.tokenizer import vocabulary
 from stillroom.pipeline.evaluation.scores import Scores, Sums
+from stillroom.pipeline.evaluation.seen_text import seen_in_training
+from stillroom.pipeline.evaluation.students import students_of
 from stillroom.pipeline.record import Example
-from stillroom.pipeline.student.loading import is_model, load
+from stillroom.pipeline.student.loading import load
 from stillroom.pipeline.student.states import StudentStates, forward_states
 from stillroom.pipeline.teacher.facts import model_directory, teacher_facts
 from stillroom.pipeline.teacher.overrides import check_applicable
@@ -52,7 +53,7 @@ def evaluate(
 ) -> dict[str, Scores]:
     """Measure the teacher and every student of a run, and write `evaluation.json`.
 
-    See `students_of` for which; a run that trains nothing measures those that it names.
+    See `students.students_of` for which; a run that trains nothing measures those that it names.
 
     Raises:
         CorpusError: there is no held-out text.
@@ -72,10 +73,10 @@ def evaluate(
     check_tokenizer(corpus, teacher)
     _check_cache(run, teacher)
     start = time.perf_counter()
-    found = measure(
-        teacher, students_of(run), chosen, settings.precision, on_progress, settings.attention
-    )
-    _write(run, found, chosen, time.perf_counter() - start)
+    students = students_of(run)
+    found = measure(teacher, students, chosen, settings.precision, on_progress, settings.attention)
+    seconds = time.perf_counter() - start
+    _write(run, found, chosen, seconds, seen_in_training(run, students, corpus, chosen))
     return found
 
 
@@ -88,63 +89,6 @@ def _check_cache(run: Run, teacher: Teacher) -> None:
     remedy = "Name the teacher that made the cache under [teacher], as it was then."
     # It is run by transformers in float32 here, however it was run there.
     check_same_teacher(teacher_facts(teacher), kept, "[teacher]", remedy, as_run=False)
-
-
-def students_of(run: Run) -> dict[str, str]:
-    """Label -> HF directory of every student that a run compares: those named in `[evaluate]`, and
-    `before` and `after` training its own, if it has one.
-
-    Raises:
-        ConfigError: a student has the label of another model.
-        StudentError: a directory is missing, or there is no student at all.
-    """
-    named = (run.evaluate or Evaluate()).students
-    _check_labels(run, named)
-    for label, directory in named.items():
-        if not is_model(Path(directory)):
-            raise StudentError(
-                f"student '{label}' is not there",
-                expected="a directory with config.json and weights",
-                where=directory,
-                remedy="Train it first, or correct [evaluate] students.",
-            )
-    return _own_students(run) | named if run.train is not None or not named else named
-
-
-def _own_students(run: Run) -> dict[str, str]:
-    """`before` and `after` training.
-
-    Raises:
-        StudentError: not trained yet.
-    """
-    own = {"before": run.path("student-initial"), "after": run.path("student")}
-    missing = [directory for directory in own.values() if not is_model(directory)]
-    if missing:
-        raise StudentError(
-            "this run has no trained student yet",
-            expected="a directory with config.json and weights",
-            where=str(missing[-1]),
-            remedy="Run first, on the same run file: `stillroom run` (all stages) or, where the "
-            "cache is there, `stillroom train`.",
-        )
-    return {label: str(directory) for label, directory in own.items()}
-
-
-OWN_LABELS = ("before", "after", "student")
-"""Of a run's own student, here and where it is compared by what others measure."""
-
-
-def _check_labels(run: Run, named: Mapping[str, str]) -> None:
-    """Refuse labels under which one model's figures would stand for another's."""
-    taken = ("teacher", *OWN_LABELS) if run.train is not None else ("teacher",)
-    for label in named:
-        if label in taken:
-            raise ConfigError(
-                f"a student is called '{label}', as the run calls "
-                f"{'the teacher' if label == 'teacher' else 'its own'}",
-                where="[evaluate.students]",
-                remedy="Give it another label.",
-            )
 
 
 def measure(
@@ -280,11 +224,19 @@ def _autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _write(run: Run, found: Mapping[str, Scores], examples: list[Example], seconds: float) -> None:
+def _write(
+    run: Run,
+    found: Mapping[str, Scores],
+    examples: list[Example],
+    seconds: float,
+    seen: dict[str, dict[str, int]],
+) -> None:
     facts = {
         "models": {label: asdict(scores) for label, scores in found.items()},
         "examples": len(examples),
         "rows": int(sum(example.loss_mask[1:].sum() for example in examples)),
         "seconds": seconds,
+        "seen_in_training": seen,
     }
+    run.path().mkdir(parents=True, exist_ok=True)  # a run that only measures has none yet
     write_durably(run.path(RESULT), json.dumps(facts, indent=2) + "\n")

@@ -56,7 +56,8 @@ def least_missed(
         model: in memory, evaluating; it is as before afterwards.
         examples: text to judge by; all of their rows count.
         count: below the number of blocks.
-        on_progress: told (passes done, in all), in passes of the whole model.
+        on_progress: told (passes done, in all), in passes of the whole model; of those that are
+            known, together, before the first that is not, so that they count as nobody's speed.
         known: what an earlier call measured on the same text: blocks left out, ascending -> KL.
         on_measured: told each of these that is new.
 
@@ -77,11 +78,14 @@ def least_missed(
         tried = _short_list(last, depth) if turn else list(range(depth))
         work.begins(turn, tried, without)
         for number in tried:
+            if new := not judge.knows(without, number):
+                work.tells()
             last[number] = judge.kl(without, number) - so_far
-            work.goes_on()
+            work.goes_on(new)
         best = min(tried, key=lambda number: last[number])
         gone.append(LeftOut(best, judge.kl(without, best)))
         del last[best]
+    work.tells()
     return gone
 
 
@@ -111,6 +115,7 @@ class _Work:
     def __init__(self, depth: int, count: int, head: float, tell: Progress | None):
         self._depth, self._head, self._tell = depth, head, tell
         self._rounds = rounds(depth, count, head)
+        self._done, self._told = 0.0, -1.0
 
     def begins(self, turn: int, tried: Sequence[int], without: Sequence[int]) -> None:
         """A choice among `tried`, beside the blocks `without`."""
@@ -119,13 +124,18 @@ class _Work:
         self._costs = [self._head + sum(n > number for n in left) for number in tried]
         self._tried = 0
 
-    def goes_on(self) -> None:
+    def goes_on(self, tell: bool) -> None:
         """One more is tried."""
         self._tried += 1
-        if self._tell is not None:
-            part = sum(self._costs[: self._tried]) / sum(self._costs)
-            done = self._before + part * self._own
-            self._tell(round(done, 1), round(sum(self._rounds), 1))
+        self._done = self._before + self._own * sum(self._costs[: self._tried]) / sum(self._costs)
+        if tell:
+            self.tells()
+
+    def tells(self) -> None:
+        """Say how far it is, unless that was said."""
+        if self._tell is not None and self._done != self._told:
+            self._told = self._done
+            self._tell(round(self._done, 1), round(sum(self._rounds), 1))
 
 
 class _Judge:
@@ -143,6 +153,10 @@ class _Judge:
         tokens = sum(text.passes.tokens for text in self._texts)
         self._rows = sum(len(text.passes.rows) for text in self._texts)
         self.head = head * self._rows / (each * tokens)
+
+    def knows(self, without: Sequence[int], number: int) -> bool:
+        """Whether `kl` has nothing to compute."""
+        return tuple(sorted([*without, number])) in self._known
 
     def kl(self, without: Sequence[int], number: int) -> float:
         """Mean over all rows of KL(whole || without those and `number`), nats."""

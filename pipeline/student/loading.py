@@ -5,34 +5,15 @@ adapter on disk becomes plain weights and a directory that does not load is one 
 and saves nothing.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stillroom.cache_schemas.errors import StudentError, first_line
+from stillroom.pipeline.student.places import is_adapter, plain_model
 from stillroom.pipeline.teacher.checkpoint import load_whole, unloadable
 from stillroom.pipeline.teacher.identity import refuse_pickles
-
-ADAPTER = "adapter_config.json"
-"""File by which PEFT and transformers know an adapter."""
-
-
-def is_model(directory: Path) -> bool:
-    """True where `load` finds a model or an adapter."""
-    return any((directory / name).is_file() for name in ("config.json", ADAPTER))
-
-
-def plain_model(directory: str | Path) -> str:
-    """Where the config lies: in the directory, or in that of the model that its adapter names."""
-    if not _is_adapter(directory):
-        return str(directory)
-    return json.loads((Path(directory) / ADAPTER).read_text())["base_model_name_or_path"]
-
-
-def _is_adapter(directory: str | Path) -> bool:
-    return (Path(directory) / ADAPTER).is_file()
 
 
 def load(
@@ -58,7 +39,7 @@ def load(
             weights.
     """
     try:
-        if _is_adapter(directory):
+        if is_adapter(directory):
             return _with_adapter(Path(directory), attention, dtype)
         return _plain(directory, attention, dtype, trusts_code, config)
     except StudentError as error:

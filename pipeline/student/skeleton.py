@@ -13,7 +13,7 @@ from torch import nn
 from stillroom.cache_schemas.errors import StudentError, first_line
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.training import Student
-from stillroom.pipeline.student.loading import plain_model
+from stillroom.pipeline.student.places import plain_model
 from stillroom.pipeline.student.saving import RECEIPT
 from stillroom.pipeline.student.states import decoder_of
 from stillroom.pipeline.teacher.facts import model_directory

@@ -21,6 +21,7 @@ from stillroom.pipeline.config import Run
 from stillroom.pipeline.config.recommending import OWN_CACHES
 from stillroom.pipeline.config.run_file import read_toml
 from stillroom.pipeline.config.strict import PathText, Table, validate
+from stillroom.pipeline.parent_process import end_with_pool
 from stillroom.pipeline.training.checkpoint import write_durably
 from stillroom.pipeline.training.opening import train
 from stillroom.pipeline.training.result import TrainResult
@@ -153,7 +154,8 @@ def _side_by_side(count: int, arms: dict[str, Run], on_progress):
 
 def _in_a_process(run: Run) -> TrainResult:
     """Train in a process of its own, so that one that is killed takes no other with it."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own:
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, fresh, initializer=end_with_pool) as own:
         return own.submit(train, run).result()
 
 

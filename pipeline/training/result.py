@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stillroom.pipeline.config import Run
-from stillroom.pipeline.student.loading import is_model
+from stillroom.pipeline.student.places import is_model
 from stillroom.pipeline.training.checkpoint import write_durably
 from stillroom.pipeline.training.identity import MEASURED, check_identity
 

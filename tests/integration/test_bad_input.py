@@ -223,6 +223,9 @@ def test_another_teacher_is_no_judge(job, refused, tmp_path):
     audit = ["cache", "audit", cache, file, "--engine", "reference", "--sample", "2"]
     assert shell.run(audit) == 0
     changed_teacher(job, tmp_path / "other", rms_norm_eps=0.5)
+    for name in ("student-initial", "student"):  # neither is loaded: the teacher is refused before
+        (job.directory / name).mkdir()
+        (job.directory / name / "config.json").write_text("{}")
     for stage in (audit, ["evaluate", file]):
         refused(lambda s=stage: shell.run(s), "config.rms_norm_eps: found 0.5, expected 1e-06")
 

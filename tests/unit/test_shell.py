@@ -1,11 +1,14 @@
 """The command line: one message and an exit code for every failure, and a light start."""
 
 import errno
+import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import typer
@@ -13,6 +16,8 @@ import typer
 from stillroom.cache_schemas.errors import CacheIncomplete, CorpusError
 from stillroom.stages import __main__ as shell
 from stillroom.stages import console
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -42,6 +47,63 @@ def test_start_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+MISTAKES = [
+    *[[stage, "nowhere.toml"] for stage in ("prepare", "generate", "capture", "student", "train")],
+    *[[stage, "nowhere.toml"] for stage in ("evaluate", "run", "config", "doctor", "demo")],
+    ["train", "nowhere.toml", "--sweep"],
+    ["ask", "nowhere.toml", "Who?"],
+    ["recommend", "nowhere.toml", "--user", "7"],
+    ["corpus", "show", "nowhere.toml"],
+    ["cache", "plan", "nowhere.toml"],
+    *[["cache", verb, "nowhere"] for verb in ("show", "ls", "verify")],
+    *[[stage, "misspelt.toml"] for stage in ("prepare", "capture", "train", "evaluate", "config")],
+    *[[stage, "run.toml"] for stage in ("prepare", "generate", "evaluate")],
+    ["ask", "run.toml", "Who?"],
+    ["capture", "run.toml", "--rank", "3"],
+    ["capture", "run.toml", "--fast"],
+    ["init", "nowhere.jsonl", "--teacher", "./nowhere"],
+    ["init", "here.jsonl", "--teacher", "./nowhere"],
+    ["init", "here.jsonl", "--teacher", "./nowhere", "--student", "quarter"],
+]
+"""Command lines that no model is needed to refuse."""
+
+RUN = """
+name = "mine"
+directory = "mine"
+[teacher]
+model = "./nowhere"
+[prepare]
+[[prepare.source]]
+name = "mine"
+path = "nowhere.jsonl"
+[train]
+steps = 1
+[[objective]]
+name = "forward_kl"
+"""
+
+REFUSE = """
+import json, sys
+from stillroom.stages import __main__ as shell
+for line in json.loads(sys.argv[1]):
+    code = shell.run(line)
+    heavy = sorted({'torch', 'transformers', 'vllm', 'matplotlib', 'ray'} & set(sys.modules))
+    print(json.dumps([line, code, heavy]))
+"""
+
+
+def test_a_mistake_that_needs_no_model_is_refused_without_one(tmp_path):
+    (tmp_path / "run.toml").write_text(RUN)
+    (tmp_path / "misspelt.toml").write_text(RUN.replace("steps", "stebs"))
+    (tmp_path / "here.jsonl").write_text('{"text": "here"}\n')
+    command = [sys.executable, "-c", REFUSE, json.dumps(MISTAKES)]
+    where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, **where)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        [line, 2, []] for line in MISTAKES
+    ]
+
+
 def test_an_expected_error_is_one_message_and_its_code(failing, capsys):
     error = CorpusError("is empty", where="a.txt", expected="text", remedy="Fill it.")
     assert failing(error)() == 2
@@ -61,6 +123,19 @@ def test_unfinished_work_says_how_to_go_on(failing, capsys):
 def test_an_interrupt_is_incomplete_not_wrong(failing, capsys):
     assert failing(KeyboardInterrupt())() == 3
     assert "Run again to go on: stillroom fail" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", [["init", "x.jsonl"], ["prepare", "x.toml"], ["cache", "ls", "x"]])
+def test_a_command_that_keeps_nothing_does_not_say_so_when_interrupted(line, capsys, monkeypatch):
+    def app(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shell, "app", app)
+    assert shell.run(line) == 3
+    said = f"interrupted; nothing was changed. Run again: stillroom {' '.join(line)}\n"
+    assert capsys.readouterr().err == said
+    assert shell.run(["capture", "x.toml"]) == 3
+    assert "finished work is kept. Run again to go on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])

@@ -148,6 +148,33 @@ def test_an_interruption_keeps_what_was_measured(model):
     assert len(kept) == 5
 
 
+def test_passes_that_were_kept_are_nobodys_speed(tmp_path):
+    """Six passes a choice, of which all but the last three are known."""
+    deep = load(save_llama(tmp_path / "m", num_layers=6, seed=5)).eval()
+    whole: dict = {}
+    told: list[tuple[float, int]] = []
+    least_missed(deep, EXAMPLES[:1], 3, None, None, whole.__setitem__)
+    kept = dict(list(whole.items())[:-3])
+    new: list = []
+
+    def note(done, _total):
+        told.append((done, len(new)))
+
+    least_missed(deep, EXAMPLES[:1], 3, note, kept, lambda key, _: new.append(key))
+    assert [measured for _, measured in told] == [0, 1, 2, 3]
+    first, last = told[0][0], told[-1][0]
+    assert 0.5 * last < first < last  # what is kept is shown as done from the first word on
+
+
+def test_all_passes_kept_is_said_once(model):
+    whole: dict = {}
+    least_missed(model, EXAMPLES[:2], 3, None, None, whole.__setitem__)
+    told: list = []
+    least_missed(model, EXAMPLES[:2], 3, lambda *numbers: told.append(numbers), whole)
+    ((done, total),) = told
+    assert done == total
+
+
 def test_a_short_list_goes_by_what_a_block_adds(monkeypatch, tmp_path):
     """Not by its KL beside those that were gone then: a block that was not tried for long would
     stand before every fresh one."""

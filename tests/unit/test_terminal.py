@@ -140,6 +140,17 @@ def test_what_a_terminal_gets_fits_it(width, monkeypatch):
     assert "bytes/token" not in shown[-1]  # nothing is known of it yet
 
 
+@pytest.mark.parametrize(("columns", "lines"), [("30", 2), ("60", 1), ("", 1)])
+def test_a_table_in_a_pipe_is_as_wide_as_it_is_asked_to_be(columns, lines, monkeypatch, capsys):
+    """And no figure is cut, however narrow it is."""
+    monkeypatch.setenv("COLUMNS", columns)
+    console.table("caches", ["cache", "holds", "bytes"], [["demo/cache", "87,656 tokens", "91.2"]])
+    drawn = capsys.readouterr().out.splitlines()
+    told = [line for line in drawn if line.startswith("│")]
+    assert len(told) == lines
+    assert all(word in " ".join(told) for word in ("demo/cache", "87,656", "tokens", "91.2"))
+
+
 def test_without_colours_nothing_is_coloured(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     screen = io.StringIO()

@@ -22,6 +22,7 @@ from stillroom.pipeline.cache.columns import Columns
 from stillroom.pipeline.cache.formats import Format
 from stillroom.pipeline.cache.sealing import read_receipt
 from stillroom.pipeline.cache.storage.protocol import Storage
+from stillroom.pipeline.parent_process import end_with_pool
 
 BYTES_WORTH_A_PROCESS = 1 << 25
 SHARDS_AT_A_TIME = 8
@@ -149,6 +150,7 @@ _OWN: list[Checker] = []
 
 
 def _take(checker: Checker) -> None:
+    end_with_pool()
     _OWN[:] = [checker]
 
 
