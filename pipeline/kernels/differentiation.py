@@ -55,17 +55,20 @@ class FusedDivergence(torch.autograd.Function):
         with torch.no_grad():
             gradients = _backward(ctx, grad_outputs[0])
         if torch.is_grad_enabled():  # by create_graph
-            gradients = Once.apply(
-                *(None if one is None else one.detach().requires_grad_() for one in gradients)
-            )
+            gradients = Once.apply(gradients, *ctx.saved_tensors, *grad_outputs)
         return *gradients, None
 
 
 class Once(torch.autograd.Function):
-    """The same gradients, whose own gradients are an error and not silently zero."""
+    """The same gradients, whose own gradients are an error and not silently zero.
+
+    They are said to come of all that they depend on: autograd looks only where it is asked to.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, gradients: tuple[Tensor | None, ...], *of: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Nothing is done."""
         return gradients
 
