@@ -36,7 +36,7 @@ def check_objective(objective: Objective, tail_ids: Tensor | None, tail_weights:
     )
     t, cap, hard = objective.temperature, objective.softcap, objective.ce_weight
     _require(0 < t < math.inf, lambda: f"temperature: found {t}; expected a positive number")
-    _require(cap is None or cap > 0, lambda: f"softcap: found {cap}; expected a positive number")
+    _cap("softcap", cap)
     _require(0 <= hard < math.inf, lambda: f"ce_weight: found {hard}; expected at least 0")
     if objective.tail == "sampled":
         name = objective.divergence
@@ -107,9 +107,14 @@ def check_how(impl: str, budget: int | None) -> None:
 
 
 def check_rows(
-    hidden: Tensor, *, labels: Tensor | None, weights: Tensor | None, ce_weight: float
+    hidden: Tensor,
+    *,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    told: Tensor | None,
+    ce_weight: float,
 ) -> None:
-    """Shapes, dtypes and devices of labels and weights.
+    """Shapes, dtypes and devices of labels, weights and what cross-entropies are told in.
 
     Raises:
         ValueError: a shape or device that does not fit.
@@ -127,6 +132,24 @@ def check_rows(
     _integers("labels", labels)
     if weights is not None and not weights.is_floating_point():
         raise TypeError(f"weights: found {weights.dtype}; expected a floating dtype")
+    followed = weights is not None and weights.requires_grad and torch.is_grad_enabled()
+    _require(
+        not followed,
+        "weights: require a gradient, which they get none of; detach them, or multiply the losses",
+    )
+    _check_told(hidden, told, ce_weight)
+
+
+def _check_told(hidden: Tensor, told: Tensor | None, ce_weight: float) -> None:
+    if told is None:
+        return
+    _require(ce_weight > 0, "cross_entropy: is told where ce_weight is above 0; found 0")
+    _shape("cross_entropy", told, (hidden.shape[0],))
+    _same_device("cross_entropy", told, hidden)
+    if told.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"cross_entropy: found {told.dtype}; expected float32")
+    # A kernel writes one number after another.
+    _require(told.is_contiguous(), "cross_entropy: is a part of every so many; expected contiguous")
 
 
 def check_sparse(
@@ -167,9 +190,10 @@ def check_teacher(
     teacher_hidden: Tensor,
     teacher_unembedding: Tensor,
     teacher_bias: Tensor | None,
+    softcap: float | None,
     words: int,
 ) -> None:
-    """Shapes and devices of a teacher given by its hidden states.
+    """Shapes and devices of a teacher given by its hidden states, and its soft cap.
 
     Raises:
         ValueError: a shape or device that does not fit, or fewer words than the student has.
@@ -182,6 +206,7 @@ def check_teacher(
     expected = f"[V', {found[1]}] with V' >= {words}"
     _require(fits, lambda: f"teacher_unembedding: found shape {head}; expected {expected}")
     _shape("teacher_bias", teacher_bias, head[:1])
+    _cap("teacher_softcap", softcap)
     for name, tensor in (
         ("teacher_hidden", teacher_hidden),
         ("teacher_unembedding", teacher_unembedding),
@@ -281,6 +306,11 @@ def _same_dtype(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
         return
     if not autocasting.is_on(hidden.device):
         raise TypeError(f"{name}: found {tensor.dtype}; expected {hidden.dtype}, as hidden is")
+
+
+def _cap(name: str, cap: float | None) -> None:
+    fits = cap is None or 0 < cap < math.inf
+    _require(fits, lambda: f"{name}: found {cap}; expected a positive number, or None for no cap")
 
 
 def _integers(name: str, tensor: Tensor | None) -> None:

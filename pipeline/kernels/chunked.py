@@ -6,10 +6,8 @@ to the hidden states and the head before the next chunk takes the buffer. What s
 pass is [N, D] and [V, D], never [N, V]. `torch_sweep` runs on any device, `triton.sweep` is the
 same contract in one kernel; this module does not know which it drives.
 
-The gradient of a vector of losses is asked for later, by `backward(grad_output)`. Rows that all get
-the same factor (`loss.sum()`, `loss.sum() / count`) only scale what was kept. Any other
-grad_output is right too, but d_unembedding is a sum over rows already taken, so it is computed
-again: give row weights as `weights`, where they cost nothing.
+The gradient of a vector of losses is asked for later; what becomes of those kept is said in
+`differentiation`.
 """
 
 from collections.abc import Callable
@@ -18,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from stillroom.pipeline.kernels import autocasting, products, scratch
 from stillroom.pipeline.kernels.divergences import Objective
@@ -80,62 +77,6 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-class FusedDivergence(torch.autograd.Function):
-    """Autograd around `sweep_rows`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, unembedding: Tensor, bias: Tensor | None, plan: Plan
-    ) -> Tensor:
-        """Losses [N]; keeps the gradients of their sum."""
-        ctx.needed, ctx.plan = ctx.needs_input_grad[:3], plan
-        loss, gradients, unit = sweep_rows(hidden, unembedding, bias, plan, ctx.needed)
-        ctx.kept = gradients, unit
-        ctx.save_for_backward(hidden, unembedding, bias)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """Hands over what was kept, scaled; computes again where scaling cannot be right."""
-        (grad_output,) = grad_outputs
-        kept, ctx.kept = ctx.kept, None
-        factor = common_factor(grad_output)
-        if kept is None or factor is None:
-            hidden, unembedding, bias = ctx.saved_tensors
-            plan, factor = with_factors(ctx.plan, grad_output), None
-            kept = sweep_rows(hidden, unembedding, bias, plan, ctx.needed)[1:]
-        gradients, unit = kept
-        factors = [f for f in (factor, unit) if f is not None]
-        scaled = (_scaled(gradient, factors, ctx.plan.scale_) for gradient in gradients)
-        return *scaled, None
-
-
-def common_factor(grad_output: Tensor) -> Tensor | None:
-    """The one value every row has, or None. A device is asked nothing: strides tell."""
-    if grad_output.numel() < 2 or grad_output.stride(0) == 0:  # expanded, as sum() leaves it
-        return grad_output[:1].sum()
-    if grad_output.device.type == "cpu" and bool((grad_output == grad_output[0]).all()):
-        return grad_output[0]
-    return None
-
-
-def with_factors(plan: Plan, factors: Tensor) -> Plan:
-    """The plan with every row's weight multiplied by a factor [N]."""
-    weights = plan.targets.weights
-    weights = factors if weights is None else weights.to(factors) * factors
-    return replace(plan, targets=replace(plan.targets, weights=weights))
-
-
-def _scaled(gradient: Tensor | None, factors: list[Tensor], scale_: Scale) -> Tensor | None:
-    if gradient is None or not factors:
-        return gradient
-    factor = factors[0] if len(factors) == 1 else factors[0] * factors[1]
-    if factor.device.type == "cpu" and factor == 1:
-        return gradient
-    return scale_(gradient, factor)
-
-
 def sweep_rows(
     hidden: Tensor,
     unembedding: Tensor,
@@ -190,7 +131,7 @@ def _sweep_some(
         told.zero_().index_copy_(0, keep, plan.targets.cross_entropy)
     loss = loss.new_zeros(len(hidden)).index_copy_(0, keep, loss)
     if gradients.hidden is not None:
-        rows = torch.zeros_like(hidden).index_copy_(0, keep, gradients.hidden)
+        rows = gradients.hidden.new_zeros(hidden.shape).index_copy_(0, keep, gradients.hidden)
         gradients = gradients._replace(hidden=rows)
     return loss, gradients
 
@@ -250,7 +191,8 @@ class Workbench:
         self.hidden = hidden.to(plan.compute_dtype)
         self.head = unembedding[:width].to(plan.compute_dtype)
         self.bias = None if bias is None else bias[:width].to(plan.compute_dtype)
-        self.of_hidden = torch.empty_like(self.hidden) if needed[0] else None
+        # Contiguous, as the operator's statement of its outputs says, whatever hidden's strides.
+        self.of_hidden = _empty(hidden.shape, hidden, plan.compute_dtype, needed[0])
         self.of_head = _empty(unembedding.shape, unembedding, plan.sum_dtype, needed[1])
         self.of_bias = _empty(unembedding.shape[:1], unembedding, plan.loss_dtype, needed[2])
         self.dtypes = hidden.dtype, unembedding.dtype, bias.dtype if bias is not None else None
@@ -270,6 +212,8 @@ class Workbench:
         size = chunk_rows(rows, bytes_per_row, plan.budget)
         self.chunks = [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
         self.product = scratch.rows_of(size, columns, plan.compute_dtype, device)
+        if device.type == "cpu":  # whose half-precision products read on beyond a row's words
+            self.product[:, plan.shard.width :] = 0  # and multiply by 0: no NaN may lie there
         self.buffer = (
             self.product if same else scratch.rows_of(size, columns, plan.sweep_dtype, device)
         )

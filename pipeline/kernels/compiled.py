@@ -2,9 +2,9 @@
 
 One idea: `chunked` writes into one buffer and hands over gradients that it took on the way, which
 no tracer can follow; so a tracer gets one opaque operator with a statement of its outputs' shapes
-(the fake), and a second one for the backward pass, which decides as `chunked` does whether what was
-kept needs only a factor. Nothing is computed here; outside of a tracer `chunked.FusedDivergence` is
-used, which scales its gradients in place where an operator has to give new tensors.
+(the fake), and a second one for the backward pass, which decides as `differentiation` does whether
+what was kept needs only a factor. Nothing is computed here; outside of a tracer there is
+`differentiation`, which scales its gradients in place where an operator has to give new tensors.
 
 An operator's schema knows tensors, numbers and text, and no dataclass; `Call` packs what says how a
 divergence is computed into these. Not here: heads that are shards of one, and packed lists, which
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from stillroom.pipeline.kernels import autocasting, execution
-from stillroom.pipeline.kernels.chunked import Plan, common_factor, sweep_rows, with_factors
+from stillroom.pipeline.kernels.chunked import Plan, sweep_rows
 from stillroom.pipeline.kernels.dense_sweep import DenseTargets
+from stillroom.pipeline.kernels.differentiation import common_factor, with_factors
 from stillroom.pipeline.kernels.divergences import Objective
 from stillroom.pipeline.kernels.precision import wide
 from stillroom.pipeline.kernels.targets import Targets

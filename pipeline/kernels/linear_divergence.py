@@ -7,7 +7,13 @@ divergences are those of `topk_divergence` with every word in the list and no ta
 
 from torch import Tensor
 
-from stillroom.pipeline.kernels import argument_checks, chunked, compiled, eager, execution
+from stillroom.pipeline.kernels import (
+    argument_checks,
+    compiled,
+    differentiation,
+    eager,
+    execution,
+)
 from stillroom.pipeline.kernels.dense_sweep import DenseTargets
 from stillroom.pipeline.kernels.divergences import DivergenceName, Objective
 from stillroom.pipeline.kernels.execution import Implementation
@@ -66,10 +72,12 @@ def linear_divergence(
     argument_checks.check_objective(objective, None, None)
     argument_checks.check_student(hidden, unembedding, bias)
     shard = argument_checks.check_words(unembedding, valid_vocab, None, impl)
-    argument_checks.check_rows(hidden, labels=labels, weights=weights, ce_weight=ce_weight)
+    argument_checks.check_rows(
+        hidden, labels=labels, weights=weights, told=cross_entropy, ce_weight=ce_weight
+    )
     argument_checks.check_how(impl, memory_budget)
     argument_checks.check_teacher(
-        hidden, teacher_hidden, teacher_unembedding, teacher_bias, shard.total
+        hidden, teacher_hidden, teacher_unembedding, teacher_bias, teacher_softcap, shard.total
     )
     if execution.debugging(debug, hidden):
         argument_checks.check_row_values(labels, weights, shard.total)
@@ -99,4 +107,4 @@ def linear_divergence(
         triton=impl == "triton",
         teacher_itemsize=teacher_unembedding.dtype.itemsize,
     )
-    return chunked.FusedDivergence.apply(hidden, unembedding, bias, plan)
+    return differentiation.divergence(hidden, unembedding, bias, plan)

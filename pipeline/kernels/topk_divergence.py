@@ -56,7 +56,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stillroom.pipeline.kernels import argument_checks, chunked, compiled, eager, execution
+from stillroom.pipeline.kernels import (
+    argument_checks,
+    compiled,
+    differentiation,
+    eager,
+    execution,
+)
 from stillroom.pipeline.kernels.divergences import DivergenceName, Objective, TailName
 from stillroom.pipeline.kernels.execution import Implementation
 from stillroom.pipeline.kernels.packed_topk import PackedTargets, PackedTopk
@@ -112,11 +118,12 @@ def topk_divergence(
         temperature: T; the loss is multiplied by T^2.
         labels: [N] next tokens for the cross-entropy; negative is none.
         ce_weight: weight of the cross-entropy (temperature 1, not multiplied by T^2).
-        weights: [N] factors of the rows. On the CPU (wherever hidden is), rows of weight 0 are
-            left out before the first matrix product; on a device they only count 0.
-        cross_entropy: fp32 [N] to be filled with each row's own cross-entropy at temperature 1,
-            before its weight; 0 without a label and where weights on the CPU are 0. Needs
-            `ce_weight`; nothing is differentiated through it.
+        weights: [N] factors of the rows, which get no gradient. On the CPU (wherever hidden is),
+            rows of weight 0 are left out before the first matrix product; on a device they only
+            count 0.
+        cross_entropy: fp32 [N], contiguous, to be filled with each row's own cross-entropy at
+            temperature 1, before its weight; 0 without a label and where weights on the CPU are 0.
+            Needs `ce_weight`; nothing is differentiated through it.
         bias: [V] of the head.
         softcap: cap of tanh soft-capped logits.
         valid_vocab: number of real words; head rows from there on are padding.
@@ -141,7 +148,9 @@ def topk_divergence(
     argument_checks.check_objective(objective, tail_ids, tail_weights)
     argument_checks.check_student(hidden, unembedding, bias)
     shard = argument_checks.check_words(unembedding, valid_vocab, shard, impl)
-    argument_checks.check_rows(hidden, labels=labels, weights=weights, ce_weight=ce_weight)
+    argument_checks.check_rows(
+        hidden, labels=labels, weights=weights, told=cross_entropy, ce_weight=ce_weight
+    )
     argument_checks.check_how(impl, memory_budget)
     targets = replace(_targets(hidden, ids, logprobs, labels, weights), cross_entropy=cross_entropy)
     if tail_ids is not None and tail_weights is not None:
@@ -213,4 +222,4 @@ def _fused(
         accumulate_fp32,
         triton=impl == "triton",
     )
-    return chunked.FusedDivergence.apply(hidden, unembedding, bias, plan)
+    return differentiation.divergence(hidden, unembedding, bias, plan)

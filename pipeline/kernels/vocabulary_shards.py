@@ -115,7 +115,8 @@ def combine(shard: Shard, ids: Tensor, local: ShardStatistics) -> Student:
     logits = logits.masked_fill(logits < FAR_BELOW / 2, 0)
     sums = shard.sum_(torch.cat([logits, tail_part, plain_part], 1))
     support, label, tail_sum, plain_sum = sums.split([ids.shape[1], 1, 1, 1], 1)
-    support = support.masked_fill(ids < 0, FAR_BELOW)
+    # Nobody owns padding, nor a word beyond the vocabulary: no student gives it anything.
+    support = support.masked_fill((ids < 0) | (ids >= shard.total), FAR_BELOW)
     outcomes = torch.cat([support, tail_peak - top + tail_sum.log()], 1)  # [C, k + 1]
     log_q = outcomes.log_softmax(1).clamp(min=LOG_ZERO)
     if local.plain_total is None:

@@ -51,7 +51,7 @@ class DivergenceOptions(Table):
     """Use only the first k cached ids; 0 uses all."""
     beta: float = Field(default=0.5, gt=0, lt=1)
     """`jsd`: weight of the teacher in the mixture."""
-    alpha: float = Field(default=0.1, ge=0, le=1)
+    alpha: float = Field(default=0.1, gt=0, lt=1)
     """Skew of the skewed divergences (DistiLLM)."""
     ce_weight: float = Field(default=0.0, ge=0)
     """Adds ce_weight * cross-entropy on the text's own tokens, in the same sweep."""

@@ -30,7 +30,7 @@ class FullVocabularyOptions(Table):
     """Any: nothing about it has to be in the cache."""
     beta: float = Field(default=0.5, gt=0, lt=1)
     """`jsd`: the teacher's share of the mixture."""
-    alpha: float = Field(default=0.1, ge=0, le=1)
+    alpha: float = Field(default=0.1, gt=0, lt=1)
     """The skewed divergences: the share mixed in of the other distribution."""
     ce_weight: float = Field(default=0.0, ge=0)
     """Weight of cross-entropy on the text's own tokens, from the same sweep of the head."""

@@ -50,3 +50,24 @@ def test_it_is_torchs_cross_entropy(impl, door, temperature):
     torch.testing.assert_close(
         loss - 0.3 * weights.to(DEVICE) * told, without, rtol=1e-5, atol=1e-5
     )
+
+
+REFUSED = {
+    "shape": (torch.zeros(ROWS + 1), ValueError, r"found shape \(8,\); expected \(7,\)"),
+    "dtype": (torch.zeros(ROWS).long(), TypeError, r"found torch.int64; expected float32"),
+    "column": (torch.zeros(ROWS, 3)[:, 1], ValueError, r"expected contiguous"),
+}
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+@pytest.mark.parametrize(("told", "kind", "message"), REFUSED.values(), ids=REFUSED)
+def test_where_it_cannot_be_told_is_refused(told, kind, message, ce_weight):
+    # A kernel wrote a column's numbers one after another, into its neighbours.
+    hidden, head = torch.randn(ROWS, WIDTH), torch.randn(WORDS, WIDTH)
+    listed = torch.randn(ROWS, WORDS).log_softmax(-1).topk(4)
+    labels = torch.zeros(ROWS).long()
+    given = hidden, head, listed.indices, listed.values
+    if not ce_weight:
+        kind, message = ValueError, r"is told where ce_weight is above 0"
+    with pytest.raises(kind, match=rf"cross_entropy: .*{message}"):
+        topk_divergence(*given, labels=labels, ce_weight=ce_weight, cross_entropy=told)

@@ -37,6 +37,7 @@ def test_the_hot_path_asks_a_device_nothing():
         ({"teacher_unembedding": torch.zeros(61, 23)}, r"teacher_unembedding: .*\(61, 23\)"),
         ({"teacher_unembedding": torch.zeros(60, 24)}, r"expected \[V', 24\] with V' >= 61"),
         ({"teacher_bias": torch.zeros(60)}, r"teacher_bias: found shape \(60,\)"),
+        ({"teacher_softcap": 0.0}, r"teacher_softcap: found 0\.0; .* None for no cap"),
         ({"labels": torch.full((9,), 61), "ce_weight": 0.5}, r"labels: row 0 holds 61"),
         ({"teacher_hidden": torch.zeros(9, 24, device="meta")}, r"teacher_hidden: is on meta"),
     ],

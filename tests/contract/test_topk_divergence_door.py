@@ -124,6 +124,7 @@ BAD_OPTIONS = {
     "beta": ({"beta": 1.0}, r"beta: found 1\.0; expected 0 < beta < 1"),
     "alpha": ({"alpha": 0.0}, r"alpha: found 0\.0"),
     "softcap": ({"softcap": -1.0}, r"softcap: found -1\.0"),
+    "no_softcap": ({"softcap": math.inf}, r"softcap: found inf; .* None for no cap"),
     "ce_weight": ({"ce_weight": -0.1}, r"ce_weight: found -0\.1"),
     "labels": ({"ce_weight": 0.5}, r"ce_weight: found 0\.5 without labels"),
     "valid_vocab": ({"valid_vocab": 132}, r"valid_vocab: found 132; expected 1 to 131"),
