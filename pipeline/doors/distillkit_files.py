@@ -105,17 +105,28 @@ def read_distillkit(source: Path, settings: Compression | None) -> Iterator[Fore
     """Every text of a file or directory, in order of names and rows.
 
     Raises:
-        CacheError: there are no files, or a row is not of this format.
+        CacheError: there are no files, a row is not of this format, or of the other of its two
+            lengths than the first: one answer that went missing looks like the shorter one.
     """
+    first = None
     for row, where in rows_of(source, "parquet"):
         if "input_ids" not in row:
             raise wrong(where, "no input_ids", f"input_ids beside {', '.join(row)}")
-        yield from _documents(row, settings, where)
+        tokens = integers(row["input_ids"], "input_ids", where)
+        ids, logprobs = _lists(row, settings, where)
+        first = first or (len(ids) - len(tokens), where)
+        if len(ids) - len(tokens) != first[0] and len(tokens) - len(ids) in (0, 1):
+            raise wrong(
+                where,
+                f"{len(ids)} rows of answers for {len(tokens)} tokens",
+                f"{'as many' if first[0] == 0 else 'one less'}, as {first[1]} has",
+            )
+        yield from _documents(row, tokens, ids, logprobs, where)
 
 
-def _documents(row: dict[str, Any], settings, where: str) -> Iterator[ForeignAnswer]:
-    tokens = integers(row["input_ids"], "input_ids", where)
-    ids, logprobs = _lists(row, settings, where)
+def _documents(
+    row: dict[str, Any], tokens: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, where: str
+) -> Iterator[ForeignAnswer]:
     if len(ids) == len(tokens) - 1:
         yield _answer(where, tokens, ids, logprobs)
     elif len(ids) == len(tokens):

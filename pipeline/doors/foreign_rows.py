@@ -59,7 +59,8 @@ def rows_of(source: Path, kind: str) -> Iterator[tuple[dict[str, Any], str]]:
         for row in KINDS[kind](path):
             if isinstance(row, Rejected):
                 found = row.error
-                raise wrong(found.where, found.found, found.expected, f"{NOTHING}. {found.remedy}")
+                remedy = f"Nothing was written. {found.remedy}" if found.remedy else ""
+                raise wrong(found.where, found.found, found.expected, remedy)
             yield row.values, row.where
 
 

@@ -45,8 +45,9 @@ class DivergenceOptions(Table):
     softmax over all words. `bucket`: one outcome of p = 1 - M, held against 1 - sum_S q.
     `truncate`: none, sum_S p log(p / q). `renormalise`: only the teacher is scaled to one,
     sum_S (p / M) log((p / M) / q), so what the student gives to other words counts against it.
-    `sampled`: draws from the tail, sum_S p log(p / q) + sum_draws w log(w / q). `auto`: `sampled`
-    where the cache holds draws and the rest of the line can use them, else `bucket`."""
+    `sampled`: draws from the tail, sum_S p log(p / q) + sum_draws w log(w / q), with w the draw's
+    share of the row's draws times the tail's mass. `auto`: `sampled` where the cache holds draws
+    and the rest of the line can use them, else `bucket`."""
     k: int = Field(default=0, ge=0)
     """Use only the first k cached ids; 0 uses all."""
     beta: float = Field(default=0.5, gt=0, lt=1)

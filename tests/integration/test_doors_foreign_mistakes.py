@@ -406,6 +406,19 @@ def test_tables_that_cannot_be_right(table, settings, message, tiny_llama, tmp_p
     refused("distillkit", source, tmp_path / "c", tiny_llama, message)
 
 
+@pytest.mark.parametrize(("whole", "message"), [(True, "as many, as"), (False, "one less, as")])
+def test_a_missing_row_is_not_the_other_length(whole, message, tiny_llama, tmp_path):
+    """Of L tokens both L and L - 1 rows are DistillKit's, each in files of its own."""
+    tokens = [5, 6, 7, 8]
+    rows = [[1, 2]] * (len(tokens) if whole else len(tokens) - 1)
+    other = rows[:-1] if whole else [*rows, [1, 2]]
+    lists = [rows, rows, other]
+    columns = {"input_ids": [[9, *tokens[1:]], tokens, tokens[::-1]], "token_ids": lists}
+    values = [[[-0.5, -1.5] for _ in text] for text in lists]
+    pq.write_table(pa.table(columns | {"top_values": values}), tmp_path / "data_0.parquet")
+    refused("distillkit", tmp_path, tmp_path / "c", tiny_llama, f"row 3.*{message}.*row 1 has")
+
+
 def test_damaged_parquet(tiny_llama, tmp_path):
     pq.write_table(pa.table(RAW), tmp_path / "data_0.parquet")
     whole = (tmp_path / "data_0.parquet").read_bytes()
