@@ -104,8 +104,8 @@ def test_lines_that_cannot_be_right(line, message, tiny_llama, tmp_path):
 
 
 FILES = [
-    (gzip.compress(b"x" * 2000)[:-9], "dumps.jsonl.gz", "cannot be read to its end"),
-    (gzip.compress(b"{}"), "dumps.jsonl", "is not UTF-8"),
+    (gzip.compress(b"x" * 2000, mtime=0)[:-9], "dumps.jsonl.gz", "cannot be read to its end"),
+    (gzip.compress(b"{}", mtime=0), "dumps.jsonl", "is not UTF-8"),
     (json.dumps(dump()).encode()[:-9], "dumps.jsonl", "dumps.jsonl:1: is not JSON"),
     (b"[" * 100_000, "dumps.jsonl", "dumps.jsonl:1: is not JSON"),
     (b'{"a": "\xe9"}', "dumps.jsonl", "is not UTF-8"),
@@ -125,7 +125,7 @@ def test_compressed_files_lists_and_foreign_line_ends_are_the_same_rows(tiny_lla
         "plain.jsonl": "\n".join(lines).encode(),
         "crlf.jsonl": b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n",
         "list.json": f"[{','.join(lines)}]".encode(),
-        "small.jsonl.gz": gzip.compress("\n".join(lines).encode()),
+        "small.jsonl.gz": gzip.compress("\n".join(lines).encode(), mtime=0),
     }
     digests = set()
     for name, data in ways.items():
