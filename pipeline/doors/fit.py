@@ -40,6 +40,10 @@ MASKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 """Columns with which other trainers are told what to learn -> bool, the tokens that are meant."""
 
+GIVE_TOKENIZER = (
+    "Give processing_class = the teacher's tokenizer, where AutoTokenizer makes another class of "
+    "the student's files. "
+)
 LOOKED_AT = 64
 """Rows of a data set whose tokens are compared before the first step; the others when read."""
 
@@ -83,7 +87,7 @@ def check_student(model: Any, tokenizer: Any, caches: Mapping[str, Any], longest
     own = _facts(model, getattr(tokenizer, "tokenizer", tokenizer), where)
     head = model.get_output_embeddings().weight.shape[0]
     check_head_rows(head, own["vocab_size"], where)
-    check_tokenizer(own, caches, where)
+    check_tokenizer(own, caches, where, GIVE_TOKENIZER)
     limit, fixed = positions_of(model)
     if limit and fixed and longest > limit:
         raise StudentError(

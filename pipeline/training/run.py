@@ -28,8 +28,8 @@ from stillroom.pipeline.student.states import check_head_rows
 from stillroom.pipeline.training.parallel import Parallel
 
 CAPTURE_FIRST = (
-    "Run `stillroom capture` with this run file first; where the cache lies elsewhere, correct its "
-    "path under [train]."
+    "Run `stillroom capture` with its run file first; where the cache lies elsewhere, correct its "
+    "path (under [train], or the argument `cache`)."
 )
 
 
@@ -180,13 +180,16 @@ def check_fit(student: Path, caches: Mapping[str, Any]) -> None:
     check_tokenizer(own, caches, str(student))
 
 
-def check_tokenizer(own: Mapping[str, Any], caches: Mapping[str, Any], where: str) -> None:
+def check_tokenizer(
+    own: Mapping[str, Any], caches: Mapping[str, Any], where: str, first: str = ""
+) -> None:
     """Refuse a tokenizer that is not the one the caches were made with.
 
     Args:
         own: facts of the student's.
         caches: what each is called -> cache.
         where: the student, for messages.
+        first: what to try first, of whoever asks.
 
     Raises:
         StudentError: naming the fact that differs, and what would work.
@@ -198,9 +201,9 @@ def check_tokenizer(own: Mapping[str, Any], caches: Mapping[str, Any], where: st
                     f"tokenizer {key} is {own.get(key)}",
                     expected=f"{wanted} as in {name}",
                     where=where,
-                    remedy="Take a student with the teacher's tokenizer (prune_layers, prune_width "
-                    "or config), or capture the teacher again with the student's; projection "
-                    "across tokenizers does not exist here.",
+                    remedy=f"{first}Take a student with the teacher's tokenizer (prune_layers, "
+                    "prune_width or config), or capture the teacher again with the student's; "
+                    "projection across tokenizers does not exist here.",
                 )
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Qwen2Config,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -78,6 +79,20 @@ def test_another_tokenizer(cache, tmp_path):
     student = AutoModelForCausalLM.from_pretrained(other)
     with pytest.raises(StillroomError, match=r"tokenizer .* is "):
         made(CachedSFTTrainer, student, cache, tmp_path, processing_class=tokenizer)
+
+
+def test_a_tokenizer_that_is_read_as_another_class_is_given(cache, tiny_llama, tmp_path):
+    """AutoTokenizer goes by the model's type: Qwen2's class reads the teacher's files otherwise."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 768}
+    AutoModelForCausalLM.from_config(Qwen2Config(**sizes, **heads)).save_pretrained(tmp_path / "s")
+    teachers = AutoTokenizer.from_pretrained(tiny_llama)
+    teachers.save_pretrained(tmp_path / "s")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "s")
+    for kind in KINDS:
+        with pytest.raises(StillroomError, match="Give processing_class = the teacher's tokenizer"):
+            made(kind, student, cache, tmp_path)
+        made(kind, student, cache, tmp_path, processing_class=teachers)
 
 
 def rows(cache, order=None, tokens=True, **more) -> Dataset:
