@@ -73,6 +73,10 @@ def _tell(found, made, wished, target: Path) -> None:
     say(f"data: {found.documents:,} documents, {found.tokens:,} tokens{more}")
     middle, last = found.share(0.5), found.lengths[-1]
     say(f"lengths: half of the examples have up to {middle:,} tokens, the longest {last:,}")
+    if made.cut:
+        say(
+            f"window: {made.window:,} tokens; {made.cut:.1%} of the examples are longer and are cut"
+        )
     _warn(found, made, target)
     what = {
         "capture": f"{made.megabytes:,.1f} MB",

@@ -13,7 +13,7 @@ import numpy as np
 SHIFTS = (-2, -1, 1, 2)
 LEAST_ROWS = 32
 LEAST_RATIO = 2.0
-"""How many times as likely a neighbour must be."""
+"""How many times as likely one of a token and its neighbour must be as the other."""
 LEAST_SIGMAS = 6.0
 """How many of its standard errors the mean difference must be."""
 
@@ -61,6 +61,11 @@ class Alignment:
             return None
         at = int(np.argmax(np.where(found, gain, -1)))
         return SHIFTS[at], float(self.there[at] / rows[at]), float(self.own[at] / rows[at])
+
+    def seen(self) -> bool:
+        """Whether the lists give their own tokens so much more that they cannot be about others."""
+        enough = bool((self.rows >= LEAST_ROWS).all())
+        return enough and bool((self.own > LEAST_RATIO * self.there).all())
 
 
 def _given(tokens: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:

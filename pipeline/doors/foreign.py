@@ -175,7 +175,7 @@ def _plan(
 ) -> Plan:
     named = {"foreign_name": origin.teacher, "vocab_size": vocab_size}
     facts = {"rows_scaled_to_1": survey.scaled, "answers_sha256": survey.answers.hexdigest()}
-    facts["texts_given_again"] = survey.again
+    facts |= {"texts_given_again": survey.again, "own_tokens_likelier": survey.alignment.seen()}
     rows = sorted(["topk_ids", "topk_logprobs", *survey.signals])
     return Plan.make(
         teacher=named,

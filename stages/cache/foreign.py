@@ -11,7 +11,7 @@ import typer
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.stages.cache.arguments import Cache, location
-from stillroom.stages.console import progress, put, say
+from stillroom.stages.console import progress, put, say, warn
 
 
 def import_(
@@ -39,6 +39,11 @@ def import_(
         made = import_answers(found.read, origin, target, examples_per_shard, report)
     if again := made.plan["engine"]["texts_given_again"]:
         say(f"{again:,} texts stood there again with like answers; the first is kept")
+    if not made.plan["engine"]["own_tokens_likelier"]:
+        warn(
+            "warning: nothing shows that the lists are about the tokens they stand at: they give "
+            "these hardly more than their neighbours, or are too few to tell"
+        )
     put(target)
 
 

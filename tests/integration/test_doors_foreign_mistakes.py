@@ -457,6 +457,18 @@ def shifted(directory, by: int):
     return directory
 
 
+def test_a_teacher_who_does_not_tell_where_its_lists_belong_is_said_to(
+    tiny_llama, tmp_path, capsys
+):
+    """Lists far from every token of the text could stand anywhere; those of a teacher could not."""
+    for by in (0, 7):
+        asked = ["cache", "import", str(shifted(tmp_path / f"s{by}", by)), str(tmp_path / f"c{by}")]
+        about = ["--from", "distillkit", "--teacher", "t", "--tokenizer", str(tiny_llama)]
+        assert run([*asked, *about]) == 0
+        told = capsys.readouterr().err
+        assert ("nothing shows that the lists are about" in told) is (by == 7)
+
+
 @pytest.mark.parametrize(
     ("by", "message"), [(-1, "1 before them"), (1, "1 after them"), (2, "2 after them")]
 )

@@ -164,6 +164,16 @@ def test_epochs_are_printed_and_many_are_warned_of(chats, tiny_llama, capsys):
     assert "times over" not in capsys.readouterr().err
 
 
+def test_one_long_text_sets_no_window_and_is_said_to_be_cut(chats, tiny_llama, capsys):
+    texts = [f"{n} so it goes on" for n in range(199)] + ["so it goes on " * 60]
+    Path("odd.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    assert command(["init", "odd.jsonl", "--teacher", str(tiny_llama)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "window: 128 tokens; 0.5% of the examples are longer and are cut" in said
+    assert command(["init", chats, "--teacher", str(tiny_llama), "--to", "my.toml"]) == 0
+    assert "window:" not in capsys.readouterr().err
+
+
 def test_a_broken_last_line_is_said_as_prepare_says_it(chats, tiny_llama, capsys):
     whole = Path(chats).read_text()
     Path(chats).write_text(whole + whole.splitlines()[0][:30])
