@@ -117,6 +117,9 @@ def main() -> NoReturn:
     if not debug:
         hush_libraries()
     code = run(arguments, debug)
+    # All is said. What is left is Python's own end, in which a second one would raise tracebacks.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends a shutdown that hangs
     sys.stdout.flush()
     if arguments[:1] == ["train"] and os.environ.get("WORLD_SIZE", "1") != "1":
         leave_group(code)

@@ -112,3 +112,20 @@ def test_a_process_of_a_pool_ends_with_whoever_began_the_pool():
         begun.kill()
         assert ended(worker)
     os.close(worker)
+
+
+ENDING = """
+import atexit, os, signal, sys
+from stillroom.stages.__main__ import main
+atexit.register(lambda: os.kill(os.getpid(), signal.{name}))
+sys.argv = ["stillroom", "schema"]
+main()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 0), ("SIGINT", -signal.SIGINT)])
+def test_a_signal_in_pythons_own_end_raises_no_traceback(name, code):
+    """When all was said; a second Ctrl-C ends a shutdown that hangs."""
+    ran = subprocess.run([sys.executable, "-c", ENDING.format(name=name)], capture_output=True)
+    assert (ran.returncode, ran.stderr) == (code, b"")
+    assert ran.stdout.startswith(b"{")
