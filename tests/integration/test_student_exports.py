@@ -160,12 +160,10 @@ def test_layers_that_take_no_adapter_are_refused_with_a_way_out(tmp_path, teache
 def test_an_adapter_that_would_not_load_is_refused_and_goes_merged(
     tmp_path, teacher, cache, heldout, monkeypatch
 ):
-    from stillroom.pipeline.student import loading
+    from stillroom.pipeline.student import loading, places
 
     def without(directory, attention, dtype):
-        return load(
-            json.loads((directory / loading.ADAPTER).read_text())["base_model_name_or_path"]
-        )
+        return load(json.loads((directory / places.ADAPTER).read_text())["base_model_name_or_path"])
 
     monkeypatch.setattr(loading, "_with_adapter", without)
     run = make_run(tmp_path, teacher, heldout, lora={"export": "adapter"})
