@@ -210,9 +210,8 @@ def _interrupted(arguments: list[str]) -> int:
 def keeps_nothing(arguments: list[str]) -> bool:
     """Whether a command that is interrupted begins anew."""
     command, *more = arguments or [""]
-    return command in AT_ONCE or (
-        command == "cache" and more[:1] != [] and more[0] in LOOK_AT_CACHES
-    )
+    looks = command == "cache" and not LOOK_AT_CACHES.isdisjoint(more[:1])
+    return command in AT_ONCE or looks
 
 
 def _reader_gone() -> int:

@@ -27,6 +27,9 @@ SETTINGS = "compression_config.yaml"
 Number = Literal["float16", "bfloat16", "float32", "float64"]
 SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 """Bytes of each."""
+LENGTHS = {0: "as many", 1: "one less"}
+"""Tokens of a text beyond its rows of answers -> how many rows these are, in words."""
+EITHER = ", or ".join(LENGTHS.values())
 LOSSY = 0.05
 """By how much probabilities of a fitted curve may exceed 1 in sum."""
 
@@ -114,35 +117,30 @@ def read_distillkit(source: Path, settings: Compression | None) -> Iterator[Fore
             raise wrong(where, "no input_ids", f"input_ids beside {', '.join(row)}")
         tokens = integers(row["input_ids"], "input_ids", where)
         ids, logprobs = _lists(row, settings, where)
-        first = first or (len(ids) - len(tokens), where)
-        if len(ids) - len(tokens) != first[0] and len(tokens) - len(ids) in (0, 1):
-            raise wrong(
-                where,
-                f"{len(ids)} rows of answers for {len(tokens)} tokens",
-                f"{'as many' if first[0] == 0 else 'one less'}, as {first[1]} has",
-            )
-        yield from _documents(row, tokens, ids, logprobs, where)
+        short = len(tokens) - len(ids)
+        first = first or (short, where)
+        if short not in LENGTHS or short != first[0]:
+            expected = f"{LENGTHS[first[0]]}, as {first[1]} has" if short in LENGTHS else EITHER
+            raise wrong(where, f"{len(ids)} rows of answers for {len(tokens)} tokens", expected)
+        if short:
+            yield _answer(where, tokens, ids, logprobs)
+        else:
+            yield from _documents(row, tokens, ids, logprobs, where)
 
 
 def _documents(
     row: dict[str, Any], tokens: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, where: str
 ) -> Iterator[ForeignAnswer]:
-    if len(ids) == len(tokens) - 1:
-        yield _answer(where, tokens, ids, logprobs)
-    elif len(ids) == len(tokens):
-        documents = integers(row.get("attention_mask") or [1] * len(ids), "attention_mask", where)
-        if len(documents) != len(tokens):
-            raise wrong(where, f"{len(documents)} in attention_mask for {len(tokens)} tokens")
-        for number in np.unique(documents[documents > 0]):
-            at, own = np.flatnonzero(documents == number), f"{where} document {int(number)}"
-            if at[-1] - at[0] >= len(at):
-                raise wrong(own, "stands in two places of attention_mask", "one run of its number")
-            if len(at) > 1:
-                yield _answer(own, tokens[at], ids[at[:-1]], logprobs[at[:-1]])
-    else:
-        raise wrong(
-            where, f"{len(ids)} rows of answers for {len(tokens)} tokens", "as many, or one less"
-        )
+    """Those of a row that `attention_mask` numbers; the last answer of each goes."""
+    documents = integers(row.get("attention_mask") or [1] * len(ids), "attention_mask", where)
+    if len(documents) != len(tokens):
+        raise wrong(where, f"{len(documents)} in attention_mask for {len(tokens)} tokens")
+    for number in np.unique(documents[documents > 0]):
+        at, own = np.flatnonzero(documents == number), f"{where} document {int(number)}"
+        if at[-1] - at[0] >= len(at):
+            raise wrong(own, "stands in two places of attention_mask", "one run of its number")
+        if len(at) > 1:
+            yield _answer(own, tokens[at], ids[at[:-1]], logprobs[at[:-1]])
 
 
 def _answer(where: str, tokens: np.ndarray, ids: np.ndarray, logprobs: np.ndarray):

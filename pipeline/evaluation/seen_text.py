@@ -8,7 +8,7 @@ student is named. A student without a corpus beside it says nothing, and nothing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stillroom.pipeline.config import Run
+from stillroom.pipeline.config import Evaluate, Run
 from stillroom.pipeline.corpus.files import Corpus
 from stillroom.pipeline.corpus.overlap import between
 from stillroom.pipeline.record import Example
@@ -34,7 +34,7 @@ def seen_in_training(
         split is what was measured on; `looked_through`, `of`: its examples. Where these differ, at
         least so much is shared.
     """
-    split = (run.evaluate.split if run.evaluate else None) or "heldout"
+    split = (run.evaluate or Evaluate()).split
     found = {}
     for place in _training_corpora(run, students):
         other = Corpus.open(place)
