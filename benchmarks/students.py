@@ -43,6 +43,8 @@ from stillroom.pipeline.training.checkpoint import write_durably
 
 WINDOW, BATCH_TOKENS, HELDOUT = 512, 2048, 24
 SEEDS = (1, 2, 3, 4, 5)
+ORDERS_APART = 100
+"""What a seed's start adds to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/students"))
     parser.add_argument("--cells", type=Path, default=Path("benchmarks/results/students"))
     parser.add_argument("--model", default=needs.MODEL)
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--report", action="store_true", help="only report what has been run")
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
@@ -164,7 +167,9 @@ def main() -> None:
     arms = [a for a in GRIDS[arguments.grid] if not arguments.arms or a.name in arguments.arms]
     model = needs.model(arguments.model)
     cells_of_grid = arguments.cells / arguments.grid
-    experiment = Experiment(arguments.work, cells_of_grid, model, RECIPES[arguments.grid])
+    work, precision = arguments.work / arguments.precision, arguments.precision
+    recipe = RECIPES[arguments.grid]
+    experiment = Experiment(work, cells_of_grid, model, recipe, precision)
     cells = [(arm, seed) for seed in arguments.seeds for arm in arms]
     worker, workers = map(int, arguments.worker.split("/"))
     for arm, seed in cells[worker::workers]:
@@ -180,12 +185,15 @@ class Experiment:
         cells: results, one file per cell.
         model: the teacher.
         recipe: of the grid.
+        precision: of teacher, training and measurement. A CPU without bfloat16 of its own takes
+            eight times as long over it.
     """
 
     work: Path
     cells: Path
     model: str
     recipe: Recipe
+    precision: str
 
     def run(self, arm: Arm, steps: int, seed: int) -> None:
         """Train and measure one cell, unless its result is there."""
@@ -202,6 +210,7 @@ class Experiment:
             "arm": arm.name,
             "seed": seed,
             "steps": result.steps,
+            "precision": self.precision,
             "tokens": result.tokens,
             **asdict(arm.storage),
             **_bytes_per_token(cache),
@@ -218,7 +227,7 @@ class Experiment:
         from stillroom.pipeline.evaluation.held_out import measure
 
         heldout = list(Corpus.open(self.work / "corpus").split("heldout"))[:HELDOUT]
-        scores = measure(self.model, {"student": student}, heldout, "bfloat16")["student"]
+        scores = measure(self.model, {"student": student}, heldout, self.precision)["student"]
         return {
             "kl": scores.kl,
             "kl_standard_error_over_windows": scores.kl_standard_error,
@@ -239,7 +248,9 @@ class Experiment:
             if not scores.exists():
                 start = GRIDS["losses"][0]
                 cache, own = self._cache(start.storage), self.recipe.student
-                result = train(self._training(start, cache, directory, steps, seed, own))
+                # Another order, so that the arm does not begin with the text it has just seen.
+                order = seed + ORDERS_APART
+                result = train(self._training(start, cache, directory, steps, order, own))
                 found = self._measured(result.student)
                 write_durably(scores, json.dumps(found))
         before = {f"before_{name}": value for name, value in json.loads(scores.read_text()).items()}
@@ -267,7 +278,7 @@ class Experiment:
         document = {
             "name": storage.name,
             "directory": str(directory),
-            "teacher": {"model": self.model, "dtype": "bfloat16"},
+            "teacher": {"model": self.model, "dtype": self.precision},
             "prepare": {
                 "window": WINDOW,
                 "heldout": 0.1,
@@ -291,7 +302,7 @@ class Experiment:
         document = {
             "name": arm.name,
             "directory": str(directory),
-            "teacher": {"model": self.model, "dtype": "bfloat16"},
+            "teacher": {"model": self.model, "dtype": self.precision},
             "student": student,
             "objective": list(arm.objectives),
             "train": {
@@ -299,7 +310,7 @@ class Experiment:
                 "steps": steps,
                 "batch_tokens": BATCH_TOKENS,
                 "learning_rate": self.recipe.learning_rate,
-                "precision": "bfloat16",
+                "precision": self.precision,
                 "seed": seed,
                 "checkpoint_every": 75,
                 "keep_last": 1,

@@ -1,8 +1,7 @@
-"""Checks of a divergence's arguments: shapes always, values when asked.
+"""Checks of a divergence's arguments in every call: shapes, dtypes, devices, plain numbers.
 
-One idea: what can be known without asking a device (shapes, dtypes, devices, plain numbers) is
-checked in every call; what needs the tensors' values is apart, because it makes a device wait.
-Every message names the argument, and where there is one the row and the value.
+One idea: what can be known without asking a device is always checked; what needs the tensors'
+values is in `value_checks`, because it makes a device wait. Every message names the argument.
 """
 
 import math
@@ -18,7 +17,6 @@ from stillroom.pipeline.kernels.packed_topk import PackedTopk
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 IMPLEMENTATIONS = ("eager", "chunked", "triton")
-MASS_TOLERANCE = 1e-3
 
 
 def check_objective(objective: Objective, tail_ids: Tensor | None, tail_weights: Tensor | None):
@@ -213,65 +211,6 @@ def check_teacher(
         ("teacher_bias", teacher_bias),
     ):
         _same_device(name, tensor, hidden)
-
-
-def check_row_values(labels: Tensor | None, weights: Tensor | None, words: int) -> None:
-    """Ranges of labels and weights; makes a device wait.
-
-    Raises:
-        ValueError: names the argument, the row and the value.
-    """
-    if labels is not None:
-        _all(labels < words, "labels", labels, f"expected less than {words} words")
-    if weights is not None:
-        _all(weights.isfinite(), "weights", weights, "expected a finite number")
-
-
-def check_lists(
-    ids: Tensor,
-    logprobs: Tensor,
-    tail_ids: Tensor | None,
-    tail_weights: Tensor | None,
-    words: int,
-) -> None:
-    """Ranges and values of the teacher's lists; makes a device wait.
-
-    Raises:
-        ValueError: names the argument, the row and the value.
-    """
-    real = ids >= 0
-    _all(ids < words, "ids", ids, f"expected less than {words} words")
-    _all(ids >= -1, "ids", ids, "expected word ids, or -1 for padding")
-    _all(~real | ~logprobs.isnan(), "logprobs", logprobs, "expected a number")
-    _all(~real | (logprobs <= 0), "logprobs", logprobs, "expected at most 0")
-    mass = (logprobs.double().exp() * real).nan_to_num().sum(1)  # [N]
-    if tail_ids is not None and tail_weights is not None:
-        drawn = tail_ids >= 0
-        _all(
-            (tail_ids < words) & (tail_ids >= -1),
-            "tail_ids",
-            tail_ids,
-            f"expected -1 to {words - 1}",
-        )
-        _all(~drawn | (tail_weights > 0), "tail_weights", tail_weights, "expected more than 0")
-        ids = torch.cat([ids.long(), tail_ids.long()], 1)
-        mass = mass + (tail_weights.double() * drawn).sum(1)
-    _all(mass <= 1 + MASS_TOLERANCE, "logprobs", mass, "expected a total mass of at most 1.001")
-    _no_duplicates(ids)
-
-
-def _no_duplicates(ids: Tensor) -> None:
-    ordered = ids.sort(1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    _all(~twice, "ids", ordered[:, 1:], "named twice; expected distinct ids in a row")
-
-
-def _all(good: Tensor, name: str, values: Tensor, expected: str) -> None:
-    if bool(good.all()):  # waits for the device
-        return
-    place = (~good).nonzero()[0].tolist()  # the first that is not
-    value = values[tuple(place)].item()
-    raise ValueError(f"{name}: row {place[0]} holds {value}; {expected}")
 
 
 def _require(good: bool, message: str | Callable[[], str]) -> None:

@@ -131,9 +131,9 @@ def _sweep_block(
     loss = objective.temperature**2 * values.sum(1)
     hard, label = _hard(targets, objective, logits)
     plain = (q, log_q) if objective.temperature == 1 else _distribution(logits, 1.0)
-    surprise = -plain[1].gather(1, label)[:, 0]
+    surprise = torch.where(hard > 0, -plain[1].gather(1, label), hard)[:, 0]
     if targets.cross_entropy is not None:
-        targets.cross_entropy.copy_(surprise.where(hard[:, 0] > 0, 0))
+        targets.cross_entropy.copy_(surprise)
     loss += hard[:, 0] * surprise
     if with_gradient:
         gradient = outcome_gradient(slopes, q)
@@ -167,9 +167,14 @@ def _distribution(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _hard(targets: DenseTargets, objective: Objective, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [C, 1] and column [C, 1] of each row's cross-entropy; weight 0 without a label."""
+    """Weight [C, 1] and column [C, 1] of each row's cross-entropy.
+
+    The weight is 0 without a label and NaN for one beyond the words, which `debug` names.
+    """
     if targets.labels is None or not objective.ce_weight:
         label = torch.zeros(len(like), 1, dtype=torch.int64, device=like.device)
         return like.new_zeros(len(like), 1), label
     labels = targets.labels[:, None].long()
-    return (labels >= 0).to(like) * objective.ce_weight, labels.clamp(min=0)
+    words = like.shape[1]
+    weight = ((labels >= 0).to(like) * objective.ce_weight).masked_fill(labels >= words, torch.nan)
+    return weight, labels.clamp(0, words - 1)

@@ -66,8 +66,10 @@ def total(
     labels, weights = targets.labels, targets.weights
     loss = objective.temperature**2 * soft
     if objective.ce_weight and labels is not None:
-        labels = labels.clamp(min=-1).long()
+        beyond = labels >= logits.shape[1]  # `debug` names it
+        labels = labels.clamp(min=-1).masked_fill(beyond, -1).long()
         hard = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+        hard = hard.masked_fill(beyond, torch.nan)
         loss = loss + objective.ce_weight * hard
         if targets.cross_entropy is not None:
             targets.cross_entropy.copy_(hard.detach())

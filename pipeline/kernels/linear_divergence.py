@@ -13,6 +13,7 @@ from stillroom.pipeline.kernels import (
     differentiation,
     eager,
     execution,
+    value_checks,
 )
 from stillroom.pipeline.kernels.dense_sweep import DenseTargets
 from stillroom.pipeline.kernels.divergences import DivergenceName, Objective
@@ -80,7 +81,7 @@ def linear_divergence(
         hidden, teacher_hidden, teacher_unembedding, teacher_bias, teacher_softcap, shard.total
     )
     if execution.debugging(debug, hidden):
-        argument_checks.check_row_values(labels, weights, shard.total)
+        value_checks.check_row_values(labels, weights, shard.total)
     targets = DenseTargets(
         teacher_hidden.detach(),
         teacher_unembedding.detach(),

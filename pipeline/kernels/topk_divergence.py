@@ -62,6 +62,7 @@ from stillroom.pipeline.kernels import (
     differentiation,
     eager,
     execution,
+    value_checks,
 )
 from stillroom.pipeline.kernels.divergences import DivergenceName, Objective, TailName
 from stillroom.pipeline.kernels.execution import Implementation
@@ -157,8 +158,8 @@ def topk_divergence(
         argument_checks.check_sparse(hidden, "tail_ids", tail_ids, "tail_weights", tail_weights)
     if execution.debugging(debug, hidden):
         lists = targets.unpack()
-        argument_checks.check_lists(lists.ids, lists.logprobs, tail_ids, tail_weights, shard.total)
-        argument_checks.check_row_values(labels, weights, shard.total)
+        value_checks.check_lists(lists.ids, lists.logprobs, tail_ids, tail_weights, shard.total)
+        value_checks.check_row_values(labels, weights, shard.total)
     if tail_ids is not None and tail_weights is not None:
         dtype = wide(hidden.dtype)
         targets = _with_draws(targets.unpack(), tail_ids, tail_weights, dtype)

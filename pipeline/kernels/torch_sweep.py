@@ -85,9 +85,9 @@ def judge(targets: Targets, objective: Objective, shard: Shard, local: ShardStat
     dtype = local.support.dtype
     teacher = teacher_outcomes(targets.ids, targets.logprobs, objective.tail, shard.total, dtype)
     values, slopes = terms(objective, teacher, student.log_q)
-    hard = _hard_weight(objective, targets, student.log_q)
+    hard = _hard_weight(objective, targets, student.log_q, shard.total)
     # 0 * -inf: a row without a label may have any number here.
-    surprise = torch.where(hard > 0, -student.label_logprob, 0)
+    surprise = torch.where(hard > 0, -student.label_logprob, hard)
     if targets.cross_entropy is not None:
         targets.cross_entropy.copy_(surprise[:, 0])
     loss = objective.temperature**2 * values.sum(1) + (hard * surprise)[:, 0]
@@ -174,8 +174,12 @@ def _gradient_(
         buffer.scatter_add_(1, label, -verdict.hard)
 
 
-def _hard_weight(objective: Objective, targets: Targets, like: Tensor) -> Tensor:
-    """Weight of each row's cross-entropy [C, 1]: 0 without a label."""
-    if targets.labels is None:
+def _hard_weight(objective: Objective, targets: Targets, like: Tensor, words: int) -> Tensor:
+    """Weight of each row's cross-entropy [C, 1]: 0 without a label, NaN for one beyond the words.
+
+    `debug` names such a label; unchecked, loss and gradient say so.
+    """
+    if targets.labels is None or not objective.ce_weight:
         return like.new_zeros(1, 1)
-    return (targets.labels >= 0)[:, None].to(like) * objective.ce_weight
+    labels = targets.labels[:, None]
+    return ((labels >= 0).to(like) * objective.ce_weight).masked_fill(labels >= words, torch.nan)

@@ -52,6 +52,28 @@ def test_it_is_torchs_cross_entropy(impl, door, temperature):
     )
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("door", [topk_divergence, linear_divergence])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_label_beyond_the_words_is_no_number(impl, door, temperature):
+    # `debug` refuses it; a finite loss would pass for that of a label which the head has.
+    hidden, head = (torch.randn(n, WIDTH).to(DEVICE).requires_grad_() for n in (ROWS, WORDS))
+    labels = torch.arange(ROWS).to(DEVICE)
+    labels[3] = WORDS
+    listed = torch.randn(ROWS, WORDS).to(DEVICE).log_softmax(-1).topk(4)
+    teacher = {
+        topk_divergence: (listed.indices, listed.values),
+        linear_divergence: (hidden.detach(), head.detach().flip(0)),
+    }[door]
+    told = torch.zeros(ROWS, device=DEVICE)
+    shared = {"labels": labels, "temperature": temperature, "impl": impl, "debug": False}
+    loss = door(hidden, head, *teacher, ce_weight=0.3, cross_entropy=told, **shared)
+    gradient = torch.autograd.grad(loss.sum(), hidden)[0].sum(1)
+    for found in (loss, told, *([] if impl == "eager" else [gradient])):
+        assert (~found.isfinite()).nonzero().flatten().tolist() == [3]
+    assert bool(door(hidden, head, *teacher, **shared).isfinite().all())
+
+
 REFUSED = {
     "shape": (torch.zeros(ROWS + 1), ValueError, r"found shape \(8,\); expected \(7,\)"),
     "dtype": (torch.zeros(ROWS).long(), TypeError, r"found torch.int64; expected float32"),

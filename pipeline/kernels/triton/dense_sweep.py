@@ -200,10 +200,11 @@ def _sweep_row(
         raw_label = tl.load(logits + label, mask=labelled, other=0.0).to(tl.float32)
         z_label, _bent = cap(raw_label, softcap, CAPPED)
         hard = tl.where(label >= 0, ce_weight, 0.0)
+        hard = tl.where(label < width, hard, float("nan"))
         if PLAIN:
             total = gathered(plain_sums, peak, LOG2_E)
         surprise = peak - z_label + tl.log(total)
-        surprise = tl.where(label >= 0, surprise, 0.0)
+        surprise = tl.where(hard > 0, surprise, hard)
         loss += hard * surprise
         tl.store(told_ptr + number, surprise)
     weight = 1.0

@@ -287,6 +287,8 @@ def _sweep_row(
     plain_scale = 0.0
     if HARD:
         hard = tl.where(label >= 0, ce_weight, 0.0)
+        # Beyond the words: the caller's mistake, which `debug` names; loss and gradient show it.
+        hard = tl.where(label < width, hard, float("nan"))
         if PLAIN:
             z_named = tl.where(here, z, FAR_BELOW)
             plain_top = tl.maximum(tl.max(z_named, 0), plain_peak)
@@ -297,7 +299,7 @@ def _sweep_row(
             plain_scale = hard / plain_total
         else:
             surprise = top - z_label + log_sum
-        surprise = tl.where(label >= 0, surprise, 0.0)
+        surprise = tl.where(hard > 0, surprise, hard)
         loss += hard * surprise
         tl.store(told_ptr + row, surprise)
     weight = 1.0
