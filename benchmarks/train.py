@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--model", default=needs.MODEL)
     parser.add_argument("--rows", type=int, default=4, help=f"rows of {WINDOW} tokens in a step")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -53,11 +54,12 @@ def main() -> None:
         return
     model = needs.model(arguments.model)
     with tempfile.TemporaryDirectory() as directory:
-        run = make_run(model, Path(directory), arguments.rows)
-        publish("train", measure(run, arguments.rounds), arguments.json)
+        run = make_run(model, Path(directory), arguments.rows, arguments.precision)
+        found = measure(run, arguments.rounds) | {"precision": arguments.precision}
+        publish("train", found, arguments.json)
 
 
-def make_run(model: str, directory: Path, rows: int) -> Path:
+def make_run(model: str, directory: Path, rows: int, precision: str) -> Path:
     """Prepare, capture and write the run's JSON; returns its path."""
     from stillroom.pipeline.capture.job import capture
     from stillroom.pipeline.corpus.preparing import prepare
@@ -66,7 +68,7 @@ def make_run(model: str, directory: Path, rows: int) -> Path:
     document = {
         "name": "benchmark",
         "directory": str(directory),
-        "teacher": {"model": str(Path(model).resolve()), "dtype": "bfloat16"},
+        "teacher": {"model": str(Path(model).resolve()), "dtype": precision},
         "prepare": {
             "window": WINDOW,
             "min_tokens": WINDOW,
@@ -76,7 +78,7 @@ def make_run(model: str, directory: Path, rows: int) -> Path:
         "capture": {"k": 64},
         "student": {"keep_every": 3},
         "objective": [{"name": "forward_kl", "options": {"ce_weight": 0.1}}],
-        "train": {"batch_tokens": WINDOW * rows, "precision": "bfloat16", "steps": 1000},
+        "train": {"batch_tokens": WINDOW * rows, "precision": precision, "steps": 1000},
     }
     run = config.parse(document, "benchmark")
     assert run.prepare
@@ -216,12 +218,13 @@ def _plain_step(run: config.Run, online: bool) -> Callable[[], tuple[int, float]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load(run.path("student-initial")).to(device).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
-    teacher = load(run.teacher.model, dtype=torch.bfloat16).to(device).eval() if online else None
+    dtype = getattr(torch, run.train.precision)
+    teacher = load(run.teacher.model, dtype=dtype).to(device).eval() if online else None
     batches = _same_text(run)
 
     def step() -> tuple[int, float]:
         ids = next(batches).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = _online_loss(student, teacher, ids) if teacher else _plain_loss(student, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
