@@ -46,17 +46,24 @@ class Best:
         value: None before the first measurement.
         step: steps done when it was measured.
         since: measurements after it.
+        of: what was measured, and on what; empty in states of before, and where nothing is.
     """
 
     value: float | None = None
     step: int = 0
     since: int = 0
+    of: str = ""
 
     def after(self, value: float, step: int) -> "Best":
         """The best once `value` has been measured after `step` steps."""
         if self.value is None or value < self.value:
-            return Best(value, step)
+            return Best(value, step, of=self.of)
         return replace(self, since=self.since + 1)
+
+    def among(self, of: str) -> "Best":
+        """Itself where it is of the same measure on the same text, else none yet: values of two
+        measures are not compared."""
+        return replace(self, of=of) if self.of in ("", of) else Best(of=of)
 
 
 @dataclass(frozen=True, slots=True)

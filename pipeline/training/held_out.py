@@ -61,6 +61,12 @@ def heldout_sets(settings: Train) -> dict[str, HeldOutCaches]:
     return found
 
 
+def measured_by(wanted: str, sets: Sequence[HeldOut]) -> str:
+    """A measure and the captures it is taken on, in one text; empty without a measure."""
+    on = next((own.caches for own in sets if wanted in own.measures), {})
+    return " ".join([wanted, *(on[name].plan.digest for name in sorted(on))]) if wanted else ""
+
+
 def title(name: str) -> str:
     """A held-out set as the run file calls it."""
     return f"[train.heldout.{name}]" if name else "[train] heldout_cache"

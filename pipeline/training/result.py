@@ -51,7 +51,9 @@ def finished_facts(run: Run) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def finished(run: Run, steps: int, identity: dict, form: dict) -> TrainResult | None:
+def finished(
+    run: Run, steps: int, identity: dict, form: dict, chosen_by: str = ""
+) -> TrainResult | None:
     """The result of a finished run; None where there is none, or none of these steps in this form.
 
     Args:
@@ -59,6 +61,7 @@ def finished(run: Run, steps: int, identity: dict, form: dict) -> TrainResult | 
         steps: that are asked for now.
         identity: of the run as it is asked for.
         form: of the export that is asked for.
+        chosen_by: the held-out measure whose best student is asked for, and on what it is taken.
 
     Raises:
         PlanMismatch: another run was finished there.
@@ -73,6 +76,10 @@ def finished(run: Run, steps: int, identity: dict, form: dict) -> TrainResult | 
     planned = facts.pop("planned", facts["steps"])
     if planned != steps or facts.pop("export", FORM_OF_BEFORE) != form:
         return None
+    # Runs of before did not say by what; one that chose is taken for one that chose by this.
+    of_before = chosen_by if facts.get("best_step") else ""
+    if facts.pop("chosen_by", of_before) != chosen_by:
+        return None
     facts.pop("teachers", None)
     facts["seconds"] = 0.0
     return TrainResult(**facts)
@@ -85,9 +92,11 @@ def keep(
     identity: dict,
     form: dict,
     teachers: Sequence[dict] = (),
+    chosen_by: str = "",
 ) -> None:
     """Say that a run of so many planned steps is finished, and who taught its student."""
     facts = {name: getattr(result, name) for name in TrainResult.__slots__}
     facts |= {"planned": steps, "identity": identity, "export": form}
+    facts |= {"chosen_by": chosen_by}
     facts |= {"teachers": list(teachers)} if teachers else {}
     write_durably(run.path(RESULT), json.dumps(facts, indent=2) + "\n")

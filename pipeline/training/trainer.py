@@ -13,7 +13,12 @@ from pathlib import Path
 
 import torch
 
-from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, StillroomError, StudentError
+from stillroom.cache_schemas.errors import (
+    EXIT_INCOMPLETE,
+    ConfigError,
+    StillroomError,
+    StudentError,
+)
 from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.data.packing import Position
@@ -27,6 +32,7 @@ from stillroom.pipeline.training.checkpoint import (
     trainable,
 )
 from stillroom.pipeline.training.exporting import Export, form_of
+from stillroom.pipeline.training.held_out import measured_by
 from stillroom.pipeline.training.identity import check_identity, check_not_fewer
 from stillroom.pipeline.training.lock import exclusive
 from stillroom.pipeline.training.metrics import MetricsLog
@@ -82,7 +88,7 @@ class Training(Setup):
     def run(self, on_progress, stop) -> TrainResult:
         """From wherever the run stands to its end."""
         steps, form = self.settings.steps, form_of(self.settings)
-        done = finished(self.settings_run, steps, self.identity, form)
+        done = finished(self.settings_run, steps, self.identity, form, self._chosen_by())
         if done is not None:
             return done
         start = time.perf_counter()
@@ -114,13 +120,37 @@ class Training(Setup):
         latest = self.checkpoints.latest()
         if latest is None:
             self._check_nothing_is_lost()
-            return TrainingState(0, Position(), self.identity)
+            return TrainingState(0, Position(), self.identity, best=Best(of=self._chosen_by()))
         tensors = tensors_of(self.distiller, self.optimizer, self.ema)
         state = self.checkpoints.load(latest, tensors)
         check_identity(state.identity, self.identity, str(latest))
         set_optimizer_step(self.optimizer, state.step)
         check_not_fewer(state.step, self.settings.steps, str(latest))
-        return state
+        return replace(state, best=self._best_of_before(state))
+
+    def _chosen_by(self) -> str:
+        """What `keep_best` measures, and on what."""
+        return measured_by(self.settings.keep_best, self.named.heldout)
+
+    def _best_of_before(self, state: TrainingState) -> Best:
+        """What is to be beaten: nothing yet where the measure, or its text, was another.
+
+        Raises:
+            ConfigError: and there is no step left to measure after.
+        """
+        best = state.best.among(self._chosen_by())
+        wanted, steps = self.settings.keep_best, self.settings.steps
+        if wanted and best.value is None and state.step == steps:
+            raise ConfigError(
+                f"keep_best = '{wanted}' of a run whose {steps} steps were taken without it",
+                expected="a run that measures it while it trains, on these held-out caches",
+                where="[train]",
+                remedy="Put keep_best and the held-out caches back as they were, set steps higher "
+                "(only the further ones are compared), or use another run directory.",
+            )
+        if state.best.value is not None and best.value is None:
+            self._note(f"keep_best is another measure now: compared from step {state.step} on")
+        return best
 
     def _check_nothing_is_lost(self) -> None:
         """A finished run whose checkpoints are gone cannot go on."""
@@ -208,7 +238,7 @@ class Training(Setup):
         live = self.distiller if whole_and_last else None
         check = export.write(Path(result.student), {"identity": self.identity}, live)
         result = replace(result, check=asdict(check))
-        form = form_of(settings)
-        keep(self.settings_run, result, settings.steps, self.identity, form, self.teachers)
+        asked = settings.steps, self.identity, form_of(settings), self.teachers, self._chosen_by()
+        keep(self.settings_run, result, *asked)
         write_card_anew(self.settings_run)
         return result

@@ -181,6 +181,41 @@ def test_a_stopped_run_remembers_its_best(tmp_path, teacher, cache, heldout, ove
     assert weights_digest(run) == weights_digest(whole)
 
 
+@pytest.mark.parametrize("key", ["keep_best", "heldout_cache"])
+def test_bests_of_two_measures_are_not_compared(tmp_path, teacher, cache, heldout, key):
+    """Step 1 is better by its own measure than any later one by the other."""
+    other = memory_cache.captured(teacher, memory_cache.examples(4, seed=9))
+    place = str(other.write(tmp_path / "other"))
+    hard = "2.cross_entropy"  # above any KL here
+    first, second = {
+        "keep_best": ({"keep_best": "1.forward_kl"}, {"keep_best": hard}),
+        "heldout_cache": ({"heldout_cache": heldout}, {"heldout_cache": place}),
+    }[key]
+    lines = [{"name": "forward_kl"}, {"name": "cross_entropy"}]
+    shared = {"objective": lines, "heldout_cache": heldout, **BEST, **STEADY}
+    train(make_run(tmp_path / "run", teacher, **shared | first, steps=3), caches={"": cache})
+    notes = []
+    longer = make_run(tmp_path / "run", teacher, **shared | second, steps=6)
+    result = train(longer, caches={"": cache}, on_note=notes.append)
+    measure = "heldout/" + second.get("keep_best", "1.forward_kl")
+    measured = {line["step"]: line[measure] for line in read_metrics(longer.path())}
+    assert result.best_step == min((4, 5, 6), key=measured.__getitem__)
+    assert any("another measure now: compared from step 3 on" in note for note in notes)
+
+
+def test_a_best_that_was_never_measured_is_not_the_last(tmp_path, teacher, cache, heldout):
+    shared = STEADY | {"heldout_cache": heldout, "evaluate_every": 1}
+    train(make_run(tmp_path, teacher, steps=2, **shared), caches={"": cache})
+    chosen = shared | {"keep_best": "1.forward_kl"}
+    with pytest.raises(ConfigError, match=r"a run whose 2 steps were taken without it") as caught:
+        train(make_run(tmp_path, teacher, steps=2, **chosen), caches={"": cache})
+    assert "set steps higher" in caught.value.remedy
+    best = train(make_run(tmp_path, teacher, steps=4, **chosen), caches={"": cache})
+    assert best.best_step in (3, 4)
+    # Without the key the student is the last step's again.
+    assert train(make_run(tmp_path, teacher, steps=4, **shared), caches={"": cache}).best_step == 0
+
+
 def test_checkpoints_of_before_go_on(tmp_path, teacher, cache):
     """State and identity as they were written before attention, kernel and steps left them."""
     whole = make_run(tmp_path / "whole", teacher, steps=4, **STEADY)
