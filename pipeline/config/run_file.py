@@ -200,6 +200,16 @@ class Run(Table):
             )
         return self
 
+    @model_validator(mode="after")
+    def _something_is_trained_on(self) -> "Run":
+        """One line of weight 0 among others is computed and shown; alone it moves no weight."""
+        if self.objective and not any(line.weight or line.final_weight for line in self.objective):
+            raise ValueError(
+                "every [[objective]] has weight 0, so no step would change the student; expected "
+                "one with a weight (or final_weight) above 0. Set one, such as weight = 1"
+            )
+        return self
+
     def path(self, *parts: str) -> Path:
         """A path inside the run's directory."""
         return Path(self.directory, *parts)

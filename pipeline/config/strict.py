@@ -10,7 +10,15 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from stillroom.cache_schemas.errors import ConfigError
 
@@ -29,12 +37,26 @@ PathText = Annotated[
 """A path, URL or hub id in a run file."""
 
 
+def a_number(given: Any) -> Any:
+    """TOML tells numbers from text: what pydantic would turn into one was meant otherwise."""
+    if isinstance(given, bool | str):
+        raise ValueError("expected a number, without quotes, and not true or false")
+    return given
+
+
 class Table(BaseModel):
     """A TOML table: immutable, and closed to unknown keys and to numbers that are none."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    # Not pydantic's own strictness: that also refuses lists for tuples, and TOML has only lists.
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, given: Any, info: ValidationInfo) -> Any:
+        is_number = cls.model_fields[info.field_name or ""].annotation in (int, float)
+        return a_number(given) if is_number else given
 
 
 SPELT_OUT = {"bs": "batch_size"}

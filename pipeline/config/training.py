@@ -4,11 +4,12 @@ One idea: the same file gives the same student on any number of ranks, so a step
 of them. Objectives bring their own options, checked by `stillroom.pipeline.objectives.registry`.
 """
 
-from typing import Any, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from stillroom.pipeline.config.strict import PathText, Table
+from stillroom.pipeline.config.strict import PathText, Table, a_number
 
 Attention = Literal[
     "auto",
@@ -20,6 +21,34 @@ Attention = Literal[
     "flex_attention",
 ]
 """Names of transformers 5."""
+
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""What numpy (not below 0) and torch (64 bits) both take."""
+Beta = Annotated[float, Field(ge=0, lt=1), BeforeValidator(a_number)]
+
+SMALLEST, LARGEST = 1e-12, 1_000_000
+
+
+def _felt(weight: float) -> float:
+    if 0 < weight < SMALLEST:
+        raise ValueError(f"expected 0, or {SMALLEST:g} and more")
+    return weight
+
+
+Weight = Annotated[float, Field(ge=0, le=LARGEST), AfterValidator(_felt), BeforeValidator(a_number)]
+"""Far beyond these bounds float32 makes infinity or 0 of a weighted loss."""
+
+BELONGS_TO = {
+    "keep_every": "prune_layers",
+    "keep_layers": "prune_layers",
+    "leave_out": "prune_layers",
+    "leave_out_tokens": "prune_layers",
+    "keep_intermediate": "prune_width",
+    "keep_heads": "prune_width",
+    "vision_model": "parts",
+    "vision_layer": "parts",
+}
+"""Key of [student] -> the only `init` that reads it."""
 
 
 class Student(Table):
@@ -52,7 +81,7 @@ class Student(Table):
     """`prune_width`: share of each MLP's inner units that stays, those of largest weight norm."""
     keep_heads: float = Field(default=1.0, gt=0, le=1)
     """`prune_width`: share of key/value head groups that stays."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of fresh weights (`config`)."""
 
     @model_validator(mode="after")
@@ -61,9 +90,24 @@ class Student(Table):
             raise ValueError(
                 "leave_out measures which blocks stay, and keep_layers names them; take one"
             )
-        if self.leave_out and self.init != "prune_layers":
-            raise ValueError(f"leave_out is of init = 'prune_layers', and init is '{self.init}'")
         return self
+
+    @model_validator(mode="after")
+    def _what_is_set_is_read(self) -> "Student":
+        for key, init in BELONGS_TO.items():
+            # A resolved run names every key, so one at its default was not asked for.
+            given, default = getattr(self, key), type(self).model_fields[key].default
+            if given != default and init != self.init:
+                raise ValueError(
+                    f"{key} = {_toml(given)} is of init = '{init}', and init is '{self.init}', "
+                    f"which would ignore it; leave {key} out ({_toml(default)} is the same), or "
+                    f"set init = '{init}'"
+                )
+        return self
+
+
+def _toml(given: Any) -> str:
+    return json.dumps(given)
 
 
 class Lora(Table):
@@ -71,7 +115,7 @@ class Lora(Table):
 
     rank: int = Field(default=16, ge=1)
     """Of the two matrices."""
-    alpha: float = 32.0
+    alpha: float = Field(default=32.0, gt=0)
     """The adapter's output is multiplied with alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the adapter's inputs left out in training."""
@@ -83,15 +127,24 @@ class Lora(Table):
     """`merged`: a plain model. `adapter`: PEFT's files, which name `<directory>/student-initial` as
     the model that they belong to."""
 
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names_or_all(cls, given: Any) -> Any:
+        """Of a choice of types pydantic tells its own name for the first, not what to write."""
+        names = given if isinstance(given, list | tuple) else (None,)
+        if given != "all-linear" and not all(isinstance(name, str) for name in names):
+            raise ValueError('expected a list of names as in ["q_proj"], or "all-linear"')
+        return given
+
 
 class Objective(Table):
     """One `[[objective]]`: a loss, its weight, the rows it is about and its own options."""
 
     name: str
     """Which loss; the objectives and their options are listed at the end of the reference."""
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Factor of this loss in the sum that is trained on; 0 computes and shows it."""
-    final_weight: float | None = None
+    final_weight: Weight | None = None
     """Weight at the last step; the weight moves to it linearly. Unset keeps `weight`."""
     mask: Literal["answer", "all", "text", "image"] = "answer"
     """`answer`: predictions of tokens under the loss mask; `all`: every scored row; `text` and
@@ -101,7 +154,7 @@ class Objective(Table):
     (as LLaVADI does)."""
     cache: str = ""
     """Name of one of `[train.caches]`; empty takes `train.cache`."""
-    source_weights: dict[str, float] = Field(default_factory=dict)
+    source_weights: dict[str, Weight] = Field(default_factory=dict)
     """Corpus source -> factor on its rows; sources not named keep 1."""
     curriculum: Literal[
         "none", "low_entropy_first", "high_entropy_first", "small_gap_first", "large_gap_first"
@@ -148,7 +201,8 @@ class Train(Table):
     accumulate: int = Field(default=1, ge=1)
     """Microbatches of one step over all ranks together; a multiple of the number of ranks."""
     sequence_length: int = Field(default=0, ge=0)
-    """Tokens of one packed row; 0 takes the longest example of the cache."""
+    """Tokens of one packed row, at most `batch_tokens`; 0 takes the longest example of the
+    cache."""
     shuffle_shards: int = Field(default=16, ge=1)
     """Shards that are shuffled together; bounds how far apart a step's reads lie."""
     learning_rate: float = Field(default=6e-4, gt=0)
@@ -161,11 +215,11 @@ class Train(Table):
     """`wsd`: share of the steps at the end in which the rate falls."""
     final_rate: float = Field(default=0.0, ge=0, le=1)
     """Rate at the last step, as a share of `learning_rate`."""
-    weight_decay: float = 0.0
+    weight_decay: float = Field(default=0.0, ge=0)
     """Of AdamW, on matrices."""
     clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Of AdamW."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`bfloat16`: autocast over fp32 master weights; `auto` is that on CUDA and fp32 elsewhere."""
@@ -194,7 +248,7 @@ class Train(Table):
     """How several ranks share the work."""
     workers: int = Field(default=1, ge=0)
     """Threads that decode ahead of training; 0 decodes between steps."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the order of examples, and of what is drawn in training."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between two checkpoints."""
@@ -220,6 +274,17 @@ class Train(Table):
     """Stop after this many measurements without a new best of `keep_best`; 0 takes all steps."""
     tracker: Literal["none", "wandb", "trackio"] = "none"
     """A second place for the curves, beside TensorBoard."""
+
+    @model_validator(mode="after")
+    def _a_microbatch_holds_a_row(self) -> "Train":
+        if self.sequence_length > self.batch_tokens:
+            raise ValueError(
+                f"sequence_length = {self.sequence_length} is more than batch_tokens = "
+                f"{self.batch_tokens}, and a microbatch holds at least one row; set batch_tokens "
+                f"to {self.sequence_length} or more, or sequence_length to {self.batch_tokens} or "
+                "less (0: the longest example)"
+            )
+        return self
 
 
 class Evaluate(Table):

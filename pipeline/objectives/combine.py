@@ -80,7 +80,8 @@ def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts], on: s
 
 def balancing_term(terms: Sequence[Term], weight: float, caches: Mapping[str, CacheFacts]) -> Term:
     """The load-balancing loss as one more line behind the others."""
-    line = Objective(name=balancing.NAME, weight=weight, mask="all")
+    # The model's own coefficient, not one of a run file: bounds of [[objective]] are not for it.
+    line = Objective(name=balancing.NAME, mask="all").model_copy(update={"weight": weight})
     return _term(len(terms), line, caches, "")
 
 

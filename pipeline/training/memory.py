@@ -18,14 +18,26 @@ REMEDY = (
 )
 
 
-def check_memory(initial: Path, settings: Train, parallel: Parallel) -> None:
+def check_memory(initial: Path, settings: Train, parallel: Parallel, longest: int = 0) -> None:
     """Refuse a run that cannot fit.
+
+    Args:
+        initial: directory of the untrained student.
+        settings: the [train] table.
+        parallel: the ranks.
+        longest: tokens of the longest example. A row holds one at least, so where rows are single
+            examples, a microbatch may be larger than `batch_tokens`.
 
     Raises:
         StudentError: with the parts and what is free.
     """
     numbers = numbers_in(initial)
-    parts = parts_of(numbers, _states(initial, settings), settings, parallel.world_size)
+    parts = parts_of(
+        numbers,
+        _states(initial, max(settings.batch_tokens, longest)),
+        settings,
+        parallel.world_size,
+    )
     check_room(parts, parallel.device, "[train]", REMEDY)
 
 
@@ -56,8 +68,8 @@ def parts_of(numbers: dict[str, int], states: int, settings: Train, ranks: int) 
     }
 
 
-def _states(initial: Path, settings: Train) -> int:
+def _states(initial: Path, tokens: int) -> int:
     config = json.loads((initial / "config.json").read_text())
     text = config.get("text_config", config)
     depth, width = text.get("num_hidden_layers"), text.get("hidden_size")
-    return settings.batch_tokens * depth * width if depth and width else 0
+    return tokens * depth * width if depth and width else 0

@@ -46,6 +46,7 @@ from stillroom.pipeline.training.run import (
     freeze,
     geometry_of,
     heldout_geometry,
+    longest_of,
     pictures_of,
     resolved,
 )
@@ -119,7 +120,7 @@ class Setup:
     def build(self) -> None:
         """Load the student and everything that trains it; the weights are the initial ones."""
         settings, parallel = self.settings, self.parallel
-        check_memory(self.initial, settings, parallel)
+        check_memory(self.initial, settings, parallel, longest_of(self.named.caches[""]))
         self.checkpoints = Checkpoints(
             self.settings_run.path("checkpoints"),
             parallel,

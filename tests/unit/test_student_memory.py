@@ -63,6 +63,8 @@ def test_training_that_cannot_fit_is_refused_and_fits_with_adapters(tiny_llama, 
     check_memory(tiny_llama, Train(freeze=("*",), **small), ALONE)
     with pytest.raises(StudentError, match="states"):
         check_memory(tiny_llama, Train(lora=Lora(), batch_tokens=10**9), ALONE)
+    with pytest.raises(StudentError, match="states"):  # a row that is one example
+        check_memory(tiny_llama, Train(lora=Lora(), **small), ALONE, longest=10**9)
 
 
 def test_a_source_that_cannot_fit_is_refused_before_it_is_loaded(tiny_llama, tmp_path, room):
