@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from stillroom.cache_schemas.differing import differences
 from stillroom.cache_schemas.errors import PlanMismatch, StudentError
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.training import Student
@@ -26,7 +27,8 @@ from stillroom.pipeline.student.saving import RECEIPT, export
 from stillroom.pipeline.student.states import blocks_of
 from stillroom.pipeline.teacher.adapter import merged
 from stillroom.pipeline.teacher.facts import model_config, model_directory, teacher_facts
-from stillroom.pipeline.teacher.sameness import check_same_teacher
+from stillroom.pipeline.teacher.identity import SILENT_KEYS, canonical_config, directory_facts
+from stillroom.pipeline.teacher.sameness import SHOWN, check_same_teacher
 
 __all__ = ["export", "initial_student", "load"]
 
@@ -44,8 +46,8 @@ def initial_student(student: Student, teacher: Teacher | None, directory: Path) 
         directory: where it is kept.
 
     Raises:
-        PlanMismatch: the directory holds a student made from other settings, or from weights
-            of another model than is named now (where that one's files are here to be read).
+        PlanMismatch: the directory holds a student made from other settings, or from weights or
+            a config that are others now (where their files are here to be read).
         StudentError: it has to be made and there is nothing to make it from.
     """
     settings = student.model_dump(mode="json")
@@ -123,8 +125,9 @@ def _check_receipt(receipt: dict, directory: Path, settings: dict) -> None:
 def _check_origin(
     receipt: dict, directory: Path, student: Student, teacher: Teacher | None
 ) -> None:
-    """Refuse a student of another model's weights; nothing is fetched for that."""
+    """Refuse a student of another model's weights or config; nothing is fetched for that."""
     made = receipt.get("teacher") or {}
+    _check_files(made, directory, student)
     source = teacher and _named(student, teacher)
     if "architecture" not in made or source is None or not Path(source.model).is_dir():
         return
@@ -133,10 +136,34 @@ def _check_origin(
     check_same_teacher(made, teacher_facts(source), str(directory), remedy, as_run=False)
 
 
+def _check_files(made: dict, directory: Path, student: Student) -> None:
+    for name, now in _files_of(student).items():
+        # A student of an earlier release does not say what it was made from.
+        if name in made and (different := differences({name: now}, {name: made[name]})):
+            raise PlanMismatch(
+                f"is made from another {name} than is there now: {'; '.join(different[:SHOWN])}",
+                where=str(directory),
+                remedy=f"Delete {directory} to make the student anew, put the files back as they "
+                "were, or use another run directory.",
+            )
+
+
 def _origin(student: Student, teacher: Teacher) -> dict:
     if student.init in TAKES_WEIGHTS:
         return source_facts(student, teacher)
-    return {"model": student.model}
+    return {"model": student.model} | _files_of(student)
+
+
+def _files_of(student: Student) -> dict:
+    """What the files say that a student without one source is made from, of those that are here."""
+    if student.init == "config":
+        named = Path(student.model)
+        path = named if named.is_file() else named / "config.json"
+        return {"config": canonical_config(path, SILENT_KEYS)} if path.is_file() else {}
+    if student.init == "parts":
+        parts = {"language model": student.model, "vision tower": student.vision_model}
+        return {k: directory_facts(Path(v), False) for k, v in parts.items() if Path(v).is_dir()}
+    return {}
 
 
 def source_facts(student: Student, teacher: Teacher) -> dict:

@@ -44,6 +44,21 @@ def resolved(settings: Train, device: torch.device) -> Train:
     return settings.model_copy(update=decided)
 
 
+def check_attention(settings: Train, device: torch.device) -> None:
+    """Refuse an attention that loads and answers on a device, and has no gradient there.
+
+    Raises:
+        StudentError: flex attention outside a GPU.
+    """
+    if settings.attention == "flex_attention" and device.type in ("cpu", "mps"):
+        raise StudentError(
+            f"flex_attention has no backward pass on {device.type}",
+            expected="a GPU, or another attention",
+            where="[train] attention",
+            remedy="Set [train] attention = 'auto'.",
+        )
+
+
 def cache_locations(run: Run, settings: Train) -> dict[str, str]:
     """Where every cache of a run lies, by name; "" is the main one."""
     return {"": settings.cache or str(run.path("cache"))} | settings.caches

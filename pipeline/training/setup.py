@@ -42,6 +42,7 @@ from stillroom.pipeline.training.parallel import Parallel
 from stillroom.pipeline.training.preflight import look_up
 from stillroom.pipeline.training.run import (
     cache_locations,
+    check_attention,
     check_fit,
     freeze,
     geometry_of,
@@ -120,6 +121,7 @@ class Setup:
     def build(self) -> None:
         """Load the student and everything that trains it; the weights are the initial ones."""
         settings, parallel = self.settings, self.parallel
+        check_attention(settings, parallel.device)
         check_memory(self.initial, settings, parallel, longest_of(self.named.caches[""]))
         self.checkpoints = Checkpoints(
             self.settings_run.path("checkpoints"),

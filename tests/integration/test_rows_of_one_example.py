@@ -137,6 +137,17 @@ def test_an_attention_that_cannot_be_had_says_what_can(tmp_path, teacher, cache,
     trained(tmp_path / "b", teacher, cache, heldout, "gptj", attention="auto")
 
 
+def test_an_attention_without_gradients_here_is_refused(tmp_path, teacher, cache, heldout):
+    run = run_of(
+        tmp_path / "a", teacher, "llama", heldout_cache=heldout, attention="flex_attention"
+    )
+    with pytest.raises(StudentError, match="no backward pass on cpu") as caught:
+        train(run, caches={"": cache})
+    assert "attention = 'auto'" in caught.value.remedy
+    run = run_of(tmp_path / "a", teacher, "llama", heldout_cache=heldout, attention="auto")
+    train(run, caches={"": cache})
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
 def test_experts_are_balanced_by_the_configs_coefficient(
     tmp_path, teacher, cache, heldout, architecture

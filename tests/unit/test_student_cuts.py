@@ -1,5 +1,8 @@
 """Pruned students are the teacher's kept parts, as transformers loads them; or they are refused."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -8,8 +11,9 @@ from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.training import Student
 from stillroom.pipeline.student import pruning
 from stillroom.pipeline.student.model import initial_student, load
+from stillroom.pipeline.student.saving import RECEIPT
 from stillroom.pipeline.student.states import blocks_of
-from tests import student_architectures, tiny_models
+from tests import student_architectures, tiny_encoders, tiny_models
 
 VOCAB = 300
 NAMES_LAYERS = (
@@ -179,3 +183,63 @@ def test_a_student_of_weights_that_are_others_since_is_not_taken_up_again(saved,
     assert f"Delete {tmp_path / 'student'}" in str(refused.value)
     source.rename(tmp_path / "gone")  # training goes on where the teacher is not
     made(source, tmp_path / "student", **student, **named)
+
+
+def test_a_student_of_a_config_that_is_another_since_is_not_taken_up_again(saved, tmp_path):
+    source, config = saved("llama"), saved("llama", num_hidden_layers=2)
+    at, path = tmp_path / "student", config / "config.json"
+
+    def make():
+        teacher = Teacher(model=str(source))
+        return initial_student(Student(init="config", model=str(config)), teacher, at)
+
+    make()
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"transformers_version": "0", "_name_or_path": "elsewhere"}))
+    make()  # which change nothing that is made
+    path.write_text(json.dumps(said | {"num_hidden_layers": 3}))
+    with pytest.raises(
+        PlanMismatch, match=r"config\.num_hidden_layers: found 2, expected 3"
+    ) as refused:
+        make()
+    assert f"Delete {at}" in str(refused.value)
+    receipt = json.loads((at / RECEIPT).read_text())
+    (at / RECEIPT).write_text(json.dumps(receipt | {"teacher": {"model": str(config)}}))
+    make()  # of a release that did not say it
+    (at / RECEIPT).write_text(json.dumps(receipt))
+    path.rename(tmp_path / "config.json")  # training goes on where the config is not
+    make()
+    (tmp_path / "config.json").rename(path)
+    path.write_text(json.dumps(said | {"num_hidden_layers": 3}))
+    shutil.rmtree(at)  # the remedy
+    assert len(blocks_of(load(make()))) == 3
+
+
+@pytest.mark.parametrize("part", ["language model", "vision tower"])
+def test_a_student_of_parts_that_are_others_since_is_not_taken_up_again(tmp_path, part):
+    paths = {
+        "language model": tiny_models.save_llama(tmp_path / "language"),
+        "vision tower": tiny_encoders.save("clip", tmp_path / "tower"),
+    }
+    language, tower = map(str, paths.values())
+    student = Student(init="parts", model=language, vision_model=tower)
+    at = tmp_path / "student"
+
+    def make():
+        return initial_student(student, Teacher(model=language), at)
+
+    make()
+    make()
+    receipt = json.loads((at / RECEIPT).read_text())
+    if part == "language model":
+        tiny_models.save_llama(paths[part], seed=5)
+    else:
+        tiny_encoders.save("clip", paths[part], seed=5)
+    with pytest.raises(PlanMismatch, match=rf"another {part}.*weights_sha256") as refused:
+        make()
+    assert f"Delete {at}" in str(refused.value)
+    (at / RECEIPT).write_text(json.dumps(receipt | {"teacher": {"model": language}}))
+    make()  # of a release that did not say it
+    (at / RECEIPT).write_text(json.dumps(receipt))
+    paths[part].rename(tmp_path / "gone")
+    make()

@@ -16,7 +16,7 @@ from stillroom.pipeline.student.states import (
     keeps_documents_apart,
 )
 from stillroom.pipeline.training.optimization import rate
-from tests import memory_cache
+from tests import memory_cache, student_architectures
 from tests.in_float64 import ROUNDING, norms_in_float64
 
 
@@ -62,6 +62,54 @@ def test_a_model_that_looks_across_documents_is_refused(model):
 
     assert keeps_documents_apart(model, 768)
     assert not keeps_documents_apart(Leaky(), 768)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("architecture", "apart"), [("llama", True), ("qwen3_moe", True), ("lfm2", False)]
+)
+def test_what_small_first_weights_let_through_is_found(architecture, apart, dtype):
+    """LFM2's short convolutions look back over two tokens, at first by a thousandth."""
+    from transformers import AutoModelForCausalLM
+
+    config = student_architectures.config_of(architecture, 300, initializer_range=0.02)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    assert keeps_documents_apart(model, 300) is apart
+    assert model.training
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == before[name].dtype
+        assert torch.equal(weight, before[name])
+
+
+def test_what_is_zero_before_training_lets_nothing_through_yet():
+    from transformers import AutoModelForCausalLM
+
+    config = student_architectures.config_of("lfm2", 300)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "conv" in name:
+                weight.zero_()
+    assert not keeps_documents_apart(model, 300)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, ValueError])
+def test_a_model_that_takes_no_packed_row_keeps_nothing_apart(model, monkeypatch, error):
+    def fails(*_args, **_more):
+        raise error("The size of tensor a (4) must match the size of tensor b (32)")
+
+    monkeypatch.setattr(model.get_decoder(), "forward", fails)
+    assert not keeps_documents_apart(model, 768)
+
+
+def test_a_machine_without_room_says_nothing_of_documents(model, monkeypatch):
+    def fails(*_args, **_more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.get_decoder(), "forward", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        keeps_documents_apart(model, 768)
 
 
 @torch.no_grad()
