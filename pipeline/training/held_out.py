@@ -62,9 +62,9 @@ def heldout_sets(settings: Train) -> dict[str, HeldOutCaches]:
 
 
 def measured_by(wanted: str, sets: Sequence[HeldOut]) -> str:
-    """A measure and the captures it is taken on, in one text; empty without a measure."""
-    on = next((own.caches for own in sets if wanted in own.measures), {})
-    return " ".join([wanted, *(on[name].plan.digest for name in sorted(on))]) if wanted else ""
+    """A measure and the captures it is taken on, in one text."""
+    on = next(own.caches for own in sets if wanted in own.measures)
+    return " ".join([wanted, *(on[name].plan.digest for name in sorted(on))])
 
 
 def title(name: str) -> str:

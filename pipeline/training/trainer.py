@@ -130,7 +130,8 @@ class Training(Setup):
 
     def _chosen_by(self) -> str:
         """What `keep_best` measures, and on what."""
-        return measured_by(self.settings.keep_best, self.named.heldout)
+        wanted = self.settings.keep_best
+        return measured_by(wanted, self.named.heldout) if wanted else ""
 
     def _best_of_before(self, state: TrainingState) -> Best:
         """What is to be beaten: nothing yet where the measure, or its text, was another.
