@@ -186,7 +186,7 @@ class Experiment:
         model: the teacher.
         recipe: of the grid.
         precision: of teacher, training and measurement. A CPU without bfloat16 of its own takes
-            eight times as long over it.
+            eight times as long over its matrix products.
     """
 
     work: Path

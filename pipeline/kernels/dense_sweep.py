@@ -22,6 +22,7 @@ from stillroom.pipeline.kernels.divergences import (
     terms,
 )
 from stillroom.pipeline.kernels.precision import widened
+from stillroom.pipeline.kernels.targets import hard_weight
 from stillroom.pipeline.kernels.vocabulary_shards import Shard
 
 CPU_BLOCK = 2**19
@@ -167,14 +168,9 @@ def _distribution(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def _hard(targets: DenseTargets, objective: Objective, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [C, 1] and column [C, 1] of each row's cross-entropy.
-
-    The weight is 0 without a label and NaN for one beyond the words, which `debug` names.
-    """
-    if targets.labels is None or not objective.ce_weight:
-        label = torch.zeros(len(like), 1, dtype=torch.int64, device=like.device)
-        return like.new_zeros(len(like), 1), label
-    labels = targets.labels[:, None].long()
+    """Weight [C, 1] (see `hard_weight`) and column [C, 1] of each row's cross-entropy."""
     words = like.shape[1]
-    weight = ((labels >= 0).to(like) * objective.ce_weight).masked_fill(labels >= words, torch.nan)
-    return weight, labels.clamp(0, words - 1)
+    weight = hard_weight(targets.labels, objective.ce_weight, like, words)
+    if targets.labels is None:
+        return weight, torch.zeros(len(like), 1, dtype=torch.int64, device=like.device)
+    return weight, targets.labels[:, None].long().clamp(0, words - 1)

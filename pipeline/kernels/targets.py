@@ -5,6 +5,7 @@ One idea: one value that can be cut into chunks of rows, so that a sweep sees on
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -35,3 +36,14 @@ class Targets:
     def unpack(self) -> "Targets":
         """Itself: these lists are plain."""
         return self
+
+
+def hard_weight(labels: Tensor | None, ce_weight: float, like: Tensor, words: int) -> Tensor:
+    """Weight of each row's cross-entropy [C, 1]: 0 without a label, NaN for one beyond the words.
+
+    `debug` names such a label; unchecked, loss and gradient say so.
+    """
+    if labels is None or not ce_weight:
+        return like.new_zeros(len(like), 1)
+    labels = labels[:, None]
+    return ((labels >= 0).to(like) * ce_weight).masked_fill(labels >= words, torch.nan)

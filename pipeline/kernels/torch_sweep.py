@@ -20,7 +20,7 @@ from stillroom.pipeline.kernels.divergences import (
     terms,
 )
 from stillroom.pipeline.kernels.packed_topk import PackedTargets
-from stillroom.pipeline.kernels.targets import Targets
+from stillroom.pipeline.kernels.targets import Targets, hard_weight
 from stillroom.pipeline.kernels.vocabulary_shards import FAR_BELOW, Shard, ShardStatistics, combine
 
 
@@ -85,7 +85,7 @@ def judge(targets: Targets, objective: Objective, shard: Shard, local: ShardStat
     dtype = local.support.dtype
     teacher = teacher_outcomes(targets.ids, targets.logprobs, objective.tail, shard.total, dtype)
     values, slopes = terms(objective, teacher, student.log_q)
-    hard = _hard_weight(objective, targets, student.log_q, shard.total)
+    hard = hard_weight(targets.labels, objective.ce_weight, student.log_q, shard.total)
     # 0 * -inf: a row without a label may have any number here.
     surprise = torch.where(hard > 0, -student.label_logprob, hard)
     if targets.cross_entropy is not None:
@@ -172,14 +172,3 @@ def _gradient_(
         buffer.addcmul_(plain, verdict.plain * (1 + 1 / local.plain_total))
     if label is not None:
         buffer.scatter_add_(1, label, -verdict.hard)
-
-
-def _hard_weight(objective: Objective, targets: Targets, like: Tensor, words: int) -> Tensor:
-    """Weight of each row's cross-entropy [C, 1]: 0 without a label, NaN for one beyond the words.
-
-    `debug` names such a label; unchecked, loss and gradient say so.
-    """
-    if targets.labels is None or not objective.ce_weight:
-        return like.new_zeros(1, 1)
-    labels = targets.labels[:, None]
-    return ((labels >= 0).to(like) * objective.ce_weight).masked_fill(labels >= words, torch.nan)

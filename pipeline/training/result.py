@@ -96,7 +96,6 @@ def keep(
 ) -> None:
     """Say that a run of so many planned steps is finished, and who taught its student."""
     facts = {name: getattr(result, name) for name in TrainResult.__slots__}
-    facts |= {"planned": steps, "identity": identity, "export": form}
-    facts |= {"chosen_by": chosen_by}
+    facts |= {"planned": steps, "identity": identity, "export": form, "chosen_by": chosen_by}
     facts |= {"teachers": list(teachers)} if teachers else {}
     write_durably(run.path(RESULT), json.dumps(facts, indent=2) + "\n")
