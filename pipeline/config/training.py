@@ -275,17 +275,6 @@ class Train(Table):
     tracker: Literal["none", "wandb", "trackio"] = "none"
     """A second place for the curves, beside TensorBoard."""
 
-    @model_validator(mode="after")
-    def _a_microbatch_holds_a_row(self) -> "Train":
-        if self.sequence_length > self.batch_tokens:
-            raise ValueError(
-                f"sequence_length = {self.sequence_length} is more than batch_tokens = "
-                f"{self.batch_tokens}, and a microbatch holds at least one row; set batch_tokens "
-                f"to {self.sequence_length} or more, or sequence_length to {self.batch_tokens} or "
-                "less (0: the longest example)"
-            )
-        return self
-
 
 class Evaluate(Table):
     """Held-out measurement."""

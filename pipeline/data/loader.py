@@ -58,6 +58,32 @@ class Geometry:
         return [rows[start + m * self.rows : start + (m + 1) * self.rows] for m in range(share)]
 
 
+def rows_of(longest: int, batch_tokens: int, sequence_length: int, packed: bool) -> tuple[int, int]:
+    """Tokens of a row, and rows of a microbatch.
+
+    Args:
+        longest: tokens of the longest example.
+        batch_tokens: tokens of a microbatch, padding included.
+        sequence_length: tokens of a packed row; 0 takes the longest example.
+        packed: several examples may share a row.
+
+    Raises:
+        ConfigError: a microbatch would not hold one row.
+    """
+    if sequence_length > batch_tokens:
+        raise ConfigError(
+            f"sequence_length = {sequence_length} is more than batch_tokens = {batch_tokens}, and "
+            "a microbatch holds at least one row",
+            where="[train]",
+            remedy=f"Set batch_tokens to {sequence_length} or more, or sequence_length to "
+            f"{batch_tokens} or less (0: the longest example).",
+        )
+    capacity = min(longest, batch_tokens)
+    if packed and sequence_length:
+        capacity = sequence_length
+    return capacity, batch_tokens // capacity
+
+
 def row_plan(main: RecordSource, geometry: Geometry, seed: int, shuffle_shards: int) -> RowPlan:
     """Which examples share a row, and the order of rows, of a main cache (see `RowPlan`)."""
     shards = np.fromiter((main.shard_of(i) for i in range(len(main))), dtype=np.int64)

@@ -46,17 +46,7 @@ class RowPlan:
     _epochs: dict[int, list[tuple[int, ...]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        if not len(self.lengths):
-            raise StudentError("the cache holds no examples", remedy="Capture a larger corpus.")
-        longest = int(np.argmax(self.lengths))
-        if self.lengths[longest] > self.capacity:
-            raise StudentError(
-                f"example {longest} has {self.lengths[longest]} tokens",
-                expected=f"at most {self.capacity}, the tokens of a packed row",
-                where="sequence_length, batch_tokens",
-                remedy=f"Set batch_tokens to {self.lengths[longest]} or more, and sequence_length "
-                "too, unless it is 0 (then rows are as long as batch_tokens allows).",
-            )
+        check_rows_hold(self.lengths, self.capacity)
 
     def epoch(self, number: int) -> list[tuple[int, ...]]:
         """Rows of one epoch, each a tuple of example numbers; every example is in exactly one."""
@@ -91,6 +81,29 @@ class RowPlan:
             else:
                 rows += [(number,) for number in order.tolist()]
         return rows
+
+
+def check_rows_hold(lengths: np.ndarray, capacity: int) -> None:
+    """Refuse rows that an example does not fit into.
+
+    Args:
+        lengths: int [examples], tokens of each example.
+        capacity: tokens of a row.
+
+    Raises:
+        StudentError: naming the longest example, or that there is none.
+    """
+    if not len(lengths):
+        raise StudentError("the cache holds no examples", remedy="Capture a larger corpus.")
+    longest = int(np.argmax(lengths))
+    if lengths[longest] > capacity:
+        raise StudentError(
+            f"example {longest} has {lengths[longest]} tokens",
+            expected=f"at most {capacity}, the tokens of a row",
+            where="sequence_length, batch_tokens",
+            remedy=f"Set batch_tokens to {lengths[longest]} or more, and sequence_length too, "
+            "unless it is 0 (then rows are as long as batch_tokens allows).",
+        )
 
 
 def pack(items: list[int], lengths: list[int], capacity: int) -> list[tuple[int, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from stillroom.cache_schemas.errors import PlanMismatch
-from stillroom.pipeline.data.loader import Geometry, row_plan
+from stillroom.pipeline.data.loader import Geometry, row_plan, rows_of
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.doors.cached import CachedBatch, CachedDataset
 
@@ -32,6 +32,9 @@ class PackedStream(IterableDataset):
         rank: this process.
         world_size: processes, each with its own microbatch of every step.
         shuffle_shards: shards that are shuffled together.
+
+    Raises:
+        ConfigError: `sequence_length` is more than `batch_tokens`.
     """
 
     def __init__(
@@ -47,8 +50,7 @@ class PackedStream(IterableDataset):
     ):
         self.data, self.steps, self.seed, self.shuffle_shards = data, steps, seed, shuffle_shards
         longest = int(data.lengths.max())
-        capacity = (sequence_length or min(longest, batch_tokens)) if data.packed else longest
-        rows = max(1, batch_tokens // capacity)
+        capacity, rows = rows_of(longest, batch_tokens, sequence_length, data.packed)
         self.geometry = Geometry(
             capacity, rows, world_size, rank, world_size, data.padding_free, data.packed
         )

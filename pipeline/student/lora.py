@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -62,6 +63,14 @@ def adapt(model: Any, lora: Lora) -> PeftModel:
     )
     try:
         adapted = get_peft_model(model, config)
+    except NoMatchingPeftModuleError:  # the names are there, so another key has taken them
+        raise ConfigError(
+            "every target is inside modules_to_save, which are trained whole",
+            expected="a module that is left for adapters",
+            where="[train.lora] targets, modules_to_save",
+            remedy="Take it out of modules_to_save, or name further targets; to train it whole and "
+            "nothing else, leave [train.lora] out and freeze the rest ([train] freeze).",
+        ) from None
     except ValueError as error:
         raise ConfigError(
             f"PEFT refuses: {first_line(error)}",

@@ -12,6 +12,8 @@ from typing import Any
 from stillroom.cache_schemas.errors import ConfigError, PlanMismatch
 from stillroom.pipeline.config import Run
 from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.corpus.splits import canonical_json
+from stillroom.pipeline.teacher.identity import SILENT_KEYS, canonical_config, weights_sha256
 
 HOW_NOT_WHAT = {
     "attention",
@@ -43,6 +45,10 @@ HOW_NOT_WHAT = {
 """Keys of `[train]` that may change between two halves of one run; caches count by their digest,
 packing and the load-balancing loss by what came of them."""
 
+WEIGHTS = "initial student's weights"
+LATER = {"initial student's config", WEIGHTS}
+"""Parts of the identity that older runs do not tell."""
+
 MEASURED = {"packing": "packed", "load_balancing": 0.0}
 """Parts of the identity that the loaded student decides, and what they were in older runs."""
 
@@ -50,8 +56,7 @@ MEASURED = {"packing": "packed", "load_balancing": 0.0}
 def identity_of(run: Run, settings: Train, caches: Mapping[str, Any], initial: Path) -> dict:
     """Everything that makes a run what it is, flat, so that a difference has a name."""
     identity = {f"cache {name or 'train.cache'}": c.plan.digest for name, c in caches.items()}
-    receipt = (initial / "student.json").read_bytes()
-    identity["initial student"] = hashlib.sha256(receipt).hexdigest()
+    identity |= _initial_student(initial, whole=not (settings.lora or settings.freeze))
     for number, objective in enumerate(run.objective):
         for key, value in objective.model_dump(mode="json").items():
             identity[f"objective[{number}].{key}"] = value
@@ -59,6 +64,22 @@ def identity_of(run: Run, settings: Train, caches: Mapping[str, Any], initial: P
         if key not in HOW_NOT_WHAT:
             identity[f"train.{key}"] = _what(value) if key == "lora" else value
     return identity
+
+
+def _initial_student(directory: Path, whole: bool) -> dict:
+    """How the initial student was made, and what of its files the trained one will hold.
+
+    Args:
+        directory: `student-initial`.
+        whole: all of its weights are trained, and so are in every checkpoint.
+    """
+    receipt = (directory / "student.json").read_bytes()
+    config = canonical_config(directory / "config.json", SILENT_KEYS)
+    identity = {
+        "initial student": hashlib.sha256(receipt).hexdigest(),
+        "initial student's config": hashlib.sha256(canonical_json(config)).hexdigest(),
+    }
+    return identity if whole else identity | {WEIGHTS: weights_sha256(directory)}
 
 
 def _what(lora: dict | None) -> dict | None:
@@ -82,6 +103,8 @@ def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], where: s
     """
     for key in sorted(found.keys() | wanted.keys()):
         if key.startswith("train.") and key.removeprefix("train.") in HOW_NOT_WHAT:
+            continue
+        if key in LATER and key not in found:
             continue
         before, now = found.get(key, MEASURED.get(key)), wanted.get(key, MEASURED.get(key))
         if before != now:

@@ -20,7 +20,8 @@ from stillroom.pipeline.config.strict import nearest
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.data.images import Pictures, processor_of
 from stillroom.pipeline.data.joined import Joined
-from stillroom.pipeline.data.loader import Geometry
+from stillroom.pipeline.data.loader import Geometry, rows_of
+from stillroom.pipeline.data.packing import check_rows_hold
 from stillroom.pipeline.data.records import RecordSource, lengths_of
 from stillroom.pipeline.kernels.execution import triton_runs_on
 from stillroom.pipeline.objectives.registry import CacheFacts
@@ -126,7 +127,8 @@ def freeze(student: nn.Module, settings: Train) -> None:
     Raises:
         ConfigError: a pattern fits no weight, or nothing is left to train.
     """
-    named = dict(student.named_parameters())
+    # A tied matrix goes by both of its names.
+    named = dict(student.named_parameters(remove_duplicate=False))
     for pattern in settings.freeze:
         found = [name for name in named if fnmatchcase(name, pattern)]
         if not found:
@@ -232,14 +234,17 @@ def geometry_of(
         cache: the main one.
         parallel: the ranks.
         packed: several examples may share a row; otherwise a row is as long as the longest.
+
+    Raises:
+        ConfigError: a microbatch would not hold one row, or ranks do not divide a step.
+        StudentError: an example does not fit into a row.
     """
     longest = longest_of(cache)
-    capacity = longest
-    if packed:
-        capacity = settings.sequence_length or min(longest, settings.batch_tokens)
+    capacity, rows = rows_of(longest, settings.batch_tokens, settings.sequence_length, packed)
+    check_rows_hold(lengths_of(cache), capacity)
     return Geometry(
         capacity,
-        max(1, settings.batch_tokens // capacity),  # rows
+        rows,
         settings.accumulate,
         parallel.rank,
         parallel.world_size,

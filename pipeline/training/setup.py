@@ -96,7 +96,9 @@ class Setup:
         parallel.together(lambda: self._make_initial(student))
         check_fit(self.initial, named.titled_caches())
         everything = {**named.caches, **named.images}
-        self.identity = identity_of(run, settings, everything, self.initial)
+        self.identity = parallel.together(
+            lambda: identity_of(run, settings, everything, self.initial)
+        )
         for note in named.notes:
             self._note(note)
 

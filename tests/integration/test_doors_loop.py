@@ -150,13 +150,16 @@ def test_rows_that_an_example_does_not_fit_into(packed, cache):
     data = CachedDataset(cache, packed=packed)
     longest = int(data.lengths.max())
     assert len(list(PackedStream(data, 2, batch_tokens=longest))) == 2
-    if not packed:
-        return  # a row is as long as the longest
-    for settings in ({"batch_tokens": longest - 1}, {"sequence_length": longest - 1}):
+    short = [{"batch_tokens": longest - 1}] + [{"sequence_length": longest - 1}] * packed
+    for settings in short:
         message = rf"tokens; expected at most {longest - 1}.*Set batch_tokens to {longest} or more"
         with pytest.raises(StudentError, match=message):
             list(PackedStream(data, 2, **settings))
     assert len(list(PackedStream(data, 2, longest, sequence_length=longest))) == 2  # as it says
+    message = rf"more than batch_tokens = {longest}.*Set batch_tokens to {2 * longest} or more"
+    with pytest.raises(ConfigError, match=message):
+        PackedStream(data, 2, batch_tokens=longest, sequence_length=2 * longest)
+    PackedStream(data, 2, batch_tokens=2 * longest, sequence_length=2 * longest)
 
 
 def test_workers_that_are_spawned_read_the_same(cache):

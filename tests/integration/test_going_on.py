@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stillroom.cache_schemas.errors import (
     ConfigError,
@@ -226,7 +226,9 @@ def test_checkpoints_of_before_go_on(tmp_path, teacher, cache):
         train(run, caches={"": cache}, stop=lambda: next(asked) >= 2)
     (state,) = run.path("checkpoints").glob("*/state.json")
     facts = json.loads(state.read_text())
-    del facts["best"], facts["identity"]["packing"], facts["identity"]["load_balancing"]
+    later = ("packing", "load_balancing", "initial student's config")
+    facts["identity"] = {k: v for k, v in facts["identity"].items() if k not in later}
+    del facts["best"]
     old = {"steps": 4, "attention": "sdpa", "kernel": "chunked"}
     facts["identity"] |= {f"train.{key}": value for key, value in old.items()}
     state.write_text(json.dumps(facts))
@@ -234,6 +236,37 @@ def test_checkpoints_of_before_go_on(tmp_path, teacher, cache):
     assert weights_digest(run) == weights_digest(whole)
     with pytest.raises(PlanMismatch, match=r"train.precision = 'float32'; expected 'bfloat16'"):
         train(make_run(run.path(), teacher, precision="bfloat16", steps=4), caches={"": cache})
+
+
+LORA = {"lora": {"rank": 2}}
+
+
+@pytest.mark.parametrize("kept", [LORA, {"freeze": ["*embed_tokens*"]}, {}], ids=str)
+@pytest.mark.parametrize("done", [False, True])
+def test_an_initial_student_that_was_changed_by_hand(tmp_path, teacher, cache, kept, done):
+    """What no checkpoint holds is read from it again."""
+    run = make_run(tmp_path, teacher, steps=4, **STEADY | {"checkpoint_every": 2} | kept)
+    asked = iter(range(100))
+    if done:
+        train(run, caches={"": cache})
+    else:
+        with pytest.raises(Interrupted):
+            train(run, caches={"": cache}, stop=lambda: next(asked) >= 2)
+    path = run.path("student-initial", "model.safetensors")
+    as_made = path.read_bytes()
+    weights = load_file(path)
+    save_file({name: 1.5 * weight for name, weight in weights.items()}, path, {"format": "pt"})
+    if kept:
+        with pytest.raises(PlanMismatch, match="was trained with initial student's weights"):
+            train(run, caches={"": cache})
+    path.write_bytes(as_made)
+    config = run.path("student-initial", "config.json")
+    facts = json.loads(config.read_text())
+    config.write_text(json.dumps(facts | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(PlanMismatch, match="was trained with initial student's config"):
+        train(run, caches={"": cache})
+    config.write_text(json.dumps(facts | {"transformers_version": "0"}))  # says nothing of answers
+    assert train(run, caches={"": cache}).steps == 4
 
 
 HOLDER = """

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from stillroom.cache_schemas.errors import (
     ConfigError,
@@ -12,12 +13,15 @@ from stillroom.cache_schemas.errors import (
     StudentError,
 )
 from stillroom.pipeline.config import Teacher, parse
+from stillroom.pipeline.data.records import lengths_of
 from stillroom.pipeline.plain_text import code_span
 from stillroom.pipeline.training import setup
 from stillroom.pipeline.training.said import check_teacher, teachers_of
 from stillroom.pipeline.training.trainer import train
 from tests import memory_cache, tiny_models
 from tests.integration.test_training import losses, make_run
+
+INITIAL, EMBEDDINGS = "student-initial", "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,32 @@ def test_a_pattern_that_fits_no_weight(monkeypatch, tmp_path, teacher, cache):
     error = refused(monkeypatch, run, cache, r"'model.layer.0.\*' fits no weight")
     (near,) = [part for part in error.remedy.split("'") if part.startswith("model.layers.")]
     works(a_run(tmp_path / "b", teacher, freeze=[near]), cache)
+
+
+@pytest.mark.parametrize("pattern", ["lm_head*", "*embed_tokens*"])
+def test_a_tied_matrix_goes_by_both_of_its_names(tmp_path, cache, pattern):
+    tied = tiny_models.save_llama(tmp_path / "tied", num_layers=2, tie_word_embeddings=True)
+    run = a_run(tmp_path / "run", tied, freeze=[pattern])
+    train(run, caches={"": memory_cache.captured(tied, memory_cache.examples(6))})
+    before, after = (load_file(run.path(d, "model.safetensors")) for d in (INITIAL, "student"))
+    assert sorted(name for name in before if before[name].equal(after[name])) == [EMBEDDINGS]
+
+
+@pytest.mark.parametrize("packing", ["auto", "never"])
+def test_rows_that_no_microbatch_holds(monkeypatch, tmp_path, teacher, cache, packing):
+    run = a_run(tmp_path, teacher, sequence_length=128, packing=packing)  # batch_tokens is 96
+    refused(monkeypatch, run, cache, "Set batch_tokens to 128 or more, or sequence_length to 96")
+    works(a_run(tmp_path / "b", teacher, sequence_length=128, batch_tokens=128), cache)
+    works(a_run(tmp_path / "c", teacher, sequence_length=96, packing=packing), cache)
+
+
+@pytest.mark.parametrize("packing", ["auto", "never"])
+def test_an_example_that_no_row_holds(monkeypatch, tmp_path, teacher, cache, packing):
+    longest = int(lengths_of(cache).max())
+    run = a_run(tmp_path, teacher, batch_tokens=longest - 1, packing=packing)
+    match = f"has {longest} tokens.*Set batch_tokens to {longest} or more"
+    refused(monkeypatch, run, cache, match, StudentError)
+    works(a_run(tmp_path / "b", teacher, batch_tokens=longest, packing=packing), cache)
 
 
 def test_everything_frozen(monkeypatch, tmp_path, teacher, cache):

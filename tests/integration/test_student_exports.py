@@ -125,6 +125,16 @@ def test_a_target_that_is_not_there_is_refused_with_those_that_are(
     train(make_run(tmp_path / "b", teacher, heldout, lora=lora, steps=1), caches={"": cache})
 
 
+@pytest.mark.parametrize("whole", ["v_proj", "self_attn"])
+def test_adapters_that_have_no_module_left_are_refused(tmp_path, teacher, cache, heldout, whole):
+    lora = {"targets": ["v_proj"], "modules_to_save": [whole]}
+    with pytest.raises(ConfigError, match="every target is inside modules_to_save") as caught:
+        train(make_run(tmp_path / "a", teacher, heldout, lora=lora), caches={"": cache})
+    assert "name further targets" in str(caught.value)
+    lora |= {"targets": ["v_proj", "up_proj"], "rank": 2}
+    train(make_run(tmp_path / "b", teacher, heldout, lora=lora, steps=1), caches={"": cache})
+
+
 def test_an_export_that_would_not_be_what_is_trained_is_refused_before_the_first_step(
     tmp_path, teacher, cache, heldout, monkeypatch
 ):

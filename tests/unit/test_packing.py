@@ -60,7 +60,7 @@ def test_first_fit_fills_rows():
 def test_an_example_longer_than_a_row_is_refused_by_number():
     with pytest.raises(
         StudentError,
-        match=r"example 1 has 9 tokens.*at most 8, the tokens of a packed row.*batch_tokens to 9",
+        match=r"example 1 has 9 tokens.*at most 8, the tokens of a row.*batch_tokens to 9",
     ):
         RowPlan(np.array([4, 9]), np.zeros(2, int), 8)
 
