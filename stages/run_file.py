@@ -19,6 +19,11 @@ out, `stillroom config RUN.toml`. A key that is not here is refused with the nea
 begin with `~` and hold `$VARIABLES`.
 """
 
+SWEEPS = """# Sweep files
+
+Several students off one base run: `stillroom train --sweep SWEEP.toml`.
+"""
+
 
 def config(run_file: RunFile) -> None:
     """Print a run as it will be read: every default spelled out, as JSON."""
@@ -44,7 +49,8 @@ def reference() -> str:
     import stillroom.pipeline.objectives  # noqa: F401  (it registers them)
     from stillroom.pipeline.config import Run
     from stillroom.pipeline.config.reference import page
+    from stillroom.pipeline.config.sweep import Sweep
     from stillroom.pipeline.objectives.registry import OBJECTIVES
 
     options = {f'`[[objective]] name = "{n}"`, `options`': s.options for n, s in OBJECTIVES.items()}
-    return f"{INTRODUCTION}\n{page(Run, options)}"
+    return f"{INTRODUCTION}\n{page(Run, options)}\n{SWEEPS}\n{page(Sweep, {})}"

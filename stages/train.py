@@ -95,29 +95,29 @@ def _sweep(sweep_file: Path, as_json: bool) -> None:
     if failed:
         reasons = "".join(f"\n- {name}: {reason}" for name, reason in failed.items())
         raise trained_arms.SweepIncomplete(
-            f"{len(failed)} of {len(results)} arms failed{reasons}",
-            remedy="\nPut them right and run the same command again; the others are kept.",
+            f"{len(failed)} of {len(results)} arms failed{reasons}\n"
+            "Put them right and run the same command again; the others are kept."
         )
 
 
 def _scores(base: "Run", students: dict[str, str]) -> dict[str, list[str]]:
-    """Held-out figures of every arm; empty where there is no teacher or no held-out text."""
-    from stillroom.pipeline.config.training import Evaluate
-    from stillroom.pipeline.corpus.preparing import Corpus
-    from stillroom.pipeline.evaluation.held_out import measure
+    """Held-out figures of every arm, as [evaluate] asks for them; empty where there is no teacher
+    or no held-out text."""
+    from stillroom.cache_schemas.errors import CorpusError
+    from stillroom.pipeline.evaluation.held_out import measure_on, text_of
 
-    settings = base.evaluate or Evaluate()
     if base.recommender is not None:
         return _ranking_scores(students)
-    if base.teacher is None or not base.path("corpus").exists():
+    if base.teacher is None or not students:
         return {}
-    examples = list(Corpus.open(base.path("corpus")).split("heldout"))[: settings.examples or None]
-    if not examples:
+    try:
+        corpus, examples = text_of(base)
+    except CorpusError as error:
+        if base.evaluate is not None:
+            raise
+        say(f"not measured against the teacher: {error}")
         return {}
-    if not students:
-        return {}
-    attention = settings.attention
-    found = measure(base.teacher, students, examples, settings.precision, attention=attention)
+    found = measure_on(base, corpus, examples, students)
     return {
         name: [f"{s.kl:.4f} ± {s.kl_standard_error:.4f}", f"{s.top1:.3f}", f"{s.perplexity:,.1f}"]
         for name, s in found.items()

@@ -258,6 +258,8 @@ def _check_plan(storage: Storage, plan: Plan) -> None:
         return
     empty = not sealing.committed(storage, range(found.num_shards))
     remedy = "Choose another directory, or restore the settings it was begun with"
+    if (begun := found.facts["engine"]["name"]) != plan.facts["engine"]["name"]:
+        remedy += f", or ask the engine it was begun with (`--engine {begun}`)"
     if found.facts["corpus"].get("split") != plan.facts["corpus"].get("split"):
         remedy += ", or give each split a cache of its own (`stillroom capture --cache DIRECTORY`)"
     if empty:  # where it was stopped in its first shard

@@ -62,6 +62,16 @@ class Table(BaseModel):
 SPELT_OUT = {"bs": "batch_size"}
 """What the field writes short for names that are not ours."""
 
+IN_TOML = {
+    "tuple_type": "expected a list ([...], or of tables [[...]])",
+    "dict_type": "expected a table",
+    "model_type": "expected a table",
+    "model_attributes_type": "expected a table",
+    "string_type": "expected text in quotes",
+    "bool_type": "expected true or false",
+}
+"""What pydantic calls by Python's names, in TOML's."""
+
 T = TypeVar("T", bound=Table)
 
 
@@ -109,9 +119,12 @@ def _explain(model: type[Table], error: ValidationError, where: str) -> ConfigEr
     if first["type"] == "extra_forbidden":
         hint = nearest(str(first["loc"][-1]), _known_keys(model, first["loc"][:-1]))
         return ConfigError(f"unknown key '{key}'", where=where, remedy=hint)
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
+        key, _, number = key.rpartition(".")
+        return ConfigError(f"'{key}': expected more than {number} values", where=where)
     if first["type"] == "missing":
         return ConfigError(f"key '{key}' is missing", where=where)
-    said = first["msg"].removeprefix("Value error, ")
+    said = IN_TOML.get(first["type"], first["msg"].removeprefix("Value error, "))
     given = first["input"]
     # Of a whole table the message itself names what is wrong in it.
     found = "" if isinstance(given, dict | Table) else f" (found {given!r})"

@@ -3,6 +3,7 @@
 One idea: a held-out set is what `stillroom train` makes of one, with the trainer's own objectives.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +52,8 @@ def _set(name: str, given: Any, trained: CachedDataset) -> HeldOutBatches:
         trained.terms,
         where,
     )
+    for note in heldout.notes:
+        warnings.warn(note, stacklevel=2)
     return HeldOutBatches(data, heldout, ALONE)
 
 

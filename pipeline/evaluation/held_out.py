@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from stillroom.cache_schemas.plan import Plan
 from stillroom.pipeline.capture.plan import check_tokenizer
 from stillroom.pipeline.config import Run, Teacher, require
 from stillroom.pipeline.config.training import Attention, Evaluate
+from stillroom.pipeline.corpus.files import Corpus
 from stillroom.pipeline.corpus.privileged import asked
 from stillroom.pipeline.corpus.tokenizer import vocabulary
 from stillroom.pipeline.evaluation.scores import Scores, Sums
@@ -34,6 +36,7 @@ from stillroom.pipeline.teacher.overrides import check_applicable
 from stillroom.pipeline.teacher.reference.engine import load_merged
 from stillroom.pipeline.teacher.sameness import check_same_teacher
 from stillroom.pipeline.training.checkpoint import write_durably
+from stillroom.pipeline.training.result import finished_facts
 
 RESULT = "evaluation.json"
 ROWS_PER_CHUNK = 256
@@ -61,23 +64,50 @@ def evaluate(
         PlanMismatch: the corpus or the cache of this run is of another teacher.
         ConfigError: an engine argument of [teacher] that transformers cannot apply.
     """
-    from stillroom.pipeline.corpus.preparing import Corpus
+    corpus, chosen = text_of(run)
+    start = time.perf_counter()
+    students = students_of(run)
+    found = measure_on(run, corpus, chosen, students, on_progress)
+    seconds = time.perf_counter() - start
+    _write(run, found, chosen, seconds, seen_in_training(run, students, corpus, chosen))
+    return found
 
+
+def text_of(run: Run) -> tuple[Corpus, list[Example]]:
+    """What a run is measured on, as [evaluate] chooses it.
+
+    Raises:
+        CorpusError: there is none.
+    """
     settings = run.evaluate or Evaluate()
-    corpus = Corpus.open(settings.corpus or run.path("corpus"))
+    place = settings.corpus or run.path("corpus")
+    if not (settings.corpus or run.prepare or Path(place).exists()):
+        raise CorpusError(
+            f"there is no corpus in {place}, and no [prepare] to make one",
+            where=run.name,
+            remedy="Name a prepared corpus: [evaluate] corpus.",
+        )
+    corpus = Corpus.open(place)
     chosen = list(corpus.split(settings.split))[: settings.examples or None]
     if not chosen:
         where = '[prepare] heldout, or [evaluate] split = "train"'
         raise CorpusError("there is no held-out text", where=where)
+    return corpus, chosen
+
+
+def measure_on(
+    run: Run,
+    corpus: Corpus,
+    chosen: Sequence[Example],
+    students: Mapping[str, str],
+    on_progress: Callable[[EvaluateProgress], None] | None = None,
+) -> dict[str, Scores]:
+    """Students against a run's teacher on a text of `text_of`; raises as `evaluate`."""
+    settings = run.evaluate or Evaluate()
     teacher: Teacher = require(run.teacher, "teacher", run.name)
     check_tokenizer(corpus, teacher)
     _check_cache(run, teacher)
-    start = time.perf_counter()
-    students = students_of(run)
-    found = measure(teacher, students, chosen, settings.precision, on_progress, settings.attention)
-    seconds = time.perf_counter() - start
-    _write(run, found, chosen, seconds, seen_in_training(run, students, corpus, chosen))
-    return found
+    return measure(teacher, students, chosen, settings.precision, on_progress, settings.attention)
 
 
 def _check_cache(run: Run, teacher: Teacher) -> None:
@@ -237,6 +267,7 @@ def _write(
         "rows": int(sum(example.loss_mask[1:].sum() for example in examples)),
         "seconds": seconds,
         "seen_in_training": seen,
+        "steps": (finished_facts(run) or {}).get("steps"),  # of this run's student, as it was then
     }
     run.path().mkdir(parents=True, exist_ok=True)  # a run that only measures has none yet
     write_durably(run.path(RESULT), json.dumps(facts, indent=2) + "\n")

@@ -20,7 +20,7 @@ from stillroom.pipeline.kernels.precision import widened
 from stillroom.pipeline.objectives import balancing, registry
 from stillroom.pipeline.objectives.embedding_predictor import TaskTokens
 from stillroom.pipeline.objectives.presets import expand
-from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs
+from stillroom.pipeline.objectives.registry import CacheFacts, Context
 from stillroom.pipeline.objectives.weighting import (
     CURRICULUM_SIGNALS,
     Term,
@@ -72,7 +72,7 @@ def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts], on: s
     needs = spec.needs(options)
     ranked = CURRICULUM_SIGNALS[table.curriculum]
     needs = replace(needs, signals=(*needs.signals, *ranked))
-    _check_needs(needs, facts, f"{where} '{table.name}'")
+    needs.check(facts, f"{where} '{table.name}'")
     label = f"{number + 1}.{table.name}{spec.suffix(options)}"
     label += f"@{table.cache}" if table.cache else ""
     return Term(label, table, spec, options, needs, facts)
@@ -83,33 +83,6 @@ def balancing_term(terms: Sequence[Term], weight: float, caches: Mapping[str, Ca
     # The model's own coefficient, not one of a run file: bounds of [[objective]] are not for it.
     line = Objective(name=balancing.NAME, mask="all").model_copy(update={"weight": weight})
     return _term(len(terms), line, caches, "")
-
-
-def _check_needs(needs: Needs, facts: CacheFacts, where: str) -> None:
-    missing = [name for name in needs.signals if name not in facts.signals]
-    if missing:
-        raise StudentError(
-            f"needs signal '{missing[0]}', which the cache does not hold",
-            expected=f"one of {', '.join(facts.signals)}",
-            where=where,
-            remedy="Capture it, or choose another objective.",
-        )
-    if needs.exact_ids and facts.k == 0:
-        raise StudentError(
-            "the cache holds draws alone (k = 0), and this needs exact ids",
-            expected="forward_kl with options = { tail = 'sampled' }",
-            where=where,
-            remedy="Train with that, or capture with k >= 1.",
-        )
-    absent = [t for t in needs.temperatures if t != 1.0 and t not in facts.temperatures]
-    if absent:
-        held = ", ".join(f"{t:g}" for t in facts.temperatures)
-        raise StudentError(
-            f"temperature {absent[0]:g} is not in the cache",
-            expected=f"one of {held}",
-            where=where,
-            remedy="It cannot be derived from top-k probabilities: add it to [capture].",
-        )
 
 
 def signals_needed(terms: Sequence[Term], caches: Iterable[str]) -> dict[str, set[str]]:
@@ -153,7 +126,7 @@ class Distiller(nn.Module):
                 self.projectors[str(number)] = made
         self.task_tokens = TaskTokens(self.projectors, task_tokens)
         self.blocks = sorted({block for term in self.terms for block in term.needs.blocks})
-        _check_blocks(self.blocks, model)
+        _check_blocks(self.terms, model)
         _check_routers(self.terms, model)
         self.sums: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -284,12 +257,13 @@ def _check_routers(terms: Sequence[Term], model: Any) -> None:
         )
 
 
-def _check_blocks(blocks: Sequence[int], model: Any) -> None:
-    depth = len(blocks_of(model)) if blocks else 0
-    bad = [number for number in blocks if not 1 <= number <= depth]
-    if bad:
-        raise StudentError(
-            f"the student has no block {bad[0]}",
-            expected=f"1 to {depth}",
-            where="[[objective]] options",
-        )
+def _check_blocks(terms: Sequence[Term], model: Any) -> None:
+    depth = len(blocks_of(model)) if any(term.needs.blocks for term in terms) else 0
+    for term in terms:
+        for number in term.needs.blocks:
+            if not 1 <= number <= depth:
+                raise StudentError(
+                    f"the student has no block {number}",
+                    expected=f"1 to {depth}",
+                    where=f"[[objective]] {term.label} options",
+                )

@@ -231,12 +231,12 @@ def _divergence_needs(divergence: str, options: DivergenceOptions) -> Needs:
         signals += ["lse", "logit_mean", "logit_std", "zscore_lse"]
     if options.temperature != 1.0:
         signals.append("lse")
-    exact = options.tail != "sampled"
+    exact = 0 if options.tail == "sampled" else max(1, options.k)
     return Needs(tuple(signals), (options.temperature,), exact_ids=exact)
 
 
 def _argmax_needs(_options: LabelOptions) -> Needs:
-    return Needs(("topk_ids",), exact_ids=True)
+    return Needs(("topk_ids",), exact_ids=1)
 
 
 def _register_divergence(name: str) -> None:

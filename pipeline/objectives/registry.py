@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stillroom.cache_schemas.errors import ConfigError
+from stillroom.cache_schemas.errors import ConfigError, StudentError
 from stillroom.pipeline.config.strict import Table, nearest, validate
 from stillroom.pipeline.data.batch import DistillBatch, Units
 from stillroom.pipeline.student.states import StudentStates
@@ -29,7 +29,7 @@ class Needs:
         temperatures: temperatures whose log-sum-exp must be in the cache.
         blocks: student blocks (1-based) whose outputs must be kept.
         teacher_head: the teacher's LM head must be kept beside the student.
-        exact_ids: the cache must hold exact ids, not draws alone.
+        exact_ids: exact ids per row that the cache must hold at least.
         routers: the student must have experts and hand out its routers' logits.
     """
 
@@ -37,8 +37,56 @@ class Needs:
     temperatures: tuple[float, ...] = ()
     blocks: tuple[int, ...] = ()
     teacher_head: bool = False
-    exact_ids: bool = False
+    exact_ids: int = 0
     routers: bool = False
+
+    def check(self, facts: "CacheFacts", where: str) -> None:
+        """Refuse a cache that does not hold this.
+
+        Raises:
+            StudentError: naming the signal, length of list or temperature, and what is held.
+        """
+        self._check_signals(facts, where)
+        self._check_ids(facts, where)
+        self._check_temperatures(facts, where)
+
+    def _check_signals(self, facts: "CacheFacts", where: str) -> None:
+        missing = [name for name in self.signals if name not in facts.signals]
+        if missing:
+            raise StudentError(
+                f"needs signal '{missing[0]}', which the cache does not hold",
+                expected=f"one of {', '.join(facts.signals)}",
+                where=where,
+                remedy="Capture it, or choose another objective.",
+            )
+
+    def _check_ids(self, facts: "CacheFacts", where: str) -> None:
+        if self.exact_ids and facts.k == 0:
+            raise StudentError(
+                "the cache holds draws alone (k = 0), and this needs exact ids",
+                expected="forward_kl with options = { tail = 'sampled' }",
+                where=where,
+                remedy="Train with that, or capture with k >= 1.",
+            )
+        if facts.k < self.exact_ids:
+            wanted = self.exact_ids
+            raise StudentError(
+                f"options.k = {wanted} of a cache that holds {facts.k} ids per row",
+                expected=f"at most {facts.k}, or 0 for all of them",
+                where=where,
+                remedy=f"Set k = {facts.k}, or capture with [capture] k = {wanted} or more.",
+            )
+
+    def _check_temperatures(self, facts: "CacheFacts", where: str) -> None:
+        absent = [t for t in self.temperatures if t != 1.0 and t not in facts.temperatures]
+        if absent:
+            held = ", ".join(f"{t:g}" for t in facts.temperatures)
+            raise StudentError(
+                f"temperature {absent[0]:g} is not in the cache",
+                expected=f"one of {held}",
+                where=where,
+                remedy="It cannot be derived from top-k probabilities: add it to [capture].",
+            )
 
 
 @dataclass(frozen=True, slots=True)

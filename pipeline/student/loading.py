@@ -43,10 +43,9 @@ def load(
             return _with_adapter(Path(directory), attention, dtype)
         return _plain(directory, attention, dtype, trusts_code, config)
     except StudentError as error:
-        if attention == "auto" or "attention" not in error.found:
+        if attention == "auto":
             raise
-        remedy = "Set [train] attention = 'auto'."
-        raise StudentError(error.found, where=error.where, remedy=remedy) from None
+        raise _by_attention(error, attention) from None
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise StudentError(
             f"cannot be loaded ({first_line(error)})",
@@ -54,6 +53,17 @@ def load(
             where=str(directory),
             remedy="" if attention == "auto" else "Set [train] attention = 'auto'.",
         ) from None
+
+
+def _by_attention(error: StudentError, attention: str) -> StudentError:
+    """The error of a load that named an attention, which may be what it comes from."""
+    return StudentError(
+        error.found,
+        expected=error.expected,
+        where=error.where,
+        remedy=f"Set [train] attention = 'auto', or install what '{attention}' needs. Does 'auto' "
+        f"fail too: {error.remedy or 'check the directory.'}",
+    )
 
 
 def _plain(

@@ -5,6 +5,7 @@ objectives read, so that nothing else knows about them; at the end they are merg
 weights, or written as the adapter that PEFT knows. Training and loading are elsewhere.
 """
 
+import warnings
 from typing import Any
 from weakref import WeakSet
 
@@ -62,7 +63,10 @@ def adapt(model: Any, lora: Lora) -> PeftModel:
         modules_to_save=list(lora.modules_to_save) or None,
     )
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # Of adapters on a tied matrix; `merged` unties it, and every export is proved.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            adapted = get_peft_model(model, config)
     except NoMatchingPeftModuleError:  # the names are there, so another key has taken them
         raise ConfigError(
             "every target is inside modules_to_save, which are trained whole",

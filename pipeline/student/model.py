@@ -200,7 +200,7 @@ def _from_config(student: Student, _teacher: Teacher) -> Any:
         raise StudentError(
             "init = 'config' without a config",
             where="[student] model",
-            remedy="Name a directory that holds config.json.",
+            remedy="Name a config.json, or a directory that holds one.",
         )
     with torch.random.fork_rng():
         torch.manual_seed(student.seed)

@@ -18,6 +18,7 @@ from stillroom.pipeline.student.saving import RECEIPT
 from stillroom.pipeline.student.states import decoder_of
 from stillroom.pipeline.teacher.facts import model_directory
 
+CHECK = "Check [student] model."
 SPARE_POSITIONS = 8
 """A table of positions may have a few rows more than the config's number (OPT has two)."""
 
@@ -67,6 +68,8 @@ def skeleton(source: str) -> Any:
 def _config(source: str) -> Any:
     from transformers import AutoConfig
 
+    if source.endswith(".json") and not Path(source).is_file():
+        raise StudentError("no such file", expected="a config", where=source, remedy=CHECK)
     try:
         return AutoConfig.from_pretrained(plain_model(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -76,9 +79,9 @@ def _config(source: str) -> Any:
 def _not_a_student(source: str, error: Exception) -> StudentError:
     return StudentError(
         f"no student can be made of it ({first_line(error)})",
-        expected="a directory with the config.json of a causal language model",
+        expected="the config.json of a causal language model, or a directory that holds it",
         where=source,
-        remedy="Check [student] model.",
+        remedy=CHECK,
     )
 
 

@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, ConfigError, StillroomError
 from stillroom.pipeline import config
 from stillroom.pipeline.config import Run
 from stillroom.pipeline.config.recommending import OWN_CACHES
 from stillroom.pipeline.config.run_file import read_toml
-from stillroom.pipeline.config.strict import PathText, Table, validate
+from stillroom.pipeline.config.strict import validate
+from stillroom.pipeline.config.sweep import Arm, Sweep
 from stillroom.pipeline.parent_process import end_with_pool
 from stillroom.pipeline.training.checkpoint import write_durably
 from stillroom.pipeline.training.opening import train
@@ -30,27 +29,6 @@ from stillroom.pipeline.training.stepping import Progress
 from stillroom.pipeline.training.trainer import Interrupted
 
 RESULT = "sweep.json"
-
-
-class Arm(Table):
-    """One student of a sweep; each table is laid over the base run's."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    objective: tuple[dict[str, Any], ...] = ()
-    """In place of all of the base run's objectives; empty keeps them."""
-    train: dict[str, Any] = Field(default_factory=dict)
-    student: dict[str, Any] = Field(default_factory=dict)
-    recommender: dict[str, Any] = Field(default_factory=dict)
-
-
-class Sweep(Table):
-    """A sweep's TOML file."""
-
-    base: PathText
-    """The base run's TOML file, relative to this one."""
-    side_by_side: int = Field(default=1, ge=1)
-    """Arms that train at the same time, each in a process of its own."""
-    arm: tuple[Arm, ...] = Field(min_length=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +61,15 @@ def load(path: str | Path) -> tuple[Sweep, Run, dict[str, Run]]:
         ConfigError: a key that is not allowed, or two arms of one name.
     """
     path = Path(path)
-    sweep = validate(Sweep, read_toml(path), str(path))
+    found = read_toml(path)
+    if {"base", "arm"}.isdisjoint(found):
+        raise ConfigError(
+            "names no base run and no arm",
+            expected='a sweep file: base = "run.toml", and an [[arm]] for each student',
+            where=str(path),
+            remedy="Train one run without --sweep.",
+        )
+    sweep = validate(Sweep, found, str(path))
     base = path.parent / sweep.base
     document, run = read_toml(base), config.load(base)
     arms = {arm.name: _arm_run(arm, document, run, str(path)) for arm in sweep.arm}

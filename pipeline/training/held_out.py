@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stillroom.cache_schemas.errors import ConfigError, PlanMismatch
+from stillroom.cache_schemas.errors import ConfigError, PlanMismatch, StudentError
 from stillroom.pipeline.config.training import HeldOutCaches, Objective, Train
 from stillroom.pipeline.objectives.combine import terms_of
+from stillroom.pipeline.objectives.divergence import DivergenceOptions
 from stillroom.pipeline.objectives.registry import CacheFacts
 from stillroom.pipeline.objectives.weighting import Term
 from stillroom.pipeline.teacher.sameness import check_same_teacher
@@ -25,12 +26,16 @@ class HeldOut:
         name: key in `[train.heldout]`; empty for `heldout_cache`.
         caches: cache name -> held-out cache, as the training caches are named.
         terms: the objectives with the facts of these caches.
+        notes: what a person should know of the figures.
+        seen: examples that are trained on too.
         loader: over every example once; set when the student is there.
     """
 
     name: str
     caches: Mapping[str, Any]
     terms: list[Term]
+    notes: tuple[str, ...] = ()
+    seen: int = 0
     loader: Any = None
 
     @property
@@ -105,7 +110,43 @@ def judge(
     judged = terms_of(objectives, facts, where)
     for term, own in zip(terms, judged, strict=True):
         _check_same(term, own, where)
-    return HeldOut(name, caches, judged)
+    notes = [_note_of_lists(*both, where) for both in zip(terms, judged, strict=True)]
+    seen = len(_ids(caches[""]) & _ids(trained_on[""]))
+    if seen:
+        notes.append(f"{where}: {seen} of {len(caches[''])} examples are trained on too")
+    return HeldOut(name, caches, judged, tuple(filter(None, notes)), seen)
+
+
+def check_apart(heldout: HeldOut) -> HeldOut:
+    """Refuse a set of nothing but texts that are trained on.
+
+    Raises:
+        StudentError: it is one.
+    """
+    if heldout.seen == len(heldout.caches[""]):
+        raise StudentError(
+            f"each of its {heldout.seen} examples is trained on",
+            expected="text that no step trains on",
+            where=title(heldout.name),
+            remedy="Capture the held-out split into a directory of its own (stillroom capture "
+            "--split heldout --cache DIRECTORY) and name that.",
+        )
+    return heldout
+
+
+def _ids(cache: Any) -> set[str]:
+    """Made of the content: the same text has the same one in every cache."""
+    return set(cache.index(["example_id"]).column("example_id").to_pylist())
+
+
+def _note_of_lists(trained: Term, judged: Term, where: str) -> str:
+    """That another length of list makes another number, in words; empty where it does not."""
+    before, now, options = trained.facts.k, judged.facts.k, trained.options
+    reads_all = isinstance(options, DivergenceOptions) and not options.k
+    if before == now or not reads_all or options.tail == "sampled":
+        return ""
+    told = f"{where}: {trained.label} is measured with {now} ids per row, and trained with {before}"
+    return f"{told}; the two values are not comparable"
 
 
 def _check_there(term: Term, facts: Mapping[str, CacheFacts], where: str) -> None:

@@ -19,7 +19,7 @@ from stillroom.pipeline.objectives.registry import CacheFacts
 from stillroom.pipeline.objectives.weighting import Term
 from stillroom.pipeline.student.skeleton import config_source, positions_of, skeleton
 from stillroom.pipeline.training.coverage import check_every_objective_has_rows, check_sources
-from stillroom.pipeline.training.held_out import HeldOut, heldout_sets, judge, title
+from stillroom.pipeline.training.held_out import HeldOut, check_apart, heldout_sets, judge, title
 from stillroom.pipeline.training.parallel import Parallel
 from stillroom.pipeline.training.run import (
     cache_locations,
@@ -125,7 +125,8 @@ def look_up(
     longest = max((longest_of(cache) for cache in everything), default=2)
     notes = found.of(_check_student, run, settings, longest)
     found.tell()
-    return Named(caches, images, facts, terms or [], heldout, tuple(notes or ()))
+    told = [note for one in heldout for note in one.notes] + (notes or [])
+    return Named(caches, images, facts, terms or [], heldout, tuple(told))
 
 
 def _open(found: Findings, places: Mapping[str, str], settings: Train) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def _judged(
         elif "" in own:
             facts = {cache: facts_of(opened) for cache, opened in own.items()} | vision
             made.append(found.of(judge, run.objective, name, own, caches, facts, terms))
-    return [one for one in made if one is not None]
+    return [one for one in made if one is not None and found.of(check_apart, one)]
 
 
 def _no_such_cache(name: str, extra: str, caches: Mapping[str, Any]) -> ConfigError:

@@ -52,9 +52,10 @@ def finished_facts(run: Run) -> dict[str, Any] | None:
 
 
 def finished(
-    run: Run, steps: int, identity: dict, form: dict, chosen_by: str = ""
+    run: Run, steps: int, identity: dict, form: dict, chosen_by: str = "", patience: int = 0
 ) -> TrainResult | None:
-    """The result of a finished run; None where there is none, or none of these steps in this form.
+    """The result of a finished run; None where there is none, or none of these steps in this form,
+    or where another patience may end it elsewhere.
 
     Args:
         run: the run.
@@ -62,6 +63,7 @@ def finished(
         identity: of the run as it is asked for.
         form: of the export that is asked for.
         chosen_by: the held-out measure whose best student is asked for, and on what it is taken.
+        patience: that is asked for.
 
     Raises:
         PlanMismatch: another run was finished there.
@@ -80,6 +82,8 @@ def finished(
     of_before = chosen_by if facts.get("best_step") else ""
     if facts.pop("chosen_by", of_before) != chosen_by:
         return None
+    if facts.pop("patience", None) != patience and facts["steps"] < steps:
+        return None
     facts.pop("teachers", None)
     facts["seconds"] = 0.0
     return TrainResult(**facts)
@@ -93,9 +97,11 @@ def keep(
     form: dict,
     teachers: Sequence[dict] = (),
     chosen_by: str = "",
+    patience: int = 0,
 ) -> None:
     """Say that a run of so many planned steps is finished, and who taught its student."""
     facts = {name: getattr(result, name) for name in TrainResult.__slots__}
     facts |= {"planned": steps, "identity": identity, "export": form, "chosen_by": chosen_by}
     facts |= {"teachers": list(teachers)} if teachers else {}
+    facts |= {"patience": patience} if patience else {}
     write_durably(run.path(RESULT), json.dumps(facts, indent=2) + "\n")

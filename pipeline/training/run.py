@@ -134,6 +134,8 @@ def freeze(student: nn.Module, settings: Train) -> None:
         if not found:
             raise ConfigError(
                 f"'{pattern}' fits no weight",
+                expected="a pattern of the student's weights, which begin with "
+                + ", ".join(sorted({".".join(name.split(".")[:2]) for name in named})),
                 where="[train] freeze",
                 remedy=nearest(pattern, named),
             )

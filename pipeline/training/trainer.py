@@ -23,6 +23,7 @@ from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.data.records import RecordSource
+from stillroom.pipeline.student.places import is_model
 from stillroom.pipeline.training.card import check_card, write_card_anew
 from stillroom.pipeline.training.checkpoint import (
     Best,
@@ -37,7 +38,7 @@ from stillroom.pipeline.training.identity import check_identity, check_not_fewer
 from stillroom.pipeline.training.lock import exclusive
 from stillroom.pipeline.training.metrics import MetricsLog
 from stillroom.pipeline.training.parallel import Parallel, whole
-from stillroom.pipeline.training.result import TrainResult, finished, finished_facts, keep
+from stillroom.pipeline.training.result import RESULT, TrainResult, finished, finished_facts, keep
 from stillroom.pipeline.training.setup import Setup
 from stillroom.pipeline.training.stepping import Progress
 
@@ -88,8 +89,11 @@ class Training(Setup):
     def run(self, on_progress, stop) -> TrainResult:
         """From wherever the run stands to its end."""
         steps, form = self.settings.steps, form_of(self.settings)
-        done = finished(self.settings_run, steps, self.identity, form, self._chosen_by())
+        patience, chosen_by = self.settings.patience, self._chosen_by()
+        done = finished(self.settings_run, steps, self.identity, form, chosen_by, patience)
         if done is not None:
+            if done.steps < steps:
+                self._note_early_end(done.steps, done.best_step)
             return done
         start = time.perf_counter()
         self.parallel.together(lambda: check_card(self.settings_run))
@@ -160,13 +164,22 @@ class Training(Setup):
             raise StudentError(
                 f"the run is at step {told['steps']}, and its checkpoints are gone",
                 where=str(self.checkpoints.directory),
-                remedy="Start another run from its student: [student] init = 'model' and model = "
-                f"'{told['student']}'.",
+                remedy=self._way_on(told["student"]),
             )
+
+    def _way_on(self, student: str) -> str:
+        anew = f"delete {self.settings_run.path(RESULT)} to train from the first step"
+        if not is_model(Path(student)):
+            return f"Its student is gone too: {anew}."
+        return (
+            f"Start another run from its student ([student] init = 'model' and model = "
+            f"'{student}'), or {anew}."
+        )
 
     def _loop(self, state: TrainingState, log, on_progress, stop) -> TrainingState:
         settings = self.settings
         if self._weary(state.best):  # it ended so, and is asked for its student again
+            self._note_early_end(state.step, state.best.step)
             return state
         steps = self.loader.steps(state.position, settings.steps - state.step)
         for number in range(state.step, settings.steps):
@@ -198,7 +211,7 @@ class Training(Setup):
             if last or best.step == number + 1 or (number + 1) % settings.checkpoint_every == 0:
                 self._save(state)
             if weary:
-                self._note(f"no better {settings.keep_best} since step {best.step}: stopped")
+                self._note_early_end(number + 1, best.step)
                 break
         return state
 
@@ -208,6 +221,13 @@ class Training(Setup):
 
     def _weary(self, best: Best) -> bool:
         return bool(self.settings.patience) and best.since >= self.settings.patience
+
+    def _note_early_end(self, step: int, best_step: int) -> None:
+        settings = self.settings
+        self._note(
+            f"no better {settings.keep_best} since step {best_step}: stopped at step {step} of "
+            f"{settings.steps} (patience = {settings.patience}; with more, or 0, it goes on)"
+        )
 
     def _save(self, state: TrainingState) -> None:
         self.checkpoints.save(state, tensors_of(self.distiller, self.optimizer, self.ema))
@@ -240,6 +260,6 @@ class Training(Setup):
         check = export.write(Path(result.student), {"identity": self.identity}, live)
         result = replace(result, check=asdict(check))
         asked = settings.steps, self.identity, form_of(settings), self.teachers, self._chosen_by()
-        keep(self.settings_run, result, *asked)
+        keep(self.settings_run, result, *asked, patience=settings.patience)
         write_card_anew(self.settings_run)
         return result

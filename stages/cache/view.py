@@ -56,6 +56,7 @@ def facts_table(seen: Overview) -> None:
         ("against definition", _definition(seen.definition)),
         ("tokenizer", str(facts["tokenizer"].get("sha256", ""))[:16]),
         ("corpus", str(facts["corpus"].get("digest", ""))[:16]),
+        *[("split", str(split)[:16]) for split in [facts["corpus"].get("split")] if split],
         *_asked(capture, unit_of(seen.plan)),
         *[("row signals", ", ".join(seen.plan.row_signals))] * bool(seen.plan.row_signals),
         *[("dense signals", _dense(seen))] * bool(seen.plan.dense_signals or seen.plan.row_signals),

@@ -380,7 +380,7 @@ TABLES = [
         "document 1: stands in two places of attention_mask",
     ),
     (PACKED, "a: [1", "is no YAML"),
-    (PACKED, "", "compression_config.yaml: .*valid dictionary"),
+    (PACKED, "", "compression_config.yaml: .*expected a table"),
     (PACKED, SETTINGS | {"exact_k": 5}, "exact_k = 5 and 0 in bins, of k = 2"),
     (PACKED, SETTINGS | {"exact_k": 1, "residual_bins": [BIN, BIN]}, "2 in bins, of k = 2"),
     (PACKED, SETTINGS | {"d": 1}, "'d': Input should be greater than 1"),

@@ -270,6 +270,14 @@ def test_a_held_out_cache_is_measured_by_rows_and_not_by_batches(tiny_llama, cac
     np.testing.assert_allclose(whole["eval_loss"], parts, rtol=ROUNDING)
 
 
+def test_a_text_that_is_trained_on_is_measured_with_a_warning(tiny_llama, cache, tmp_path):
+    """Such as one that watches for over-fitting: a program may ask for it."""
+    args = arguments(TrainingArguments, tmp_path)
+    sets = {"eval_cache": {"seen": cache}, "cache": cache, "objectives": LINES}
+    with pytest.warns(UserWarning, match="'seen': 40 of 40 examples are trained on too"):
+        CachedTrainer(student(tiny_llama), args, **sets)
+
+
 def test_the_best_checkpoint_by_a_held_out_cache_is_loaded(tiny_llama, cache, held, tmp_path):
     args = arguments(
         SFTConfig,

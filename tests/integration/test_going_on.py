@@ -108,6 +108,13 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(tmp_path, teacher
     with pytest.raises(StudentError, match="is at step 2, and its checkpoints are gone") as caught:
         train(more, caches={"": cache})
     assert f"model = '{result.student}'" in caught.value.remedy
+    shutil.rmtree(result.student)
+    with pytest.raises(
+        StudentError, match=r"Its student is gone too: delete .*train.json"
+    ) as caught:
+        train(more, caches={"": cache})
+    run.path("train.json").unlink()
+    assert train(more, caches={"": cache}).steps == 3
 
 
 BEST = {"evaluate_every": 1, "keep_best": "1.forward_kl", "keep_last": 1}
@@ -161,13 +168,37 @@ def test_patience_ends_a_run_and_it_stays_ended(tmp_path, teacher, cache, heldou
     first = next(i for i in range(1, 8) if measured[i] >= min(measured[:i])) + 1
     assert (result.steps, result.best_step) == (first, first - 1)
     assert any("stopped" in note for note in notes)
-    again = train(run, caches={"": cache}, stop=lambda: pytest.fail("trained again"))
+    notes.clear()
+    again = train(run, caches={"": cache}, on_note=notes.append, stop=lambda: pytest.fail("again"))
+    assert any(f"stopped at step {first} of 8" in note for note in notes)
     assert (again.steps, again.best_step) == (result.steps, result.best_step)
     changes = run.train.model_dump(mode="json") | {"export_dtype": "bfloat16"}
     narrow = train(make_run(tmp_path, teacher, **changes), caches={"": cache})
     assert (narrow.steps, narrow.best_step) == (result.steps, result.best_step)
     kept = load_file(run.path("student", "model.safetensors"))
     assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
+
+
+def test_more_patience_goes_on_where_less_has_stopped(
+    tmp_path, teacher, cache, heldout, overshooting
+):
+    """The longer run is the one that was patient from the start."""
+    shared = (
+        {"steps": 8, "heldout_cache": heldout, "learning_rate": 0.02, "clip": 0} | STEADY | BEST
+    )
+    weary = train(make_run(tmp_path, teacher, patience=1, **shared), caches={"": cache})
+    assert weary.steps < 8
+    notes = []
+    longer = make_run(tmp_path, teacher, patience=1, **shared | {"steps": 9})
+    assert train(longer, caches={"": cache}, on_note=notes.append).steps == weary.steps
+    (told,) = [note for note in notes if "stopped" in note]
+    assert f"stopped at step {weary.steps} of 9 (patience = 1; with more, or 0, it goes on)" in told
+    patient = make_run(tmp_path, teacher, patience=8, **shared)
+    assert train(patient, caches={"": cache}).steps == 8
+    assert losses(patient) == losses(overshooting[0])
+    assert weights_digest(patient) == weights_digest(overshooting[0])
+    fewer = make_run(tmp_path, teacher, patience=7, **shared)  # 8 steps were taken
+    assert train(fewer, caches={"": cache}, stop=lambda: pytest.fail("again")).seconds == 0
 
 
 def test_a_stopped_run_remembers_its_best(tmp_path, teacher, cache, heldout, overshooting):

@@ -182,3 +182,54 @@ def test_two_teachers_need_two_heldout_caches(tmp_path, teacher, cache, texts, h
     wrong = {"page": {"cache": heldout, "caches": {"secnd": theirs}}}
     message = "names cache 'secnd'.*expected some of second.*Did you mean 'second'"
     refused(ConfigError, message, tmp_path / "b", *arguments[1:], heldout=wrong, **changes)
+
+
+def test_the_text_that_is_trained_on_is_no_held_out_set(tmp_path, teacher, cache, heldout):
+    """As a capture without `--split heldout` leaves it: another cache, the same texts."""
+    same = memory_cache.captured(teacher, memory_cache.examples(12), **FACTS)
+    again = str(same.write(tmp_path / "again"))
+    arguments = (tmp_path / "run", teacher, cache)
+    error = refused(StudentError, "each of its 12 examples is trained on", *arguments,
+                    heldout_cache=again)  # fmt: skip
+    assert "--split heldout" in error.remedy
+    named = {"code": {"cache": again}}
+    refused(StudentError, r"\[train.heldout.code\]: each", *arguments, heldout=named)
+    trained(*arguments, heldout_cache=heldout)
+
+
+def notes_of(directory, teacher, cache, **changes) -> list[str]:
+    found: list[str] = []
+    run = make_run(directory, teacher, steps=1, evaluate_every=1, **changes)
+    train(run, caches={"": cache}, on_note=found.append)
+    return found
+
+
+def test_held_out_texts_of_which_some_are_trained_on_are_told(tmp_path, teacher, cache, heldout):
+    mixed = [*memory_cache.examples(12)[:2], *memory_cache.examples(7, seed=9)]
+    held = str(memory_cache.captured(teacher, mixed, **FACTS).write(tmp_path / "held"))
+    told = notes_of(tmp_path / "mixed", teacher, cache, heldout_cache=held)
+    assert told == ["[train] heldout_cache: 2 of 9 examples are trained on too"]
+    assert notes_of(tmp_path / "apart", teacher, cache, heldout_cache=heldout) == []
+
+
+def test_lists_of_another_length_are_told_or_refused(tmp_path, teacher, cache, texts):
+    short = memory_cache.captured(teacher, texts, **FACTS | {"k": 4})
+    held = str(short.write(tmp_path / "held"))
+    line = {"name": "jsd", "options": {"tail": "bucket"}}
+    (told,) = notes_of(tmp_path / "a", teacher, cache, heldout_cache=held, objective=[line])
+    assert "1.jsd is measured with 4 ids per row, and trained with 8" in told
+    line["options"] |= {"k": 8}
+    message = r"heldout_cache .*options.k = 8 of a cache that holds 4 ids per row; expected at most"
+    changes = {"heldout_cache": held, "objective": [line]}
+    refused(StudentError, message, tmp_path / "b", teacher, cache, **changes)
+    line["options"] |= {"k": 4}
+    assert notes_of(tmp_path / "c", teacher, cache, **changes) == []
+    assert notes_of(tmp_path / "d", teacher, cache, heldout_cache=held) == []  # draws, no list
+
+
+def test_more_ids_than_the_cache_holds_are_refused(tmp_path, teacher, cache, heldout):
+    changes = {"heldout_cache": heldout, "objective": [{"name": "jsd", "options": {"k": 9}}]}
+    message = r"1 'jsd'.*options.k = 9 of a cache that holds 8 ids per row.*Set k = 8"
+    refused(StudentError, message, tmp_path, teacher, cache, **changes)
+    trained(tmp_path, teacher, cache, **changes | {"objective": [CROSS_ENTROPY[0], {
+        "name": "jsd", "options": {"k": 8}}]})  # fmt: skip

@@ -1,6 +1,7 @@
 """Every name in a run file is checked before a model is loaded, and told together."""
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,23 @@ def test_a_tied_matrix_goes_by_both_of_its_names(tmp_path, cache, pattern):
     train(run, caches={"": memory_cache.captured(tied, memory_cache.examples(6))})
     before, after = (load_file(run.path(d, "model.safetensors")) for d in (INITIAL, "student"))
     assert sorted(name for name in before if before[name].equal(after[name])) == [EMBEDDINGS]
+
+
+def test_an_attention_that_is_not_installed(tmp_path, teacher, cache):
+    if find_spec("flash_attn") is not None:
+        pytest.skip("it is installed")
+    run = a_run(tmp_path / "a", teacher, attention="flash_attention_2")
+    with pytest.raises(StudentError, match=r"Set \[train\] attention = 'auto', or install what"):
+        train(run, caches={"": cache})
+    works(a_run(tmp_path / "a", teacher), cache)
+
+
+def test_a_config_file_that_is_not_there(monkeypatch, tmp_path, teacher, cache):
+    student = {"init": "config", "model": str(tmp_path / "fersh.json")}
+    refused(monkeypatch, a_run(tmp_path, teacher, student), cache, "fersh.json: no such file",
+            StudentError)  # fmt: skip
+    (tmp_path / "fersh.json").write_text((teacher / "config.json").read_text())
+    works(a_run(tmp_path, teacher, student), cache)
 
 
 @pytest.mark.parametrize("packing", ["auto", "never"])
@@ -185,8 +203,8 @@ def test_settings_that_need_others(monkeypatch, tmp_path, teacher, cache, change
 
 
 def test_keep_best_names_a_measure(monkeypatch, tmp_path, teacher, cache):
-    held = str(cache.write(tmp_path / "held"))
-    changes = {"heldout_cache": held, "evaluate_every": 1}
+    texts = memory_cache.captured(teacher, memory_cache.examples(4, seed=3))
+    changes = {"heldout_cache": str(texts.write(tmp_path / "held")), "evaluate_every": 1}
     run = a_run(tmp_path / "a", teacher, keep_best="1.forward_lk", **changes)
     message = "'1.forward_lk' is not measured; expected one of 1.forward_kl"
     refused(monkeypatch, run, cache, message)

@@ -6,10 +6,13 @@ import shutil
 import pytest
 
 from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.config import Teacher
+from stillroom.pipeline.corpus.files import Corpus
+from stillroom.pipeline.evaluation.held_out import measure
 from stillroom.pipeline.training import arms
 from stillroom.pipeline.training.trainer import Interrupted
 from stillroom.stages.__main__ import run as command
-from tests import memory_cache
+from tests import memory_cache, tiny_models
 
 BASE = """
 name = "base"
@@ -68,6 +71,44 @@ def test_every_arm_is_trained_and_compared(files, tmp_path, side_by_side, capsys
     assert "as-it-is" in shown
     for name in results:
         assert (tmp_path / "run" / "sweep" / name / "student" / "model.safetensors").exists()
+
+
+READ = """
+name = "read"
+directory = "{root}/read"
+[teacher]
+model = "{teacher}"
+[prepare]
+window = 48
+heldout = 0.5
+[[prepare.source]]
+name = "texts"
+path = "{root}/texts.jsonl"
+"""
+
+
+def test_arms_are_measured_on_the_text_that_evaluate_names(files, tmp_path, tiny_llama, capsys):
+    english = tiny_models.english()
+    texts = [english[n * 300 :][:300] for n in range(8)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": one}) for one in texts))
+    (tmp_path / "read.toml").write_text(READ.format(root=tmp_path, teacher=tiny_llama))
+    assert command(["prepare", str(tmp_path / "read.toml")]) == 0
+    sweep, base = files(), tmp_path / "base.toml"
+    assert command(["train", "--sweep", str(sweep)]) == 0
+    assert "not measured against the teacher: " in capsys.readouterr().err
+    corpus = tmp_path / "read" / "corpus"
+    base.write_text(base.read_text() + f'[evaluate]\ncorpus = "{corpus}"\nexamples = 3\n')
+    assert command(["train", "--sweep", str(sweep), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    students = {name: str(tmp_path / "run" / "sweep" / name / "student") for name in
+                ("as-it-is", "reverse")}  # fmt: skip
+    chosen = list(Corpus.open(corpus).split("heldout"))[:3]
+    wanted = measure(Teacher(model=str(tiny_llama), dtype="float32"), students, chosen)
+    for row in rows:
+        assert row["KL to teacher"].startswith(f"{wanted[row['arm']].kl:.4f} ")
+    base.write_text(base.read_text().replace(str(corpus), str(tmp_path / "nowhere")))
+    assert command(["train", "--sweep", str(sweep)]) == 2
+    assert "nowhere: no prepared corpus" in capsys.readouterr().err
 
 
 def test_a_capture_that_is_not_the_caches(files, tmp_path, cache, capsys):
@@ -132,9 +173,16 @@ def test_an_arm_that_breaks_is_told_as_it_broke():
         (SWEEP.replace('"reverse"', '"as-it-is"', 1), "two arms have one name"),
         (SWEEP.replace("learning_rate", "learning_rte"), "arm 'reverse'.*learning_rate"),
         (SWEEP.replace("base.toml", "bse.toml"), "no such file"),
+        (
+            SWEEP.replace('[{{ name = "reverse_kl" }}]', '"jsd"'),
+            "arm.1.objective': expected a list",
+        ),
         ('base = "base.toml"', "arm"),
+        (BASE, "names no base run and no arm; expected a sweep file: .*without --sweep"),
     ],
 )
 def test_mistakes_are_named(files, text, message):
+    path = files()
+    path.write_text(text.format(directory="run", teacher="teacher", cache="cache", side_by_side=1))
     with pytest.raises(ConfigError, match=message):
-        arms.load(files(text=text))
+        arms.load(path)

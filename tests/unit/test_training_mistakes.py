@@ -40,6 +40,10 @@ REFUSED = [
      r"'train.lora.targets': expected a list of names as in \[\"q_proj\"\], or \"all-linear\" "
      r"\(found 'q_proj'\)"),
     (train(lora={"targets": ["q_proj", 1]}), "'train.lora.targets': expected a list of names"),
+    (train(betas=[0.9]), r"'train.betas': expected more than 1 values"),
+    (train(freeze="lm_head"), r"'train.freeze': expected a list .*\(found 'lm_head'\)"),
+    (train(images="cache"), r"'train.images': expected a table \(found 'cache'\)"),
+    (train(cache=3), r"'train.cache': expected text in quotes \(found 3\)"),
     (train(steps=True), r"'train.steps': expected a number.*\(found True\)"),
     (train(steps="10"), r"'train.steps': expected a number, without quotes.*\(found '10'\)"),
     (train(learning_rate="1e-3"), r"'train.learning_rate': expected a number.*'1e-3'"),
