@@ -95,6 +95,8 @@ def _check_alike(first: Any, other: Any, number: int) -> None:
 def _meaning(cache: Any) -> dict[str, Any]:
     facts = cache.plan.facts
     told = {f"[capture] {key}": facts["capture"].get(key) for key in SAME}
+    # Caches of before had none and do not say so.
+    told["[capture] nucleus"] = facts["capture"].get("nucleus") or 0.0
     widths = {name: one["width"] for name, one in cache.plan.dense_signals.items()}
     return {
         **{f"tokenizer {key}": value for key, value in facts["tokenizer"].items()},

@@ -102,7 +102,7 @@ def check_rows_hold(lengths: np.ndarray, capacity: int) -> None:
             expected=f"at most {capacity}, the tokens of a row",
             where="sequence_length, batch_tokens",
             remedy=f"Set batch_tokens to {lengths[longest]} or more, and sequence_length too, "
-            "unless it is 0 (then rows are as long as batch_tokens allows).",
+            "unless it is 0 (then rows are as long as the longest example).",
         )
 
 

@@ -89,13 +89,13 @@ class LabelOptions(Table):
 
 def _divergence(context: Context, divergence: str) -> torch.Tensor:
     options: DivergenceOptions = context.options
-    ids, logprobs = context.teacher["topk_ids"], _logprobs(context)
-    # The student may have fewer padding rows than the teacher; what it lacks joins the tail.
-    ids = torch.where(ids < context.cache.vocab_size, ids, -1)
+    ids, logprobs = _of_student(context, context.teacher["topk_ids"]), _logprobs(context)
     tail_ids, tail_weights = (None, None)
     if options.tail == "sampled":
         tail_ids, tail_weights = sampled_tail(context.teacher)
         logprobs, tail_weights = together_certain(logprobs, tail_weights)
+        tail_ids = _of_student(context, tail_ids)
+        tail_weights = tail_weights.where(tail_ids >= 0, 0)
     if not ids.shape[1]:
         ids, logprobs = _no_exact_ids(context)
     k = options.k or ids.shape[1]
@@ -124,6 +124,12 @@ def _divergence(context: Context, divergence: str) -> torch.Tensor:
     return keep_parts(context, value, given)
 
 
+def _of_student(context: Context, ids: torch.Tensor) -> torch.Tensor:
+    """Ids with -1 for words that the student has no row for: it may have fewer rows of padding than
+    the teacher. What it lacks joins the tail, or is no draw."""
+    return torch.where(ids < context.cache.vocab_size, ids, -1)
+
+
 def _own_terms(context: Context, ids, logprobs, tail_weights) -> torch.Tensor:
     """What a row of a drawn teacher is larger by than what it estimates, float32 [N].
 
@@ -132,7 +138,13 @@ def _own_terms(context: Context, ids, logprobs, tail_weights) -> torch.Tensor:
     KL(teacher || student) in expectation over the draws, whatever was drawn.
     """
     own = self_information(logprobs, ids >= 0) + self_information(tail_weights.log())
-    return own + context.teacher["entropy"] if context.options.baseline == "entropy" else own
+    if context.options.baseline != "entropy":
+        return own
+    # The entropy is of all words; those of the list that the student lacks are in no sweep.
+    lacking = context.teacher["topk_ids"] >= context.cache.vocab_size  # [N, k]
+    if lacking.shape[1]:
+        own = own + self_information(logprobs, lacking)
+    return own + context.teacher["entropy"]
 
 
 def _no_exact_ids(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,7 +206,12 @@ def _cross_entropy(context: Context) -> torch.Tensor:
 
 
 def _teacher_argmax(context: Context) -> torch.Tensor:
-    return hard_label(context, context.teacher["topk_ids"][:, 0])
+    """The first of the list that the student has a row for; a row without one counts nothing."""
+    ids = _of_student(context, context.teacher["topk_ids"])
+    first = (ids >= 0).int().argmax(dim=1, keepdim=True)  # the first of the largest
+    labels = ids.gather(1, first)[:, 0]
+    weights = context.weights * (labels >= 0).to(context.weights)
+    return hard_label(context, labels.clamp_min(0), weights=weights)
 
 
 def _settled(divergence: str, options: DivergenceOptions, cache: CacheFacts) -> DivergenceOptions:

@@ -101,6 +101,7 @@ class CacheFacts:
         widths: signal -> width of a dense signal.
         positions: image signal -> positions of a target.
         k: exact ids per row; 0 where there are none.
+        nucleus: mass at which a row's list ends early; 0 where none does.
         words: ids of the tokenizer, which every student's head has rows for; 0 without text.
     """
 
@@ -110,6 +111,7 @@ class CacheFacts:
     widths: dict[str, int] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
     k: int = 0
+    nucleus: float = 0.0
     words: int = 0
 
 

@@ -101,9 +101,10 @@ def unit_weights(term: Term, batch: DistillBatch, progress: float) -> torch.Tens
     if term.spec.unit == "example":
         return factors if applies is None else factors * applies(term.options, batch, teacher)
     units = batch.rows if term.spec.unit == "row" else teacher.positions
-    inside = _mask(term, batch, units) & _admitted(term, batch, progress, len(units.flat))
+    inside = _mask(term, batch, units)
     if applies is not None:
         inside = inside & applies(term.options, batch, teacher)
+    inside = inside & _admitted(term, batch, progress, inside & (factors[units.example] != 0))
     weights = inside * factors[units.example]
     if term.table.reduction == "sample":
         counts = torch.zeros(len(factors)).index_add_(0, units.example, inside.float())  # [E]
@@ -132,12 +133,20 @@ def _mask(term: Term, batch: DistillBatch, units: Units) -> torch.Tensor:
     return ~units.image if term.table.mask == "text" else torch.ones_like(units.image)
 
 
-def _admitted(term: Term, batch: DistillBatch, progress: float, count: int) -> torch.Tensor:
-    """bool [units]: rows that a curriculum by teacher entropy admits now."""
+def _admitted(
+    term: Term, batch: DistillBatch, progress: float, counted: torch.Tensor
+) -> torch.Tensor:
+    """bool [units]: rows that a curriculum by teacher entropy admits now.
+
+    Args:
+        counted: bool [units], rows that weigh anything; others are not ranked.
+    """
     if not term.table.curriculum.endswith("entropy_first") or term.spec.unit != "row":
-        return torch.ones(count, dtype=torch.bool)
+        return torch.ones_like(counted)
     entropy = batch.teachers[term.table.cache].signals["entropy"]
-    return admitted(entropy, progress, term.table.curriculum.startswith("low"))
+    stay = torch.zeros_like(counted)
+    stay[counted] = admitted(entropy[counted], progress, term.table.curriculum.startswith("low"))
+    return stay
 
 
 def admitted(score: torch.Tensor, progress: float, low_first: bool) -> torch.Tensor:

@@ -168,6 +168,7 @@ class Export:
             "the student in the form that it is written in", in_training, self._loss_of(plain)
         )
         _round(leaving, dtype)
+        _check_range(leaving, self.settings.export_dtype)
         saved = self._loss_of(plain)
         _narrow(leaving, dtype)
         return saved
@@ -221,6 +222,19 @@ class Export:
         )
 
 
+def _check_range(leaving: Any, dtype: str) -> None:
+    """Refuse weights that are not numbers any more in the type that they are written in."""
+    for name, weight in _written(leaving):
+        if not weight.isfinite().all():
+            raise StudentError(
+                f"{name} has values that {dtype} cannot hold",
+                expected=f"at most {torch.finfo(getattr(torch, dtype)).max:g}",
+                where="[train] export_dtype",
+                remedy="Set export_dtype = 'bfloat16' (or 'float32') and run the same command "
+                "again; nothing is trained anew.",
+            )
+
+
 def _arithmetic(device: torch.device, settings: Train) -> Any:
     """fp32; flash attention has none and keeps what it was trained in."""
     if not settings.attention.startswith("flash_attention") or settings.precision == "float32":
@@ -262,19 +276,20 @@ def _shake(model: nn.Module) -> None:
 @torch.no_grad()
 def _round(leaving: Any, dtype: torch.dtype) -> None:
     """Values that a narrower type has, in fp32."""
-    for tensor in _written(leaving):
+    for _, tensor in _written(leaving):
         tensor.copy_(tensor.to(dtype))
 
 
 def _narrow(leaving: Any, dtype: torch.dtype) -> None:
-    for tensor in _written(leaving):
+    for _, tensor in _written(leaving):
         tensor.data = tensor.data.to(dtype)
 
 
-def _written(leaving: Any) -> list[torch.Tensor]:
-    """Floating-point tensors that an export writes: of a PEFT model those of its adapter."""
+def _written(leaving: Any) -> list[tuple[str, torch.Tensor]]:
+    """Floating-point tensors that an export writes, by name: of a PEFT model those of its
+    adapter."""
     if _is_adapter(leaving):
-        return [p for p in leaving.parameters() if p.requires_grad]
+        return [(name, p) for name, p in leaving.named_parameters() if p.requires_grad]
     names = leaving.state_dict().keys()
     every = [*leaving.named_parameters(), *leaving.named_buffers()]
-    return [t for name, t in every if name in names and t.is_floating_point()]
+    return [(name, t) for name, t in every if name in names and t.is_floating_point()]

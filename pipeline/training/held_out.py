@@ -141,12 +141,20 @@ def _ids(cache: Any) -> set[str]:
 
 def _note_of_lists(trained: Term, judged: Term, where: str) -> str:
     """That another length of list makes another number, in words; empty where it does not."""
-    before, now, options = trained.facts.k, judged.facts.k, trained.options
+    before, now = (_lists(one.facts) for one in (trained, judged))
+    options = trained.options
     reads_all = isinstance(options, DivergenceOptions) and not options.k
     if before == now or not reads_all or options.tail == "sampled":
         return ""
-    told = f"{where}: {trained.label} is measured with {now} ids per row, and trained with {before}"
-    return f"{told}; the two values are not comparable"
+    return (
+        f"{where}: {trained.label} is measured with {now}, and trained with {before}; the two "
+        "values are not comparable"
+    )
+
+
+def _lists(facts: CacheFacts) -> str:
+    upto = f", up to a mass of {facts.nucleus:g}" if facts.nucleus else ""
+    return f"{facts.k} ids per row{upto}"
 
 
 def _check_there(term: Term, facts: Mapping[str, CacheFacts], where: str) -> None:

@@ -167,7 +167,7 @@ def _no_such_cache(name: str, extra: str, caches: Mapping[str, Any]) -> ConfigEr
 def _check_content(
     found: Findings, settings: Train, parallel: Parallel, caches, images, terms, heldout
 ) -> None:
-    found.of(geometry_of, settings, caches[""], parallel)
+    found.of(geometry_of, settings, caches[""], parallel, settings.packing == "auto")
     found.of(check_sources, terms, {**caches, **images})
     found.of(check_every_objective_has_rows, terms, caches, images, "the whole cache")
     for one in heldout:

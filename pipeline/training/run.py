@@ -176,6 +176,7 @@ def facts_of(cache: Any) -> CacheFacts:
         vocab_size=facts["teacher"]["vocab_size"],
         widths={name: width for name in cache.signals if name.startswith("hidden.")},
         k=facts["capture"]["k"],
+        nucleus=facts["capture"].get("nucleus") or 0.0,
         words=min(facts["tokenizer"].get("vocab_size", 0), facts["teacher"]["vocab_size"]),
     )
 

@@ -217,7 +217,11 @@ def test_lists_of_another_length_are_told_or_refused(tmp_path, teacher, cache, t
     held = str(short.write(tmp_path / "held"))
     line = {"name": "jsd", "options": {"tail": "bucket"}}
     (told,) = notes_of(tmp_path / "a", teacher, cache, heldout_cache=held, objective=[line])
-    assert "1.jsd is measured with 4 ids per row, and trained with 8" in told
+    assert "1.jsd is measured with 4 ids per row, and trained with 8 ids" in told
+    ends = memory_cache.captured(teacher, texts, **FACTS | {"nucleus": 0.5, "tail_draws": 0})
+    early = str(ends.write(tmp_path / "early"))
+    (told,) = notes_of(tmp_path / "e", teacher, cache, heldout_cache=early, objective=[line])
+    assert "measured with 8 ids per row, up to a mass of 0.5, and trained with 8 ids per" in told
     line["options"] |= {"k": 8}
     message = r"heldout_cache .*options.k = 8 of a cache that holds 4 ids per row; expected at most"
     changes = {"heldout_cache": held, "objective": [line]}

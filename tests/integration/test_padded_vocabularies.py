@@ -58,6 +58,30 @@ def mass_on_nothing(directory, texts) -> float:
 
 
 @pytest.mark.parametrize(
+    ("k", "objective"),
+    [
+        (4, {"name": "forward_kl"}),
+        (0, {"name": "forward_kl"}),
+        (4, {"name": "forward_kl", "options": {"tail": "bucket"}}),
+        (4, {"name": "teacher_argmax"}),
+    ],
+    ids=str,
+)
+def test_a_head_narrower_than_the_teachers_trains(tmp_path, k, objective):
+    """A large teacher often has more rows of padding than a small one of its family."""
+    wide = tiny_models.save_llama(tmp_path / "teacher", num_layers=2, vocab_size=HEAD)
+    tiny_models.save_tokenizer(wide, VOCAB)
+    texts = memory_cache.examples(12, vocab_size=VOCAB)
+    cache = memory_cache.captured(wide, texts, k=k, tail_draws=8)
+    ids = [record.signals["draw_ids"] for record in cache.records]
+    assert max(int(one.max()) for one in ids) >= VOCAB  # random weights draw padding too
+    (tmp_path / "nothing").mkdir()
+    narrow = student_architectures.save_model("llama", tmp_path / "s", tmp_path / "nothing", VOCAB)
+    result = train(make_run(tmp_path, wide, narrow, objective, steps=3), caches={"": cache})
+    assert result.check["reloaded"] == pytest.approx(result.check["in_training"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
     "objective",
     [
         {"name": "forward_kl"},

@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stillroom.cache_schemas.errors import ConfigError, StudentError
@@ -19,6 +22,7 @@ from stillroom.pipeline.training.trainer import train
 from tests import memory_cache, student_architectures, tiny_models
 
 STEPS = 8
+EMBEDDINGS = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +256,22 @@ def test_files_have_the_permissions_of_the_umask(tmp_path, teacher, umask):
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "made").iterdir()}
     assert set(modes.values()) == {0o666 & ~umask}
     assert "model.safetensors" in modes
+
+
+def test_values_beyond_an_exports_type_are_refused_by_name(tmp_path, teacher):
+    """One weight of a token that no text has: no loss would show it."""
+    large = shutil.copytree(teacher, tmp_path / "large")
+    weights = load_file(large / "model.safetensors")
+    weights[EMBEDDINGS][1, 0] = 1e5
+    save_file(weights, large / "model.safetensors", {"format": "pt"})
+    cache = memory_cache.captured(large, memory_cache.examples(12))
+    held = memory_cache.captured(large, memory_cache.examples(6, seed=1)).write(tmp_path / "held")
+    half = make_run(tmp_path / "run", large, held, export_dtype="float16", steps=2)
+    message = f"{EMBEDDINGS} has values that float16 cannot hold; expected at most 65504"
+    with pytest.raises(StudentError, match=message) as caught:
+        train(half, caches={"": cache})
+    assert "export_dtype = 'bfloat16'" in caught.value.remedy
+    assert not half.path("student").exists()
+    brain = make_run(tmp_path / "run", large, held, export_dtype="bfloat16", steps=2)
+    asked = train(brain, caches={"": cache}, stop=lambda: pytest.fail("trained again"))
+    assert load_file(Path(asked.student) / "model.safetensors")[EMBEDDINGS].isfinite().all()

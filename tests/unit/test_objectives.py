@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 
 import stillroom.pipeline  # noqa: F401  (see pipeline.cpu_wheels)
 from stillroom.cache_schemas.errors import ConfigError
+from stillroom.pipeline.config.training import Objective
 from stillroom.pipeline.data.batch import DistillBatch, Teacher, Units
 from stillroom.pipeline.objectives import registry
 from stillroom.pipeline.objectives.alignment import distance
+from stillroom.pipeline.objectives.combine import terms_of
 from stillroom.pipeline.objectives.divergence import DIVERGENCES
 from stillroom.pipeline.objectives.policy import effective_sample_share, returns, surrogate
 from stillroom.pipeline.objectives.registry import CacheFacts, Context
 from stillroom.pipeline.objectives.teacher_rows import logit_spread, sampled_tail
-from stillroom.pipeline.objectives.weighting import admitted
+from stillroom.pipeline.objectives.weighting import admitted, unit_weights
 from stillroom.pipeline.student.states import Head, StudentStates
 
 ROWS, WIDTH, VOCABULARY, TEACHER_WIDTH = 9, 12, 31, 7
@@ -246,6 +248,50 @@ def test_ids_that_a_smaller_student_lacks_join_the_tail():
     assert all(torch.isfinite(g).all() for g in world.gradients(rows))
 
 
+def without(world, *words):
+    """The teacher's rows of these words are beyond the student's head; bool [rows, words]."""
+    for name in ("topk_ids", "draw_ids"):
+        if name in world.signals:
+            ids = world.signals[name]
+            away = torch.isin(ids, torch.tensor(words))
+            world.signals[name] = torch.where(away, ids + VOCABULARY, ids)
+    there = torch.ones(ROWS, VOCABULARY, dtype=torch.bool)
+    there[:, list(words)] = False
+    return there
+
+
+@pytest.mark.parametrize("baseline", ["entropy", "none"])
+@pytest.mark.parametrize("k", [0, 4])
+def test_draws_that_a_smaller_student_lacks_are_none(k, baseline):
+    """With every word of the tail drawn as often as it is likely, what is left is the divergence
+    over the words that both have; the baseline is that of the draws' own words."""
+    world = World(k=k, draws=VOCABULARY - k)
+    p, log_q = world.teacher_logits.softmax(-1), world.logits.log_softmax(-1)
+    drawn = p.gather(1, world.signals["draw_ids"])
+    world.signals["draw_counts"] = (drawn * 1e12).round()
+    in_list = torch.zeros(ROWS, VOCABULARY).scatter(1, world.signals["topk_ids"], 1.0) > 0
+    both = without(world, 2, 17, 23)
+    found = world.rows("forward_kl", tail="sampled", baseline=baseline)
+    crossed = -(p * log_q).where(both, 0).sum(-1)
+    known = both | (~in_list if baseline == "entropy" else both)
+    own = (p * p.log()).where(known, 0).sum(-1) if baseline == "entropy" else 0.0
+    torch.testing.assert_close(found, crossed + own, rtol=1e-7, atol=1e-9)
+    ours, theirs = world.gradients(found), world.gradients(crossed)
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_the_first_choice_is_one_that_the_student_has():
+    world = World(k=4)
+    best = world.signals["topk_ids"]
+    second, gone = best[1, 1].item(), best[2].tolist()
+    without(world, best[1, 0].item(), *gone)
+    rows, log_q = world.rows("teacher_argmax"), world.logits.log_softmax(-1)
+    assert rows[2] == 0
+    if second not in gone:
+        torch.testing.assert_close(rows[1], -log_q[1, second])
+    assert torch.isfinite(rows).all()
+
+
 @pytest.mark.parametrize(
     ("name", "options", "tail"),
     [
@@ -372,6 +418,27 @@ def test_a_curriculum_admits_a_growing_share_from_one_end(scores, progress):
     assert low.sum() == high.sum() == min(count, len(scores))
     assert score[low].max() <= min(score[~low].tolist(), default=math.inf)
     assert score[high].min() >= max(score[~high].tolist(), default=-math.inf)
+
+
+@pytest.mark.parametrize("curriculum", ["low_entropy_first", "high_entropy_first"])
+@pytest.mark.parametrize("source", ["easy", "hard"])
+def test_a_curriculum_ranks_the_rows_of_its_line_alone(curriculum, source):
+    """A source of weight 0 and what the mask leaves out take no line's place in the order."""
+    world = World()
+    _, context = world.context("forward_kl")
+    world.signals["entropy"] = torch.arange(ROWS, dtype=torch.float64)  # example 0 is the easiest
+    batch = replace(context.batch, sources=("easy", "hard", "hard"))
+    batch.rows.answer[[3, 8]] = False
+    others = {"easy": 0.0, "hard": 0.0} | {source: 2.0}
+    table = Objective(name="forward_kl", curriculum=curriculum, source_weights=others)
+    (term,) = terms_of([table], {"": replace(context.cache, k=VOCABULARY)})
+    own = [0, 1, 2] if source == "easy" else [4, 5, 6, 7]
+    for progress in (0.0, 0.5, 1.0):
+        weights = unit_weights(term, batch, progress)
+        count = max(1, math.ceil((0.25 + 0.75 * progress) * len(own)))
+        ranked = own if curriculum.startswith("low") else own[::-1]
+        assert weights.nonzero()[:, 0].tolist() == sorted(ranked[:count])
+        assert set(weights.tolist()) <= {0.0, 2.0}
 
 
 def test_mixtures_of_teachers_have_the_gradient_of_their_mean():
