@@ -34,7 +34,14 @@ from stillroom.pipeline.training.identity import check_identity, check_not_fewer
 from stillroom.pipeline.training.lock import exclusive
 from stillroom.pipeline.training.metrics import MetricsLog
 from stillroom.pipeline.training.parallel import Parallel, whole
-from stillroom.pipeline.training.result import RESULT, TrainResult, finished, finished_facts, keep
+from stillroom.pipeline.training.result import (
+    RESULT,
+    TrainResult,
+    finished,
+    finished_facts,
+    keep,
+    name_own_initial,
+)
 from stillroom.pipeline.training.setup import Setup
 from stillroom.pipeline.training.stepping import Progress
 
@@ -88,6 +95,7 @@ class Training(Setup):
         patience, chosen_by = self.settings.patience, self._chosen_by()
         done = finished(self.settings_run, steps, self.identity, form, chosen_by, patience)
         if done is not None:
+            self.parallel.together(lambda: name_own_initial(self.settings_run))
             if done.steps < steps:
                 self._note_early_end(done.steps, done.best_step)
             return done
@@ -142,12 +150,12 @@ class Training(Setup):
             raise StudentError(
                 f"the run is at step {told['steps']}, and its checkpoints are gone",
                 where=str(self.checkpoints.directory),
-                remedy=self._way_on(told["student"]),
+                remedy=self._way_on(self.settings_run.path("student")),
             )
 
-    def _way_on(self, student: str) -> str:
+    def _way_on(self, student: Path) -> str:
         anew = f"delete {self.settings_run.path(RESULT)} to train from the first step"
-        if not is_model(Path(student)):
+        if not is_model(student):
             return f"Its student is gone too: {anew}."
         return (
             f"Start another run from its student ([student] init = 'model' and model = "

@@ -19,6 +19,8 @@ from stillroom.cache_schemas.errors import (
     StudentError,
 )
 from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.student.loading import load
+from stillroom.pipeline.student.places import plain_model
 from stillroom.pipeline.training import checkpoint, metrics, parallel
 from stillroom.pipeline.training.card import add_results
 from stillroom.pipeline.training.metrics import read_metrics
@@ -115,6 +117,31 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(tmp_path, teacher
         train(more, caches={"": cache})
     run.path("train.json").unlink()
     assert train(more, caches={"": cache}).steps == 3
+
+
+@pytest.mark.parametrize("move", [shutil.copytree, shutil.move], ids=["copied", "moved"])
+def test_a_run_elsewhere_has_a_student_of_its_own(tmp_path, teacher, cache, move):
+    lora = {"lora": {"rank": 2, "export": "adapter"}}
+    train(make_run(tmp_path / "first", teacher, steps=1, **lora), caches={"": cache})
+    move(tmp_path / "first", tmp_path / "second")
+    run = make_run(tmp_path / "second", teacher, steps=1, **lora)
+    result = train(run, caches={"": cache}, stop=lambda: pytest.fail("again"))
+    assert (result.student, result.initial) == (
+        str(run.path("student")),
+        str(run.path("student-initial")),
+    )
+    assert plain_model(result.student) == result.initial
+    shutil.rmtree(tmp_path / "first", ignore_errors=True)
+    load(result.student)
+    # What a person wrote there is theirs.
+    config = run.path("student", "adapter_config.json")
+    told = json.loads(config.read_text()) | {"base_model_name_or_path": "person/published"}
+    config.write_text(json.dumps(told))
+    train(run, caches={"": cache})
+    assert plain_model(result.student) == "person/published"
+    shutil.rmtree(run.path("checkpoints"))
+    with pytest.raises(StudentError, match=f"model = '{run.path('student')}'"):
+        train(make_run(tmp_path / "second", teacher, steps=2, **lora), caches={"": cache})
 
 
 BEST = {"evaluate_every": 1, "keep_best": "1.forward_kl", "keep_last": 1}
