@@ -24,6 +24,7 @@ from stillroom.pipeline.student.memory import FP32, check_room, numbers_in
 from stillroom.pipeline.student.pruning import prune_layers, prune_width
 from stillroom.pipeline.student.sameness import Expected, check_saved, expected_of
 from stillroom.pipeline.student.saving import RECEIPT, export
+from stillroom.pipeline.student.skeleton import config_of, not_a_student
 from stillroom.pipeline.student.states import blocks_of
 from stillroom.pipeline.teacher.adapter import merged
 from stillroom.pipeline.teacher.facts import model_config, model_directory, teacher_facts
@@ -194,7 +195,7 @@ def load_source(student: Student, teacher: Teacher) -> Any:
 
 
 def _from_config(student: Student, _teacher: Teacher) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if not student.model:
         raise StudentError(
@@ -202,13 +203,15 @@ def _from_config(student: Student, _teacher: Teacher) -> Any:
             where="[student] model",
             remedy="Name a config.json, or a directory that holds one.",
         )
+    config = config_of(student.model)
     with torch.random.fork_rng():
         torch.manual_seed(student.seed)
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(student.model, trust_remote_code=False),
-            dtype=torch.float32,
-            trust_remote_code=False,
-        )
+        try:
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
+        except Exception as error:  # whatever numbers that fit nothing make the libraries raise
+            raise not_a_student(student.model, error) from None
 
 
 def _model(student: Student, teacher: Teacher) -> Any:

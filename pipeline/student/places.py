@@ -9,6 +9,8 @@ from pathlib import Path
 
 ADAPTER = "adapter_config.json"
 """File by which PEFT and transformers know an adapter."""
+BASE = "base_model_name_or_path"
+"""Key of that file: the model that the adapter belongs to."""
 
 
 def is_model(directory: Path) -> bool:
@@ -20,7 +22,7 @@ def plain_model(directory: str | Path) -> str:
     """Where the config lies: in the directory, or in that of the model that its adapter names."""
     if not is_adapter(directory):
         return str(directory)
-    return json.loads((Path(directory) / ADAPTER).read_text())["base_model_name_or_path"]
+    return json.loads((Path(directory) / ADAPTER).read_text())[BASE]
 
 
 def is_adapter(directory: str | Path) -> bool:

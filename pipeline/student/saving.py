@@ -15,6 +15,7 @@ import torch
 from stillroom.cache_schemas.errors import StudentError, first_line
 from stillroom.pipeline.student.llava import TASK_TOKENS
 from stillroom.pipeline.student.llava_parts import name_for_vllm
+from stillroom.pipeline.student.replacing import Replacing
 from stillroom.pipeline.student.tokenizer_files import keep_tokenizer
 
 RECEIPT, README = "student.json", "README.md"
@@ -32,19 +33,20 @@ def export(
 
     Args:
         model: a transformers model, or a PEFT model whose adapter is to be written.
-        directory: where it goes; what is there is replaced, but for its README.
+        directory: where it goes, itself or as a link; what is there is replaced, but for its
+            README.
         tokenizer_from: HF directory whose tokenizer the student keeps.
         facts: JSON kept as `student.json`.
         task_tokens: [count, D], kept beside a student that was trained with them.
         check: given what was written, before it is put in place; raises where it is wrong.
 
     Raises:
-        StudentError: transformers does not write it, or `check` says so.
+        StudentError: transformers does not write it, it cannot be put there, or `check` says so.
     """
     from safetensors.torch import save_file
 
-    staging = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(staging, ignore_errors=True)
+    place = Replacing.of(directory)
+    staging = place.staging
     _write_model(model, staging)
     (staging / README).unlink(missing_ok=True)  # PEFT's, with blanks to be filled in
     name_for_vllm(staging)
@@ -60,7 +62,7 @@ def export(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    _put_in_place(staging, directory)
+    place.swap()
 
 
 def _write_model(model: Any, staging: Path) -> None:
@@ -83,14 +85,3 @@ def readable_as_others(directory: Path) -> None:
     for path in directory.iterdir():
         if path.is_file():
             path.chmod(mode & 0o777)
-
-
-def _put_in_place(staging: Path, directory: Path) -> None:
-    if not directory.exists():
-        staging.rename(directory)
-        return
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    directory.rename(old)
-    staging.rename(directory)
-    shutil.rmtree(old)

@@ -19,6 +19,7 @@ from stillroom.pipeline.student.states import decoder_of
 from stillroom.pipeline.teacher.facts import model_directory
 
 CHECK = "Check [student] model."
+INVALID = "Put that right in its config.json, or name another [student] model."
 SPARE_POSITIONS = 8
 """A table of positions may have a few rows more than the config's number (OPT has two)."""
 
@@ -37,7 +38,7 @@ def config_source(student: Student, teacher: Teacher | None, initial: Path) -> s
         return str(initial)
     if student.init == "parts":
         for part in filter(None, (student.model, student.vision_model)):
-            _config(part)
+            config_of(part)
         return None
     if student.init == "config":
         return student.model or None
@@ -55,33 +56,42 @@ def skeleton(source: str) -> Any:
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = _config(source)
+    config = config_of(source)
     sees = hasattr(config, "vision_config")
     kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
         with torch.device("meta"):
             return kind.from_config(config)
-    except (ValueError, ImportError, KeyError, AttributeError) as error:
-        raise _not_a_student(source, error) from None
+    except Exception as error:  # whatever numbers that fit nothing make the libraries raise
+        raise not_a_student(source, error) from None
 
 
-def _config(source: str) -> Any:
+def config_of(source: str) -> Any:
+    """The config of a directory, a file, a hub id, or of the model that an adapter names.
+
+    Raises:
+        StudentError: it is not there, or not one that transformers knows.
+    """
     from transformers import AutoConfig
 
     if source.endswith(".json") and not Path(source).is_file():
         raise StudentError("no such file", expected="a config", where=source, remedy=CHECK)
     try:
         return AutoConfig.from_pretrained(plain_model(source), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_a_student(source, error) from None
+    except Exception as error:  # whatever a broken config makes the library raise
+        raise not_a_student(source, error) from None
 
 
-def _not_a_student(source: str, error: Exception) -> StudentError:
+def not_a_student(source: str, error: Exception) -> StudentError:
+    """A config from which transformers makes nothing, and why."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    invalid = isinstance(error, StrictDataclassError)
     return StudentError(
-        f"no student can be made of it ({first_line(error)})",
+        f"no student can be made of it ({first_line(error.__cause__ or error)})",
         expected="the config.json of a causal language model, or a directory that holds it",
         where=source,
-        remedy=CHECK,
+        remedy=INVALID if invalid else CHECK,
     )
 
 

@@ -7,6 +7,7 @@ are deleted only after the new one exists.
 """
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -55,8 +56,11 @@ class Best:
     of: str = ""
 
     def after(self, value: float, step: int) -> "Best":
-        """The best once `value` has been measured after `step` steps."""
-        if self.value is None or value < self.value:
+        """The best once `value` has been measured after `step` steps.
+
+        NaN is no value, only a measurement; states of before may hold it, and any number beats it.
+        """
+        if not math.isnan(value) and (self.value is None or not self.value <= value):
             return Best(value, step, of=self.of)
         return replace(self, since=self.since + 1)
 
@@ -128,6 +132,10 @@ class Checkpoints:
         """Where the checkpoint after `step` steps is, or would be."""
         return self.directory / f"step-{step:08d}"
 
+    def holds(self, step: int) -> bool:
+        """Whether the checkpoint after `step` steps is there."""
+        return (self.of_step(step) / STATE).exists()
+
     def save(self, state: TrainingState, tensors: dict[str, torch.Tensor]) -> None:
         """Write a checkpoint; in the background its predecessor is finished first.
 
@@ -168,8 +176,10 @@ class Checkpoints:
         """Fill `tensors` in place; returns the state beside them.
 
         Raises:
-            StudentError: a tensor is missing or its bytes are damaged.
+            StudentError: it is not there, a tensor is missing, or its bytes are damaged.
         """
+        if not (checkpoint / STATE).exists():
+            raise StudentError("there is no such checkpoint", where=str(checkpoint))
         try:
             state = TrainingState.from_json((checkpoint / STATE).read_text())
             reader = HuggingFaceStorageReader(str(checkpoint))

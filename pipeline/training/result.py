@@ -7,10 +7,11 @@ for now; asked again it is read, not trained. It holds no weights.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stillroom.pipeline.config import Run
-from stillroom.pipeline.student.places import is_model
+from stillroom.pipeline.student.places import ADAPTER, BASE, is_model
 from stillroom.pipeline.training.checkpoint import write_durably
 from stillroom.pipeline.training.identity import MEASURED, check_identity
 
@@ -85,8 +86,22 @@ def finished(
     if facts.pop("patience", None) != patience and facts["steps"] < steps:
         return None
     facts.pop("teachers", None)
-    facts["seconds"] = 0.0
+    # A run that was moved or copied told another place; a recommender has no initial student.
+    initial = str(run.path("student-initial")) if facts["initial"] else ""
+    facts |= {"student": str(run.path("student")), "initial": initial, "seconds": 0.0}
     return TrainResult(**facts)
+
+
+def name_own_initial(run: Run) -> None:
+    """Let the adapter of a run that was moved or copied name the initial student beside it; one
+    that a person gave another base, such as a published one, keeps it."""
+    path, initial = run.path("student", ADAPTER), run.path("student-initial")
+    if not path.exists():
+        return
+    facts = json.loads(path.read_text())
+    named, own = Path(facts[BASE]), str(initial.resolve())
+    if named.is_absolute() and named.name == Path(own).name and str(named) != own:
+        write_durably(path, json.dumps(facts | {BASE: own}, indent=2, sort_keys=True))
 
 
 def keep(

@@ -13,17 +13,13 @@ from pathlib import Path
 
 import torch
 
-from stillroom.cache_schemas.errors import (
-    EXIT_INCOMPLETE,
-    ConfigError,
-    StillroomError,
-    StudentError,
-)
+from stillroom.cache_schemas.errors import EXIT_INCOMPLETE, StillroomError, StudentError
 from stillroom.cache_schemas.scrubbing import scrubbed
 from stillroom.pipeline.config import Run, require
 from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.data.records import RecordSource
 from stillroom.pipeline.student.places import is_model
+from stillroom.pipeline.training.best import best_of_before, take_best
 from stillroom.pipeline.training.card import check_card, write_card_anew
 from stillroom.pipeline.training.checkpoint import (
     Best,
@@ -38,7 +34,14 @@ from stillroom.pipeline.training.identity import check_identity, check_not_fewer
 from stillroom.pipeline.training.lock import exclusive
 from stillroom.pipeline.training.metrics import MetricsLog
 from stillroom.pipeline.training.parallel import Parallel, whole
-from stillroom.pipeline.training.result import RESULT, TrainResult, finished, finished_facts, keep
+from stillroom.pipeline.training.result import (
+    RESULT,
+    TrainResult,
+    finished,
+    finished_facts,
+    keep,
+    name_own_initial,
+)
 from stillroom.pipeline.training.setup import Setup
 from stillroom.pipeline.training.stepping import Progress
 
@@ -92,6 +95,7 @@ class Training(Setup):
         patience, chosen_by = self.settings.patience, self._chosen_by()
         done = finished(self.settings_run, steps, self.identity, form, chosen_by, patience)
         if done is not None:
+            self.parallel.together(lambda: name_own_initial(self.settings_run))
             if done.steps < steps:
                 self._note_early_end(done.steps, done.best_step)
             return done
@@ -130,32 +134,14 @@ class Training(Setup):
         check_identity(state.identity, self.identity, str(latest))
         set_optimizer_step(self.optimizer, state.step)
         check_not_fewer(state.step, self.settings.steps, str(latest))
-        return replace(state, best=self._best_of_before(state))
+        of = self._chosen_by()
+        best = best_of_before(state, self.settings, self.checkpoints, of, self._note)
+        return replace(state, best=best)
 
     def _chosen_by(self) -> str:
         """What `keep_best` measures, and on what."""
         wanted = self.settings.keep_best
         return measured_by(wanted, self.named.heldout) if wanted else ""
-
-    def _best_of_before(self, state: TrainingState) -> Best:
-        """What is to be beaten: nothing yet where the measure, or its text, was another.
-
-        Raises:
-            ConfigError: and there is no step left to measure after.
-        """
-        best = state.best.among(self._chosen_by())
-        wanted, steps = self.settings.keep_best, self.settings.steps
-        if wanted and best.value is None and state.step == steps:
-            raise ConfigError(
-                f"keep_best = '{wanted}' of a run whose {steps} steps were taken without it",
-                expected="a run that measures it while it trains, on these held-out caches",
-                where="[train]",
-                remedy="Put keep_best and the held-out caches back as they were, set steps higher "
-                "(only the further ones are compared), or use another run directory.",
-            )
-        if state.best.value is not None and best.value is None:
-            self._note(f"keep_best is another measure now: compared from step {state.step} on")
-        return best
 
     def _check_nothing_is_lost(self) -> None:
         """A finished run whose checkpoints are gone cannot go on."""
@@ -164,12 +150,12 @@ class Training(Setup):
             raise StudentError(
                 f"the run is at step {told['steps']}, and its checkpoints are gone",
                 where=str(self.checkpoints.directory),
-                remedy=self._way_on(told["student"]),
+                remedy=self._way_on(self.settings_run.path("student")),
             )
 
-    def _way_on(self, student: str) -> str:
+    def _way_on(self, student: Path) -> str:
         anew = f"delete {self.settings_run.path(RESULT)} to train from the first step"
-        if not is_model(Path(student)):
+        if not is_model(student):
             return f"Its student is gone too: {anew}."
         return (
             f"Start another run from its student ([student] init = 'model' and model = "
@@ -238,7 +224,7 @@ class Training(Setup):
         best = state.best.step if self.settings.keep_best else 0
         if best not in (0, state.step):
             tensors = tensors_of(self.distiller, self.optimizer, self.ema)
-            self.checkpoints.load(self.checkpoints.of_step(best), tensors)
+            take_best(best, state.step, self.settings, self.checkpoints, tensors)
         self.optimizer.state.clear()  # it is in the checkpoint; its room is for the export's check
         weights = self.ema or {name: p.detach() for name, p in trainable(self.distiller)}
         full = {name: whole(tensor) for name, tensor in weights.items()}

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from stillroom.cache_schemas.errors import (
     StudentError,
 )
 from stillroom.pipeline.config.training import Train
+from stillroom.pipeline.student.loading import load
+from stillroom.pipeline.student.places import plain_model
 from stillroom.pipeline.training import checkpoint, metrics, parallel
 from stillroom.pipeline.training.card import add_results
 from stillroom.pipeline.training.metrics import read_metrics
@@ -99,8 +103,6 @@ def test_steps_are_not_taken_back(tmp_path, teacher, cache):
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_start_again(tmp_path, teacher, cache):
-    import shutil
-
     run = make_run(tmp_path / "run", teacher, steps=2, **STEADY)
     result = train(run, caches={"": cache})
     shutil.rmtree(run.path("checkpoints"))
@@ -115,6 +117,31 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(tmp_path, teacher
         train(more, caches={"": cache})
     run.path("train.json").unlink()
     assert train(more, caches={"": cache}).steps == 3
+
+
+@pytest.mark.parametrize("move", [shutil.copytree, shutil.move], ids=["copied", "moved"])
+def test_a_run_elsewhere_has_a_student_of_its_own(tmp_path, teacher, cache, move):
+    lora = {"lora": {"rank": 2, "export": "adapter"}}
+    train(make_run(tmp_path / "first", teacher, steps=1, **lora), caches={"": cache})
+    move(tmp_path / "first", tmp_path / "second")
+    run = make_run(tmp_path / "second", teacher, steps=1, **lora)
+    result = train(run, caches={"": cache}, stop=lambda: pytest.fail("again"))
+    assert (result.student, result.initial) == (
+        str(run.path("student")),
+        str(run.path("student-initial")),
+    )
+    assert plain_model(result.student) == result.initial
+    shutil.rmtree(tmp_path / "first", ignore_errors=True)
+    load(result.student)
+    # What a person wrote there is theirs.
+    config = run.path("student", "adapter_config.json")
+    told = json.loads(config.read_text()) | {"base_model_name_or_path": "person/published"}
+    config.write_text(json.dumps(told))
+    train(run, caches={"": cache})
+    assert plain_model(result.student) == "person/published"
+    shutil.rmtree(run.path("checkpoints"))
+    with pytest.raises(StudentError, match=f"model = '{run.path('student')}'"):
+        train(make_run(tmp_path / "second", teacher, steps=2, **lora), caches={"": cache})
 
 
 BEST = {"evaluate_every": 1, "keep_best": "1.forward_kl", "keep_last": 1}
@@ -210,6 +237,79 @@ def test_a_stopped_run_remembers_its_best(tmp_path, teacher, cache, heldout, ove
         train(run, caches={"": cache}, stop=lambda: next(asked) >= 5)
     assert train(run, caches={"": cache}).best_step == result.best_step
     assert weights_digest(run) == weights_digest(whole)
+
+
+@pytest.fixture
+def without_its_best(tmp_path, overshooting):
+    """A copy of that run whose student is to be written again; the best step's checkpoint."""
+    whole, result = overshooting
+    shutil.copytree(whole.path(), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "student")
+    return tmp_path / "run", tmp_path / "run" / "checkpoints" / f"step-{result.best_step:08d}"
+
+
+def overshooting_again(directory, whole, **changes):
+    settings = whole.train.model_dump(mode="json") | changes
+    return make_run(directory, whole.teacher.model, **settings)
+
+
+@pytest.mark.parametrize("lost", ["damaged", "deleted"])
+def test_a_lost_best_is_told_with_what_works(cache, overshooting, without_its_best, lost):
+    whole, before = overshooting
+    directory, best = without_its_best
+    (weights,) = best.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-50])
+    if lost == "deleted":
+        shutil.rmtree(best)
+    same = overshooting_again(directory, whole)
+    message = {"damaged": "cannot be read", "deleted": "whose checkpoint is gone"}[lost]
+    with pytest.raises(StudentError, match=rf"{best}.*of step {before.best_step}.*{message}") as no:
+        train(same, caches={"": cache})
+    begin = {"damaged": "Delete this checkpoint and set", "deleted": "Set"}[lost]
+    assert no.value.remedy.startswith(f"{begin} steps above 8 ")
+    assert "or leave keep_best out to have the last step's student" in no.value.remedy
+    # Both ways that it names.
+    plain = overshooting_again(directory, whole, keep_best="")
+    assert train(plain, caches={"": cache}).best_step == 0
+    shutil.rmtree(best, ignore_errors=True)
+    notes = []
+    longer = overshooting_again(directory, whole, steps=10)
+    result = train(longer, caches={"": cache}, on_note=notes.append)
+    measured = {line["step"]: line["heldout/1.forward_kl"] for line in read_metrics(longer.path())}
+    assert result.best_step == min((9, 10), key=measured.__getitem__)
+    (told,) = [note for note in notes if "is gone" in note]
+    assert told.endswith("whose checkpoint is gone: compared from step 8 on")
+
+
+def test_a_run_that_ended_early_goes_on_without_its_best(tmp_path, teacher, cache, heldout):
+    shared = {"heldout_cache": heldout, "learning_rate": 0.02, "clip": 0} | STEADY | BEST
+    run = make_run(tmp_path, teacher, steps=8, patience=1, **shared)
+    first = train(run, caches={"": cache})
+    assert first.steps < 8
+    shutil.rmtree(run.path("student"))
+    shutil.rmtree(run.path("checkpoints", f"step-{first.best_step:08d}"))
+    notes = []
+    again = train(run, caches={"": cache}, on_note=notes.append)
+    assert again.best_step > first.steps
+    assert any(f"gone: compared from step {first.steps} on" in note for note in notes)
+
+
+def test_a_measurement_that_is_no_number_is_never_the_best():
+    nan = float("nan")
+    first = checkpoint.Best(of="it").after(nan, 1)
+    assert (first.value, first.step, first.since) == (None, 0, 1)
+    best = first.after(0.5, 2)
+    assert (best.value, best.step, best.since) == (0.5, 2, 0)
+    assert best.after(nan, 3) == replace(best, since=1)
+    assert best.after(nan, 3).after(0.4, 4).step == 4
+    of_before = checkpoint.Best(nan, 1, of="it")
+    assert of_before.after(0.5, 2).step == 2
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    kept = checkpoint.Checkpoints(tmp_path, ALONE, keep_last=1, background=False)
+    with pytest.raises(StudentError, match="step-00000003: there is no such checkpoint"):
+        kept.load(kept.of_step(3), {})
 
 
 @pytest.mark.parametrize("key", ["keep_best", "heldout_cache"])

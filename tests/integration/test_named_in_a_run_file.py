@@ -1,5 +1,6 @@
 """Every name in a run file is checked before a model is loaded, and told together."""
 
+import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,6 +142,22 @@ def test_a_config_that_does_not_exist(monkeypatch, tmp_path, teacher, cache):
     error = refused(monkeypatch, run, cache, "no student can be made of it", StudentError)
     assert error.remedy == "Check [student] model."
     works(a_run(tmp_path / "b", teacher, {"init": "config", "model": str(teacher)}), cache)
+
+
+def test_a_config_that_contradicts_itself(monkeypatch, tmp_path, teacher, cache):
+    deep = tiny_models.save_qwen3(tmp_path / "deep", padded_vocab_size=768)
+    facts = json.loads((deep / "config.json").read_text()) | {"num_hidden_layers": 1}
+    config = tmp_path / "shallow.json"
+    config.write_text(json.dumps(facts))
+    student = {"init": "config", "model": str(config)}
+    run = a_run(tmp_path / "a", teacher, student)
+    message = r"shallow.json: .*num_hidden_layers` \(1\) must be equal to .*layer_types` \(2\)"
+    error = refused(monkeypatch, run, cache, message, StudentError)
+    assert error.remedy.startswith("Put that right in its config.json")
+    with pytest.raises(StudentError, match=message):  # by `stillroom student`, too
+        setup.initial_student(run.student, run.teacher, run.path(INITIAL))
+    config.write_text(json.dumps(facts | {"layer_types": facts["layer_types"][:1]}))
+    works(a_run(tmp_path / "b", teacher, student), cache)
 
 
 def gpt2(directory, teacher, positions):

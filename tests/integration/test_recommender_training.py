@@ -127,6 +127,22 @@ def test_a_stopped_run_ends_in_the_same_bits(copied, kind):
     assert again.seconds == 0
 
 
+def test_a_copied_run_has_a_student_of_its_own_behind_a_link_too(copied, tmp_path):
+    first = copied(train={"steps": 2})
+    train_recommender(first)
+    shutil.copytree(first.path(), tmp_path / "second")
+    result = train_recommender(copied(name="second", train={"steps": 2}))
+    student = tmp_path / "second" / "student"
+    assert (result.student, result.initial, result.seconds) == (str(student), "", 0)
+    shutil.move(student, tmp_path / "far")
+    student.symlink_to(tmp_path / "far")
+    longer = copied(name="second", train={"steps": 4})
+    assert train_recommender(longer).steps == 4
+    assert student.is_symlink()
+    assert load(tmp_path / "far")[1]["chosen"]["step"] == train_recommender(longer).best_step
+    assert_equal_bits(weights_of(longer), load(tmp_path / "far")[0].state_dict())
+
+
 def test_a_killed_run_forgets_the_best_of_the_steps_it_takes_again(copied):
     """Killed before the first checkpoint: the best weights of that life do not count."""
     run = copied(train={"checkpoint_every": 1000, "evaluate_every": 2})

@@ -275,3 +275,66 @@ def test_values_beyond_an_exports_type_are_refused_by_name(tmp_path, teacher):
     brain = make_run(tmp_path / "run", large, held, export_dtype="bfloat16", steps=2)
     asked = train(brain, caches={"": cache}, stop=lambda: pytest.fail("trained again"))
     assert load_file(Path(asked.student) / "model.safetensors")[EMBEDDINGS].isfinite().all()
+
+
+def test_a_student_behind_a_link_is_replaced_there(tmp_path, teacher, cache, heldout):
+    train(make_run(tmp_path / "run", teacher, heldout), caches={"": cache})
+    run = make_run(tmp_path / "run", teacher, heldout, steps=STEPS + 1)
+    link, far = run.path("student"), tmp_path / "large disk" / "far"
+    far.parent.mkdir()
+    shutil.move(link, far)
+    (far.parent / "far.old").mkdir()  # somebody's own
+    (far / "README.md").write_text("what I think of it")
+    link.symlink_to(far)
+    result = train(run, caches={"": cache})
+    assert link.is_symlink()
+    assert json.loads((far / "student.json").read_text())["identity"]
+    assert "what I think of it" in (far / "README.md").read_text()
+    assert own_loss(AutoModelForCausalLM.from_pretrained(result.student)) == pytest.approx(
+        read_metrics(run.path())[-1]["heldout/2.cross_entropy"], abs=1e-5
+    )
+    assert {path.name for path in far.parent.iterdir()} == {"far", "far.old"}
+
+
+def exported(teacher, directory, **facts):
+    export(load(teacher), directory, teacher, facts)
+    return json.loads((directory / "student.json").read_text())
+
+
+def test_a_link_left_aside_by_a_failed_replacement_goes(tmp_path, teacher):
+    """As earlier releases left it: the link moved away, a directory in its place."""
+    student, far = tmp_path / "student", tmp_path / "far"
+    exported(teacher, far, of="before")
+    exported(teacher, student, of="then")
+    (tmp_path / "student.old").symlink_to(far)
+    (tmp_path / "student.tmp").mkdir()
+    assert exported(teacher, student, of="now") == {"of": "now"}
+    assert {path.name for path in tmp_path.iterdir()} == {"student", "far"}
+    assert json.loads((far / "student.json").read_text()) == {"of": "before"}
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_swap_that_was_cut_short_loses_no_readme(tmp_path, teacher, linked):
+    student, real, moved = tmp_path / "student", tmp_path / "student", tmp_path / "student.old"
+    if linked:
+        real, moved = tmp_path / "far", tmp_path / "far.stillroom.old"
+        student.symlink_to(real)
+    exported(teacher, real, of="before")
+    (real / "README.md").write_text("mine")
+    real.rename(moved)
+    assert exported(teacher, student, of="now") == {"of": "now"}
+    assert (real / "README.md").read_text() == "mine"
+    assert student.is_symlink() == linked
+    assert not moved.exists()
+
+
+def test_a_link_to_where_nothing_can_be_written(tmp_path, teacher):
+    student = tmp_path / "student"
+    student.symlink_to("/proc/student")
+    with pytest.raises(StudentError, match=r"no student can be put into /proc/student") as caught:
+        exported(teacher, student)
+    assert "Let it be a link to such a directory" in caught.value.remedy
+    student.unlink()
+    student.symlink_to(tmp_path / "far")
+    assert exported(teacher, student, of="now") == {"of": "now"}
+    assert student.is_symlink()

@@ -6,7 +6,6 @@ loaded again and has to score some histories as the student in memory does befor
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from stillroom.cache_schemas.errors import StillroomError, StudentError, first_l
 from stillroom.pipeline.config.recommending import Recommender
 from stillroom.pipeline.config.strict import validate
 from stillroom.pipeline.student.recommenders.model import SequentialRecommender
+from stillroom.pipeline.student.replacing import Replacing
 
 CONFIG, WEIGHTS, ITEM_IDS = "config.json", "model.safetensors", "items.json"
 BESIDE = "config_and_items_sha256"
@@ -42,17 +42,17 @@ def export(
     Args:
         model: in its trained state.
         table: what it was made from.
-        directory: where it goes; what is there is replaced.
+        directory: where it goes, itself or as a link; what is there is replaced.
         item_ids: names of the items in the order of the scores.
         facts: kept in config.json; `catalogue` among them.
         probe: int64 [B, L] histories that the written student is tried on.
 
     Raises:
-        StudentError: it scores them otherwise.
+        StudentError: it scores them otherwise, or cannot be put there.
     """
-    staging = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    place = Replacing.of(directory)
+    staging = place.staging
+    staging.mkdir(parents=True, exist_ok=True)
     kept = table.model_dump(mode="json") | {"distilled": None}
     sizes = {"items": model.num_items, "history": model.length}
     config = {"model_type": "sequential_recommender", "recommender": kept, **sizes, **facts}
@@ -64,8 +64,7 @@ def export(
     tensors = {n: t.detach().cpu().contiguous() for n, t in weights.items()}
     save_file(tensors, staging / WEIGHTS, {BESIDE: _digest(staging)})
     _check(model, staging, probe)
-    shutil.rmtree(directory, ignore_errors=True)
-    staging.rename(directory)
+    place.swap()
 
 
 def load(directory: Path) -> tuple[SequentialRecommender, dict[str, Any]]:
