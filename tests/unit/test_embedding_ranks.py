@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.objectives import embedding
+from stillroom.pipeline.training.parallel import Parallel
 from tests.ranks import leave
 from tests.unit.test_embedding_objective import (
     DEPTH,
@@ -73,3 +76,10 @@ def test_a_process_that_measures_alone_asks_nobody(directory, monkeypatch):
         assert torch.equal(run(module, batch), expected)
     with pytest.raises(AssertionError, match="nobody answers"):
         run(module, batch)
+
+
+def test_fsdp_refuses_the_temperature(directory):
+    module = distiller(directory, objective(DEPTH))
+    two = Parallel(0, 2, torch.device("cpu"))
+    with pytest.raises(StudentError, match=r"scale' is a single number.*Set parallel = 'ddp'"):
+        two.wrap(module, Train(parallel="fsdp"))
