@@ -81,16 +81,15 @@ def test_two_ranks_are_two_microbatches(world, mixed, objectives):
     compare(world, name, objectives, "embedding@vision", **settings)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_what_sees_has_no_gradient_on_a_rank_without_images(world, mixed, kind):
+def test_what_sees_has_no_gradient_on_a_rank_without_images(world, mixed):
     settings = SETTINGS | mixed | {"freeze": []}
-    compare(world, f"sees-{kind}", [PLAIN], "cross_entropy", kind, **settings)
+    compare(world, "sees", [PLAIN], "cross_entropy", **settings)
 
 
-def compare(world, name, objectives, measure, kind="ddp", **settings):
+def compare(world, name, objectives, measure, **settings):
     """One rank and two take the same steps and measure the same."""
     alone = run_of(world, f"alone-{name}", objectives, **settings)
-    together = run_of(world, f"two-{name}", objectives, parallel=kind, **settings)
+    together = run_of(world, f"two-{name}", objectives, **settings)
     with in_float64():
         train(alone)
     on_two_ranks(together)
