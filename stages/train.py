@@ -1,6 +1,5 @@
 """`stillroom train`: a student from a cache; `stillroom student`: only its first weights."""
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stillroom.pipeline.peers import is_main_process
 from stillroom.stages.arguments import AsJson, RunFile
 from stillroom.stages.console import document, progress, put, say, table, warn
 
@@ -60,7 +60,7 @@ def train(
 
 
 def _sweep(sweep_file: Path, as_json: bool) -> None:
-    """Train all arms, then compare them in one table and one picture."""
+    """Train all arms, then compare them in one table and one picture, in the main process."""
     from stillroom.pipeline.config.run_file import read_toml
 
     read_toml(sweep_file)  # a file that is none is said before torch is imported
@@ -75,6 +75,8 @@ def _sweep(sweep_file: Path, as_json: bool) -> None:
             report(now.done + part, now.total, arm=now.arm)
 
         results = trained_arms.run_sweep(sweep_file, show, stop)
+    if not is_main_process():
+        return
     picture = draw_curves({name: run.path() for name, run in arms.items()}, base.path("sweep.png"))
     failed = {n: r.failed for n, r in results.items() if isinstance(r, trained_arms.FailedArm)}
     trained = {n: r for n, r in results.items() if not isinstance(r, trained_arms.FailedArm)}
@@ -160,13 +162,15 @@ def student(
     from stillroom.pipeline.student.saving import RECEIPT
     from stillroom.pipeline.training.lock import exclusive
     from stillroom.pipeline.training.parallel import ALONE
+    from stillroom.pipeline.training.run import corpus_of
 
     initial = run.path("student-initial")
     if settings.leave_out and not (initial / RECEIPT).exists():
         say(f"every pass is kept in {run.path(FILE)}; after an interruption run again to go on")
     with exclusive(run.path(), ALONE):
         with progress("measure blocks", "passes") as report:
-            chosen = with_blocks_chosen(settings, run.teacher, run.path("corpus"), initial, report)
+            corpus, passes = corpus_of(run), run.path()
+            chosen = with_blocks_chosen(settings, run.teacher, corpus, initial, passes, report)
         if chosen != settings:
             say(f"of the teacher's blocks: {', '.join(map(str, chosen.keep_layers))}")
         put(initial_student(chosen, run.teacher, initial))
@@ -179,21 +183,17 @@ def _measure_blocks(run: "Run", count: int, tokens: int, as_json: bool) -> None:
 
     teacher = config.require(run.teacher, "teacher", run.name)
     from stillroom.pipeline.student.choosing_blocks import measured_blocks
+    from stillroom.pipeline.training.run import corpus_of
 
     wished = Student(leave_out=count, leave_out_tokens=tokens)
     with progress("measure blocks", "passes") as report:
-        kept, gone = measured_blocks(wished, teacher, run.path("corpus"), run.path(), report)
+        kept, gone = measured_blocks(wished, teacher, corpus_of(run), run.path(), report)
     if as_json:
         document({"left_out": [asdict(left) for left in gone], "keep_layers": kept})
         return
     rows = [[str(left.block), f"{left.kl:.4f}"] for left in gone]
     table("left out, one after the other", ["block", "KL to the whole teacher, nats"], rows)
     put(f"keep_layers = {kept}")
-
-
-def is_main_process() -> bool:
-    """True unless torchrun started this process as another than the first."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

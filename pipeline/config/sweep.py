@@ -34,5 +34,5 @@ class Sweep(Table):
     base: PathText
     """The base run's TOML file, relative to this one."""
     side_by_side: int = Field(default=1, ge=1)
-    """Arms that train at the same time, each in a process of its own."""
+    """Arms that train at the same time, each in a process of its own; 1 under torchrun."""
     arm: tuple[Arm, ...] = Field(min_length=1)

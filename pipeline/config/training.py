@@ -190,7 +190,7 @@ class Train(Table):
     """Caches of vision targets, by name; joined by image, whatever corpus they were made from."""
     corpus: PathText = ""
     """Directory of the prepared corpus that holds the image files; empty takes
-    `<directory>/corpus`. Read only for a student with a vision tower."""
+    `<directory>/corpus`. Read only for a student with a vision tower, and by `leave_out`."""
     freeze: tuple[str, ...] = ()
     """Patterns (as in file names, `*vision_tower*`) of student weights that stay as they are."""
     steps: int = Field(default=100, ge=1)
@@ -245,7 +245,7 @@ class Train(Table):
     """Implementation of the divergences: `auto` is triton on CUDA and chunked elsewhere; one that
     is named and cannot run here is an error."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How several ranks share the work."""
+    """How several ranks share the work; `fsdp` is not for `embedding`."""
     workers: int = Field(default=1, ge=0)
     """Threads that decode ahead of training; 0 decodes between steps."""
     seed: Seed = 0

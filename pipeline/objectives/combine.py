@@ -102,6 +102,7 @@ class Distiller(nn.Module):
         terms: the checked objectives.
         packed: rows of a batch hold several documents.
         sums: what the objectives left in the last forward passes, to be added up and reported.
+        alone: the other ranks do not run it now.
     """
 
     def __init__(
@@ -129,21 +130,24 @@ class Distiller(nn.Module):
         _check_blocks(self.terms, model)
         _check_routers(self.terms, model)
         self.sums: dict[str, dict[str, torch.Tensor]] = {}
+        self.alone = False
 
     @contextmanager
-    def judged_by(self, terms: Sequence[Term]) -> Iterator[None]:
+    def judged_by(self, terms: Sequence[Term], alone: bool = False) -> Iterator[None]:
         """Within it the objectives are computed with the facts of other caches, and what they leave
         in `sums` is apart from what training has left there.
 
         Args:
             terms: the same lines of the `[[objective]]` table.
+            alone: this process measures while the other ranks wait.
         """
-        before = self.terms, self.sums
-        self.terms, self.sums = [within(term, self._head_rows) for term in terms], {}
+        before = self.terms, self.sums, self.alone
+        self.terms = [within(term, self._head_rows) for term in terms]
+        self.sums, self.alone = {}, alone
         try:
             yield
         finally:
-            self.terms, self.sums = before
+            self.terms, self.sums, self.alone = before
 
     def weigh(
         self, batch: DistillBatch, progress: float
@@ -220,6 +224,7 @@ class Distiller(nn.Module):
             self.teacher_head,
             cache_name=term.table.cache,
             task_tokens=self.task_tokens.columns.get(key, range(0)),
+            alone=self.alone,
         )
 
     def _keep_sums(self, label: str, sums: dict[str, torch.Tensor]) -> None:

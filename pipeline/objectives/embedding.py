@@ -116,27 +116,49 @@ def gather(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def _compute(context: Context) -> torch.Tensor:
     options: EmbeddingOptions = context.options
-    predictor, images = context.projector, context.batch.images
+    predictor = context.projector
     assert isinstance(predictor, TaskPredictor)
-    if images is None or context.states.wide is None:
-        return context.weights
-    answers = images.targets[context.cache_name]
-    there = answers.present.nonzero()[:, 0]
-    target = answers.signals[options.signal][there].to(wide(context.states.final.dtype))
-    everyone, first = gather(target)
-    keys, _ = gather(images.keys[there])  # [G]
+    there, target, keys = _answers(context)
+    # Every rank comes here with every microbatch, without an image too: the others wait for it.
+    everyone, first = (target, 0) if context.alone else gather(target)
+    every_key = keys if context.alone else gather(keys)[0]  # [G]
     own = first + torch.arange(len(there), device=target.device)  # [I]
-    same = images.keys[there][:, None] == keys  # [I, G]
+    same = keys[:, None] == every_key  # [I, G]
     same[torch.arange(len(there), device=target.device), own] = False
-    seen = context.states.wide.about(there, context.task_tokens)
-    value = target.new_zeros(len(there))
+    value, states = target.new_zeros(len(there)), context.states.wide
+    seen = states and states.about(there, context.task_tokens)
     for layer in options.supervised:
-        predicted = predictor.predict(layer, *seen.at(layer))
+        read = seen.at(layer) if seen else _nothing(context, layer)
+        predicted = predictor.predict(layer, *read)
         value = value + smooth_l1(predicted, target)
         if options.contrastive:
             nce = info_nce(predicted, everyone, own, same, predictor.scale)
             value = value + options.contrastive * nce
     return value * context.weights[there]
+
+
+def _answers(context: Context) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers int64 [I] of the images that have a target, the targets, and the images' keys."""
+    images, final = context.batch.images, context.states.final
+    signal = context.options.signal
+    if images is None:
+        none = torch.zeros(0, dtype=torch.int64, device=final.device)
+        shape = context.cache.positions[signal], context.cache.widths[signal]
+        return none, torch.zeros(0, *shape, dtype=wide(final.dtype), device=final.device), none
+    answers = images.targets[context.cache_name]
+    there = answers.present.nonzero()[:, 0]
+    return there, answers.signals[signal][there].to(wide(final.dtype)), images.keys[there]
+
+
+def _nothing(context: Context, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a predictor reads of a batch without an image: no rows, of which its gradient is zero.
+
+    FSDP sums the gradients of the same weights on every rank, so none may go without.
+    """
+    states = context.states.blocks[layer][:0]  # [0, D]
+    tokens = context.projector.tokens().to(states.dtype)  # [seek, D]
+    present = torch.zeros(0, 0, dtype=torch.bool, device=states.device)
+    return states[None][:0], present, tokens.expand(0, -1, -1)
 
 
 def _needs(options: EmbeddingOptions) -> Needs:

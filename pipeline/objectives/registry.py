@@ -135,6 +135,7 @@ class Context:
         sums: numbers that an objective leaves to be added up over microbatches and ranks.
         cache_name: of this objective's cache; key of `ImageBatch.targets` for image targets.
         task_tokens: columns of this objective's own task tokens behind every image.
+        alone: the other ranks compute nothing now, so nothing can be gathered from them.
     """
 
     states: StudentStates
@@ -150,6 +151,7 @@ class Context:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     cache_name: str = ""
     task_tokens: range = range(0)
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,21 @@
 """`[student] leave_out`: a run's own measurement of which blocks its student goes without.
 
-One idea: nothing is measured twice. Every pass is kept in the run's directory when it is done,
-under the digest of teacher and text, and what came of them in the receipt of the initial student;
-so a run that was interrupted goes on, and one that has lost its corpus measures nothing again. How
-it is measured is `leaving_out`'s.
+One idea: nothing is measured twice. Every pass is kept in a directory when it is done (the run's,
+or one that several runs share), under the digest of teacher and text, and what came of them in the
+receipt of the initial student; so a run that was interrupted goes on, and one that has lost its
+corpus measures nothing again. How it is measured is `leaving_out`'s.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from stillroom.pipeline.cache.storage.directory import DirectoryStorage
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.config.training import Student
 from stillroom.pipeline.corpus.preparing import Corpus
@@ -26,7 +29,9 @@ from stillroom.pipeline.student.states import blocks_of
 from stillroom.pipeline.whole_text import write_whole
 
 FILE = "blocks-measured.json"
-"""Beside the initial student: KL of every pass that is done."""
+"""KL of every pass that is done."""
+LOCK = "blocks-measured.lock"
+"""Held by the process that measures, so that another waits for its passes and makes none twice."""
 LOOKED_AT = 64
 """Examples whose lengths say how many make up the tokens that are wanted."""
 
@@ -36,6 +41,7 @@ def with_blocks_chosen(
     teacher: Teacher | None,
     corpus: Path,
     initial: Path,
+    passes: Path,
     on_progress: Progress | None = None,
 ) -> Student:
     """The table with `keep_layers` for its `leave_out`; any other as it is.
@@ -43,6 +49,7 @@ def with_blocks_chosen(
     Args:
         corpus: directory of the prepared corpus, on whose text it is measured.
         initial: of the initial student; where that is made already, its own blocks are taken.
+        passes: directory where passes are kept.
         on_progress: as of `least_missed`.
 
     Raises:
@@ -57,7 +64,7 @@ def with_blocks_chosen(
     elif teacher is None:
         return student  # who makes the student says that there is nothing to make it from
     else:
-        kept, _ = measured_blocks(student, teacher, corpus, initial.parent, on_progress)
+        kept, _ = measured_blocks(student, teacher, corpus, passes, on_progress)
     return student.model_copy(update={"keep_layers": tuple(kept)})
 
 
@@ -74,20 +81,34 @@ def measured_blocks(
         student: its `leave_out`, and `leave_out_tokens` of training text: whole examples, evenly
             spread, one at least.
         corpus: directory of the prepared corpus.
-        directory: of the run, where passes are kept as they are done.
+        directory: where passes are kept as they are done.
         on_progress: as of `least_missed`.
     """
     texts = Corpus.open(corpus).split("train")
     lengths = [len(texts[number].token_ids) for number in evenly(len(texts), LOOKED_AT)]
     wanted = max(1, round(student.leave_out_tokens * len(lengths) / sum(lengths)))
     examples = [texts[number] for number in evenly(len(texts), wanted)]
-    passes = _Passes(directory / FILE, source_facts(student, teacher), examples)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_source(student, teacher).eval().to(device)
-    count = student.leave_out
-    gone = least_missed(model, examples, count, on_progress, passes.known, passes.add)
+    count, facts = student.leave_out, source_facts(student, teacher)
+    with _alone(directory):
+        passes = _Passes(directory / FILE, facts, examples)
+        gone = least_missed(model, examples, count, on_progress, passes.known, passes.add)
     without = {left.block for left in gone}
     return [n for n in range(len(blocks_of(model))) if n not in without], gone
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Within it nobody else measures here; a lock goes with its process, so none is waited for in
+    vain."""
+    storage = DirectoryStorage(directory)
+    while (claim := storage.claim(LOCK)) is None:
+        time.sleep(1.0)
+    try:
+        yield
+    finally:
+        claim.release()
 
 
 class _Passes:

@@ -201,7 +201,11 @@ class Export:
     def _loss(self, distiller: Distiller) -> float:
         distiller.eval()
         sums = []
-        with distiller.judged_by(self.proof.terms), _arithmetic(self.device, self.settings):
+        # The main process exports; the other ranks wait.
+        with (
+            distiller.judged_by(self.proof.terms, alone=True),
+            _arithmetic(self.device, self.settings),
+        ):
             for batch in self.proof.batches:
                 weights, totals = distiller.weigh(batch, 1.0)
                 values = distiller(batch.to(self.device), weights)

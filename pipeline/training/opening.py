@@ -4,6 +4,8 @@ One idea: this is the only place that knows both; a sweep and a person ask here.
 """
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from stillroom.pipeline.config import Run
 from stillroom.pipeline.objectives.names import check_names
@@ -19,8 +21,11 @@ def train(
     on_progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     on_note: Callable[[str], None] = lambda _: None,
+    blocks_measured: Path | None = None,
 ) -> TrainResult:
     """Train the student of a run; see `trainer.train`."""
     check_names(run)
-    chosen = train_language_model if run.recommender is None else train_recommender
-    return chosen(run, on_progress=on_progress, stop=stop, on_note=on_note)
+    told: dict[str, Any] = {"on_progress": on_progress, "stop": stop, "on_note": on_note}
+    if run.recommender is not None:  # which has no blocks of a teacher
+        return train_recommender(run, **told)
+    return train_language_model(run, **told, blocks_measured=blocks_measured)

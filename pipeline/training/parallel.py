@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from stillroom.cache_schemas.errors import ConfigError, StillroomError
+from stillroom.cache_schemas.errors import ConfigError, StillroomError, StudentError
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.kernels.execution import triton_runs_on
+from stillroom.pipeline.student.llava import is_multimodal
 from stillroom.pipeline.student.states import blocks_of
 
 
@@ -137,12 +138,17 @@ class Parallel:
             )
 
     def wrap(self, distiller: Any, train: Train) -> Any:
-        """The module to call in training: the same one, or its DDP or FSDP2 form."""
+        """The module to call in training: the same one, or its DDP or FSDP2 form.
+
+        Raises:
+            StudentError: FSDP cannot shard one of its weights.
+        """
         if train.parallel == "fsdp":
             return self._sharded(distiller, train.precision)
         return distiller if self.world_size == 1 else replicated(distiller)
 
     def _sharded(self, distiller: Any, precision: str) -> Any:
+        _check_shards(distiller)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -164,14 +170,29 @@ ALONE = Parallel(0, 1, torch.device("cpu"))
 
 def replicated(distiller: Any) -> Any:
     """The DDP form of a module; its gradients lie in the buckets that travel, and nowhere else."""
-    whole = all(term.spec.unit == "row" for term in distiller.terms)
-    # Only rows are in every batch: without positions or images a projector gets no gradient.
+    rows_alone = all(term.spec.unit == "row" for term in distiller.terms)
+    # Only rows are in every batch: without positions a projector gets no gradient, and without
+    # images neither does what sees them.
+    whole = rows_alone and not is_multimodal(distiller.model)
     return nn.parallel.DistributedDataParallel(
         distiller,
         find_unused_parameters=not whole,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
+
+
+def _check_shards(distiller: nn.Module) -> None:
+    """Refuse weights that are a single number, such as the temperature of 'embedding'."""
+    whole_ones = [name for name, weight in distiller.named_parameters() if not weight.dim()]
+    if whole_ones:
+        raise StudentError(
+            f"'{whole_ones[0]}' is a single number, which FSDP cannot divide among ranks",
+            expected="weights of one axis or more",
+            where="[train] parallel",
+            remedy="Set parallel = 'ddp'; or leave out the objective that it belongs to, where it "
+            "is no weight of the student's.",
+        )
 
 
 def _check_surroundings(told: Mapping[str, str]) -> None:

@@ -72,6 +72,11 @@ def open_caches(run: Run, settings: Train) -> dict[str, Any]:
     return found | {"": with_joined(found[""], settings)}
 
 
+def corpus_of(run: Run) -> Path:
+    """Directory of the prepared corpus that a run reads its text and its pictures from."""
+    return Path((run.train.corpus if run.train else "") or run.path("corpus"))
+
+
 def with_joined(main: Any, settings: Train) -> Any:
     """The main cache, with those of `[train] joined` behind it.
 
@@ -117,7 +122,7 @@ def pictures_of(
     wanted = {name: sorted(signals[name]) for name in caches}
     if not sees:
         return Pictures(None, None, caches, wanted)
-    corpus = Corpus.open(settings.corpus or run.path("corpus"))
+    corpus = Corpus.open(corpus_of(run))
     return Pictures(corpus.image_bytes, processor_of(student), caches, wanted)
 
 

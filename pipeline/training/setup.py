@@ -6,6 +6,7 @@ first what needs no weights, then what the loaded student decides. It takes no s
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from stillroom.pipeline.training.run import (
     cache_locations,
     check_attention,
     check_fit,
+    corpus_of,
     freeze,
     geometry_of,
     heldout_geometry,
@@ -71,6 +73,7 @@ class Setup:
         parallel: the ranks.
         caches: opened training caches by name; None opens those that the run names.
         on_note: called in the main process with what a person should know.
+        blocks_measured: directory where `leave_out` keeps its passes; None takes the run's.
         ema: averages of the trainable weights, by name; empty without `ema`.
     """
 
@@ -79,6 +82,7 @@ class Setup:
     parallel: Parallel
     caches: Any = None
     on_note: Callable[[str], None] = lambda _: None
+    blocks_measured: Path | None = None
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -117,7 +121,8 @@ class Setup:
 
     def _make_initial(self, student: Student) -> None:
         run = self.settings_run
-        chosen = with_blocks_chosen(student, run.teacher, run.path("corpus"), self.initial)
+        passes = self.blocks_measured or run.path()
+        chosen = with_blocks_chosen(student, run.teacher, corpus_of(run), self.initial, passes)
         initial_student(chosen, run.teacher, self.initial)
 
     def build(self) -> None:

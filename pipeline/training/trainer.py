@@ -59,6 +59,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     caches: Mapping[str, RecordSource] | None = None,
     on_note: Callable[[str], None] = lambda _: None,
+    blocks_measured: Path | None = None,
 ) -> TrainResult:
     """Train the student of a run, or go on where it stopped, or return what is finished.
 
@@ -68,6 +69,8 @@ def train(
         stop: asked between steps; True makes a checkpoint and ends with `Interrupted`.
         caches: name -> opened cache in place of the locations in `[train]`; "" is the main one.
         on_note: called in the main process with what a person should know and need not put right.
+        blocks_measured: directory where `[student] leave_out` keeps its passes and looks for those
+            of runs that share it; None takes the run's own.
 
     Raises:
         Interrupted: stopped on request; the same call goes on.
@@ -77,7 +80,7 @@ def train(
     parallel = Parallel.start()
     try:
         with exclusive(run.path(), parallel):
-            training = Training(run, settings, parallel, caches, on_note)
+            training = Training(run, settings, parallel, caches, on_note, blocks_measured)
             return training.run(on_progress, stop)
     finally:
         parallel.close()

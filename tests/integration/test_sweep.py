@@ -9,7 +9,10 @@ from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config import Teacher
 from stillroom.pipeline.corpus.files import Corpus
 from stillroom.pipeline.evaluation.held_out import measure
+from stillroom.pipeline.student import choosing_blocks
 from stillroom.pipeline.training import arms
+from stillroom.pipeline.training.result import TrainResult
+from stillroom.pipeline.training.run import corpus_of
 from stillroom.pipeline.training.trainer import Interrupted
 from stillroom.stages.__main__ import run as command
 from tests import memory_cache, tiny_models
@@ -164,6 +167,92 @@ def test_an_arm_that_breaks_is_told_as_it_broke():
         raise MemoryError("too much")
 
     assert arms.attempt(broken) == arms.FailedArm("MemoryError: too much")
+
+
+MEASURED = """
+base = "base.toml"
+side_by_side = {side_by_side}
+[[arm]]
+name = "as-it-is"
+[[arm]]
+name = "one-more"
+student = {{ leave_out = 2 }}
+"""
+
+
+@pytest.fixture
+def measuring(files, tmp_path, tiny_llama):
+    """A sweep whose base measures which block its student goes without, on a corpus of its own."""
+    english = tiny_models.english()
+    texts = [english[n * 300 :][:300] for n in range(8)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": one}) for one in texts))
+    (tmp_path / "read.toml").write_text(READ.format(root=tmp_path, teacher=tiny_llama))
+    assert command(["prepare", str(tmp_path / "read.toml")]) == 0
+
+    def write(side_by_side=1, text=MEASURED):
+        sweep, base = files(side_by_side, text), tmp_path / "base.toml"
+        wished = "leave_out = 1\nleave_out_tokens = 64"
+        base.write_text(base.read_text().replace("keep_layers = [0]", wished))
+        shutil.copytree(tmp_path / "read" / "corpus", tmp_path / "run" / "corpus")
+        return sweep
+
+    return write
+
+
+def kept(directory) -> list[int]:
+    receipt = json.loads((directory / "student-initial" / "student.json").read_text())
+    return receipt["student"]["keep_layers"]
+
+
+def test_blocks_are_measured_once_for_the_base_and_its_arms(measuring, tmp_path, monkeypatch):
+    """Of three blocks: three passes for the first that goes, two more for the second."""
+    added = []
+    add = choosing_blocks._Passes.add
+    monkeypatch.setattr(
+        choosing_blocks._Passes,
+        "add",
+        lambda own, gone, kl: (added.append(gone), add(own, gone, kl)),
+    )
+    sweep, run = measuring(), tmp_path / "run"
+    assert command(["student", str(tmp_path / "base.toml")]) == 0
+    assert len(added) == 3
+    assert command(["train", "--sweep", str(sweep)]) == 0
+    assert len(added) == 5
+    assert kept(run / "sweep" / "as-it-is") == kept(run)
+    assert set(kept(run / "sweep" / "one-more")) < set(kept(run))
+    assert not (run / "sweep" / "as-it-is" / choosing_blocks.FILE).exists()
+
+
+@pytest.mark.slow
+def test_arms_side_by_side_measure_blocks_once(measuring, tmp_path):
+    twin = MEASURED.replace("student = {{ leave_out = 2 }}", "train = {{ learning_rate = 1e-4 }}")
+    assert command(["train", "--sweep", str(measuring(2, twin))]) == 0
+    run = tmp_path / "run"
+    assert len(json.loads((run / choosing_blocks.FILE).read_text())["passes"]) == 3
+    assert kept(run / "sweep" / "as-it-is") == kept(run / "sweep" / "one-more")
+
+
+def test_an_arm_reads_the_corpus_that_it_names(measuring, tmp_path):
+    other = str(tmp_path / "read" / "corpus")
+    text = MEASURED.replace(
+        "student = {{ leave_out = 2 }}", f'train = {{{{ corpus = "{other}" }}}}'
+    )
+    _, base, made = arms.load(measuring(text=text))
+    assert corpus_of(made["as-it-is"]) == base.path("corpus")
+    assert corpus_of(made["one-more"]) == tmp_path / "read" / "corpus"
+    assert set(arms.run_sweep(tmp_path / "sweep.toml")) == {"as-it-is", "one-more"}
+    # Measured on other text, they are not the base run's passes.
+    assert (tmp_path / "run" / "sweep" / "one-more" / choosing_blocks.FILE).exists()
+    shutil.rmtree(tmp_path / "run" / "corpus")
+    results = arms.run_sweep(tmp_path / "sweep.toml")
+    assert all(isinstance(one, TrainResult) for one in results.values())
+
+
+def test_arms_of_a_base_that_names_its_corpus_read_that(files, tmp_path):
+    sweep, base = files(), tmp_path / "base.toml"
+    base.write_text(base.read_text() + 'corpus = "elsewhere"\n')
+    _, run, made = arms.load(sweep)
+    assert {corpus_of(one) for one in made.values()} == {corpus_of(run)}
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,11 @@ def texts(corpus, llava) -> MemoryCache:
         records.append(
             TeacherRecord(made, made.first_row, {"topk_ids": np.zeros((rows, 1), np.int32)})
         )
+    return in_memory(records, llava)
+
+
+def in_memory(records, llava) -> MemoryCache:
+    """A cache of them."""
     plan = Plan.make(
         teacher={"vocab_size": 768, "hidden_size": 64},
         engine={"name": "none"},
