@@ -28,6 +28,7 @@ from stillroom.pipeline.corpus.histories import (
 )
 from stillroom.pipeline.student.recommenders.export import load
 from stillroom.pipeline.student.recommenders.ranks import measures, rank_of, ranks
+from stillroom.pipeline.training.run import corpus_of
 
 RESULT = "evaluation.json"
 
@@ -72,7 +73,7 @@ def evaluate_recommender(run: Run) -> dict[str, Ranking]:
         StudentError: there is no trained student, or it is of another catalogue.
     """
     table = require(run.recommender, "recommender", run.directory)
-    corpus = corpus_of(run)
+    corpus = opened_corpus(run)
     found = {
         "student": Ranking.of(student_ranks(run.path("student"), corpus, table.exclude_seen)),
         "most popular": Ranking.of(popular_ranks(corpus, table.exclude_seen)),
@@ -92,9 +93,9 @@ def asked_on_test_rows(run: Run) -> Path | None:
     return location if (location / MANIFEST).exists() else None
 
 
-def corpus_of(run: Run) -> Corpus:
+def opened_corpus(run: Run) -> Corpus:
     """What a run trains on, and is judged on."""
-    return Corpus.open((run.train.corpus if run.train else "") or run.path("corpus"))
+    return Corpus.open(corpus_of(run))
 
 
 def student_ranks(directory: Path, corpus: Corpus, exclude_seen: bool = True) -> np.ndarray:
@@ -202,7 +203,7 @@ def recommend(
         StudentError: no such user or item.
     """
     table = require(run.recommender, "recommender", run.directory)
-    corpus = corpus_of(run)
+    corpus = opened_corpus(run)
     catalogue = open_catalogue(corpus)
     model, config = load(run.path("student"))
     check_catalogue(config["catalogue"], corpus.facts["catalogue"], str(run.path("student")))

@@ -144,8 +144,15 @@ def _admitted(
     if not term.table.curriculum.endswith("entropy_first") or term.spec.unit != "row":
         return torch.ones_like(counted)
     entropy = batch.teachers[term.table.cache].signals["entropy"]
+    return admitted_among(counted, entropy, progress, term.table.curriculum.startswith("low"))
+
+
+def admitted_among(
+    counted: torch.Tensor, score: torch.Tensor, progress: float, low_first: bool
+) -> torch.Tensor:
+    """bool [N]: what `admitted` admits of the rows in `counted`, bool [N]; others have no rank."""
     stay = torch.zeros_like(counted)
-    stay[counted] = admitted(entropy[counted], progress, term.table.curriculum.startswith("low"))
+    stay[counted] = admitted(score[counted], progress, low_first)
     return stay
 
 
@@ -172,13 +179,10 @@ def admit_by_gap(context: Context, curriculum: str, progress: float) -> Context:
     The total weight of the microbatch stays, because it is divided out before the student is run.
     """
     weights, labels = context.weights, context.batch.labels
-    inside = (weights != 0).float()
+    inside = weights != 0
     with torch.no_grad():
-        log_q = -hard_label(context, labels, weights=inside)
+        log_q = -hard_label(context, labels, weights=inside.float())
     gap = (context.teacher["token_logprob"] - log_q).cpu()  # [N], nats
-    rows = inside.nonzero()[:, 0]  # masked rows are not ranked
-    stay = torch.zeros_like(weights)
-    stay[rows] = admitted(gap[rows], progress, curriculum.startswith("small")).float()
-    kept = weights * stay
+    kept = weights * admitted_among(inside, gap, progress, curriculum.startswith("small"))
     total = kept.sum()
     return replace(context, weights=kept * (weights.sum() / total if total > 0 else 0.0))
