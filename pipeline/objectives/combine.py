@@ -27,6 +27,7 @@ from stillroom.pipeline.objectives.weighting import (
     admit_by_gap,
     unit_weights,
 )
+from stillroom.pipeline.student.llava import untouched
 from stillroom.pipeline.student.states import (
     blocks_of,
     check_head_rows,
@@ -103,6 +104,8 @@ class Distiller(nn.Module):
         packed: rows of a batch hold several documents.
         sums: what the objectives left in the last forward passes, to be added up and reported.
         alone: the other ranks do not run it now.
+        reaches_all: a microbatch without an image gives what sees a gradient of zeros. FSDP adds up
+            one list of gradients over the ranks, which must be as long on all.
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class Distiller(nn.Module):
         _check_blocks(self.terms, model)
         _check_routers(self.terms, model)
         self.sums: dict[str, dict[str, torch.Tensor]] = {}
-        self.alone = False
+        self.alone = self.reaches_all = False
 
     @contextmanager
     def judged_by(self, terms: Sequence[Term], alone: bool = False) -> Iterator[None]:
@@ -202,6 +205,9 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 shown = self._value(term, context, progress)
             values.append(value + shown)
+        shown = batch.images is not None and batch.images.pixels is not None
+        if self.reaches_all and not shown:
+            values[0] = values[0] + untouched(self.model)
         return torch.stack(values)  # [objectives]
 
     def _value(self, term: Term, context: Context, progress: float) -> torch.Tensor:

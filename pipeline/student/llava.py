@@ -174,8 +174,7 @@ def embed(model: Any, input_ids: torch.Tensor, images: ImageBatch | None) -> tor
             remedy="Choose another student, or leave the images out.",
         )
     dtype = next(model.model.vision_tower.parameters()).dtype
-    found = model.model.get_image_features(pixel_values=images.pixels.to(dtype)).pooler_output
-    features = torch.stack(list(found)).to(embeddings.dtype)  # [I, F, D]
+    features = _features(model, images.pixels.to(dtype)).to(embeddings.dtype)  # [I, F, D]
     steps = torch.arange(features.shape[1], device=input_ids.device)
     if not bool((images.length == len(steps)).all()):
         raise StudentError(
@@ -204,6 +203,22 @@ def load_task_tokens(directory: Path) -> torch.Tensor | None:
 
     path = directory / TASK_TOKENS
     return load_file(path)["task_tokens"] if path.is_file() else None
+
+
+def untouched(model: Any) -> torch.Tensor | float:
+    """0, with a gradient of zeros for the weights that an image would reach: those that a black one
+    does, for a tower may have layers that no image reaches."""
+    if not is_multimodal(model):
+        return 0.0
+    tower = next(model.model.vision_tower.parameters())
+    size = model.config.vision_config.image_size
+    black = torch.zeros(1, 3, size, size, dtype=tower.dtype, device=tower.device)
+    return _features(model, black)[:0].sum()
+
+
+def _features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """[I, F, D]."""
+    return torch.stack(list(model.model.get_image_features(pixel_values=pixels).pooler_output))
 
 
 def is_multimodal(model: Any) -> bool:

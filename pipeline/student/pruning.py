@@ -5,6 +5,7 @@ ordinary model of the same architecture with a smaller config; beside it goes wh
 with those parts switched off, which the saved student must say too. Nothing is trained here.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -70,14 +71,15 @@ def prune_width(
 
     Raises:
         StudentError: the architecture is not an MLP of `up_proj` and `down_proj`, with or without
-            a gate, beside q/k/v/o projections.
+            a gate, beside q/k/v/o projections; a share below 1 that leaves nothing out.
     """
     text, layers = model.config.get_text_config(), cast("list[Any]", list(blocks))
     heads = text.num_attention_heads
     groups = getattr(text, "num_key_value_heads", None) or heads
-    kept_groups = max(1, round(groups * keep_heads))
+    kept_groups = _kept("keep_heads", keep_heads, groups, "groups of heads")
     try:
-        inner = max(1, round(text.intermediate_size * keep_intermediate))
+        width = text.intermediate_size
+        inner = _kept("keep_intermediate", keep_intermediate, width, "units of an MLP")
         units = [_best_units(block.mlp, inner) for block in layers]
         sets = [_best_groups(block.self_attn, groups, kept_groups) for block in layers]
     except (AttributeError, TypeError, RuntimeError) as error:
@@ -100,6 +102,21 @@ def prune_width(
         text.num_key_value_heads = kept_groups
         text.num_attention_heads = heads // groups * kept_groups
     return expected
+
+
+def _kept(key: str, share: float, count: int, what: str) -> int:
+    """How many a share keeps; one that asks for fewer and rounds to all is refused."""
+    kept = max(1, round(count * share))
+    if kept == count and share < 1:
+        less = math.floor((count - 1) / count * 10_000) / 10_000
+        smaller = f"{key} = {less:g} for {round(count * less)}, or " if count > 1 else ""
+        raise StudentError(
+            f"{key} = {share:g} keeps all {count} {what}",
+            expected="a share that leaves some out, or 1.0",
+            where="[student]",
+            remedy=f"Write {smaller}{key} = 1.0 for all of them.",
+        )
+    return kept
 
 
 def _best_units(mlp: Any, count: int) -> torch.Tensor:

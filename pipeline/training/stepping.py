@@ -150,9 +150,11 @@ class Stepper:
         """
         done = number / max(self.settings.steps - 1, 1)  # 0 at the first step, 1 at the last
         weighed = [self.distiller.weigh(batch, done) for batch in batches]
-        totals, tokens, stopping = self._agree(batches, [own for _, own in weighed], stop)
+        totals, tokens, pictures, stopping = self._agree(batches, [own for _, own in weighed], stop)
         if stopping:
             return None
+        distiller: Any = self.distiller  # a recommender's has no use for it
+        distiller.reaches_all = pictures and self.settings.parallel == "fsdp"
         scale = scales(self._terms, totals, done, self.parallel.world_size)
         torch.manual_seed(_seed(self.settings.seed, number, self.parallel.rank))  # of dropout
         found = [
@@ -204,12 +206,14 @@ class Stepper:
                 parameter.copy_(kept)
 
     def _agree(self, batches, totals: list[torch.Tensor], stop: bool):
-        """Totals of every objective, tokens and the wish to stop, over all ranks."""
+        """Totals of every objective, tokens, any image and the wish to stop, over all ranks."""
         tokens = sum(batch.num_tokens for batch in batches)
+        pictures = sum(batch.images is not None for batch in batches)
         own = torch.stack(totals).sum(dim=0)  # float64 [objectives]
-        # One collective for all three.
-        shared = self.parallel.sum(torch.cat([own, torch.tensor([float(tokens), float(stop)])]))
-        return shared[:-2], int(shared[-2]), bool(shared[-1])
+        # One collective for all four.
+        told = torch.tensor([float(tokens), float(pictures), float(stop)])
+        shared = self.parallel.sum(torch.cat([own, told]))
+        return shared[:-3], int(shared[-3]), bool(shared[-2]), bool(shared[-1])
 
     @property
     def _terms(self) -> list[Term]:

@@ -81,15 +81,16 @@ def test_two_ranks_are_two_microbatches(world, mixed, objectives):
     compare(world, name, objectives, "embedding@vision", **settings)
 
 
-def test_what_sees_has_no_gradient_on_a_rank_without_images(world, mixed):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_what_sees_has_no_gradient_on_a_rank_without_images(world, mixed, parallel):
     settings = SETTINGS | mixed | {"freeze": []}
-    compare(world, "sees", [PLAIN], "cross_entropy", **settings)
+    compare(world, f"sees-{parallel}", [PLAIN], "cross_entropy", parallel, **settings)
 
 
-def compare(world, name, objectives, measure, **settings):
+def compare(world, name, objectives, measure, parallel="ddp", **settings):
     """One rank and two take the same steps and measure the same."""
     alone = run_of(world, f"alone-{name}", objectives, **settings)
-    together = run_of(world, f"two-{name}", objectives, **settings)
+    together = run_of(world, f"two-{name}", objectives, **settings, parallel=parallel)
     with in_float64():
         train(alone)
     on_two_ranks(together)

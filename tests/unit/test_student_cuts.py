@@ -141,6 +141,26 @@ def test_heads_that_cannot_go_are_refused_with_a_way_out(saved, tmp_path, archit
     made(source, tmp_path / "made", init="prune_width", keep_heads=1.0)
 
 
+@pytest.mark.parametrize(
+    ("share", "count", "remedy"),
+    [
+        ({"keep_heads": 0.9}, r"all 2 groups of heads", r"keep_heads = 0\.5 for 1, or"),
+        ({"keep_intermediate": 0.999}, r"all 64 units", r"keep_intermediate = 0\.9843 for 63, or"),
+    ],
+)
+def test_a_share_that_leaves_nothing_out_is_refused(saved, tmp_path, share, count, remedy):
+    """It would be the whole model, and the run file says otherwise."""
+    source, kept = saved("llama"), {"keep_heads": 1.0, "keep_intermediate": 1.0} | share
+    with pytest.raises(StudentError, match=rf"(?s){count}.*{remedy}"):
+        made(source, tmp_path / "made", init="prune_width", **kept)
+    less = {"keep_heads": 0.5, "keep_intermediate": 0.9843}
+    student = made(
+        source, tmp_path / "less", init="prune_width", **kept | {k: less[k] for k in share}
+    )
+    assert (student.config.num_key_value_heads == 1) == ("keep_heads" in share)
+    assert (student.config.intermediate_size == 63) == ("keep_intermediate" in share)
+
+
 def test_a_norm_over_all_inner_units_is_refused_with_a_way_out(saved, tmp_path):
     source = saved("bitnet")
     with pytest.raises(StudentError, match=r"keep_intermediate = 1\.0"):
