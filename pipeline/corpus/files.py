@@ -73,8 +73,8 @@ class Corpus:
             raise CorpusError(
                 "no prepared corpus",
                 where=str(directory),
-                remedy="Run `stillroom prepare` first; `train` and `evaluate` also read one that lies "
-                "elsewhere, by `corpus` in their tables.",
+                remedy="Run `stillroom prepare` first; `train` and `evaluate` also read one that "
+                "lies elsewhere, by `corpus` in their tables.",
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(path, error) from None

@@ -5,7 +5,7 @@ all of them and wraps the student. One process is the same code with nothing to 
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ from stillroom.cache_schemas.errors import ConfigError, StillroomError, StudentE
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.kernels.execution import triton_runs_on
 from stillroom.pipeline.student.llava import is_multimodal
-from stillroom.pipeline.student.states import blocks_of
+from stillroom.pipeline.student.states import blocks_of, tells_its_routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +137,27 @@ class Parallel:
                 remedy="Set kernel = 'auto', or train on a CUDA device with Triton installed.",
             )
 
+    def check_reached(self, weights: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Refuse gradients that FSDP has added up one rank's weight to another's: it sends those of
+        the weights that have one, end to end, and two lists of one length look alike.
+
+        Raises:
+            StudentError: a weight has a gradient on some ranks only; the same one on every rank.
+        """
+        named = list(weights)
+        own = torch.tensor([weight.grad is not None for _, weight in named], dtype=torch.float32)
+        ranks = self.sum(own).tolist()
+        partly = [(name, n) for (name, _), n in zip(named, ranks) if 0 < n < self.world_size]
+        if partly:
+            name, count = partly[0]
+            raise StudentError(
+                f"{len(partly)} weights have a gradient on some ranks only ({name} on {count:g} of "
+                f"{self.world_size})",
+                expected="the same weights on all, for FSDP",
+                where="[train] parallel",
+                remedy="Set parallel = 'ddp'. The last good checkpoint is kept.",
+            )
+
     def wrap(self, distiller: Any, train: Train) -> Any:
         """The module to call in training: the same one, or its DDP or FSDP2 form.
 
@@ -171,9 +192,10 @@ ALONE = Parallel(0, 1, torch.device("cpu"))
 def replicated(distiller: Any) -> Any:
     """The DDP form of a module; its gradients lie in the buckets that travel, and nowhere else."""
     rows_alone = all(term.spec.unit == "row" for term in distiller.terms)
-    # Only rows are in every batch: without positions a projector gets no gradient, and without
-    # images neither does what sees them.
-    whole = rows_alone and not is_multimodal(distiller.model)
+    # Only rows are in every batch: without positions a projector gets no gradient, without images
+    # neither does what sees them, nor experts in modules of their own that no token chose.
+    model = distiller.model
+    whole = rows_alone and not is_multimodal(model) and not tells_its_routing(model)
     return nn.parallel.DistributedDataParallel(
         distiller,
         find_unused_parameters=not whole,
