@@ -28,8 +28,8 @@ class Units:
     Attributes:
         flat: int64 [N], index into the flattened [B * S] tokens.
         example: int64 [N], index into the batch's examples.
-        answer: bool [N]. Rows: the token that follows is under the loss mask. Positions: the token
-            itself is.
+        answer: bool [N], the token that follows is under the loss mask: row t and the state at t
+            predict the same one.
         image: bool [N], inside an image span.
     """
 
@@ -188,7 +188,7 @@ def _teacher(examples, starts: list[int], name: str) -> Teacher:
         (
             start + record.hidden_positions.astype(np.int64),
             np.full(len(record.hidden_positions), number),
-            record.example.loss_mask[record.hidden_positions],
+            np.append(record.example.loss_mask[1:], False)[record.hidden_positions],
             _in_image(record.example)[record.hidden_positions],
         )
         for number, (record, start) in enumerate(zip(records, starts))

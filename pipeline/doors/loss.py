@@ -19,6 +19,7 @@ from stillroom.pipeline.doors.cached import CachedBatch
 from stillroom.pipeline.doors.fit import bare
 from stillroom.pipeline.objectives.combine import value_of, within
 from stillroom.pipeline.objectives.registry import Context
+from stillroom.pipeline.objectives.requirements import check_scores
 from stillroom.pipeline.objectives.weighting import Term, unit_weights
 from stillroom.pipeline.student.states import StudentStates, read_by_head
 from stillroom.pipeline.teacher.reference.head import Head, head_of
@@ -70,6 +71,7 @@ def distillation_loss(
     terms = [within(term, states.head.weight.shape[0]) for term in batch.terms]
     for term in terms:
         _check_term(term)
+    check_scores(terms, states.head)
     totals = loss_totals([batch], progress) if totals is None else totals
     chosen = resolved(validate(Train, {"kernel": kernel}, "kernel"), hidden.device).kernel
     return torch.stack(

@@ -16,7 +16,7 @@ from stillroom.cache_schemas.errors import StudentError
 from stillroom.cache_schemas.signals import hidden_name
 from stillroom.pipeline.config.strict import Table
 from stillroom.pipeline.data.batch import DistillBatch, Teacher, Units
-from stillroom.pipeline.kernels.precision import widened
+from stillroom.pipeline.kernels.precision import in_full, widened
 from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
 
 Layer = int | Literal["final"]
@@ -80,7 +80,8 @@ def affinity(states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) ->
         float32 [rows, columns], or float64 as the states are.
     """
     unit = F.normalize(widened(states), dim=-1)
-    return unit[rows] @ unit[columns].T
+    with in_full(states):
+        return unit[rows] @ unit[columns].T
 
 
 class Projectors(nn.Module):

@@ -9,7 +9,7 @@ of a microbatch, as in transformers, and needs nothing of a cache.
 import torch
 
 from stillroom.pipeline.config.strict import Table
-from stillroom.pipeline.data.batch import DistillBatch
+from stillroom.pipeline.data.batch import DistillBatch, Teacher
 from stillroom.pipeline.kernels.precision import widened
 from stillroom.pipeline.objectives.registry import Context, Needs, Spec, register
 from stillroom.pipeline.student.states import Routing, StudentStates
@@ -34,7 +34,7 @@ def unevenness(routing: Routing, real: torch.Tensor) -> torch.Tensor:
     share = torch.stack([widened(logits).softmax(-1)[real] for logits in routing.logits])
     chosen = share.topk(routing.per_token, dim=-1).indices
     counts = torch.bincount(chosen.flatten(), minlength=routing.experts).to(share)
-    rows = share.shape[0] * share.shape[1]
+    rows = max(1, share.shape[0] * share.shape[1])
     return routing.experts * (counts / rows * share.sum(dim=(0, 1)) / rows).sum()
 
 
@@ -57,6 +57,12 @@ def _balancing(context: Context) -> torch.Tensor:
     return value * context.weights
 
 
+def _has_rows(_options: BalancingOptions, batch: DistillBatch, _teacher: Teacher) -> torch.Tensor:
+    """bool [E]: not of an example that was rejected, which is a single token."""
+    return torch.bincount(batch.rows.example, minlength=len(batch.sources)) > 0
+
+
+_NEEDS = Needs(routers=True)
 register(
-    Spec(NAME, "example", BalancingOptions, _balancing, lambda _: Needs(routers=True)),
+    Spec(NAME, "example", BalancingOptions, _balancing, lambda _: _NEEDS, applies=_has_rows),
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stillroom.cache_schemas.errors import ConfigError, StudentError
+from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config.training import Objective
 from stillroom.pipeline.data.batch import NO_TEACHER, DistillBatch
 from stillroom.pipeline.kernels.precision import widened
@@ -21,6 +21,7 @@ from stillroom.pipeline.objectives import balancing, registry
 from stillroom.pipeline.objectives.embedding_predictor import TaskTokens
 from stillroom.pipeline.objectives.presets import expand
 from stillroom.pipeline.objectives.registry import CacheFacts, Context
+from stillroom.pipeline.objectives.requirements import check_read, check_student
 from stillroom.pipeline.objectives.weighting import (
     CURRICULUM_SIGNALS,
     Term,
@@ -29,10 +30,8 @@ from stillroom.pipeline.objectives.weighting import (
 )
 from stillroom.pipeline.student.llava import untouched
 from stillroom.pipeline.student.states import (
-    blocks_of,
     check_head_rows,
     forward_states,
-    tells_its_routing,
 )
 from stillroom.pipeline.teacher.reference.head import Head
 
@@ -61,6 +60,7 @@ def terms_of(
 def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts], on: str) -> Term:
     where = f"{on} [[objective]] {number + 1}".lstrip()
     spec, options = registry.find(table.name, table.options, where)
+    check_read(table, spec, where)
     if table.cache not in caches:
         raise ConfigError(
             f"no cache '{table.cache}'",
@@ -82,7 +82,7 @@ def _term(number: int, table: Objective, caches: Mapping[str, CacheFacts], on: s
 def balancing_term(terms: Sequence[Term], weight: float, caches: Mapping[str, CacheFacts]) -> Term:
     """The load-balancing loss as one more line behind the others."""
     # The model's own coefficient, not one of a run file: bounds of [[objective]] are not for it.
-    line = Objective(name=balancing.NAME, mask="all").model_copy(update={"weight": weight})
+    line = Objective(name=balancing.NAME).model_copy(update={"weight": weight})
     return _term(len(terms), line, caches, "")
 
 
@@ -130,8 +130,7 @@ class Distiller(nn.Module):
                 self.projectors[str(number)] = made
         self.task_tokens = TaskTokens(self.projectors, task_tokens)
         self.blocks = sorted({block for term in self.terms for block in term.needs.blocks})
-        _check_blocks(self.terms, model)
-        _check_routers(self.terms, model)
+        check_student(self.terms, model)
         self.sums: dict[str, dict[str, torch.Tensor]] = {}
         self.alone = self.reaches_all = False
 
@@ -256,25 +255,3 @@ def within(term: Term, head_rows: int) -> Term:
     if term.facts.vocab_size <= head_rows:
         return term
     return replace(term, facts=replace(term.facts, vocab_size=head_rows))
-
-
-def _check_routers(terms: Sequence[Term], model: Any) -> None:
-    asking = [term.label for term in terms if term.needs.routers]
-    if asking and not tells_its_routing(model):
-        raise StudentError(
-            f"objective {asking[0]} needs a student with experts that hands out router logits",
-            where=type(model).__name__,
-            remedy="Leave this [[objective]] out.",
-        )
-
-
-def _check_blocks(terms: Sequence[Term], model: Any) -> None:
-    depth = len(blocks_of(model)) if any(term.needs.blocks for term in terms) else 0
-    for term in terms:
-        for number in term.needs.blocks:
-            if not 1 <= number <= depth:
-                raise StudentError(
-                    f"the student has no block {number}",
-                    expected=f"1 to {depth}",
-                    where=f"[[objective]] {term.label} options",
-                )

@@ -57,7 +57,8 @@ class DivergenceOptions(Table):
     ce_weight: float = Field(default=0.0, ge=0)
     """Adds ce_weight * cross-entropy on the text's own tokens, in the same sweep."""
     normalise_logits: bool = False
-    """Compare z-scored logits of teacher and student (LLaVADI's `norm_logits`)."""
+    """Compare z-scored logits of teacher and student (LLaVADI's `norm_logits`), at temperature 1,
+    without `ce_weight`, for heads without a bias or a soft cap."""
     baseline: Literal["auto", "entropy", "none"] = "auto"
     """`tail = "sampled"`: what the value is measured from. `entropy`: the teacher's, which the
     cache holds, so that the value is KL(teacher || student) in expectation. `none`: cross-entropy
@@ -67,6 +68,17 @@ class DivergenceOptions(Table):
     """`mask = "answer"` as LLaVADI's code has it: rows whose own token is an answer, so that the
     prediction of the first answer token is left out. The row after the last token, which that
     code adds, is in no cache."""
+
+    @model_validator(mode="after")
+    def _scores_are_logits_alone(self) -> "DivergenceOptions":
+        if self.normalise_logits and self.temperature != 1.0:
+            raise ValueError("normalise_logits is at temperature 1: z-scores have a scale already")
+        if self.normalise_logits and self.ce_weight:
+            raise ValueError(
+                "normalise_logits takes no ce_weight, which would be of z-scored logits: write a "
+                "line of its own with name = 'cross_entropy'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _draws_can_serve(self) -> "DivergenceOptions":

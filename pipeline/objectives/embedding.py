@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.cache_schemas.signals import IMAGE_PREFIX
 from stillroom.pipeline.config.strict import Table
-from stillroom.pipeline.kernels.precision import wide
+from stillroom.pipeline.kernels.precision import in_full, wide
 from stillroom.pipeline.objectives.embedding_predictor import TaskPredictor, inverse_temperature
 from stillroom.pipeline.objectives.registry import CacheFacts, Context, Needs, Spec, register
 
@@ -90,7 +90,8 @@ def info_nce(
     """
     a = F.normalize(predicted.flatten(1), dim=1)  # [I, positions * width]
     b = F.normalize(targets.flatten(1), dim=1)  # [G, positions * width]
-    logits = inverse_temperature(scale) * (a @ b.T)
+    with in_full(predicted):
+        logits = inverse_temperature(scale) * (a @ b.T)
     return F.cross_entropy(logits.masked_fill(same, -torch.inf), own, reduction="none")
 
 

@@ -136,8 +136,10 @@ def _policy_gradient(context: Context) -> torch.Tensor:
     if options.whiten and inside.sum() > 1:
         kept = advantage[inside]
         advantage = (advantage - kept.mean()) / (kept.std() + 1e-8)
-    value, slope = surrogate(log_q - log_b, advantage, options.clip)
-    ratio = torch.where(inside, (log_q - log_b).exp(), 0.0).double()
+    # Rows that count nothing have no log q, and what their ratio would be may overflow.
+    logratio = torch.where(inside, log_q - log_b, 0.0)
+    value, slope = surrogate(logratio, advantage, options.clip)
+    ratio = torch.where(inside, logratio.exp(), 0.0).double()
     context.sums.update(
         weight=ratio.sum(), weight_squared=ratio.square().sum(), tokens=inside.double().sum()
     )

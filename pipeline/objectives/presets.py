@@ -7,6 +7,7 @@ from typing import Any
 
 from stillroom.cache_schemas.errors import ConfigError
 from stillroom.pipeline.config.training import Objective
+from stillroom.pipeline.objectives.registry import OBJECTIVES
 
 PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
     # LLaVADI's best: last hidden state of all tokens through a 2-layer MLP, and forward KL on the
@@ -26,23 +27,28 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
 def expand(table: Objective) -> list[Objective]:
     """The lines that a line stands for: itself, unless it names a preset.
 
-    The preset's weights are multiplied by the line's; cache, sources and curriculum are taken over.
+    The preset's weights are multiplied by the line's; cache and sources are taken over, a
+    curriculum by the lines that are about rows.
 
     Raises:
-        ConfigError: a preset is given options.
+        ConfigError: a preset is given options, a mask or a reduction, which are its own.
     """
     if table.name not in PRESETS:
         return [table]
-    if table.options:
-        raise ConfigError(
-            f"preset '{table.name}' takes no options",
-            where="[[objective]]",
-            remedy="Write its lines out to change them (see pipeline/objectives/presets.py).",
-        )
-    shared = table.model_dump(include={"cache", "source_weights", "curriculum"})
-    return [_line(table, Objective(**(shared | line))) for line in PRESETS[table.name]]
+    plain = Objective(name=table.name)
+    for key in ("options", "mask", "reduction"):
+        if getattr(table, key) != getattr(plain, key):
+            raise ConfigError(
+                f"preset '{table.name}' takes no {key}",
+                where="[[objective]]",
+                remedy="Write its lines out to change them (see pipeline/objectives/presets.py).",
+            )
+    return [_line(table, line) for line in PRESETS[table.name]]
 
 
-def _line(table: Objective, line: Objective) -> Objective:
+def _line(table: Objective, written: dict[str, Any]) -> Objective:
+    ranked = {"curriculum"} if OBJECTIVES[written["name"]].unit == "row" else set()
+    shared = table.model_dump(include={"cache", "source_weights"} | ranked)
+    line = Objective(**(shared | written))
     last = None if table.final_weight is None else line.weight * table.final_weight
     return line.model_copy(update={"weight": line.weight * table.weight, "final_weight": last})

@@ -187,6 +187,15 @@ class Spec:
 
 
 OBJECTIVES: dict[str, Spec] = {}
+UNREAD: dict[Unit, tuple[str, ...]] = {
+    "row": (),
+    "position": ("curriculum",),
+    "example": ("mask", "reduction", "curriculum"),
+    "image": ("mask", "reduction", "curriculum"),
+    "history": ("mask", "reduction", "curriculum", "source_weights"),
+}
+"""Keys of a line of the `[[objective]]` table that say nothing of a unit."""
+
 HISTORY: Unit = "history"
 """Unit of the objectives of recommenders."""
 

@@ -6,7 +6,7 @@ draws from the tail with their weights, follow from the cached signals by arithm
 
 import torch
 
-from stillroom.pipeline.kernels.precision import widened
+from stillroom.pipeline.kernels.precision import in_full, widened
 
 MAX_SPREAD = 1e-7
 """LLaVADI's guard of the z-score: (z - mean) / (MAX_SPREAD + std)."""
@@ -70,9 +70,10 @@ def logit_spread(hidden: torch.Tensor, unembedding: torch.Tensor) -> torch.Tenso
     """
     head = widened(unembedding)
     centred = head - head.mean(dim=0)
-    covariance = centred.T @ centred / len(head)
     states = widened(hidden)
-    return ((states @ covariance) * states).sum(dim=-1).clamp_min(0.0).sqrt()
+    with in_full(hidden):
+        covariance = centred.T @ centred / len(head)
+        return ((states @ covariance) * states).sum(dim=-1).clamp_min(0.0).sqrt()
 
 
 def sampled_tail(signals: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
