@@ -30,6 +30,7 @@ from stillroom.pipeline.student.teacher_head import (
     is_whole,
     keep_teacher_head,
     read_teacher_head,
+    teacher_of,
 )
 from stillroom.pipeline.teacher.reference.head import Head
 from stillroom.pipeline.training.run import resolved
@@ -125,7 +126,7 @@ def _teacher_head(trainer: Any, teacher: str) -> Head | None:
             "taken once and kept in output_dir.",
         )
     named = Teacher(model=teacher).named_by("teacher =") if teacher else None
-    facts = cache.plan.facts["teacher"]
+    facts = teacher_of(cache.plan)
     with trainer.args.main_process_first(local=False, desc="the teacher's head"):
         if named and is_whole(path):
             check_named(named, facts, path)

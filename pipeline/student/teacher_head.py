@@ -116,6 +116,20 @@ def read_teacher_head(path: Path) -> Head:
         return Head(file.get_tensor("head"), bias, softcap, float(said["scale"]))
 
 
+def teacher_of(plan: Plan) -> dict[str, Any]:
+    """Facts of the one teacher that a cache is of, joined or not.
+
+    Raises:
+        PlanMismatch: joined caches of several.
+    """
+    facts = plan.facts["teacher"]
+    first, *others = facts.get("joined", [facts])
+    remedy = "Rebuild the vocabulary from one cache, or from joined ones of one teacher."
+    for number, other in enumerate(others, 2):
+        check_same_teacher(other, first, f"joined cache {number}", remedy)
+    return first
+
+
 def check_head(head: Head, record: TeacherRecord, plan: Plan, where: str) -> None:
     """Refuse a head that does not make a cached record's log-probabilities of its final states.
 

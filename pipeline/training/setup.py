@@ -31,7 +31,12 @@ from stillroom.pipeline.student.states import (
     tells_its_routing,
 )
 from stillroom.pipeline.student.teacher_head import FILE as HEAD_FILE
-from stillroom.pipeline.student.teacher_head import check_head, keep_teacher_head, read_teacher_head
+from stillroom.pipeline.student.teacher_head import (
+    check_head,
+    keep_teacher_head,
+    read_teacher_head,
+    teacher_of,
+)
 from stillroom.pipeline.teacher.reference.head import Head
 from stillroom.pipeline.training.checkpoint import Checkpoints, trainable
 from stillroom.pipeline.training.exporting import Proof, adapted, rehearse
@@ -241,7 +246,7 @@ class Setup:
             )
         path, teacher = self.settings_run.path(HEAD_FILE), self.settings_run.teacher
         cache: TeacherCache = self.named.caches[next(iter(asking))]
-        wanted = cache.plan.facts["teacher"]
+        wanted = teacher_of(cache.plan)
         self.parallel.together(lambda: keep_teacher_head(teacher, wanted, path))
         head = read_teacher_head(path)
         check_head(head, cache.read(0), cache.plan, str(path))

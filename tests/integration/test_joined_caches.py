@@ -64,6 +64,30 @@ def test_a_run_trains_on_both(caches, tiny_llama, tmp_path):
     assert identity["cache train.cache"] == CachedDataset(caches).sources[""].plan.digest
 
 
+def test_one_teachers_head_rebuilds_joined_caches(deep_llama, tiny_llama, tmp_path):
+    """Of one teacher, or the vocabulary of some texts would be another's."""
+    settings = {"hidden_layers": ("final",)}
+    made = [
+        memory_cache.captured(tiny_llama, memory_cache.examples(4, seed=seed), **settings)
+        for seed in (20, 21)
+    ]
+    other = memory_cache.captured(deep_llama, memory_cache.examples(4, seed=22), **settings)
+    places = [str(one.write(tmp_path / str(n))) for n, one in enumerate([*made, other])]
+    document = {
+        "name": "both",
+        "directory": str(tmp_path / "run"),
+        "teacher": {"model": str(tiny_llama), "dtype": "float32"},
+        "student": {"keep_every": 2},
+        "objective": [{"name": "full_vocabulary"}],
+        "train": {"cache": places[0], "steps": 1, "batch_tokens": 240, "workers": 0},
+    }
+    document["train"]["joined"] = places[2:]
+    with pytest.raises(StillroomError, match=r"joined cache 2: is another teacher.*of one teacher"):
+        train(parse(document, "test"))
+    document["train"]["joined"] = places[1:2]
+    assert train(parse(document, "test")).steps == 1
+
+
 def test_each_source_is_measured_by_itself(caches, tiny_llama, tmp_path_factory):
     """A held-out cache is of one of the joined teachers, or of several of them."""
     root = tmp_path_factory.mktemp("held")
