@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stillroom.pipeline.kernels.packed_topk import PackedTopk
     from stillroom.pipeline.kernels.topk_divergence import topk_divergence
     from stillroom.pipeline.record import Example, TeacherRecord
-    from stillroom.pipeline.student.states import keeps_documents_apart
+    from stillroom.pipeline.student.apart import keeps_documents_apart
 
 __all__ = [
     "CacheWriter",
@@ -54,7 +54,7 @@ HOMES = {
     "TeacherCache": "pipeline.cache.reader",
     "TeacherRecord": "pipeline.record",
     "distillation_loss": "pipeline.doors.loss",
-    "keeps_documents_apart": "pipeline.student.states",
+    "keeps_documents_apart": "pipeline.student.apart",
     "linear_divergence": "pipeline.kernels.linear_divergence",
     "loss_totals": "pipeline.doors.loss",
     "sharded_topk_divergence": "pipeline.kernels.distributed_head",

@@ -232,8 +232,8 @@ class Train(Table):
     """`auto` is what transformers takes for the architecture (sdpa where it has that). The
     `flash_attention`s train padding-free: rows are laid end to end without padding."""
     packing: Literal["auto", "never"] = "auto"
-    """`auto` puts several examples into a row where the student keeps them apart, which is
-    measured; `never` (and `auto` elsewhere) one example."""
+    """`auto` puts several examples into a row where the student keeps them apart in rows of this
+    length, which is measured; `never` (and `auto` elsewhere) one example."""
     load_balancing: bool = True
     """Add the router's load-balancing loss, times the config's `router_aux_loss_coef`, where the
     student has experts and a coefficient."""

@@ -114,6 +114,9 @@ def collate(
 ) -> DistillBatch:
     """Lay records out as packed rows.
 
+    An example that one of its caches rejected adds nothing: no rows, positions or images of any
+    cache, as if all of them had rejected it.
+
     Args:
         rows: packed rows; each holds examples, each example is cache name -> record.
         capacity: S, tokens of a row.
@@ -122,6 +125,7 @@ def collate(
     Raises:
         StudentError: two caches scored different rows of the same example.
     """
+    rows = [[_agreed(example) for example in row] for row in rows]
     starts, width = _starts(rows, capacity, padding_free)
     examples = [example for row in rows for example in row]
     mains = [example[""] for example in examples]
@@ -145,6 +149,25 @@ def collate(
         num_tokens=sum(len(record.example.token_ids) for record in mains),
         images=images_of(mains, starts),
     )
+
+
+def _agreed(example: dict[str, TeacherRecord]) -> dict[str, TeacherRecord]:
+    """The example, or its first token alone where a cache that is read holds no more of it.
+
+    A rejected example has lost its text (`teacher.protocol.empty_record`), and where another
+    cache's rows and positions stand is told by the text.
+    """
+    read = [record for name, record in example.items() if not name or record.signals]
+    if all(len(record.example.token_ids) > 1 for record in read):
+        return example
+    return {name: _without_answer(record) for name, record in example.items()}
+
+
+def _without_answer(record: TeacherRecord) -> TeacherRecord:
+    text, none = record.example, np.zeros(1, dtype=bool)
+    cut = replace(text, token_ids=text.token_ids[:1], loss_mask=none, images=())
+    signals = {name: array[:0] for name, array in record.signals.items()}
+    return TeacherRecord(cut, 0, signals, record.hidden_positions[:0])
 
 
 def _starts(rows, capacity: int, padding_free: bool) -> tuple[list[int], int]:

@@ -51,6 +51,11 @@ class Geometry:
                 remedy="It counts the microbatches of a step over all ranks together.",
             )
 
+    @property
+    def width(self) -> int:
+        """Tokens that lie in one row of a microbatch."""
+        return self.capacity * (self.rows if self.padding_free else 1)
+
     def own(self, rows: list) -> list[list]:
         """This rank's microbatches out of a whole step's rows."""
         share = self.accumulate // self.world_size  # microbatches

@@ -5,6 +5,7 @@ step: whether it fits the caches, whether it keeps packed documents apart, wheth
 images of the texts, and the teacher's head where an objective reads it. No loss is computed.
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,9 @@ from stillroom.pipeline.doors.cached import CachedDataset
 from stillroom.pipeline.doors.fit import bare, check_student, check_terms
 from stillroom.pipeline.objectives.combine import Distiller, balancing_term
 from stillroom.pipeline.objectives.weighting import Term
+from stillroom.pipeline.student.apart import BEYOND, heeds_the_longest, keeps_documents_apart
 from stillroom.pipeline.student.llava import is_multimodal, load_task_tokens
-from stillroom.pipeline.student.states import (
-    balancing_weight,
-    keeps_documents_apart,
-    tells_its_routing,
-)
+from stillroom.pipeline.student.states import balancing_weight, tells_its_routing
 from stillroom.pipeline.student.teacher_head import (
     FILE,
     check_head,
@@ -59,9 +57,7 @@ def adopt(trainer: Any, kernel: str, teacher: str) -> Distiller:
     check_terms(data.terms)
     for one in sets.values():
         _show_pictures(student, one)
-    data.packed = keeps_documents_apart(student, data.facts[""].vocab_size)
-    attention = str(getattr(student.config, "_attn_implementation", ""))
-    data.padding_free = data.packed and attention.startswith("flash_attention")
+    _lay_out(trainer, student, data, longest)
     terms = [*data.terms, *_balancing(student, data)]
     for held in trainer.held_out.values():
         held.heldout.terms.extend(terms[len(data.terms) :])
@@ -69,6 +65,17 @@ def adopt(trainer: Any, kernel: str, teacher: str) -> Distiller:
     head = _teacher_head(trainer, teacher)
     distiller = Distiller(student, terms, settings.kernel, head, packed=data.packed)
     return distiller.to(trainer.args.device if trainer.place_model_on_device else "cpu")
+
+
+def _lay_out(trainer: Any, student: Any, data: CachedDataset, longest: int) -> None:
+    """Whether rows hold several examples, and lie end to end; tokens of a row at the most."""
+    words, args = data.facts[""].vocab_size, trainer.args
+    flash = str(getattr(student.config, "_attn_implementation", "")).startswith("flash_attention")
+    rows = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) if flash else 1
+    data.packed = keeps_documents_apart(student, words, longest * rows, longest)
+    data.padding_free = data.packed and flash
+    if not data.packed and heeds_the_longest(student, words, longest):
+        warnings.warn(BEYOND.format(name=type(student).__name__, longest=longest), stacklevel=2)
 
 
 def _title(name: str) -> str:

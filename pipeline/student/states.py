@@ -7,7 +7,6 @@ It neither makes nor saves students.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -18,9 +17,6 @@ from stillroom.pipeline.data.images import ImageBatch
 from stillroom.pipeline.student.llava import WideStates, embed, insert_behind_images, with_tokens
 from stillroom.pipeline.teacher.reference.head import Head, form_of, head_of
 from stillroom.pipeline.teacher.reference.parts import decoder_of, find_blocks
-
-ROUNDINGS = 64
-"""Of the largest state: how far apart two computations of one thing may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,76 +154,6 @@ def check_head_rows(found: int, words: int, where: str) -> None:
             where=where,
             remedy="Take a student whose embeddings and head are of the teacher's tokenizer.",
         )
-
-
-def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
-    """Whether a packed document sees nothing of the one before it, measured.
-
-    Two rows that differ only in their first document must give states in the second that differ by
-    no more than rounding. First weights may be too small to let much through, or zero where it
-    would pass, so it is measured with weights shaken as well, in fp32 at least; the weights are the
-    same afterwards. A model that takes no positions cannot be told where a document begins.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        return _is_apart(model, vocab_size) and _is_apart_shaken(model, vocab_size)
-    except torch.OutOfMemoryError:  # a RuntimeError of the machine's, which says nothing
-        raise
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    finally:
-        model.train(was_training)
-
-
-def _is_apart_shaken(model: Any, vocab_size: int) -> bool:
-    """The same of a model whose weights are moved by about what trained ones are large.
-
-    Quantised weights cannot be shaken, and neither can what there is no room to copy: nothing more
-    is found of them, and True.
-    """
-    kept = [(one, one.data) for one in chain(model.parameters(), model.buffers())]
-    parameters = list(model.parameters())
-    if not all(one.is_floating_point() for one in parameters):
-        return True
-    random = {one.device: torch.Generator(one.device).manual_seed(0) for one in parameters}
-    try:
-        for one, data in kept:
-            if data.is_floating_point():
-                one.data = data.to(torch.promote_types(data.dtype, torch.float32))
-        for one in parameters:
-            noise = torch.empty_like(one.data).normal_(generator=random[one.device])
-            # A row of 1 / sqrt(n) neither grows nor shrinks what it is multiplied with.
-            one.data = noise.mul_(min(0.5, one.shape[-1] ** -0.5) if one.dim() > 1 else 0.05).add_(
-                one.data
-            )
-        return _is_apart(model, vocab_size, overflowing=True)
-    except torch.OutOfMemoryError:
-        return True
-    finally:
-        for one, data in kept:
-            one.data = data
-
-
-def _is_apart(model: Any, vocab_size: int, overflowing: bool = False) -> bool:
-    """What it says if its numbers overflow is `overflowing`."""
-    length = 4
-    ids = torch.arange(4 * length).remainder(vocab_size).view(2, 2 * length)  # [2, 2 * length]
-    ids[1, length:] = ids[0, length:]
-    device = next(model.parameters()).device
-    position = torch.arange(length).repeat(2)[None].to(device)  # restarts at the second document
-    flash = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
-    # Flash attention knows no fp32: as in training.
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=flash):
-        first, second = (
-            forward_states(model, row[None].to(device), position).final[length:] for row in ids
-        )
-    if not (first.isfinite().all() and second.isfinite().all()):
-        return overflowing
-    epsilon = torch.finfo(torch.bfloat16 if flash else first.dtype).eps
-    # Where a mask keeps documents apart, they differ by nothing; where experts are sent all tokens
-    # of a row at once, by the order of their sums.
-    return bool((first - second).abs().max() <= ROUNDINGS * epsilon * first.abs().max())
 
 
 def balancing_weight(model: Any) -> float:

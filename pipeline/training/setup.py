@@ -20,6 +20,7 @@ from stillroom.pipeline.data.packing import Position
 from stillroom.pipeline.data.records import RecordSource
 from stillroom.pipeline.objectives.combine import Distiller, balancing_term, signals_needed
 from stillroom.pipeline.objectives.weighting import Term
+from stillroom.pipeline.student.apart import BEYOND, heeds_the_longest, joined_by
 from stillroom.pipeline.student.choosing_blocks import with_blocks_chosen
 from stillroom.pipeline.student.llava import load_task_tokens
 from stillroom.pipeline.student.loading import load
@@ -27,7 +28,6 @@ from stillroom.pipeline.student.model import initial_student
 from stillroom.pipeline.student.states import (
     balancing_weight,
     blocks_of,
-    keeps_documents_apart,
     tells_its_routing,
 )
 from stillroom.pipeline.student.teacher_head import FILE as HEAD_FILE
@@ -176,13 +176,7 @@ class Setup:
     def _measure_student(self, model: Any) -> None:
         """Whether rows may hold several documents, and whether routing has a loss."""
         settings = self.settings
-        packed = settings.packing == "auto" and keeps_documents_apart(
-            model, self.facts[""].vocab_size
-        )
-        if settings.packing == "auto" and not packed:
-            self._note(
-                f"{type(model).__name__} attends across packed documents: one example per row"
-            )
+        packed = self._keeps_apart(model)
         self.geometry = geometry_of(settings, self.named.caches[""], self.parallel, packed)
         balance = balancing_weight(model) if settings.load_balancing else 0.0
         if balance and not tells_its_routing(model):
@@ -196,6 +190,23 @@ class Setup:
             "packing": "packed" if packed else "never",
             "load_balancing": balance,
         }
+
+    def _keeps_apart(self, model: Any) -> bool:
+        """Whether rows may hold several examples, as long as those of this run are; notes say why
+        not, and what an example to itself does not mend."""
+        name, words = type(model).__name__, self.facts[""].vocab_size
+        held = [heldout.caches[""] for heldout in self.named.heldout]
+        longest = max(longest_of(cache) for cache in [self.named.caches[""], *held])
+        if self.settings.packing == "auto":
+            rows = [heldout_geometry(self.geometry, self.settings, cache) for cache in held]
+            width = max(one.width for one in [self.geometry, *rows])
+            found = joined_by(model, words, width, longest)
+            if not found:
+                return True
+            self._note(f"{name} {found}: one example per row")
+        if heeds_the_longest(model, words, longest):
+            self._note(BEYOND.format(name=name, longest=longest))
+        return False
 
     def _note(self, text: str) -> None:
         if self.parallel.is_main:

@@ -1,5 +1,6 @@
 """Architectures that cannot keep packed documents apart, other attentions, and experts."""
 
+import json
 import shutil
 
 import pytest
@@ -63,6 +64,15 @@ def config_of(architecture: str):
             **words, n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=64
         ),
         "llama": lambda: hf.LlamaConfig(**small),
+        "llama4": lambda: hf.Llama4TextConfig(
+            **small,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_local_experts=4,
+            intermediate_size_mlp=32,
+            attention_chunk_size=24,
+            no_rope_layers=[1, 0],
+        ),
         "qwen3_moe": lambda: hf.Qwen3MoeConfig(
             **experts, num_key_value_heads=2, head_dim=16, router_aux_loss_coef=0.1
         ),
@@ -177,3 +187,42 @@ def test_a_student_without_experts_has_no_routing_to_balance(tmp_path, teacher, 
     with pytest.raises(StudentError, match="needs a student with experts"):
         train(run, caches={"": cache})
     assert load(run.path("student-initial")) is not None
+
+
+def changed_run(directory, teacher, heldout, architecture, more, **changes):
+    """A run whose student's config says more."""
+    run = run_of(directory, teacher, architecture, heldout_cache=heldout, **changes)
+    path = directory / "config" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    return run
+
+
+DYNAMIC = {
+    "max_position_embeddings": 16,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("packing", ["auto", "never"])
+def test_positions_turned_by_the_longest_text_share_no_row_and_are_told_of(
+    tmp_path, teacher, cache, heldout, packing
+):
+    """Examples have up to 24 tokens: beyond the 16 that this student's RoPE was made for."""
+    run = changed_run(tmp_path, teacher, heldout, "llama", DYNAMIC, packing=packing)
+    notes = []
+    train(run, caches={"": cache}, on_note=notes.append)
+    assert any("beside one of" in n and "one example per row" in n for n in notes) is (
+        packing == "auto"
+    )
+    assert any("turns all positions" in note for note in notes)
+
+
+@pytest.mark.parametrize(("length", "packed"), [(24, True), (48, False)])
+def test_attention_cut_by_places_decides_by_the_length_of_a_row(
+    tmp_path, teacher, cache, heldout, length, packed
+):
+    """A Llama 4 of 24 places."""
+    run = run_of(tmp_path, teacher, "llama4", heldout_cache=heldout, sequence_length=length)
+    notes = []
+    train(run, caches={"": cache}, on_note=notes.append)
+    assert any(f"in a row of {length} tokens: one example" in n for n in notes) is not packed

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from stillroom.cache_schemas.errors import StudentError
+from stillroom.pipeline.config import Capture
 from stillroom.pipeline.data.batch import collate
 from stillroom.pipeline.record import Example, ImageSpan, TeacherRecord
+from stillroom.pipeline.teacher.protocol import ModelShape, empty_record
 
 
 def record(tokens, first_answer=1, first_row=0, images=()):
@@ -57,3 +59,46 @@ def test_caches_of_other_rows_are_refused():
     other = replace(B, first_row=0)
     with pytest.raises(StudentError, match=r"rows from 0 in cache 'b'.*rows from 1"):
         collate([[{"": B, "b": other}]], 8)
+
+
+def said(record, *names):
+    return replace(record, signals={name: record.signals[name] for name in names})
+
+
+def rejected(record):
+    shape = ModelShape("Tiny", num_layers=1, hidden_size=1, vocab_size=64, context=8)
+    capture = Capture(k=2, tail_draws=0, hidden_layers=("final",))
+    return said(empty_record(record.example, capture, shape), "topk_ids", "hidden.final")
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize(
+    "signals", [("topk_ids",), ("hidden.final",), ("topk_ids", "hidden.final")]
+)
+@pytest.mark.parametrize("by", ["", "second", "both"])
+def test_an_example_that_a_cache_rejected_adds_nothing_from_any(by, signals, padding_free):
+    """Whichever rejected B, the answers about A and C stay at their texts."""
+    gone = rejected(B)
+    first, second = (gone if by in ("", "both") else B), (B if by == "" else gone)
+    rows = [[(A, A), (first, second)], [(C, C)]]
+    batch = collate(
+        [[{"": one, "second": said(two, *signals)} for one, two in row] for row in rows],
+        7,
+        padding_free,
+    )
+    flat = batch.input_ids.flatten()
+    assert flat[batch.rows.flat].tolist() == [10, 11, 30]
+    assert batch.rows.example.tolist() == [0, 0, 2]
+    for teacher in batch.teachers.values():
+        assert teacher.positions.example.tolist() == [0, 0, 2, 2]
+        placed = flat[teacher.positions.flat].tolist()
+        assert placed == [10, 12, 30, 31]
+        if "hidden.final" in teacher.signals:
+            assert teacher.signals["hidden.final"][:, 0].tolist() == placed
+        if "topk_ids" in teacher.signals:
+            assert teacher.signals["topk_ids"][:, 0].tolist() == [10, 11, 30]
+
+
+def test_what_a_cache_that_nobody_reads_rejected_stays():
+    batch = collate([[{"": B, "second": said(rejected(B))}]], 4)
+    assert batch.input_ids.flatten()[batch.rows.flat].tolist() == [21, 22]

@@ -8,12 +8,12 @@ from torch import nn
 
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.evaluation.held_out import measure
+from stillroom.pipeline.student.apart import keeps_documents_apart
 from stillroom.pipeline.student.model import load
 from stillroom.pipeline.student.states import (
     blocks_of,
     forward_states,
     head_of,
-    keeps_documents_apart,
 )
 from stillroom.pipeline.training.optimization import rate
 from tests import memory_cache, student_architectures
