@@ -28,7 +28,6 @@ from stillroom.pipeline.objectives.weighting import (
     admit_by_gap,
     unit_weights,
 )
-from stillroom.pipeline.student.llava import untouched
 from stillroom.pipeline.student.states import (
     check_head_rows,
     forward_states,
@@ -104,8 +103,8 @@ class Distiller(nn.Module):
         packed: rows of a batch hold several documents.
         sums: what the objectives left in the last forward passes, to be added up and reported.
         alone: the other ranks do not run it now.
-        reaches_all: a microbatch without an image gives what sees a gradient of zeros. FSDP adds up
-            one list of gradients over the ranks, which must be as long on all.
+        reaches_all: a microbatch without an image gives what sees a gradient of zeros, for which
+            other ranks wait (see `Parallel.awaits_what_sees`).
     """
 
     def __init__(
@@ -191,6 +190,7 @@ class Distiller(nn.Module):
             self.task_tokens.embeddings(),
             self.packed,
             routed=any(term.needs.routers for term in self.terms),
+            reaching=self.reaches_all and torch.is_grad_enabled(),
         )
         values = []
         for number, (term, weight) in enumerate(zip(self.terms, weights, strict=True)):
@@ -204,9 +204,6 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 shown = self._value(term, context, progress)
             values.append(value + shown)
-        shown = batch.images is not None and batch.images.pixels is not None
-        if self.reaches_all and not shown:
-            values[0] = values[0] + untouched(self.model)
         return torch.stack(values)  # [objectives]
 
     def _value(self, term: Term, context: Context, progress: float) -> torch.Tensor:

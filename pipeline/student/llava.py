@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from stillroom.cache_schemas.errors import StudentError
 from stillroom.pipeline.data.images import ImageBatch
@@ -157,8 +158,17 @@ class ImageStates:
         return states[self.places], self.present, states[self.own]
 
 
-def embed(model: Any, input_ids: torch.Tensor, images: ImageBatch | None) -> torch.Tensor:
+def embed(
+    model: Any, input_ids: torch.Tensor, images: ImageBatch | None, reaching: bool = False
+) -> torch.Tensor:
     """Input embeddings [B, S, D] with the images' features at their placeholders.
+
+    Args:
+        model: the student.
+        input_ids: [B, S].
+        images: of the batch.
+        reaching: without pixels, what sees has a gradient of zeros, by the way that an image's
+            takes: FSDP gathers each block for it on every rank or none.
 
     Raises:
         StudentError: the student sees no images, or an image has another number of placeholders
@@ -166,7 +176,7 @@ def embed(model: Any, input_ids: torch.Tensor, images: ImageBatch | None) -> tor
     """
     embeddings = model.get_input_embeddings()(input_ids)
     if images is None or images.pixels is None:
-        return embeddings
+        return embeddings + _untouched(model) if reaching else embeddings
     if not is_multimodal(model):
         raise StudentError(
             f"{type(model).__name__} takes no pictures",
@@ -205,7 +215,7 @@ def load_task_tokens(directory: Path) -> torch.Tensor | None:
     return load_file(path)["task_tokens"] if path.is_file() else None
 
 
-def untouched(model: Any) -> torch.Tensor | float:
+def _untouched(model: Any) -> torch.Tensor | float:
     """0, with a gradient of zeros for the weights that an image would reach: those that a black one
     does, for a tower may have layers that no image reaches."""
     if not is_multimodal(model):
@@ -225,6 +235,12 @@ def is_multimodal(model: Any) -> bool:
     """True for a model with a vision tower and a projector."""
     inner = getattr(model, "model", None)
     return hasattr(inner, "vision_tower") and hasattr(inner, "multi_modal_projector")
+
+
+def only_sees(module: nn.Module) -> bool:
+    """Whether all that is trained comes before the language model: no text reaches any of it."""
+    trained = [name for name, weight in module.named_parameters() if weight.requires_grad]
+    return all("vision_tower." in name or "multi_modal_projector." in name for name in trained)
 
 
 def _shifted(rows: int, width: int, wider: int, row, column, count: int) -> torch.Tensor:

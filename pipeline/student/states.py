@@ -79,6 +79,7 @@ def forward_states(
     task_tokens: torch.Tensor | None = None,
     packed: bool = True,
     routed: bool = False,
+    reaching: bool = False,
 ) -> StudentStates:
     """Run the decoder without its head.
 
@@ -92,11 +93,13 @@ def forward_states(
         packed: rows hold several documents. Otherwise positions are the model's own business: many
             architectures take none.
         routed: the routers' logits are wanted too.
+        reaching: without pixels, what sees has a gradient of zeros.
     """
     given, layout = {"input_ids": input_ids}, None
-    if images is not None and (images.pixels is not None or task_tokens is not None):
-        embeddings = embed(model, input_ids, images)
-        if task_tokens is not None:
+    changed = images is not None and (images.pixels is not None or task_tokens is not None)
+    if changed or reaching:
+        embeddings = embed(model, input_ids, images, reaching)
+        if images is not None and task_tokens is not None:
             layout = insert_behind_images(position_ids, images, len(task_tokens))
             embeddings = with_tokens(embeddings, layout, task_tokens)
             position_ids = layout.position_ids

@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ class TrainingState:
         tokens: trained on until here.
         loss: of the last step; None before the first one.
         best: the lowest value of `keep_best` so far.
+        moved: weight -> how often the optimiser has moved it, where that is not `step` times.
     """
 
     step: int
@@ -89,12 +90,15 @@ class TrainingState:
     tokens: int = 0
     loss: float | None = None
     best: Best = Best()
+    moved: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of `state.json`."""
         where = {"epoch": self.position.epoch, "row": self.position.row}
         done = {"step": self.step, "tokens": self.tokens, "loss": self.loss}
         done |= {"best": asdict(self.best)}
+        # Only where there is something to say: then releases of before read it too.
+        done |= {"moved": self.moved} if self.moved else {}
         facts = done | {"position": where, "identity": self.identity}
         return json.dumps(facts, indent=2, sort_keys=True) + "\n"
 
@@ -227,24 +231,42 @@ def tensors_of(
 ) -> dict[str, torch.Tensor]:
     """Everything that training changes, by name: weights, moments, averages.
 
-    Moments that do not exist yet are made as zeros, so that a fresh optimiser can be filled.
+    Moments that do not exist yet are made, so that a fresh optimiser can be filled.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in trainable(distiller):
-        moments = optimizer.state[parameter]
+        held = _held(optimizer, parameter)
         tensors[f"weight.{name}"] = parameter.detach()
-        for moment in MOMENTS:
-            if moment not in moments:
-                moments[moment] = torch.zeros_like(parameter.detach())
-            tensors[f"{moment}.{name}"] = moments[moment]
+        tensors |= {f"{moment}.{name}": held[moment] for moment in MOMENTS}
     return tensors | {f"ema.{name}": average for name, average in ema.items()}
 
 
-def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Adam's own count, which corrects the bias of its moments."""
-    for parameter, moments in optimizer.state.items():
+def moved_otherwise(
+    distiller: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> dict[str, int]:
+    """Weights that AdamW has not moved `step` times, and how often it has: it leaves out those
+    without a gradient, such as a vision tower's in a step without a picture."""
+    named = trainable(distiller)
+    counts = torch.stack([_held(optimizer, parameter)["step"] for _, parameter in named])
+    told = zip(named, counts.tolist())  # of all at once: the one time that this waits for a device
+    return {name: int(count) for (name, _), count in told if count != step}
+
+
+def set_moved(distiller: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    """Adam's own counts, which correct the bias of its moments."""
+    for name, parameter in trainable(distiller):
+        _held(optimizer, parameter)["step"].fill_(state.moved.get(name, state.step))
+
+
+def _held(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """What AdamW keeps of a weight; of one without a gradient until now, what it would begin with:
+    it takes a weight that has moments and no count for one that it has met."""
+    held = optimizer.state[parameter]
+    if not held:
         # Where and as what fused AdamW keeps it.
-        moments["step"] = torch.tensor(float(step), device=parameter.device)
+        held["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        held |= {moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS}
+    return held
 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

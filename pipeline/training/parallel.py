@@ -17,7 +17,7 @@ from torch import nn
 from stillroom.cache_schemas.errors import ConfigError, StillroomError, StudentError
 from stillroom.pipeline.config.training import Train
 from stillroom.pipeline.kernels.execution import triton_runs_on
-from stillroom.pipeline.student.llava import is_multimodal
+from stillroom.pipeline.student.llava import is_multimodal, only_sees
 from stillroom.pipeline.student.states import blocks_of, tells_its_routing
 
 
@@ -136,6 +136,30 @@ class Parallel:
                 where="[train]",
                 remedy="Set kernel = 'auto', or train on a CUDA device with Triton installed.",
             )
+
+    def awaits_what_sees(self, distiller: nn.Module, train: Train) -> bool:
+        """Whether an image on one rank makes it wait for the others: FSDP adds up one list of
+        gradients, which must be as long on all; DDP wants any, and there may be no other."""
+        return self.world_size > 1 and (train.parallel == "fsdp" or only_sees(distiller))
+
+    def go_back(self, loss: torch.Tensor, module: Any) -> None:
+        """Gradients of a microbatch; none of one that reaches no trained weight, such as a text
+        where only what sees is trained.
+
+        Raises:
+            StudentError: other ranks may wait for them.
+        """
+        if loss.requires_grad:
+            loss.backward()
+            return
+        # All know whether a picture is in the step; whom a router chose, each rank for itself.
+        if self.world_size > 1 and not only_sees(module):
+            raise StudentError(
+                "a microbatch of one rank reaches none of the weights that are trained",
+                where="[train] freeze",
+                remedy="Freeze less, raise batch_tokens, or train in one process.",
+            )
+        let_go(module)
 
     def check_reached(self, weights: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Refuse gradients that FSDP has added up one rank's weight to another's: it sends those of

@@ -25,6 +25,7 @@ from stillroom.pipeline.data.packing import check_rows_hold
 from stillroom.pipeline.data.records import RecordSource, lengths_of
 from stillroom.pipeline.kernels.execution import triton_runs_on
 from stillroom.pipeline.objectives.registry import CacheFacts
+from stillroom.pipeline.student.llava import only_sees
 from stillroom.pipeline.student.states import check_head_rows
 from stillroom.pipeline.training.parallel import Parallel
 
@@ -151,6 +152,20 @@ def freeze(student: nn.Module, settings: Train) -> None:
             "every weight of the student is frozen",
             where="[train] freeze",
             remedy="Leave out a pattern, or train adapters with [train.lora].",
+        )
+
+
+def check_reached(distiller: nn.Module, cache: Any) -> None:
+    """Refuse steps that change nothing.
+
+    Raises:
+        StudentError: only what sees is trained, and there is no picture.
+    """
+    if only_sees(distiller) and not cache.plan.facts.get("images"):
+        raise StudentError(
+            "only what sees is trained, and the cache is of texts without pictures",
+            where="[train] freeze",
+            remedy="Leave out a pattern, or train on a cache of a corpus with pictures.",
         )
 
 

@@ -154,7 +154,8 @@ class Stepper:
         if stopping:
             return None
         distiller: Any = self.distiller  # a recommender's has no use for it
-        distiller.reaches_all = pictures and self.settings.parallel == "fsdp"
+        awaited = self.parallel.awaits_what_sees(self.distiller, self.settings)
+        distiller.reaches_all = pictures and awaited
         scale = scales(self._terms, totals, done, self.parallel.world_size)
         torch.manual_seed(_seed(self.settings.seed, number, self.parallel.rank))  # of dropout
         found = [
@@ -236,7 +237,7 @@ class Stepper:
         with accumulating(self.module, last):
             with _autocast(device, self.settings.precision):
                 values = self.module(batch.to(device), scaled, done)  # [objectives]
-            values.sum().backward()
+            self.parallel.go_back(values.sum(), self.module)
         return values.detach()
 
     def _clip(self, parameters: list[nn.Parameter]) -> torch.Tensor:

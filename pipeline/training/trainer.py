@@ -24,7 +24,8 @@ from stillroom.pipeline.training.card import check_card, write_card_anew
 from stillroom.pipeline.training.checkpoint import (
     Best,
     TrainingState,
-    set_optimizer_step,
+    moved_otherwise,
+    set_moved,
     tensors_of,
     trainable,
 )
@@ -135,7 +136,7 @@ class Training(Setup):
         tensors = tensors_of(self.distiller, self.optimizer, self.ema)
         state = self.checkpoints.load(latest, tensors)
         check_identity(state.identity, self.identity, str(latest))
-        set_optimizer_step(self.optimizer, state.step)
+        set_moved(self.distiller, self.optimizer, state)
         check_not_fewer(state.step, self.settings.steps, str(latest))
         of = self._chosen_by()
         best = best_of_before(state, self.settings, self.checkpoints, of, self._note)
@@ -219,7 +220,9 @@ class Training(Setup):
         )
 
     def _save(self, state: TrainingState) -> None:
-        self.checkpoints.save(state, tensors_of(self.distiller, self.optimizer, self.ema))
+        moved = moved_otherwise(self.distiller, self.optimizer, state.step)
+        tensors = tensors_of(self.distiller, self.optimizer, self.ema)
+        self.checkpoints.save(replace(state, moved=moved), tensors)
 
     def _finish(self, state: TrainingState, seconds: float) -> TrainResult:
         """Export the student and say so; files are written by the main process."""
