@@ -211,7 +211,8 @@ class Stepper:
     def _agree(self, batches, totals: list[torch.Tensor], stop: bool):
         """Totals of every objective, tokens, any image and the wish to stop, over all ranks."""
         tokens = sum(batch.num_tokens for batch in batches)
-        pictures = sum(batch.images is not None for batch in batches)
+        # A recommender's histories have no images.
+        pictures = sum(getattr(batch, "images", None) is not None for batch in batches)
         own = torch.stack(totals).sum(dim=0)  # float64 [objectives]
         # One collective for all four.
         told = torch.tensor([float(tokens), float(pictures), float(stop)])
