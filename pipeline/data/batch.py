@@ -188,11 +188,16 @@ def _row_units(record: TeacherRecord, start: int, number: int) -> tuple[np.ndarr
     return (
         start + at,  # flat
         np.full(len(at), number),  # example
-        mask[at + 1],  # answer
+        _followed(mask)[at],  # answer
         _in_image(example)[at],  # image
         mask[at],  # own_answer
         example.token_ids[at + 1].astype(np.int64),  # labels
     )
+
+
+def _followed(mask: np.ndarray) -> np.ndarray:
+    """bool [tokens]: the token behind this one is under the mask; behind the last is none."""
+    return np.append(mask[1:], False)
 
 
 def _in_image(example: Example) -> np.ndarray:
@@ -211,7 +216,7 @@ def _teacher(examples, starts: list[int], name: str) -> Teacher:
         (
             start + record.hidden_positions.astype(np.int64),
             np.full(len(record.hidden_positions), number),
-            np.append(record.example.loss_mask[1:], False)[record.hidden_positions],
+            _followed(record.example.loss_mask)[record.hidden_positions],
             _in_image(record.example)[record.hidden_positions],
         )
         for number, (record, start) in enumerate(zip(records, starts))

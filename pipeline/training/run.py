@@ -155,7 +155,7 @@ def freeze(student: nn.Module, settings: Train) -> None:
         )
 
 
-def check_reached(distiller: nn.Module, cache: Any) -> None:
+def check_pictured(distiller: nn.Module, cache: Any) -> None:
     """Refuse steps that change nothing.
 
     Raises:

@@ -50,7 +50,7 @@ from stillroom.pipeline.training.run import (
     cache_locations,
     check_attention,
     check_fit,
-    check_reached,
+    check_pictured,
     corpus_of,
     freeze,
     geometry_of,
@@ -158,7 +158,7 @@ class Setup:
         )
         adapted(model, settings)
         self.distiller = self.make(model).to(parallel.device)
-        check_reached(self.distiller, self.named.caches[""])
+        check_pictured(self.distiller, self.named.caches[""])
         if settings.compile:
             for block in blocks_of(model):
                 block.compile()

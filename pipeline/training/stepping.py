@@ -162,9 +162,10 @@ class Stepper:
             self._microbatch(batch, weights, scale, done, last=place == len(batches) - 1)
             for place, (batch, (weights, _)) in enumerate(zip(batches, weighed))
         ]
+        named = trainable(self.distiller)
         if self.settings.parallel == "fsdp":
-            self.parallel.check_reached(trainable(self.distiller))
-        parameters = [parameter for _, parameter in trainable(self.distiller)]
+            self.parallel.check_reached(named)
+        parameters = [parameter for _, parameter in named]
         norm = self._clip(parameters)
         values, norm = self._judged(number, batches, torch.stack(found), norm)
         self._update(number, parameters)
